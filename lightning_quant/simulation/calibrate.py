@@ -1,0 +1,75 @@
+"""Calibration: run samples through the simulation and set every range from what was seen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+
+from lightning_quant.errors import CalibrationError
+from lightning_quant.simulation import aimet
+from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.network import QuantizedNetwork
+
+log = logging.getLogger(__name__)
+
+
+def calibrate(network: QuantizedNetwork, batches: Iterable[NetworkInputs]) -> int:
+    """Set the ranges of all weights and activations; marks the network as calibrated.
+
+    Args:
+        network: the quantized network.
+        batches: calls of the network with representative samples. They are consumed until
+            ``network.recipe.calibration_samples`` samples were seen; the last one is cut to fit.
+
+    Returns:
+        The number of samples used, which is less than asked for when the batches ran out.
+
+    Raises:
+        CalibrationError: if there was no sample, or one with NaN or Inf in it (the batch is named). The
+            network is not marked as calibrated then.
+    """
+    wanted = network.recipe.calibration_samples
+    seen = 0
+
+    def run(_: object) -> None:
+        nonlocal seen
+        for index, batch in enumerate(batches):
+            batch = batch.first(wanted - seen)
+            for tensor in batch.tensors:
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    what = "NaN" if torch.isnan(tensor).any() else "Inf"
+                    raise CalibrationError(
+                        f"Calibration batch {index} holds {what}: expected finite numbers. One such value "
+                        "would stretch a range over all others; find the sample and fix or remove it."
+                    )
+            batch.call(network.network)
+            seen += batch.batch_size
+            if seen >= wanted:
+                break
+        if seen == 0:
+            # AIMET itself would go on with ranges for the weights only, and fail at the first use.
+            raise CalibrationError(
+                "The calibration data loader gave no batch: expected at least one. Check its data set, its "
+                "sampler and drop_last (a data set smaller than the batch size leaves nothing)."
+            )
+
+    # ranges must be ordinary tensors: made under inference_mode they would break training later
+    with torch.inference_mode(False), aimet.quiet():
+        network.sim.compute_encodings(run)
+    if seen < wanted:
+        log.info("Calibrated with %d samples; %d were asked for.", seen, wanted)
+    network.calibrated = True
+    return seen
+
+
+def uncalibrated(network: QuantizedNetwork) -> list[str]:
+    """Names of quantizers that no calibration sample reached: parts of the network that were never run."""
+    from aimet_torch.quantization.base import QuantizerBase
+
+    return [
+        name
+        for name, module in network.network.named_modules()
+        if isinstance(module, QuantizerBase) and not module.is_initialized()
+    ]

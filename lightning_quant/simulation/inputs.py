@@ -1,0 +1,137 @@
+"""What a network is called with: captured once, kept as an example, described so a checkpoint can hold it.
+
+The simulation needs to run the network before there is any training: to trace it, to check a folded batch
+norm and to export it. Networks take any structure of tensors (several arguments, dicts, tuples); everything
+here works on that structure as it is, through Lightning's own ``apply_to_collection``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_quant.errors import CheckpointError
+
+
+def tensors_in(data: Any) -> list[Tensor]:
+    """Every tensor in a nested structure, in the order ``apply_to_collection`` visits them."""
+    found: list[Tensor] = []
+    apply_to_collection(data, Tensor, found.append)
+    return found
+
+
+def with_tensors(structure: Any, tensors: Sequence[Tensor]) -> Any:
+    """The same structure with its tensors replaced, in order."""
+    replacement = iter(tensors)
+    return apply_to_collection(structure, Tensor, lambda _: next(replacement))
+
+
+@dataclass
+class NetworkInputs:
+    """The arguments of one call of the network.
+
+    Args:
+        args: positional arguments, any structure of tensors and plain values.
+        kwargs: keyword arguments, likewise.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the call, flat and in order."""
+        return tensors_in((self.args, self.kwargs))
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in this call: the first dimension of the first tensor that has one."""
+        return next((int(tensor.shape[0]) for tensor in self.tensors if tensor.dim() > 0), 1)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> NetworkInputs:
+        """The same call with ``function`` applied to each tensor."""
+        args, kwargs = apply_to_collection((self.args, self.kwargs), Tensor, function)
+        return NetworkInputs(args, kwargs)
+
+    def first(self, samples: int) -> NetworkInputs:
+        """The same call with only the first ``samples`` samples of every batched tensor."""
+        size = self.batch_size
+        return self.map(lambda t: t[:samples] if t.dim() > 0 and t.shape[0] == size else t)
+
+    def to(self, device: torch.device) -> NetworkInputs:
+        """The same call with its tensors on ``device``."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def call(self, network: nn.Module) -> Any:
+        """Run ``network`` with these arguments."""
+        return network(*self.args, **self.kwargs)
+
+    def describe(self) -> dict[str, Any]:
+        """Structure, shapes and types as JSON values, for a checkpoint's manifest."""
+        return {"args": [_describe(arg) for arg in self.args],
+                "kwargs": {name: _describe(value) for name, value in self.kwargs.items()}}
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> NetworkInputs:
+        """Make up inputs of the described structure: standard normal floats, zeros for integers.
+
+        Raises:
+            CheckpointError: when the description holds something that cannot be made up.
+        """
+        try:
+            args = tuple(_make_up(item) for item in description["args"])
+            return cls(args, {name: _make_up(item) for name, item in description["kwargs"].items()})
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"The checkpoint's manifest describes inputs that cannot be made up ({error!r}): expected "
+                "tensors, numbers, strings and lists, tuples or dicts of them. Pass example_inputs=... to "
+                "load_quantized."
+            ) from error
+
+
+# What a manifest may ask for. Sizes are bounded so that a damaged or hostile file cannot ask for terabytes.
+_DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_MAX_ELEMENTS = 2**30
+
+
+def _describe(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, Mapping):
+        return {"dict": {str(key): _describe(item) for key, item in value.items()}}
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return {type(value).__name__: [_describe(item) for item in value]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    kind = "dataclass" if is_dataclass(value) else "object"
+    return {kind: f"{type(value).__module__}.{type(value).__qualname__}"}
+
+
+def _make_up(item: Mapping[str, Any]) -> Any:
+    (kind, content), *_ = item.items()
+    if kind == "tensor":
+        shape = [int(size) for size in content]
+        elements = 1
+        for size in shape:
+            elements *= size
+        if item["dtype"] not in _DTYPES or min(shape, default=1) < 0 or elements > _MAX_ELEMENTS:
+            raise TypeError(f"a tensor of shape {shape} and type {item['dtype']!r}")
+        dtype = getattr(torch, item["dtype"])
+        generator = torch.Generator().manual_seed(0)
+        if dtype.is_floating_point:
+            return torch.randn(shape, generator=generator).to(dtype)
+        return torch.zeros(shape, dtype=dtype)
+    if kind == "dict":
+        return {key: _make_up(value) for key, value in content.items()}
+    if kind == "list":
+        return [_make_up(value) for value in content]
+    if kind == "tuple":
+        return tuple(_make_up(value) for value in content)
+    if kind == "value":
+        return content
+    raise TypeError(f"a {kind} of type {content}")

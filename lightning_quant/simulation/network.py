@@ -1,0 +1,173 @@
+"""The quantized network that takes the float one's place in a LightningModule."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_quant.errors import CheckpointError
+from lightning_quant.recipe import QuantRecipe
+from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
+from lightning_quant.simulation.preflight import Finding
+
+if TYPE_CHECKING:
+    from aimet_torch import QuantizationSimModel
+
+FORMAT_VERSION = 1
+MANIFEST_KEY = "lightning_quant"
+
+
+class FlatNetwork(nn.Module):
+    """A network seen as tensors in, tensors out: the only form that AIMET and ONNX trace.
+
+    Args:
+        network: the network itself, with any structure of inputs and outputs.
+        inputs: an example call; the flat tensors go where its tensors are.
+    """
+
+    def __init__(self, network: nn.Module, inputs: NetworkInputs) -> None:
+        super().__init__()
+        self.network = network
+        # Only the structure is needed: empty tensors of the same rank mark the places.
+        self._structure = inputs.map(lambda tensor: tensor.new_empty((0,) * tensor.dim()))
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the network on the flat ``tensors`` and return every tensor of its output, in order."""
+        args, kwargs = with_tensors((self._structure.args, self._structure.kwargs), tensors)
+        return tuple(tensors_in(self.network(*args, **kwargs)))
+
+
+class QuantizedNetwork(nn.Module):
+    """A network whose weights and activations are rounded to the integers the device will compute with.
+
+    It is called like the float network and answers in the same structure; attributes it does not have
+    itself (``self.model.backbone``) are looked up in the network inside. Its ``state_dict`` carries a
+    manifest, so a checkpoint knows how it was quantized and refuses to be loaded into something else.
+
+    Attributes:
+        recipe: how it was quantized.
+        findings: what the preflight found (see :mod:`lightning_quant.simulation.preflight`).
+        calibrated: whether the ranges of the activations are known. Restored with the weights, and the
+            only thing to ask: AIMET's own ``is_initialized()`` turns true under DDP without calibration.
+        network: the network itself, its modules replaced by AIMET's quantized ones.
+        sim: AIMET's ``QuantizationSimModel`` around it, for everything AIMET can do with one.
+    """
+
+    def __init__(
+        self,
+        sim: QuantizationSimModel,
+        recipe: QuantRecipe,
+        inputs: NetworkInputs,
+        output: Any,
+        findings: list[Finding],
+    ) -> None:
+        super().__init__()
+        self.sim = sim
+        self.network: nn.Module = sim.model.network
+        self.recipe = recipe
+        self.inputs = inputs
+        self.findings = findings
+        self.calibrated = False
+        # A traced network answers with plain dicts where the float one used its own classes.
+        self._output_class = type(output)
+        self._output = apply_to_collection(output, Tensor, lambda t: t.new_empty((0,) * t.dim()))
+        self.register_load_state_dict_pre_hook(_refuse_float_weights)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the quantized network; same arguments and same structure of outputs as the float network."""
+        output = self.network(*args, **kwargs)
+        if not isinstance(output, Tensor):
+            tensors = tensors_in(output)
+            if type(output) is not self._output_class and len(tensors) == len(tensors_in(self._output)):
+                output = with_tensors(self._output, tensors)
+        # AIMET marks its outputs with a tensor subclass; the user's code gets ordinary tensors.
+        return apply_to_collection(output, Tensor, lambda t: t.as_subclass(torch.Tensor))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            network = self.__dict__.get("_modules", {}).get("network")
+            if network is None:
+                raise
+            return getattr(network, name)
+
+    def range_parameters(self) -> list[nn.Parameter]:
+        """The learnable ends (min, max) of all quantization ranges."""
+        from aimet_torch.quantization.base import QuantizerBase
+
+        quantizers = (module for module in self.network.modules() if isinstance(module, QuantizerBase))
+        return [parameter for quantizer in quantizers for parameter in quantizer.parameters()]
+
+    def manifest(self) -> dict[str, Any]:
+        """How this network was quantized, in plain values."""
+        return {
+            MANIFEST_KEY: importlib.metadata.version("lightning-quant"),
+            "format_version": FORMAT_VERSION,
+            "aimet_torch": importlib.metadata.version("aimet-torch"),
+            "torch": importlib.metadata.version("torch"),
+            **self.recipe.identity(),
+            "range_estimator": self.recipe.range_estimator,
+            "calibrated": self.calibrated,
+            "inputs": self.inputs.describe(),
+        }
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The manifest; :meth:`torch.nn.Module.state_dict` stores it beside the weights."""
+        return self.manifest()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Check a stored manifest against this network, then take over whether it is calibrated.
+
+        Raises:
+            CheckpointError: naming the first entry that disagrees, with both values.
+        """
+        check_manifest(state)
+        for name, expected in self.recipe.identity().items():
+            if state.get(name) != expected:
+                raise CheckpointError(
+                    f"The checkpoint was quantized with {name}={state.get(name)!r}, but the callback was given "
+                    f"{name}={expected!r}. Give the callback {name}={state.get(name)!r}, or start from the "
+                    f"float weights to quantize with {expected!r}."
+                )
+        self.calibrated = bool(state.get("calibrated", False))
+
+
+def check_manifest(manifest: Any) -> dict[str, Any]:
+    """Return ``manifest`` if this version can read it.
+
+    Raises:
+        CheckpointError: when it is none, or was written by a later format.
+    """
+    if not isinstance(manifest, dict) or MANIFEST_KEY not in manifest:
+        raise CheckpointError(
+            f"Expected the manifest of a quantized network, got {type(manifest).__name__}: the checkpoint "
+            "was not written by lightning_quant."
+        )
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"The checkpoint has format_version={version!r} (written by lightning_quant "
+            f"{manifest[MANIFEST_KEY]}), this version reads {FORMAT_VERSION}. Install a version that fits."
+        )
+    return manifest
+
+
+def _refuse_float_weights(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Tell a float checkpoint apart before PyTorch lists hundreds of missing and unexpected keys."""
+    mine = [key for key in state_dict if key.startswith(prefix)]
+    if mine and f"{prefix}_extra_state" not in state_dict:
+        name = prefix.rstrip(".") or "the network"
+        raise CheckpointError(
+            f"The checkpoint holds float weights for {name!r} (e.g. {mine[0]!r}), but the network is "
+            "quantized already. Load the float weights before the Trainer sees the module, and give no "
+            "ckpt_path:\n"
+            "    module = MyModule.load_from_checkpoint(path)\n"
+            "    trainer.fit(module)"
+        )

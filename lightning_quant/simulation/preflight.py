@@ -1,0 +1,199 @@
+"""What stands in the way of quantizing a network fully: found by running it once, told as a table.
+
+AIMET leaves some things in float with a warning at most, or without a word. Every one of them costs accuracy
+or speed on the device, so each becomes a row that names the module, the problem and the remedy.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from lightning_quant.errors import PreflightError
+from lightning_quant.simulation import aimet
+from lightning_quant.simulation.inputs import NetworkInputs
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the preflight table.
+
+    Args:
+        module: qualified name of the module in the network; empty for the network itself.
+        problem: what is wrong with it.
+        remedy: what to do about it.
+    """
+
+    module: str
+    problem: str
+    remedy: str
+
+
+def table(findings: Iterable[Finding]) -> str:
+    """The findings as an aligned text table, one row each."""
+    rows = [("module", "problem", "what to do")]
+    rows += [(finding.module or "(network)", finding.problem, finding.remedy) for finding in findings]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)
+
+
+def refuse(findings: list[Finding]) -> None:
+    """Raise for the findings, for ``strict=True``.
+
+    Raises:
+        PreflightError: with the whole table, if there is any finding.
+    """
+    if findings:
+        raise PreflightError(
+            f"The network cannot be quantized fully, and strict=True was given:\n{table(findings)}\n"
+            "Expected a network without findings: change it as the table says, or pass strict=False to "
+            "leave these parts as they are."
+        )
+
+
+def inspect(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
+    """Run ``network`` once in eval mode and tell what will stay float, shared or unfolded.
+
+    Args:
+        network: the network as it goes into the simulation: prepared, batch norms folded.
+        inputs: an example call.
+    """
+    findings = []
+    with _watch(network) as (calls, functions), torch.no_grad():
+        inputs.call(network)
+    for name, count in calls.items():
+        if count > 1:
+            findings.append(
+                Finding(
+                    name,
+                    f"called {count} times in one pass: its activations have no ranges",
+                    "use one module instance per call",
+                )
+            )
+    for name, used in functions.items():
+        operations = ", ".join(sorted(used))
+        findings.append(
+            Finding(
+                name,
+                f"functional operations stay in float: {operations}",
+                "use the nn.Module form (or aimet_torch.nn.modules.custom) for each",
+            )
+        )
+    for name, module in network.named_modules():
+        # BatchNorm without the d is AIMET's own, for torch.nn.functional.batch_norm
+        if name in calls and (isinstance(module, _BatchNorm) or type(module).__name__ == "BatchNorm"):
+            findings.append(
+                Finding(
+                    name,
+                    f"{type(module).__name__} could not be folded into a convolution or linear layer",
+                    "put it directly after one, or expect an extra operation on the device",
+                )
+            )
+        if name in calls and not _known_to_aimet(module):
+            findings.append(
+                Finding(
+                    name,
+                    f"AIMET has no quantized form of {type(module).__name__}: it stays in float",
+                    "build it from nn modules, or register it with QuantizationMixin.implements",
+                )
+            )
+    return findings
+
+
+def unused_siblings(root: nn.Module, network: nn.Module, name: str) -> list[Finding]:
+    """Modules beside the network that hold some of its parameters: they would keep the float ones.
+
+    Args:
+        root: the LightningModule.
+        network: the network inside it that is about to be replaced.
+        name: its dotted attribute.
+    """
+    inside = {id(module) for module in network.modules()}
+    parameters = {id(parameter) for parameter in network.parameters()}
+    findings = []
+    for path, module in root.named_modules(remove_duplicate=False):
+        if path == "" or path == name or path.startswith(f"{name}.") or name.startswith(f"{path}."):
+            continue
+        direct = {id(parameter) for parameter in module.parameters(recurse=False)}
+        if id(module) in inside or direct & parameters:
+            findings.append(
+                Finding(
+                    path,
+                    f"shares parameters with {name!r} and will keep the float ones",
+                    f"reach them through self.{name} instead",
+                )
+            )
+    return findings
+
+
+@functools.cache
+def _functional_operations() -> frozenset[str]:
+    """Names of the operations AIMET can quantize once they are modules: its own model preparer's tables."""
+    aimet.load()
+    from aimet_torch import model_preparer as preparer
+
+    names = {
+        *preparer.functional_with_stateful_api,
+        *preparer.functional_with_stateless_api,
+        *preparer.functional_with_special_handling,
+    }
+    return frozenset(names | {"rsub", "linear", "layer_norm", "conv_transpose2d"})
+
+
+def _known_to_aimet(module: nn.Module) -> bool:
+    aimet.load()
+    from aimet_torch.nn import QuantizationMixin
+
+    return type(module) in QuantizationMixin.cls_to_qcls or isinstance(module, nn.Identity)
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return _known_to_aimet(module) or next(module.children(), None) is None
+
+
+@contextmanager
+def _watch(network: nn.Module) -> Iterator[tuple[Counter[str], dict[str, set[str]]]]:
+    """Count the calls of each leaf module and collect the functional operations between them, by module."""
+    calls: Counter[str] = Counter()
+    functions: dict[str, set[str]] = defaultdict(set)
+    running = [("", False)]  # (qualified name, is leaf) of the modules being run, innermost last
+    operations = _functional_operations()
+
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = getattr(func, "__name__", "").strip("_")
+            where, inside_leaf = running[-1]
+            if not inside_leaf and name in operations:
+                functions[where].add(name)
+            return func(*args, **(kwargs or {}))
+
+    def enter(name: str, module: nn.Module) -> Callable[..., None]:
+        leaf = _is_leaf(module)
+
+        def hook(*_: Any) -> None:
+            inside_leaf = running[-1][1]
+            if leaf and not inside_leaf:
+                calls[name] += 1
+            running.append((name, leaf or inside_leaf))
+
+        return hook
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    with ExitStack() as handles:
+        for name, module in network.named_modules():
+            if not isinstance(module, nn.Identity):
+                handles.callback(module.register_forward_pre_hook(enter(name, module)).remove)
+                handles.callback(module.register_forward_hook(leave).remove)
+        with Recorder():
+            yield calls, functions
