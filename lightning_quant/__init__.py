@@ -1,1 +1,52 @@
-"""Quantization for PyTorch Lightning: from a float network to integers proven against the device."""
+"""Quantization for PyTorch Lightning: from a float network to integers proven against the device.
+
+The names below load on first use, so ``import lightning_quant`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_quant.callbacks.checkpoint import load_quantized, read_manifest
+    from lightning_quant.callbacks.device_export import DeviceExport
+    from lightning_quant.callbacks.post_training import PostTrainingQuantization
+    from lightning_quant.callbacks.training import QuantizationAwareTraining
+    from lightning_quant.deploy.bundle import export_bundle
+    from lightning_quant.precision import Precision
+    from lightning_quant.recipe import QuantRecipe
+
+_HOMES = {
+    "DeviceExport": "lightning_quant.callbacks.device_export",
+    "PostTrainingQuantization": "lightning_quant.callbacks.post_training",
+    "Precision": "lightning_quant.precision",
+    "QuantRecipe": "lightning_quant.recipe",
+    "QuantizationAwareTraining": "lightning_quant.callbacks.training",
+    "export_bundle": "lightning_quant.deploy.bundle",
+    "load_quantized": "lightning_quant.callbacks.checkpoint",
+    "read_manifest": "lightning_quant.callbacks.checkpoint",
+}
+
+__all__ = [
+    "DeviceExport",
+    "PostTrainingQuantization",
+    "Precision",
+    "QuantRecipe",
+    "QuantizationAwareTraining",
+    "export_bundle",
+    "load_quantized",
+    "read_manifest",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

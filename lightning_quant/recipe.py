@@ -66,8 +66,7 @@ class QuantRecipe:
         _check_hardware(self.hardware)
         if self.range_estimator not in RANGE_ESTIMATORS:
             raise ConfigurationError(
-                f"Unknown range_estimator {self.range_estimator!r}: expected one of "
-                f"{', '.join(RANGE_ESTIMATORS)}."
+                f"Unknown range_estimator {self.range_estimator!r}: expected one of {', '.join(RANGE_ESTIMATORS)}."
             )
         if not isinstance(self.calibration_samples, int) or self.calibration_samples < 1:
             raise ConfigurationError(

@@ -206,9 +206,7 @@ class CityscapesDataset(Dataset[tuple[Tensor, Tensor]]):
                 f"{path} is {height}x{width} (height x width) but {self.images[0]} is "
                 f"{self.size[0]}x{self.size[1]}. Pass size=(height, width) to bring all images to one size."
             )
-        image, target = self._transform(
-            v2.functional.to_image(photo), tv_tensors.Mask(torch.from_numpy(labels))
-        )
+        image, target = self._transform(v2.functional.to_image(photo), tv_tensors.Mask(torch.from_numpy(labels)))
         return image.as_subclass(Tensor), target.as_subclass(Tensor).long()
 
 
@@ -225,9 +223,7 @@ def _augmentation(size: tuple[int, int]) -> v2.Transform:
         [
             # Cutting first and resizing after gives random scale and crop without padding, whose constant
             # colour would show up in the activation ranges of quantization-aware training.
-            v2.RandomResizedCrop(
-                size, scale=(0.3, 1.0), ratio=(0.85 * aspect, 1.15 * aspect), antialias=True
-            ),
+            v2.RandomResizedCrop(size, scale=(0.3, 1.0), ratio=(0.85 * aspect, 1.15 * aspect), antialias=True),
             v2.RandomHorizontalFlip(),
             v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3),
             normalise_images(),

@@ -151,9 +151,7 @@ class CityscapesDataModule(LightningDataModule):
         """The ``held_out`` images of the same source that :meth:`calibration_dataloader` never yields."""
         return self._loader(Subset(self._calibration(), self._chosen()[1]))
 
-    def _loader(
-        self, dataset: Dataset[Any], shuffle: bool = False, drop_last: bool = False
-    ) -> DataLoader[Any]:
+    def _loader(self, dataset: Dataset[Any], shuffle: bool = False, drop_last: bool = False) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
@@ -229,6 +227,4 @@ class SyntheticScenesDataModule(CityscapesDataModule):
     @override
     def prepare_data(self) -> None:
         """Draw the scenes that are not there yet."""
-        generate_scenes(
-            self.root, train=self.train, val=self.val, height=self.height, width=self.width, seed=self.seed
-        )
+        generate_scenes(self.root, train=self.train, val=self.val, height=self.height, width=self.width, seed=self.seed)

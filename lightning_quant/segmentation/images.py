@@ -47,9 +47,7 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         image.load()
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{name} cannot be read as an image ({error}). Replace or remove the damaged file."
-        ) from error
+        raise DataError(f"{name} cannot be read as an image ({error}). Replace or remove the damaged file.") from error
     return image
 
 
@@ -76,9 +74,7 @@ class UnlabelledImages(Dataset[Tensor]):
             be the same for all pictures of a batch.
     """
 
-    def __init__(
-        self, read: Callable[[int], Image.Image], length: int, size: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, read: Callable[[int], Image.Image], length: int, size: tuple[int, int] | None = None) -> None:
         self._read = read
         self._length = length
         self._transform = v2.Compose([v2.ToImage(), normalise_images(size)])
@@ -116,9 +112,7 @@ class _ColumnReader:
     def __call__(self, index: int) -> Image.Image:
         cell = self.rows[index][self.column]
         if cell is None:
-            raise DataError(
-                f"Row {index} of {self.source} has no image in column {self.column!r}. Remove the row."
-            )
+            raise DataError(f"Row {index} of {self.source} has no image in column {self.column!r}. Remove the row.")
         name = f"{cell['path'] or 'the image'} (row {index} of {self.source})"
         return open_image(cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]), name)
 
@@ -167,9 +161,7 @@ def choose(total: int, samples: int, held_out: int = 0, seed: int = 0) -> tuple[
         DataError: Nothing would be left to choose.
     """
     if held_out >= total:
-        raise DataError(
-            f"Holding out {held_out} of {total} images leaves none. Lower held_out or provide more images."
-        )
+        raise DataError(f"Holding out {held_out} of {total} images leaves none. Lower held_out or provide more images.")
     order = np.random.default_rng(seed).permutation(total).tolist()
     return order[held_out : held_out + samples], order[:held_out]
 
@@ -185,8 +177,8 @@ def _load_rows(source: str, pattern: str | None) -> Any:
     except ImportError as error:
         raise ConfigurationError(
             f"Reading {source!r} as a Hugging Face data set needs the package `datasets`: "
-            "pip install 'lightning-quant[datasets]'. (A folder of image files, given without a pattern, needs "
-            "no extra package.)"
+            "pip install 'lightning-quant[datasets]'. (A folder of image files, given without a pattern, "
+            "needs no extra package.)"
         ) from error
     wanted = f"{source!r}" + (f" with the pattern {pattern!r}" if pattern else "")
     try:

@@ -1,7 +1,7 @@
 """What a segmentation network sees: class colours over the photograph, float beside quantized.
 
-Pictures are uint8 RGB arrays ``(H, W, 3)``; class maps are whole numbers ``(H, W)``, the train ids of Cityscapes
-or 255 for pixels without a class.
+Pictures are uint8 RGB arrays ``(H, W, 3)``; class maps are whole numbers ``(H, W)``, the train ids of
+Cityscapes or 255 for pixels without a class.
 """
 
 from collections.abc import Iterable
@@ -39,8 +39,8 @@ def colorize(class_map: ClassMap) -> Picture:
     """The colours of Cityscapes for a class map, black where there is no class (255).
 
     Raises:
-        ConfigurationError: ``class_map`` is not two-dimensional, not of whole numbers, or holds a number that is
-            no class.
+        ConfigurationError: ``class_map`` is not two-dimensional, not of whole numbers, or holds a number that
+            is no class.
     """
     classes = _classes(class_map)
     # One more colour than classes: the last one is for pixels without a class.
@@ -87,12 +87,13 @@ def comparison(image: Picture, float_map: ClassMap, quantized_map: ClassMap, alp
     Arguments as in :func:`overlay` and :func:`difference`. The result is uint8, 18 pixels taller than the
     photograph and four times as wide, plus gaps of 4 pixels.
     """
+    changed = difference(image, float_map, quantized_map)
     share = float(np.mean(_classes(float_map) != _classes(quantized_map)))
     panels = {
         "photo": image,
         "float": overlay(image, float_map, alpha),
         "quantized": overlay(image, quantized_map, alpha),
-        f"difference: {share:.2%} of pixels": difference(image, float_map, quantized_map),
+        f"difference: {share:.2%} of pixels": changed,
     }
     height, width = image.shape[:2]
     canvas = Image.new("RGB", (4 * width + 3 * _GAP, height + _CAPTION_HEIGHT), "white")
@@ -115,8 +116,8 @@ def save_overlays(
 ) -> list[Path]:
     """Write one :func:`comparison` an image, as ``<directory>/overlay_<number>.png``.
 
-    The number has four digits and counts from ``start``: ``overlay_0000.png``, ``overlay_0001.png`` and so on.
-    Files of the same name are overwritten.
+    The number has four digits and counts from ``start``: ``overlay_0000.png``, ``overlay_0001.png`` and so
+    on. Files of the same name are overwritten.
 
     Args:
         directory: where the files go; created if missing.
@@ -135,8 +136,8 @@ def save_overlays(
     photos, floats, quantized = list(images), list(float_maps), list(quantized_maps)
     if not len(photos) == len(floats) == len(quantized):
         raise ConfigurationError(
-            f"save_overlays got {len(photos)} images, {len(floats)} float maps and {len(quantized)} quantized "
-            "maps; expected as many of each."
+            f"save_overlays got {len(photos)} images, {len(floats)} float maps and {len(quantized)} "
+            "quantized maps; expected as many of each."
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -152,14 +153,13 @@ def _classes(class_map: ClassMap) -> NDArray[np.integer]:
     classes = class_map.detach().cpu().numpy() if isinstance(class_map, Tensor) else class_map
     if classes.ndim != 2 or not np.issubdtype(classes.dtype, np.integer):
         raise ConfigurationError(
-            f"A class map of shape {classes.shape} and type {classes.dtype} was given; expected whole numbers "
-            "(H, W). Logits become class maps with .argmax(dim=1)."
+            f"A class map of shape {classes.shape} and type {classes.dtype} was given; expected whole "
+            "numbers (H, W). Logits become class maps with .argmax(dim=1)."
         )
     wrong = np.unique(classes[(classes < 0) | ((classes >= NUM_CLASSES) & (classes != IGNORE_INDEX))])
     if wrong.size:
         raise ConfigurationError(
-            f"A class map holds {wrong[:8].tolist()}; expected 0 to {NUM_CLASSES - 1}, or {IGNORE_INDEX} for no "
-            "class."
+            f"A class map holds {wrong[:8].tolist()}; expected 0 to {NUM_CLASSES - 1}, or {IGNORE_INDEX} for no class."
         )
     return classes
 
@@ -167,6 +167,6 @@ def _classes(class_map: ClassMap) -> NDArray[np.integer]:
 def _check_size(image: Picture, size: tuple[int, ...]) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.shape[:2] != size:
         raise ConfigurationError(
-            f"A picture of shape {image.shape} and type {image.dtype} was given with a class map of shape {size}; "
-            f"expected uint8 {(*size, 3)}. denormalize() makes such a picture from a network's input."
+            f"A picture of shape {image.shape} and type {image.dtype} was given with a class map of "
+            f"{size}; expected uint8 {(*size, 3)}. denormalize() makes such a picture from a network's input."
         )

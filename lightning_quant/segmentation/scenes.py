@@ -6,6 +6,7 @@ not to perfection: thin things, colours shared between classes, things in front 
 
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,17 +23,37 @@ GENERATOR_VERSION = 1
 """Raised whenever the same parameters would draw other pictures."""
 MANIFEST = "scenes.json"
 
+Thing = tuple[float, Callable[..., object], tuple[Any, ...]]
+"""Its distance in metres, what draws it (on a canvas, with a random generator), and where it stands."""
+
 _SUPERSAMPLING = 2
 _FAR = 90.0  # metres: where the street ends
 
 # How coarse each class's surface looks: standard deviation in grey levels of its fine and its patchy texture.
 _TEXTURE = {
     "road": (5, 4), "sidewalk": (6, 5), "building": (6, 6), "wall": (12, 10), "fence": (10, 8),
-    "vegetation": (15, 12), "terrain": (14, 11), "sky": (2, 7), "car": (6, 5), "person": (9, 5),
+    "vegetation": (15, 12), "terrain": (14, 11), "sky": (2, 5), "car": (6, 5), "person": (9, 5),
 }  # fmt: skip
 _FINE, _PATCHY = (np.full(256, 5, np.float32) for _ in range(2))
 for _name, (_fine, _patchy) in _TEXTURE.items():
     _FINE[LABEL[_name]], _PATCHY[LABEL[_name]] = _fine, _patchy
+
+_PLASTER: tuple[Colour, ...] = (
+    (150, 130, 110), (120, 118, 115), (165, 155, 135), (130, 85, 70), (95, 105, 115), (120, 120, 100)
+)  # fmt: skip
+
+# Things along the kerb: what, how many at most on one side, from and to which distance in metres, and whether
+# they stand anywhere across the pavement or in a line at its edge.
+_ROADSIDE = (
+    (things.pole, 2, 4, 15, False),
+    (things.street_lamp, 2, 5, 18, False),
+    (things.traffic_light, 2, 4.5, 16, False),
+    (things.traffic_sign, 3, 4.5, 16, False),
+    (things.tree, 3, 4.5, 30, False),
+    (things.person, 5, 3.5, 11, True),
+    (things.bicycle, 2, 3.5, 9, True),
+    (things.clutter, 2, 5, 30, True),
+)
 
 
 def generate_scenes(
@@ -85,19 +106,17 @@ def draw_scene(height: int, width: int, seed: int, split: str, index: int) -> tu
     """Draw one scene: the photo (RGB) and its label ids (8-bit grey), each ``height`` x ``width``."""
     random = Random(f"{seed}/{split}/{index}")
     noise = np.random.default_rng(random.getrandbits(64))
-    dusk = random.random() < 0.25
-    haze = vary(
-        random, random.choice([(200, 208, 215), (170, 185, 205), (150, 150, 155), (205, 190, 175)]), 12
-    )
+    dusk = random.random() < 0.12
+    haze = vary(random, random.choice([(200, 208, 215), (170, 185, 205), (150, 150, 155), (205, 190, 175)]), 12)
     canvas = Canvas(
         height * _SUPERSAMPLING,
         width * _SUPERSAMPLING,
-        horizon=random.uniform(0.36, 0.52),
-        focal=random.uniform(0.95, 1.7),
-        heading=random.uniform(-0.3, 0.3),
+        horizon=random.uniform(0.38, 0.5),
+        focal=random.uniform(0.85, 1.35),
+        heading=random.uniform(-0.25, 0.25),
         bend=random.uniform(-0.0012, 0.0012),
         haze=haze,
-        sight=random.choice([60, 120, 250]),
+        sight=random.choice([110, 180, 300]),
     )
     _paint_sky(canvas, random, haze)
     left, right = random.uniform(3.2, 7.5), random.uniform(3.2, 7.5)
@@ -108,9 +127,8 @@ def draw_scene(height: int, width: int, seed: int, split: str, index: int) -> tu
         _paint_bonnet(canvas, random)
     label_ids = canvas.labels.resize((width, height), Image.Resampling.NEAREST)
     pixels = np.asarray(canvas.photo.reduce(_SUPERSAMPLING), dtype=np.float32)
-    pixels = _light(pixels, np.asarray(label_ids), canvas.horizon / canvas.height, random, noise, dusk)
-    photo = Image.fromarray(pixels)
-    return photo, label_ids
+    lit = _light(pixels, np.asarray(label_ids), canvas.horizon / canvas.height, random, noise, dusk)
+    return Image.fromarray(lit), label_ids
 
 
 def _paint_sky(canvas: Canvas, random: Random, haze: Colour) -> None:
@@ -126,8 +144,8 @@ def _paint_sky(canvas: Canvas, random: Random, haze: Colour) -> None:
 def _paint_ground(canvas: Canvas, random: Random, left: float, right: float, pavement: float) -> None:
     grey = random.uniform(70, 125)
     asphalt = vary(random, (grey, grey, grey), 6)
-    slabs = vary(random, shade(asphalt, random.uniform(0.9, 1.4)), 14)
-    soil = random.choice([(95, 105, 60), (120, 110, 80), (80, 95, 58), slabs, slabs])
+    slabs = vary(random, shade(asphalt, random.uniform(1.2, 1.6)), 12)
+    soil = random.choice([(95, 115, 55), (120, 125, 65), (80, 110, 48), slabs])
     near = 1.0  # nearer than anything the camera sees
     soil_label = LABEL["sidewalk"] if soil is slabs else LABEL["terrain"]
     canvas.ground(-60, 60, near, 400, soil, soil_label)
@@ -151,84 +169,67 @@ def _paint_ground(canvas: Canvas, random: Random, left: float, right: float, pav
 
 
 def _fill_street(canvas: Canvas, random: Random, left: float, right: float, pavement: float) -> None:
-    """Put everything that stands on the ground in its place and draw it, the farthest first."""
-    queue: list[tuple[float, Any, tuple[Any, ...]]] = []
-
-    def add(z: float, draw: Any, *args: Any) -> None:
-        queue.append((z, draw, args))
-
+    """Put everything that stands on the ground in its place and draw it."""
+    houses: list[Thing] = []
+    barriers: list[Thing] = []
+    rest = list(_traffic(random, left, right))
     for side, kerb in ((-1, left), (1, right)):
-        front = kerb + pavement + random.choice([0.1, random.uniform(2, 9)])
-        z = random.uniform(2.5, 8)
-        while z < _FAR:
-            length = random.uniform(7, 18)
-            if random.random() < 0.8:
-                tint = random.choice(
-                    [
-                        (150, 130, 110),
-                        (120, 118, 115),
-                        (165, 155, 135),
-                        (130, 85, 70),
-                        (95, 105, 115),
-                        (110, 115, 90),
-                    ]
-                )
-                size = (z, z + length * 0.98, random.uniform(5, 17))
-                add(z + length, things.building, side * front, *size, vary(random, tint, 20))
-            else:
-                for _ in range(4):
-                    add(
-                        z + length,
-                        things.tree,
-                        side * (front + random.uniform(0, 5)),
-                        z + random.uniform(0, length),
-                    )
-            z += length
-        edge = kerb + pavement
-        for draw, chance in ((things.fence, 0.45), (things.wall, 0.3)):
-            if random.random() < chance:
-                z = random.uniform(3, 25)
-                add(z + 1, draw, side * edge, z, z + random.uniform(5, 18))
-        for draw, most in (
-            (things.pole, 3), (things.traffic_light, 2), (things.traffic_sign, 3), (things.tree, 3),
-        ):  # fmt: skip
-            for _ in range(random.randrange(most + 1)):
-                z = random.uniform(5, 40)
-                lamp = (random.random() < 0.6,) if draw is things.pole else ()
-                add(z, draw, side * (kerb + random.uniform(0.3, 0.7)), z, *lamp)
-        for _ in range(random.randrange(6)):
-            z = random.uniform(4.5, 30)
-            add(z, things.person, side * (kerb + random.uniform(0.4, pavement)), z)
-        for _ in range(random.randrange(3)):
-            z = random.uniform(4.5, 22)
-            add(z, things.bicycle, side * (kerb + random.uniform(0.4, pavement)), z)
-        for _ in range(random.randrange(3)):
-            x, z = side * (kerb + random.uniform(0.4, pavement)), random.uniform(5, 30)
-            add(z, _clutter, random.uniform(0.3, 0.9), x, z)
-        if random.random() < 0.65:  # cars parked in a row
-            z = random.uniform(4, 14)
-            for _ in range(random.randrange(1, 6)):
-                add(z, things.car, side * (kerb - 1), z)
-                z += random.uniform(5.2, 8)
+        houses += _houses(random, side, kerb + pavement)
+        barriers += _barriers(random, side, kerb + pavement)
+        rest += _roadside(random, side, kerb, pavement)
+    # Seen from the road, what is farther out is behind; within each of the three, what is farther away is.
+    for layer in (houses, barriers, rest):
+        for _, draw, place in sorted(layer, key=lambda thing: -thing[0]):
+            draw(canvas, random, *place)
+
+
+def _houses(random: Random, side: int, edge: float) -> Iterator[Thing]:
+    """One side's houses, and trees in the gaps between them, from the pavement's outer ``edge`` outwards."""
+    front = edge + random.choice([0.1, random.uniform(4, 11)])
+    z = random.uniform(2.5, 8)
+    while z < _FAR:
+        end = z + random.uniform(7, 18)
+        if random.random() < 0.8:
+            plaster = vary(random, random.choice(_PLASTER), 20)
+            place = (side * front, z, z + 0.98 * (end - z), random.uniform(5, 17), plaster)
+            yield end, things.building, place
+        else:
+            for _ in range(4):
+                yield end, things.tree, (side * (front + random.uniform(0, 5)), random.uniform(z, end))
+        z = end
+
+
+def _barriers(random: Random, side: int, edge: float) -> Iterator[Thing]:
+    """Fences and walls along the pavement's outer ``edge``."""
+    for draw, chance in ((things.fence, 0.45), (things.wall, 0.35)):
+        if random.random() < chance:
+            z = random.uniform(3, 12)
+            yield z, draw, (side * edge, z, z + random.uniform(8, 20))
+
+
+def _roadside(random: Random, side: int, kerb: float, pavement: float) -> Iterator[Thing]:
+    """What stands along one side: poles, signs, trees, people, bicycles, parked cars."""
+    for draw, most, nearest, farthest, across in _ROADSIDE:
+        for _ in range(random.randrange(most + 1)):
+            z = random.uniform(nearest, farthest)
+            yield z, draw, (side * (kerb + random.uniform(0.3, pavement if across else 0.7)), z)
+    if random.random() < 0.6:
+        z = random.uniform(4, 14)
+        for _ in range(random.randrange(1, 6)):
+            yield z, things.car, (side * (kerb - 1), z)
+            z += random.uniform(5.2, 8)
+
+
+def _traffic(random: Random, left: float, right: float) -> Iterator[Thing]:
+    """What moves on the road."""
     for _ in range(random.randrange(3)):
-        z = random.uniform(7, 45)
-        kind = random.choices([things.car, things.bus, things.truck], [4, 2, 2])[0]
-        add(z, kind, random.uniform(-left + 2.4, right - 2.4), z)
+        z = random.uniform(6, 26)
+        vehicle = random.choices([things.car, things.bus, things.truck], [3, 2, 2])[0]
+        yield z, vehicle, (random.uniform(-left + 2.4, right - 2.4), z)
     for draw, chance in ((things.cyclist, 0.5), (things.cyclist, 0.3), (things.person, 0.3)):
         if random.random() < chance:
-            z = random.uniform(5, 26)
-            add(z, draw, random.uniform(-left + 0.5, right - 0.5), z)
-    for _z, draw, args in sorted(queue, key=lambda item: -item[0]):
-        if draw is _clutter:
-            _clutter(canvas, random, *args)
-        else:
-            draw(canvas, random, *args)
-
-
-def _clutter(canvas: Canvas, random: Random, size: float, x: float, z: float) -> None:
-    """A bin or a box: "static" in Cityscapes, which is not evaluated."""
-    colour = vary(random, random.choice([(60, 75, 60), (110, 105, 95), (60, 70, 100)]), 20)
-    canvas.upright(x - size / 2, x + size / 2, 0, 1.3 * size, z, colour, things.VOID_STATIC)
+            z = random.uniform(4, 10)
+            yield z, draw, (random.uniform(-left + 0.5, right - 0.5), z)
 
 
 def _paint_bonnet(canvas: Canvas, random: Random) -> None:
@@ -256,14 +257,14 @@ def _light(
     if not dusk and random.random() < 0.6:
         pixels *= _shadow(random, height, width, horizon)[..., None]
     pixels *= (1 + 0.3 * _smooth_noise(noise, height, width, cell=64))[..., None]  # clouds, vignetting
-    gain = random.uniform(0.4, 0.65) if dusk else random.uniform(0.75, 1.2)
-    cast = np.array([random.uniform(0.93, 1.07) for _ in range(3)], dtype=np.float32)
+    gain = random.uniform(0.5, 0.75) if dusk else random.uniform(0.8, 1.2)
+    cast = np.array([random.uniform(0.95, 1.05) for _ in range(3)], dtype=np.float32)
     if dusk:
         cast *= np.array([0.95, 0.97, 1.15], dtype=np.float32)
     pixels *= gain * cast
     photo = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-    photo = photo.filter(ImageFilter.GaussianBlur(random.uniform(0, 0.8) * height / 128))
-    strength = random.uniform(1, 5) * (1.5 if dusk else 1)
+    photo = photo.filter(ImageFilter.GaussianBlur(random.uniform(0, 0.5) * height / 128))
+    strength = random.uniform(1, 4) * (1.5 if dusk else 1)
     grain = strength * noise.standard_normal((height, width, 3), dtype=np.float32)
     return np.clip(np.asarray(photo) + grain, 0, 255).astype(np.uint8)
 
@@ -282,14 +283,12 @@ def _shadow(random: Random, height: int, width: int, horizon: float) -> NDArray[
     depth = int(random.uniform(110, 185))
     edge, foot = random.uniform(-0.2, 1.2) * width, random.uniform(0.2, 0.8) * width
     side = 0 if random.random() < 0.5 else width
-    draw.polygon(
-        [(side, 0.6 * horizon * height), (foot, horizon * height), (edge, height), (side, height)], depth
-    )
+    draw.polygon([(side, 0.6 * horizon * height), (foot, horizon * height), (edge, height), (side, height)], depth)
     for _ in range(random.randrange(4)):  # the shadows of trees
         x, y = random.uniform(0, width), random.uniform(horizon, 1) * height
         draw.ellipse((x, y, x + 0.25 * width, y + 0.1 * height), fill=depth)
     mask = mask.filter(ImageFilter.GaussianBlur(0.012 * height))
-    return np.asarray(mask, dtype=np.float32) / 255
+    return np.asarray(mask, dtype=np.float32) / np.float32(255)
 
 
 def _claim(root: Path, parameters: dict[str, int]) -> None:
@@ -308,9 +307,7 @@ def _claim(root: Path, parameters: dict[str, int]) -> None:
     try:
         recorded = json.loads(manifest.read_text())
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{manifest} cannot be read ({error}). Delete {root} to draw the scenes anew."
-        ) from error
+        raise DataError(f"{manifest} cannot be read ({error}). Delete {root} to draw the scenes anew.") from error
     if recorded != parameters:
         raise DataError(
             f"{root} holds scenes drawn with {recorded}, but {parameters} was asked for. "

@@ -246,9 +246,7 @@ def first_tensor(output: object) -> Tensor:
     elif isinstance(found, tuple | list) and found:
         found = found[0]
     if not isinstance(found, Tensor):
-        given = (
-            f"a dict with the keys {list(output)}" if isinstance(output, Mapping) else type(output).__name__
-        )
+        given = f"a dict with the keys {list(output)}" if isinstance(output, Mapping) else type(output).__name__
         raise ConfigurationError(
             f"The network returned {given}; expected logits as a tensor, as the entry 'out' of a dict or as "
             "the first element of a tuple. Wrap the network in a module that returns them so."
@@ -269,6 +267,28 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
         if parameter.requires_grad:
             (decay if name.endswith("weight") and parameter.ndim > 1 else keep).append(parameter)
     return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+
+
+def balanced_class_weights(pixels: Sequence[int]) -> list[float]:
+    """Weights for the loss that keep rare classes from being ignored: ``1 / sqrt(frequency)``, 1 on average.
+
+    The square root is a middle way: with the inverse itself the rarest classes dominate the loss and flood
+    the picture. Frequencies below 1e-4 count as 1e-4.
+
+    Args:
+        pixels: how many pixels of each class the training labels hold.
+
+    Returns:
+        One weight a class, 0 for a class without pixels.
+
+    Raises:
+        ConfigurationError: there are no pixels at all.
+    """
+    counts = torch.tensor(pixels, dtype=torch.float64)
+    if not counts.sum() > 0:
+        raise ConfigurationError(f"pixels={list(pixels)} was given; expected at least one pixel of a class.")
+    weights = (counts / counts.sum()).clamp(min=1e-4).rsqrt() * (counts > 0)
+    return (weights / weights[counts > 0].mean()).tolist()
 
 
 def cosine_with_warmup(step: int, steps: float, warmup: float) -> float:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,8 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
         raise CheckpointError(f"No weights at '{path}': expected a file written by torch.save.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
+    # A damaged pickle fails with whatever its bytes happen to mean: IndexError, UnpicklingError, EOFError …
+    except Exception as error:
         raise CheckpointError(
             f"'{path}' cannot be read as weights: expected a file written by torch.save that holds tensors"
             f" and plain values only. {error}"
@@ -52,15 +52,15 @@ def _network_state(content: object, path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint under the network's own names."""
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+    entries = dict(content) if isinstance(content, Mapping) else {}
+    for prefix in _PREFIXES:
+        inner = {str(key).removeprefix(prefix): entries[key] for key in entries if str(key).startswith(prefix)}
+        entries = inner or entries
+    if not entries or not all(isinstance(value, Tensor) for value in entries.values()):
         raise CheckpointError(
             f"'{path}' holds no state dict: expected tensors by name, or those under the key 'state_dict'."
         )
-    for prefix in _PREFIXES:
-        inner = {key.removeprefix(prefix): value for key, value in content.items() if key.startswith(prefix)}
-        if inner:
-            return inner
-    return dict(content)
+    return entries
 
 
 def _explain_misfit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:

@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
+import torch
+
 
 @functools.cache
 def load() -> ModuleType:
@@ -52,5 +54,6 @@ def quiet() -> Iterator[ModuleType]:
         warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.jit\..* is deprecated")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message="To copy construct from a tensor")
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         yield aimet

@@ -7,12 +7,10 @@ import fnmatch
 import inspect
 import io
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.errors import ConfigurationError, PreflightError
@@ -79,6 +77,8 @@ def _prepare(network: nn.Module, inputs: NetworkInputs, output: Any) -> tuple[nn
     """Give every functional operation and every reuse of a module its own module, if fx can trace it."""
     from aimet_torch.model_preparer import prepare_model
 
+    if preflight.known_to_aimet(network):  # a single layer: tracing would take it apart
+        return network, []
     try:
         # What is not a tensor in the example is fixed for good, or fx takes `if mask is None` for False.
         bound = inspect.signature(network.forward).bind(*inputs.args, **inputs.kwargs)
@@ -223,9 +223,7 @@ def _apply_overrides(sim: Any, recipe: QuantRecipe) -> None:
     from aimet_torch.nn.base import BaseQuantizationMixin
 
     layers = {
-        name: module
-        for name, module in sim.model.network.named_modules()
-        if isinstance(module, BaseQuantizationMixin)
+        name: module for name, module in sim.model.network.named_modules() if isinstance(module, BaseQuantizationMixin)
     }
     configurator = MixedPrecisionConfigurator(sim)
     for glob, precision in recipe.overrides.items():
@@ -238,7 +236,5 @@ def _apply_overrides(sim: Any, recipe: QuantRecipe) -> None:
             )
         for module in matched:
             weights = {name: f"int{precision.weight_bits}" for name in module.param_quantizers if name == "weight"}
-            configurator.set_precision(
-                module, activation=f"int{precision.activation_bits}", param=weights or None
-            )
+            configurator.set_precision(module, activation=f"int{precision.activation_bits}", param=weights or None)
     configurator.apply(log_file=io.StringIO(), strict=False)

@@ -73,8 +73,10 @@ class NetworkInputs:
 
     def describe(self) -> dict[str, Any]:
         """Structure, shapes and types as JSON values, for a checkpoint's manifest."""
-        return {"args": [_describe(arg) for arg in self.args],
-                "kwargs": {name: _describe(value) for name, value in self.kwargs.items()}}
+        return {
+            "args": [_describe(arg) for arg in self.args],
+            "kwargs": {name: _describe(value) for name, value in self.kwargs.items()},
+        }
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> NetworkInputs:

@@ -157,9 +157,7 @@ def check_manifest(manifest: Any) -> dict[str, Any]:
     return manifest
 
 
-def _refuse_float_weights(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
+def _refuse_float_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Tell a float checkpoint apart before PyTorch lists hundreds of missing and unexpected keys."""
     mine = [key for key in state_dict if key.startswith(prefix)]
     if mine and f"{prefix}_extra_state" not in state_dict:

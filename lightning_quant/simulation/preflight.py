@@ -98,7 +98,7 @@ def inspect(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
                     "put it directly after one, or expect an extra operation on the device",
                 )
             )
-        if name in calls and not _known_to_aimet(module):
+        if name in calls and not known_to_aimet(module):
             findings.append(
                 Finding(
                     name,
@@ -149,7 +149,8 @@ def _functional_operations() -> frozenset[str]:
     return frozenset(names | {"rsub", "linear", "layer_norm", "conv_transpose2d"})
 
 
-def _known_to_aimet(module: nn.Module) -> bool:
+def known_to_aimet(module: nn.Module) -> bool:
+    """Whether AIMET has a quantized form of this very class."""
     aimet.load()
     from aimet_torch.nn import QuantizationMixin
 
@@ -157,7 +158,7 @@ def _known_to_aimet(module: nn.Module) -> bool:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    return _known_to_aimet(module) or next(module.children(), None) is None
+    return known_to_aimet(module) or next(module.children(), None) is None
 
 
 @contextmanager

@@ -1,0 +1,117 @@
+"""Loading a quantized network back from an ordinary Lightning checkpoint."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_quant.callbacks.quantization import _find_network
+from lightning_quant.errors import CheckpointError
+from lightning_quant.recipe import QuantRecipe
+from lightning_quant.simulation.build import quantize
+from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.network import MANIFEST_KEY, check_manifest
+
+Module = TypeVar("Module", bound=pl.LightningModule)
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """How the network in a checkpoint was quantized: precision, hardware, overrides, versions, inputs.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged or holds no quantized network.
+    """
+    return _manifest(_read(path), path)[1]
+
+
+def load_quantized(
+    module_class: type[Module],
+    checkpoint_path: str | Path,
+    *,
+    hardware: str | None = None,
+    example_inputs: NetworkInputs | None = None,
+    **kwargs: Any,
+) -> Module:
+    """Rebuild a quantized LightningModule from a checkpoint: structure, weights and ranges.
+
+    Example:
+        >>> module = load_quantized(MyModule, "last.ckpt")  # doctest: +SKIP
+        >>> trainer.validate(module, datamodule=data)  # doctest: +SKIP
+
+    Args:
+        module_class: the LightningModule's class.
+        checkpoint_path: an ordinary Lightning checkpoint of a quantized module. It is read with
+            ``weights_only=True``: nothing in it is executed.
+        hardware: path of the hardware config, if it was a JSON file of your own.
+        example_inputs: a call of the network, for networks whose inputs hold objects of your own classes.
+        **kwargs: arguments of ``module_class`` that are not among its saved hyperparameters.
+
+    Returns:
+        The module in eval mode on the CPU, ready for ``validate``, ``predict``, export or further training.
+
+    Raises:
+        CheckpointError: if the file is damaged, not quantized, or does not fit ``module_class``.
+    """
+    checkpoint = _read(checkpoint_path)
+    name, manifest = _manifest(checkpoint, checkpoint_path)
+    recipe = QuantRecipe(
+        precision=manifest["precision"],
+        hardware=hardware or manifest["hardware"],
+        overrides=manifest["overrides"],
+        range_estimator=manifest["range_estimator"],
+    )
+    with warnings.catch_warnings():
+        # the quantized part is missing on purpose here: it is built and loaded below
+        warnings.filterwarnings("ignore", message="Found keys that are", category=UserWarning)
+        module = module_class.load_from_checkpoint(
+            checkpoint_path, map_location="cpu", strict=False, weights_only=True, **kwargs
+        )
+    network = _find_network(module, name)
+    inputs = example_inputs or NetworkInputs.from_description(manifest["inputs"])
+    parent, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(parent), attribute, quantize(network, inputs, recipe))
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"The weights in {checkpoint_path} do not fit {module_class.__name__}: {error}. Expected the class "
+            "and arguments the checkpoint was written with."
+        ) from error
+    return module.eval()
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise CheckpointError(f"No checkpoint at {str(path)!r}: expected a Lightning checkpoint file.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds objects that are not loaded for safety, or is damaged: {error}. Expected tensors and "
+            "plain values; save hyperparameters as such, or allow a class you trust with "
+            "torch.serialization.add_safe_globals."
+        ) from error
+    except Exception as error:  # zip, EOF, struct and runtime errors, by where the damage is
+        raise CheckpointError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise CheckpointError(f"{path} is no Lightning checkpoint: expected a dict with a 'state_dict'.")
+    return checkpoint
+
+
+def _manifest(checkpoint: dict[str, Any], path: str | Path) -> tuple[str, dict[str, Any]]:
+    """The dotted name of the quantized network in a checkpoint and its manifest."""
+    suffix = "._extra_state"
+    for key, value in checkpoint["state_dict"].items():
+        if key.endswith(suffix) and isinstance(value, dict) and MANIFEST_KEY in value:
+            return key.removesuffix(suffix), check_manifest(value)
+    raise CheckpointError(
+        f"{path} holds no quantized network: expected a checkpoint saved after PostTrainingQuantization or "
+        "QuantizationAwareTraining. For a float one use load_from_checkpoint of your own class."
+    )

@@ -1,0 +1,226 @@
+"""From the user's batches to the network's inputs, whatever the batches and the module look like.
+
+How a batch turns into a call of the network is known to the user's own ``validation_step`` (or whichever
+step there is) and to nobody else. So a step is run up to the moment it calls the network; the arguments are
+caught there and the step is left. Nothing after the call happens: no loss, no metric, no logging.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy
+import torch
+import torch.distributed
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.data import _is_dataloader_shuffled
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lightning_quant.errors import CalibrationError, ConfigurationError
+from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
+
+_STEPS = ("validation_step", "test_step", "predict_step", "training_step", "forward")
+
+
+class _Caught(BaseException):
+    """Leaves the user's step at the network's call. Not an Exception, so ``except Exception`` lets it by."""
+
+    def __init__(self, inputs: NetworkInputs) -> None:
+        self.inputs = inputs
+
+
+class InputCatcher:
+    """Turns batches into the calls of a network that the user's own steps make of them.
+
+    Args:
+        trainer: the Trainer, for its transfer hooks and device.
+        pl_module: the module whose steps are run.
+        network: the network inside it, float or quantized.
+        name: its dotted attribute, for messages.
+    """
+
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module, name: str) -> None:
+        self._trainer = trainer
+        self._module = pl_module
+        self._network = network
+        self._name = name
+        steps = [step for step in _STEPS if step == "forward" or is_overridden(step, pl_module)]
+        self._steps = list(dict.fromkeys(steps))
+
+    def catch(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> NetworkInputs:
+        """The first call of the network for ``batch``.
+
+        Raises:
+            CalibrationError: when no step of the module gets as far as calling the network.
+        """
+        batch = self._trainer.strategy.batch_to_device(batch, self._module.device, dataloader_idx)
+        failures = []
+        for step in list(self._steps):
+            try:
+                inputs = self._run(step, batch, batch_idx, dataloader_idx)
+            except Exception as error:
+                failures.append(f"{step} raised {type(error).__name__}: {error}")
+                continue
+            if inputs is not None:
+                if step != self._steps[0]:  # whatever worked is tried first for the next batch
+                    self._steps.remove(step)
+                    self._steps.insert(0, step)
+                return inputs
+            failures.append(f"{step} did not call it")
+        tensors = tensors_in(batch)
+        if len(tensors) == 1:  # unlabelled images: nothing to unpack
+            return NetworkInputs((tensors[0],))
+        raise CalibrationError(
+            f"Could not get from batch {batch_idx} to the network {self._name!r}: {'; '.join(failures)}. Expected "
+            f"a step of {type(self._module).__name__} that calls self.{self._name}(...) itself with this batch. "
+            "Name the attribute that is called in network=..., or give a calibration_dataloader with batches like "
+            "those of validation."
+        )
+
+    def _run(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> NetworkInputs | None:
+        method = getattr(self._module, step)
+        # as Lightning passes them: by position, as many as the step takes
+        given = [batch] if step == "forward" else [batch, batch_idx, dataloader_idx]
+        kinds = [parameter.kind for parameter in inspect.signature(method).parameters.values()]
+        positional = sum(kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD) for kind in kinds)
+        given = given[: max(positional, 2 if inspect.Parameter.VAR_POSITIONAL in kinds else 1)]
+
+        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Caught(NetworkInputs(args, dict(kwargs)))
+
+        handle = self._network.register_forward_pre_hook(catch, with_kwargs=True, prepend=True)
+        training = self._module.training
+        self._module.eval()
+        try:
+            with torch.no_grad():
+                method(*given)
+        except _Caught as caught:
+            return caught.inputs.map(Tensor.detach)
+        finally:
+            handle.remove()
+            self._module.train(training)
+        return None
+
+
+def stage_batches(trainer: pl.Trainer) -> Iterator[Any]:
+    """Raw batches of the running stage's own data: where the example for tracing comes from."""
+    loops: dict[str, Any] = {
+        "fit": trainer.fit_loop,
+        "validate": trainer.validate_loop,
+        "test": trainer.test_loop,
+        "predict": trainer.predict_loop,
+    }
+    assert trainer.state.fn is not None
+    loop = loops[trainer.state.fn.value]
+    yield from _batches(loop._data_source.dataloader())
+
+
+def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule, given: Any) -> Any:
+    """The data to calibrate on: given, the data module's calibration loader, or its training data.
+
+    Raises:
+        ConfigurationError: when there is neither. Validation data is never taken silently: ranges tuned on it
+            would flatter the metric that judges them.
+    """
+    if given is not None:
+        return given() if callable(given) and not isinstance(given, Iterable) else given
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is not None and hasattr(datamodule, "calibration_dataloader"):
+        return datamodule.calibration_dataloader()
+    if trainer.state.fn == "fit":
+        return trainer.fit_loop._data_source.dataloader()
+    for source in (datamodule, pl_module):
+        if source is not None and is_overridden("train_dataloader", source):
+            if is_overridden("setup", source):
+                source.setup("fit")  # data modules make their training set there only
+            return source.train_dataloader()
+    raise ConfigurationError(
+        f"trainer.{trainer.state.fn.value if trainer.state.fn else '…'}() has no data to calibrate on: expected "
+        "calibration_dataloader=... on the callback, a calibration_dataloader() method on the data module, or a "
+        "train_dataloader(). Validation data is not used for it."
+    )
+
+
+def calibration_inputs(
+    trainer: pl.Trainer, loader: Any, catcher: InputCatcher, samples: int
+) -> Iterator[NetworkInputs]:
+    """Calls of the network with calibration samples, the same sequence on every rank.
+
+    Each rank reads its share of the data as Lightning would deal it out; the shares are exchanged batch by
+    batch. So every rank observes every sample in the same order and comes to the same ranges, whatever the
+    range estimator, without any arithmetic on half-finished statistics.
+
+    Args:
+        trainer: the Trainer.
+        loader: a data loader or a collection of them.
+        catcher: turns batches into calls.
+        samples: how many samples are wanted over all ranks; reading stops there.
+    """
+    if trainer.world_size == 1:
+        for index, batch in enumerate(_batches(loader)):
+            yield catcher.catch(batch, index)
+        return
+    own = enumerate(_batches(_sharded(trainer, loader)))
+    seen = 0
+    while seen < samples:
+        mine = [catcher.catch(batch, index).to(torch.device("cpu")) for index, batch in islice(own, 1)]
+        shares: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(shares, mine)
+        gathered = [inputs for share in shares for inputs in share]
+        if not gathered:
+            return
+        for inputs in gathered:
+            seen += inputs.batch_size
+            yield inputs.to(trainer.strategy.root_device)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Draw the same samples every time, and leave the program's random numbers as they were.
+
+    Without this, adding the callback would change the order of the training data.
+    """
+    with isolate_rng():
+        torch.manual_seed(0)
+        numpy.random.seed(0)
+        random.seed(0)
+        yield
+
+
+def _combined(loader: Any) -> CombinedLoader:
+    return loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+
+
+def _batches(loader: Any) -> Iterator[Any]:
+    """Every batch of a loader or a collection of loaders, the way the Trainer would combine them."""
+    combined = _combined(loader)
+    owners = [owner for one in combined.flattened for owner in (one, getattr(one, "sampler", None))]
+    generators = [g for owner in owners if (g := getattr(owner, "generator", None)) is not None]
+    states = [generator.get_state() for generator in generators]
+    try:
+        for batch, _, _ in combined:
+            yield batch
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _sharded(trainer: pl.Trainer, loader: Any) -> CombinedLoader:
+    """Deal a loader's samples out over the ranks, as Lightning does for its own loops."""
+    combined = _combined(loader)
+    combined.flattened = [
+        trainer._data_connector._prepare_dataloader(
+            one, shuffle=_is_dataloader_shuffled(one), mode=RunningStage.TRAINING
+        )
+        for one in combined.flattened
+    ]
+    return combined

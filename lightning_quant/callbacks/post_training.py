@@ -1,0 +1,53 @@
+"""Post-training quantization as a Lightning callback."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from typing_extensions import override
+
+from lightning_quant.callbacks.quantization import QuantizationCallback
+
+
+class PostTrainingQuantization(QuantizationCallback):
+    """Quantize a trained network and calibrate its ranges, without any training.
+
+    In ``validate``, ``test`` and ``predict`` the metrics and predictions are those of the quantized network.
+    In ``fit`` it calibrates, runs your validation once and ends without a training step; to fine-tune, use
+    :class:`QuantizationAwareTraining`. The module stays quantized afterwards: save it with
+    ``trainer.save_checkpoint`` and load it with :func:`load_quantized`.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[PostTrainingQuantization("w8a8")])  # doctest: +SKIP
+        >>> trainer.validate(module, datamodule=data)  # doctest: +SKIP
+
+    Args:
+        precision: bit widths, ``"w8a8"``, ``"w8a16"``, ``"w4a16"`` or ``"w4a8"``.
+        network: dotted attribute of the LightningModule that holds the float ``nn.Module``.
+        hardware: AIMET hardware config: an alias such as ``"htp_v75"`` (Snapdragon 8 Gen 3) or the path of
+            a JSON file.
+        calibration_samples: how many samples (images, not batches) the ranges are taken from.
+        calibration_dataloader: the data to take them from. Default: ``datamodule.calibration_dataloader()``
+            if it has one, else the training data.
+        range_estimator: ``"min_max"``, ``"tf_enhanced"`` or ``"percentile"``.
+        overrides: precision of single layers, as glob on the network's module names → precision.
+        strict: make the warnings of the preflight errors.
+
+    Raises:
+        ConfigurationError: for an unknown value here, a Trainer that cannot work with quantization, or a
+            ``network`` that is not there.
+        PreflightError: when the network cannot be quantized.
+        CalibrationError: when there is no calibration data, or NaN or Inf in it.
+    """
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        rank_zero_info("PostTrainingQuantization does not train: fit ends after calibration and validation.")
+        if trainer.enable_validation:
+            # as the training loop does for a validation in its midst
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+        trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
+        trainer.should_stop = True

@@ -1,0 +1,214 @@
+"""What both quantization callbacks share: when the simulation goes in, and when it is calibrated."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
+from typing_extensions import override
+
+from lightning_quant.callbacks.data import (
+    InputCatcher,
+    calibration_inputs,
+    calibration_loader,
+    stage_batches,
+    undisturbed,
+)
+from lightning_quant.errors import CalibrationError, ConfigurationError
+from lightning_quant.precision import Precision
+from lightning_quant.recipe import QuantRecipe
+from lightning_quant.simulation.build import quantize
+from lightning_quant.simulation.calibrate import calibrate, uncalibrated
+from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.preflight import refuse, unused_siblings
+
+log = logging.getLogger(__name__)
+
+_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+_STRATEGIES = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
+_AVERAGING = (StochasticWeightAveraging, WeightAveraging)
+
+
+class QuantizationCallback(Callback):
+    """Base of the quantization callbacks: puts the simulation in at ``setup`` and calibrates it once.
+
+    ``setup`` runs before Lightning restores a checkpoint, makes the optimizers and wraps for DDP, so the
+    quantized network is what all three see. Calibration waits for ``on_fit_start`` (or ``on_validation_start``,
+    …), when the device is there and a restored checkpoint has said whether ranges are known already.
+
+    Args and raises: see :class:`PostTrainingQuantization`.
+    """
+
+    def __init__(
+        self,
+        precision: str | Precision = "w8a8",
+        network: str = "model",
+        hardware: str = "htp_v75",
+        calibration_samples: int = 256,
+        calibration_dataloader: Iterable[Any] | None = None,
+        range_estimator: str = "min_max",
+        overrides: Mapping[str, str] | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.recipe = QuantRecipe(
+            precision=Precision.parse(precision),
+            hardware=hardware,
+            calibration_samples=calibration_samples,
+            range_estimator=range_estimator,
+            overrides={glob: Precision.parse(value) for glob, value in (overrides or {}).items()},
+            strict=strict,
+        )
+        if not isinstance(network, str) or not network:
+            raise ConfigurationError(
+                f"network={network!r}: expected the name of the attribute of your LightningModule that holds "
+                "the float nn.Module, e.g. 'model' or 'net.backbone'."
+            )
+        self.network_name = network
+        self.calibration_dataloader = calibration_dataloader
+
+    def quantized_network(self, pl_module: pl.LightningModule) -> QuantizedNetwork:
+        """The quantized network inside ``pl_module``."""
+        network = pl_module.get_submodule(self.network_name)
+        assert isinstance(network, QuantizedNetwork), "setup() has not run"
+        return network
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._check_trainer(trainer)
+        network = _find_network(pl_module, self.network_name)
+        if isinstance(network, QuantizedNetwork):
+            self._check_same_recipe(network)
+            return
+        siblings = unused_siblings(pl_module, network, self.network_name)
+        if self.recipe.strict:
+            refuse(siblings)
+        for finding in siblings:
+            rank_zero_warn(f"{finding.module} {finding.problem}; {finding.remedy}.")
+        quantized = quantize(network, self._example(trainer, pl_module, network), self.recipe)
+        quantized.findings[:0] = siblings
+        parent, _, name = self.network_name.rpartition(".")
+        setattr(pl_module.get_submodule(parent), name, quantized)
+        rank_zero_info(f"Quantized {type(pl_module).__name__}.{self.network_name} to {self.recipe.precision}.")
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._calibrate_once(trainer, pl_module)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._calibrate_once(trainer, pl_module)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._calibrate_once(trainer, pl_module)
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._calibrate_once(trainer, pl_module)
+
+    def _example(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module) -> Any:
+        """One call of the network with one sample, from the data of the running stage."""
+        catcher = InputCatcher(trainer, pl_module, network, self.network_name)
+        with undisturbed():
+            batch = next(iter(stage_batches(trainer)), None)
+            if batch is None:
+                raise CalibrationError(
+                    f"The data loader of trainer.{trainer.state.fn}() gave no batch: expected at least one. Check "
+                    "its data set, its sampler and drop_last."
+                )
+            return catcher.catch(batch, 0).first(1)
+
+    def _calibrate_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        network = self.quantized_network(pl_module)
+        if network.calibrated:
+            return
+        catcher = InputCatcher(trainer, pl_module, network, self.network_name)
+        # validation runs under inference_mode, whose tensors would break training later
+        with undisturbed(), torch.inference_mode(False), torch.no_grad():
+            loader = calibration_loader(trainer, pl_module, self.calibration_dataloader)
+            samples = self.recipe.calibration_samples
+            used = calibrate(network, calibration_inputs(trainer, loader, catcher, samples))
+            if trainer.world_size > 1:  # GPUs may round differently; the ranges must not
+                for parameter in network.range_parameters():
+                    torch.distributed.broadcast(parameter.data, src=0)
+        rank_zero_info(f"Calibrated {self.network_name} with {used} samples.")
+        if missing := uncalibrated(network):
+            rank_zero_warn(
+                f"No calibration sample reached {len(missing)} quantizers, e.g. {missing[0]!r}: these parts of "
+                "the network did not run. They will fail when they do; calibrate with data that uses them."
+            )
+
+    def _check_same_recipe(self, network: QuantizedNetwork) -> None:
+        mine, theirs = self.recipe.identity(), network.recipe.identity()
+        for name, value in mine.items():
+            if theirs[name] != value:
+                raise ConfigurationError(
+                    f"The network {self.network_name!r} is already quantized with {name}={theirs[name]!r}, but "
+                    f"{type(self).__name__} was given {name}={value!r}. Start from the float module, or give the "
+                    "callback the same values."
+                )
+
+    def _check_trainer(self, trainer: pl.Trainer) -> None:
+        mine = type(self).__name__
+        if trainer.precision not in _PRECISIONS:
+            raise ConfigurationError(
+                f"Trainer(precision={trainer.precision!r}) with {mine}: expected one of {', '.join(_PRECISIONS)}. "
+                "The simulation keeps weights and ranges in float32; 'bf16-mixed' gives the speed of bfloat16."
+            )
+        if isinstance(trainer.strategy, _STRATEGIES):
+            raise ConfigurationError(
+                f"{type(trainer.strategy).__name__} with {mine}: expected a strategy that keeps parameters whole. "
+                "Use strategy='ddp' or a single device."
+            )
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [one for one in callbacks if isinstance(one, QuantizationCallback) and one is not self]
+        if others:
+            raise ConfigurationError(
+                f"{mine} and {type(others[0]).__name__} in one Trainer: expected one quantization callback. "
+                "QuantizationAwareTraining calibrates by itself; remove the other."
+            )
+        before = callbacks[: callbacks.index(self)]
+        early = next((one for one in before if isinstance(one, _AVERAGING)), None)
+        if early is not None:
+            raise ConfigurationError(
+                f"{type(early).__name__} is listed before {mine}: it would average the float network, whose "
+                f"weights have other shapes. List {mine} first in callbacks=[...]."
+            )
+
+
+def _find_network(pl_module: pl.LightningModule, name: str) -> nn.Module:
+    """The module at the dotted attribute ``name``; built by ``configure_model`` if it is not there yet."""
+    if not hasattr(pl_module, name.partition(".")[0]) and is_overridden("configure_model", pl_module):
+        pl_module.configure_model()  # Lightning asks for it to be idempotent, and calls it after setup()
+    owner: Any = pl_module
+    for part in name.split("."):
+        if not hasattr(owner, part):
+            known = [key for key, _ in owner.named_children()] if isinstance(owner, nn.Module) else []
+            near = difflib.get_close_matches(part, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigurationError(
+                f"network={name!r}: {type(owner).__name__} has no attribute {part!r}; expected one of its modules: "
+                f"{', '.join(known) or 'it has none'}.{hint} (A network made in setup() comes too late: make it in "
+                "__init__ or configure_model.)"
+            )
+        owner = getattr(owner, part)
+    if not isinstance(owner, nn.Module):
+        raise ConfigurationError(
+            f"network={name!r} is {type(owner).__name__}: expected an nn.Module. Name the attribute of "
+            f"{type(pl_module).__name__} that holds the network."
+        )
+    if isinstance(owner, pl.LightningModule):
+        raise ConfigurationError(
+            f"network={name!r} is a LightningModule: expected the plain nn.Module inside it, without metrics and "
+            f"losses, e.g. network='{name}.model'."
+        )
+    return owner

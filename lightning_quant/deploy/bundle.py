@@ -1,0 +1,295 @@
+"""The bundle: everything a device's compiler needs of one quantized network, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_quant.deploy import audit, parity
+from lightning_quant.errors import CalibrationError, ExportError
+from lightning_quant.simulation import aimet
+from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
+from lightning_quant.simulation.network import QuantizedNetwork
+
+# Version of AIMET's encodings file. 1.0.0 is what AI Hub is documented to read.
+ENCODINGS_VERSION = "1.0.0"
+# 16-bit activations and 4-bit weights exist in QuantizeLinear from this opset on.
+_QDQ_OPSET = 21
+_FLOAT_OPSET = 17
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The files of one exported network.
+
+    Args:
+        path: the folder of the bundle, ``<name>``.
+        manifest: content of its ``manifest.json``.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def aimet(self) -> Path:
+        """Folder ``<name>.aimet`` with exactly ``model.onnx`` and ``model.encodings``: what AI Hub takes."""
+        return self.path / f"{self.path.name}.aimet"
+
+    @property
+    def qdq(self) -> Path:
+        """ONNX file with integer weights and QuantizeLinear/DequantizeLinear: what ONNX Runtime takes."""
+        return self.path / f"{self.path.name}.onnx"
+
+
+def export_bundle(network: QuantizedNetwork, path: str | Path, samples: Iterable[NetworkInputs]) -> Bundle:
+    """Export a calibrated network, check the files against the simulation, and put them in place.
+
+    Everything is written to a temporary folder beside ``path`` and renamed at the end, so a full disk or a
+    kill leaves the previous bundle, or none, but never half of one.
+
+    Args:
+        network: the calibrated network.
+        path: folder of the bundle; its last part names the files. An earlier bundle there is replaced.
+        samples: calls to compare simulation and export on, e.g. some calibration samples. At least one.
+
+    Returns:
+        The bundle; its manifest holds hashes, versions, sizes, parity and the tensors without encodings.
+
+    Raises:
+        ExportError: when not calibrated, a tensor lacks an encoding, or the files cannot be written.
+        ParityError: when ONNX Runtime computes something else from the files than the simulation.
+    """
+    path = Path(path).absolute()
+    if not network.calibrated:
+        raise ExportError(
+            "The network is not calibrated: expected one that was run by a callback's fit, validate, test or "
+            "predict, or passed to calibrate()."
+        )
+    if path.exists() and not (path / "manifest.json").is_file():
+        raise ExportError(
+            f"{path} exists and is no bundle (it has no manifest.json): expected a new folder or an earlier "
+            "bundle. Give another folder."
+        )
+    with _on_cpu_in_eval(network):
+        calls = [call.to(torch.device("cpu")) for call in samples]
+        if not calls:
+            raise ExportError("No samples to check the export with: expected at least one.")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        except OSError as error:
+            raise ExportError(f"Cannot write to {path.parent}: {error}. Give a folder that is writable.") from error
+        try:
+            manifest = _write(network, Bundle(staging, {}), path.name, calls)
+            _move_into_place(staging, path)
+        except OSError as error:
+            raise ExportError(
+                f"Writing the bundle {path} failed: {error}. Nothing was changed there; free some space or choose "
+                "another folder and export again."
+            ) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return Bundle(path, manifest)
+
+
+def load_bundle(path: str | Path) -> Bundle:
+    """Read a bundle and check that its files are the ones it was written with.
+
+    Raises:
+        ExportError: naming the file that is missing or changed.
+    """
+    path = Path(path).absolute()
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        files = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{path} is no bundle: its manifest.json cannot be read ({error!r}).") from error
+    for name, entry in files.items():
+        file = path / name
+        if not file.resolve().is_relative_to(path.resolve()) or not file.is_file():
+            raise ExportError(f"The bundle {path} lacks {name!r}; export it again.")
+        if _sha256(file) != entry["sha256"]:
+            raise ExportError(f"{name!r} in the bundle {path} was changed since the export; export it again.")
+    return Bundle(path, manifest)
+
+
+def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequence[NetworkInputs]) -> dict[str, Any]:
+    import onnx
+
+    folder = staging.path / f"{name}.aimet"
+    folder.mkdir()
+    float_onnx, encodings_file = folder / "model.onnx", folder / "model.encodings"
+    qdq = staging.path / f"{name}.onnx"
+    example = calls[0].first(1)
+    names = dict(zip(("input_names", "output_names"), _names(network, example), strict=True))
+    tensors = tuple(example.tensors)
+    with aimet.quiet() as aimet_torch:
+        from aimet_torch.onnx import _remove_dangling_nodes_and_initializers
+
+        network.sim.onnx.export(
+            tensors,
+            str(float_onnx),
+            encoding_version=ENCODINGS_VERSION,
+            opset_version=_FLOAT_OPSET,
+            dynamo=False,
+            **names,
+        )
+        aimet_torch.onnx.export(
+            network.sim.model,
+            tensors,
+            str(qdq),
+            opset_version=_QDQ_OPSET,
+            prequantize_constants=True,
+            dynamo=False,
+            **names,
+        )
+        # tracing leaves the quantizers' own constants behind, used by nothing
+        model = onnx.load(float_onnx)
+        _remove_dangling_nodes_and_initializers(model)
+        onnx.save(model, float_onnx)
+    encodings = json.loads(encodings_file.read_text())
+    encoded = [e["name"] for part in ("activation_encodings", "param_encodings") for e in encodings[part]]
+    reasons, missing = audit.unexplained(model, encoded, network.findings)
+    if missing:
+        raise ExportError(
+            f"{len(missing)} tensors of the exported network have no encoding, e.g. {', '.join(missing[:5])}: the "
+            "device would make ranges up for them. Expected a quantizer on each. Was one removed, or is there an "
+            "operation AIMET does not quantize? Use nn modules for it, or run with strict=True to find it."
+        )
+    measured = parity.compare(_outputs(network, qdq, names["input_names"], calls))
+    parity.check(measured, network.recipe.precision)
+    manifest = {
+        **network.manifest(),
+        "name": name,
+        "encodings_version": ENCODINGS_VERSION,
+        "opset": {"float": _FLOAT_OPSET, "qdq": _QDQ_OPSET},
+        "onnx": importlib.metadata.version("onnx"),
+        "onnxruntime": importlib.metadata.version("onnxruntime"),
+        **names,
+        "bytes": {
+            "float": float_onnx.stat().st_size,
+            "quantized": qdq.stat().st_size,
+        },
+        "parity": {"tier": "onnxruntime", "reference": "simulation", **measured.as_dict()},
+        "without_encoding": reasons,
+        "files": {
+            str(file.relative_to(staging.path)): {"sha256": _sha256(file), "bytes": file.stat().st_size}
+            for file in (float_onnx, encodings_file, qdq)
+        },
+    }
+    (staging.path / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def _outputs(
+    network: QuantizedNetwork, qdq: Path, input_names: Sequence[str], calls: Iterable[NetworkInputs]
+) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
+    """Outputs of the simulation and of the QDQ file in ONNX Runtime, sample by sample."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    # The optimized integer kernels saturate on CPUs without VNNI (57 → 35 dB): compute every node as written.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(qdq), options, providers=["CPUExecutionProvider"])
+    wanted = {value.name for value in session.get_inputs()}
+    for call in calls:
+        for sample in _single_samples(call):
+            feeds = {
+                name: tensor.numpy() for name, tensor in zip(input_names, sample.tensors, strict=True) if name in wanted
+            }
+            expected = [tensor.numpy() for tensor in tensors_in(sample.call(network))]
+            yield expected, session.run(None, feeds)
+
+
+def _single_samples(call: NetworkInputs) -> Iterator[NetworkInputs]:
+    size = call.batch_size
+    for index in range(size):
+        at = slice(index, index + 1)
+        yield call.map(lambda t, at=at: t[at] if t.dim() > 0 and t.shape[0] == size else t)  # type: ignore[misc]
+
+
+def first_samples(calls: Iterable[NetworkInputs], count: int) -> list[NetworkInputs]:
+    """The first ``count`` samples of a stream of calls, one call each.
+
+    Raises:
+        CalibrationError: if there is none.
+    """
+    found = list(islice((sample for call in calls for sample in _single_samples(call)), count))
+    if not found:
+        raise CalibrationError("The data loader gave no batch: expected at least one sample.")
+    return found
+
+
+def _names(network: QuantizedNetwork, example: NetworkInputs) -> tuple[list[str], list[str]]:
+    """Names of the graph's inputs and outputs, from the network's own signature and output structure."""
+    import inspect
+
+    parameters = list(inspect.signature(network.network.forward).parameters)
+    inputs = _label({**dict(zip(parameters, example.args, strict=False)), **example.kwargs}, "input")
+    return inputs, _label(example.call(network), "output")
+
+
+def _label(structure: Any, name: str) -> list[str]:
+    """One name for every tensor in a structure: its keys or positions, joined by underscores."""
+    if isinstance(structure, torch.Tensor):
+        return [name]
+    if isinstance(structure, dict):
+        items = [(str(key), value) for key, value in structure.items()]
+    elif isinstance(structure, (list, tuple)):
+        items = [(f"{name}_{index}", value) for index, value in enumerate(structure)]
+    else:  # a dataclass: whatever tensors_in finds
+        items = [(f"{name}_{index}", value) for index, value in enumerate(tensors_in(structure))]
+    return [label for key, value in items for label in _label(value, key)]
+
+
+@contextmanager
+def _on_cpu_in_eval(network: QuantizedNetwork) -> Iterator[None]:
+    """Export happens on the CPU in eval mode, without gradients; afterwards all is as it was."""
+    training = network.training
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    try:
+        network.cpu().eval()
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        network.to(device).train(training)
+
+
+def _move_into_place(staging: Path, path: Path) -> None:
+    for file in staging.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    staging.chmod(0o755)
+    if path.exists():
+        retired = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
+        os.replace(path, retired / path.name)
+        os.replace(staging, path)
+        shutil.rmtree(retired, ignore_errors=True)
+    else:
+        os.replace(staging, path)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def float_bytes(network: nn.Module) -> int:
+    """Bytes of a network's parameters and buffers in float32."""
+    return sum(tensor.numel() * 4 for tensor in [*network.parameters(), *network.buffers()])

@@ -1,0 +1,99 @@
+"""How closely two computations of the same thing agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from lightning_quant.errors import ParityError
+from lightning_quant.precision import Precision
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Agreement of an implementation with its reference over some samples.
+
+    Args:
+        psnr_db: peak signal-to-noise ratio in dB, ``20 log10(max|reference| / rmse)``, the lowest over the
+            outputs; infinite when equal. Above 30 dB is typically considered good.
+        argmax_agreement: share of positions whose highest score along axis 1 is the same class, over all
+            outputs that have at least two classes; ``None`` if there is no such output.
+        decided_agreement: the same over the positions where the reference is decided: its best score leads
+            by more than two steps of an 8-bit grid over the output's range. At the others the order in which
+            a sum is rounded picks the winner, in an untrained network at many of them.
+        samples: how many samples were compared.
+    """
+
+    psnr_db: float
+    argmax_agreement: float | None
+    decided_agreement: float | None
+    samples: int
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """JSON values; an infinite PSNR becomes ``None``."""
+        values = asdict(self)
+        values["psnr_db"] = None if math.isinf(self.psnr_db) else round(self.psnr_db, 2)
+        return values
+
+
+def compare(
+    pairs: Iterable[tuple[Sequence[np.ndarray], Sequence[np.ndarray]]],
+) -> Parity:
+    """Compare outputs sample by sample, without keeping them.
+
+    Args:
+        pairs: for each batch the reference's outputs and the implementation's, arrays of equal shapes with
+            samples along axis 0.
+    """
+    peaks: dict[int, float] = {}
+    squares: dict[int, float] = {}
+    counts: dict[int, int] = {}
+    same = positions = same_decided = decided = samples = 0
+    for reference, actual in pairs:
+        for index, (expected, got) in enumerate(zip(reference, actual, strict=True)):
+            a, b = expected.astype(np.float64), got.astype(np.float64)
+            peaks[index] = max(peaks.get(index, 0.0), float(np.abs(a).max(initial=0.0)))
+            squares[index] = squares.get(index, 0.0) + float(((a - b) ** 2).sum())
+            counts[index] = counts.get(index, 0) + a.size
+            if a.ndim >= 2 and a.shape[1] >= 2:
+                equal = a.argmax(1) == b.argmax(1)
+                best = np.partition(a, -2, axis=1)
+                leads = best.take(-1, 1) - best.take(-2, 1) > 2 * np.ptp(a) / 255
+                same, positions = same + int(equal.sum()), positions + equal.size
+                same_decided, decided = same_decided + int(equal[leads].sum()), decided + int(leads.sum())
+        samples += len(reference[0])
+    ratios = [_psnr(peaks[i], squares[i] / max(counts[i], 1)) for i in peaks]
+    agreement = same / positions if positions else None
+    decided_agreement = same_decided / decided if decided else agreement
+    return Parity(min(ratios, default=math.inf), agreement, decided_agreement, samples)
+
+
+def _psnr(peak: float, mean_square: float) -> float:
+    if mean_square == 0:
+        return math.inf
+    return 20 * math.log10(peak / math.sqrt(mean_square)) if peak and math.isfinite(mean_square) else -math.inf
+
+
+def check(parity: Parity, precision: Precision) -> None:
+    """Raise if an export agrees less with its simulation than rounding in another order explains.
+
+    The bars: 60 dB for 16-bit activations; for 8-bit ones, where one step of the coarse grid more or less is
+    common, 35 dB and the same class at 99 % of the decided positions.
+
+    Raises:
+        ParityError: with the figures and the bar.
+    """
+    bar = 60.0 if precision.activation_bits >= 16 else 35.0
+    agreement = parity.decided_agreement
+    low_agreement = precision.activation_bits < 16 and agreement is not None and agreement < 0.99
+    if parity.psnr_db < bar or low_agreement:
+        share = "" if agreement is None else f" and the same class at {agreement:.2%} of the decided positions"
+        raise ParityError(
+            f"The exported model differs from the simulation: {parity.psnr_db:.1f} dB{share} over "
+            f"{parity.samples} samples at {precision}; expected at least {bar:.0f} dB"
+            f"{'' if precision.activation_bits >= 16 else ' and 99 %'}. The files were not kept: what runs on the "
+            "device would not be what was measured. Please report it with the network."
+        )
