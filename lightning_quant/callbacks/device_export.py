@@ -8,11 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_quant.callbacks.data import InputCatcher, calibration_inputs, calibration_loader, undisturbed
-from lightning_quant.callbacks.quantization import QuantizationCallback
+from lightning_quant.callbacks.quantization import QuantizationCallback, say
 from lightning_quant.deploy.bundle import Bundle, export_bundle, first_samples
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -109,7 +108,5 @@ class DeviceExport(Callback):
             stem = self.name or f"{type(network.network).__name__}-{network.recipe.precision}"
             self.bundle = export_bundle(network, root / stem, calls)
             parity: dict[str, Any] = self.bundle.manifest["parity"]
-            rank_zero_info(
-                f"Exported {self.bundle.path} ({parity['psnr_db']} dB against the simulation in ONNX Runtime)."
-            )
+            say(f"Exported {self.bundle.path} ({parity['psnr_db']} dB against the simulation in ONNX Runtime).")
         trainer.strategy.barrier("lightning_quant_export")

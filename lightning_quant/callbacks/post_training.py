@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_quant.callbacks.quantization import QuantizationCallback
+from lightning_quant.callbacks.quantization import QuantizationCallback, say
 
 
 class PostTrainingQuantization(QuantizationCallback):
@@ -43,7 +42,7 @@ class PostTrainingQuantization(QuantizationCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        rank_zero_info("PostTrainingQuantization does not train: fit ends after calibration and validation.")
+        say("PostTrainingQuantization does not train: fit ends after calibration and validation.")
         if trainer.enable_validation:
             # as the training loop does for a validation in its midst
             trainer.validating = True

@@ -12,7 +12,7 @@ import torch.distributed
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
@@ -31,11 +31,18 @@ from lightning_quant.simulation.calibrate import calibrate, uncalibrated
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.preflight import refuse, unused_siblings
 
-log = logging.getLogger(__name__)
+# Below Lightning's own logger, so that what a run says appears where Lightning's messages do.
+log = logging.getLogger(f"lightning.pytorch.{__name__}")
 
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 _STRATEGIES = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
+
+
+@rank_zero_only
+def say(message: str) -> None:
+    """Tell the user what a callback did, once whatever the number of processes."""
+    log.info(message)
 
 
 class QuantizationCallback(Callback):
@@ -97,7 +104,7 @@ class QuantizationCallback(Callback):
         quantized.findings[:0] = siblings
         parent, _, name = self.network_name.rpartition(".")
         setattr(pl_module.get_submodule(parent), name, quantized)
-        rank_zero_info(f"Quantized {type(pl_module).__name__}.{self.network_name} to {self.recipe.precision}.")
+        say(f"Quantized {type(pl_module).__name__}.{self.network_name} to {self.recipe.precision}.")
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -140,7 +147,7 @@ class QuantizationCallback(Callback):
             if trainer.world_size > 1:  # GPUs may round differently; the ranges must not
                 for parameter in network.range_parameters():
                     torch.distributed.broadcast(parameter.data, src=0)
-        rank_zero_info(f"Calibrated {self.network_name} with {used} samples.")
+        say(f"Calibrated {self.network_name} with {used} samples.")
         if missing := uncalibrated(network):
             rank_zero_warn(
                 f"No calibration sample reached {len(missing)} quantizers, e.g. {missing[0]!r}: these parts of "

@@ -64,7 +64,7 @@ def compare(
                 leads = best.take(-1, 1) - best.take(-2, 1) > 2 * np.ptp(a) / 255
                 same, positions = same + int(equal.sum()), positions + equal.size
                 same_decided, decided = same_decided + int(equal[leads].sum()), decided + int(leads.sum())
-        samples += len(reference[0])
+        samples += reference[0].shape[0] if reference[0].ndim else 1
     ratios = [_psnr(peaks[i], squares[i] / max(counts[i], 1)) for i in peaks]
     agreement = same / positions if positions else None
     decided_agreement = same_decided / decided if decided else agreement

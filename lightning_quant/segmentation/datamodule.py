@@ -72,11 +72,15 @@ class CityscapesDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        lowest = {"batch_size": 1, "num_workers": 0, "calibration_samples": 1, "held_out": 0, "seed": 0}
-        given = locals()
-        for name, least in lowest.items():
-            if given[name] < least:
-                raise ConfigurationError(f"{name}={given[name]} was given; expected at least {least}.")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("calibration_samples", calibration_samples, 1),
+            ("held_out", held_out, 0),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise ConfigurationError(f"{name}={value} was given; expected at least {least}.")
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ConfigurationError(f"size={tuple(size)} was given; expected (height, width) in pixels.")
         if calibration_pattern is not None and calibration_images is None:

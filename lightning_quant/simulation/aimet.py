@@ -55,5 +55,6 @@ def quiet() -> Iterator[ModuleType]:
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", message="To copy construct from a tensor")
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", message="Exporting to ONNX opset version")
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         yield aimet

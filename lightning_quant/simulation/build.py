@@ -85,6 +85,11 @@ def _prepare(network: nn.Module, inputs: NetworkInputs, output: Any) -> tuple[nn
         bound.apply_defaults()
         constants = {name: value for name, value in bound.arguments.items() if _is_constant(value)}
         prepared = prepare_model(copy.deepcopy(network), concrete_args=constants or None)
+        for node in prepared.graph.find_nodes(op="placeholder"):  # fx names a fixed argument mask_1
+            name, _, number = node.target.rpartition("_")
+            if name in constants and number.isdigit() and node.target not in bound.signature.parameters:
+                node.target = name
+        prepared.recompile()
         difference = _relative_difference(output, inputs.call(prepared))
     except Exception as error:  # tracing runs arbitrary user code: anything may come out of it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -171,7 +176,13 @@ def _relative_difference(expected: Any, actual: Any) -> float:
     for a, b in pairs:
         if a.shape != b.shape:
             return float("inf")
-        if a.is_floating_point() and a.numel():
+        if not a.is_floating_point():
+            continue
+        finite = a.isfinite()
+        if not torch.equal(finite, b.isfinite()):
+            return float("inf")
+        a, b = a[finite], b[finite]
+        if a.numel():
             scale = a.abs().max().clamp_min(torch.finfo(a.dtype).tiny)
             worst = max(worst, float((a - b).abs().max() / scale))
     return worst
@@ -210,6 +221,10 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
         ) from error
     finally:
         QuantizationMixin.ignore_unknown_modules(ignored_before)
+    modules = set(sim.model.modules())
+    for op in {sim.connected_graph._output_op, *sim.connected_graph.get_all_ops().values()} - {None}:
+        if op.residing_module not in modules:  # an instance of a local class of AIMET's, which no pickle takes
+            op.residing_module = sim.model
     if recipe.range_estimator == "percentile":
         sim.set_percentile_value(recipe.percentile)
     return sim

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_quant.errors import CalibrationError
 from lightning_quant.simulation import aimet
@@ -27,8 +29,8 @@ def calibrate(network: QuantizedNetwork, batches: Iterable[NetworkInputs]) -> in
         The number of samples used, which is less than asked for when the batches ran out.
 
     Raises:
-        CalibrationError: if there was no sample, or one with NaN or Inf in it (the batch is named). The
-            network is not marked as calibrated then.
+        CalibrationError: if there was no sample, or one with NaN or Inf in it (the batch is named), or the
+            network computed such values (the quantizer is named). It is not marked as calibrated then.
     """
     wanted = network.recipe.calibration_samples
     seen = 0
@@ -58,6 +60,12 @@ def calibrate(network: QuantizedNetwork, batches: Iterable[NetworkInputs]) -> in
     # ranges must be ordinary tensors: made under inference_mode they would break training later
     with torch.inference_mode(False), aimet.quiet():
         network.sim.compute_encodings(run)
+    if endless := [name for name, quantizer in _quantizers(network) if not _finite(quantizer)]:
+        raise CalibrationError(
+            f"The range of {endless[0]!r} is not finite: expected finite activations, but the network itself made NaN "
+            "or Inf of finite samples. Look for a division by zero, log(0) or a mask of -inf there (use a finite "
+            "value instead)."
+        )
     if seen < wanted:
         log.info("Calibrated with %d samples; %d were asked for.", seen, wanted)
     network.calibrated = True
@@ -66,10 +74,14 @@ def calibrate(network: QuantizedNetwork, batches: Iterable[NetworkInputs]) -> in
 
 def uncalibrated(network: QuantizedNetwork) -> list[str]:
     """Names of quantizers that no calibration sample reached: parts of the network that were never run."""
+    return [name for name, quantizer in _quantizers(network) if not quantizer.is_initialized()]
+
+
+def _quantizers(network: QuantizedNetwork) -> list[tuple[str, Any]]:
     from aimet_torch.quantization.base import QuantizerBase
 
-    return [
-        name
-        for name, module in network.network.named_modules()
-        if isinstance(module, QuantizerBase) and not module.is_initialized()
-    ]
+    return [(name, module) for name, module in network.network.named_modules() if isinstance(module, QuantizerBase)]
+
+
+def _finite(quantizer: nn.Module) -> bool:
+    return all(bool(torch.isfinite(end).all()) for end in quantizer.parameters())

@@ -88,7 +88,7 @@ class NetworkInputs:
         try:
             args = tuple(_make_up(item) for item in description["args"])
             return cls(args, {name: _make_up(item) for name, item in description["kwargs"].items()})
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, OverflowError) as error:
             raise CheckpointError(
                 f"The checkpoint's manifest describes inputs that cannot be made up ({error!r}): expected "
                 "tensors, numbers, strings and lists, tuples or dicts of them. Pass example_inputs=... to "

@@ -92,7 +92,8 @@ class QuantizedNetwork(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             network = self.__dict__.get("_modules", {}).get("network")
-            if network is None:
+            # a traced network has a __deepcopy__, which would copy it alone
+            if network is None or name.startswith("__"):
                 raise
             return getattr(network, name)
 

@@ -22,9 +22,7 @@ from lightning_quant.segmentation.cityscapes import (
 )
 
 CAMVID = Path(
-    os.environ.get(
-        "LIGHTNING_QUANT_CAMVID", Path(__file__).resolve().parents[2].parent / "shared/data/camvid"
-    )
+    os.environ.get("LIGHTNING_QUANT_CAMVID", Path(__file__).resolve().parents[2].parent / "shared/data/camvid")
 )
 needs_camvid = pytest.mark.skipif(
     not CAMVID.is_dir(), reason="CamVid is not here; set LIGHTNING_QUANT_CAMVID to its folder"
@@ -67,9 +65,7 @@ def test_every_legal_label_id_gets_the_train_id_of_torchvision() -> None:
     assert to_train_ids(np.array([255], np.uint8)).tolist() == [IGNORE_INDEX]
 
 
-@pytest.mark.parametrize(
-    "label_ids", [np.array([7, 34, 200], np.uint8), np.array([7, 26001, 34, -2], np.int32)]
-)
+@pytest.mark.parametrize("label_ids", [np.array([7, 34, 200], np.uint8), np.array([7, 26001, 34, -2], np.int32)])
 def test_an_illegal_label_id_is_named_with_its_file(label_ids: np.ndarray) -> None:
     with pytest.raises(DataError, match=r"x\.png holds label ids .*34.*instanceIds"):
         to_train_ids(label_ids, "x.png")

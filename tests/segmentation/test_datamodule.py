@@ -105,7 +105,7 @@ def test_unlabelled_calibration_images_come_bare(scenes: str, tmp_path: Path) ->
     assert [tuple(batch.shape) for batch in data.calibration_dataloader()] == [(2, 3, 32, 64), (1, 3, 32, 64)]
 
 
-def test_a_pattern_selects_calibration_images(scenes: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_pattern_selects_calibration_images(scenes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     for folder in ("rgb", "ss"):

@@ -105,9 +105,7 @@ def test_an_empty_folder_is_reported(urban: Path) -> None:
         find_images(urban / "empty")
 
 
-def test_without_the_package_the_error_says_how_to_install_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_package_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)  # what Python does when an import is to fail
     with pytest.raises(ConfigurationError, match=r"pip install 'lightning-quant\[datasets\]'"):
         find_images("UrbanSyn/UrbanSyn", "rgb/*_00*.png")

@@ -59,6 +59,14 @@ def small(classes: int = 4) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, classes, 1))
 
 
+def seeing() -> nn.Module:
+    """Tells the classes of :func:`coloured` apart, with errors, without training."""
+    network = nn.Conv2d(3, 4, 1)
+    bias = torch.tensor([0.0, 0.0, 0.0, 0.4])
+    network.load_state_dict({"weight": torch.eye(4, 3).view(4, 3, 1, 1), "bias": bias})
+    return network
+
+
 def class_maps(task: SegmentationTask, data: TensorDataset) -> list[NDArray]:
     with torch.no_grad():
         logits = task.model.eval()(data.tensors[0])
@@ -81,9 +89,7 @@ def test_miou_is_accumulated_over_uneven_batches(tmp_path: Path, stage: str) -> 
     assert figures[f"{stage}_miou"] != pytest.approx(np.mean(by_batch), abs=1e-3)
 
     logits = F.interpolate(task.model(data.tensors[0]), size=(16, 24), mode="bilinear")
-    losses = [
-        F.cross_entropy(logits[i : i + 3], data.tensors[1][i : i + 3], ignore_index=255) for i in (0, 3, 6)
-    ]
+    losses = [F.cross_entropy(logits[i : i + 3], data.tensors[1][i : i + 3], ignore_index=255) for i in (0, 3, 6)]
     weighted = (3 * losses[0] + 3 * losses[1] + losses[2]) / 7
     assert figures[f"{stage}_loss"] == pytest.approx(weighted.item(), rel=1e-5)
 
@@ -102,11 +108,15 @@ def test_each_epoch_starts_anew(tmp_path: Path) -> None:
 
 def test_miou_sums_the_processes_of_ddp(tmp_path: Path) -> None:
     data = coloured(6)
-    task = SegmentationTask(small(), num_classes=4)
+    data.tensors[1][::2] = data.tensors[1][::2].clamp(min=255)  # the first process sees one image only,
+    data.tensors[1][0, 8:] = 1  # and of that the half, all of one class
+    task = SegmentationTask(seeing(), num_classes=4)
     run = trainer(tmp_path, devices=2, strategy="ddp_spawn")
     (figures,) = run.validate(task, DataLoader(data, batch_size=2), verbose=False)
-    expected = numpy_miou(class_maps(task, data), list(data.tensors[1].numpy()))
-    assert figures["val_miou"] == pytest.approx(expected, abs=1e-6)
+    maps, targets = class_maps(task, data), list(data.tensors[1].numpy())
+    assert figures["val_miou"] == pytest.approx(numpy_miou(maps, targets), abs=1e-6)
+    by_process = [numpy_miou(maps[i::2], targets[i::2]) for i in (0, 1)]
+    assert figures["val_miou"] != pytest.approx(np.mean(by_process), abs=1e-2)
 
 
 def test_class_without_labels_has_no_place_in_the_mean() -> None:
@@ -161,9 +171,7 @@ def test_schedule_by_hand() -> None:
 def test_without_an_end_the_learning_rate_is_constant(tmp_path: Path) -> None:
     rates = LearningRates()
     run = trainer(tmp_path, max_epochs=-1, max_time={"seconds": 1}, callbacks=[rates])
-    run.fit(
-        SegmentationTask(small(), learning_rate=0.1, num_classes=4), DataLoader(coloured(8), batch_size=4)
-    )
+    run.fit(SegmentationTask(small(), learning_rate=0.1, num_classes=4), DataLoader(coloured(8), batch_size=4))
     assert set(rates.seen) == {0.1}
 
 
@@ -277,9 +285,7 @@ def test_other_outputs_are_refused(output: object, message: str) -> None:
 
 @pytest.mark.parametrize("network", [small(5), nn.Flatten()])
 def test_another_number_of_classes_than_the_network_has_is_refused(network: nn.Module) -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"returned shape \(.*\); expected \(N, 4, h, w\)\. Build it"
-    ):
+    with pytest.raises(ConfigurationError, match=r"returned shape \(.*\); expected \(N, 4, h, w\)\. Build it"):
         SegmentationTask(network, num_classes=4)(torch.zeros(1, 3, 16, 16))
 
 

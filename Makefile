@@ -1,0 +1,35 @@
+# Everything a newcomer runs. `make help` lists it.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(INSTALLED)  ## set up .venv with the tested versions
+
+$(INSTALLED):
+	@echo "Installing into $(VENV) (about 4 minutes and 7 GB the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,datasets]'
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+demo: install  ## synthetic scenes → float training → PTQ and QAT at W8A8, W8A16, W4A16 → export → one table
+	$(BIN)/lightning-quant -m experiment=demo precision=w8a8,w8a16,w4a16 hydra.sweep.dir=multirun/demo
+
+test: install  ## the tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove what runs and builds left, not the virtual environment or data
+	rm -rf build dist outputs multirun lightning_logs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,5 @@
+"""``python -m lightning_quant``."""
+
+from lightning_quant.app import main
+
+main()

@@ -1,0 +1,49 @@
+"""The command line: ``lightning-quant``, or ``python -m lightning_quant``. Configuration by Hydra.
+
+Only what parsing the command line needs is imported here; the run itself is in :mod:`lightning_quant.pipeline`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from lightning_quant.errors import LightningQuantError
+from lightning_quant.report import summary
+
+log = logging.getLogger(__name__)
+
+
+def config_dir() -> Path:
+    """Folder of the configuration files: inside the installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+@hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")
+def _job(config: DictConfig) -> None:
+    from lightning_quant.pipeline import record_failure, run
+
+    try:
+        run(config)
+    except LightningQuantError as error:
+        # The next job of a sweep may well succeed, so it gets its chance.
+        record_failure(config, error)
+        log.error("%s: %s", type(error).__name__, error)
+        summary.failures.append(str(error))
+
+
+def main() -> None:
+    """Run the app; the exit status is 1 if a run failed."""
+    _job()
+    if summary.failures:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""The main job, start to end: a float network, its PTQ and QAT, the better one exported, one record.
+
+Generic over Hydra's ``_target_``: any LightningModule that takes ``network=`` (and, for QAT, has
+``learning_rate=``) and logs the monitored metric in validation.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from filelock import FileLock
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_quant.callbacks.device_export import DeviceExport
+from lightning_quant.callbacks.post_training import PostTrainingQuantization
+from lightning_quant.callbacks.training import QuantizationAwareTraining
+from lightning_quant.errors import CheckpointError, ConfigurationError, DataError
+from lightning_quant.precision import Precision
+from lightning_quant.report.record import RECORD_NAME, RunRecord, config_hash
+from lightning_quant.report.summary import print_summary
+from lightning_quant.segmentation.overlay import save_overlays
+from lightning_quant.segmentation.task import SegmentationTask
+
+log = logging.getLogger(__name__)
+
+# Values that say where or whether to run, not what comes out.
+_NOT_THE_RESULT = ("skip_finished",)
+
+
+def run(config: DictConfig) -> RunRecord:
+    """Run one job of the app in Hydra's output folder and write its record there.
+
+    Args:
+        config: the composed configuration, see ``conf/config.yaml``.
+
+    Returns:
+        The record; the one found there if ``skip_finished`` is set and the configuration is the same.
+    """
+    _keep_to_the_point()
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    record = _new_record(config)
+    if config.skip_finished and (finished := _finished(folder, record.config_hash)):
+        log.info("Skipped: %s holds the finished run of this configuration.", folder)
+        return finished
+    _Run(config, folder, record).execute()
+    record.status = "finished"
+    path = record.write(folder)
+    if HydraConfig.get().mode.name == "RUN":
+        print_summary([record], f"Results: {path}")
+    return record
+
+
+def record_failure(config: DictConfig, error: Exception) -> None:
+    """Leave a record of a run that failed, with its message, unless a finished one is there."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    record = _new_record(config)
+    record.status, record.error = "failed", f"{type(error).__name__}: {error}"
+    if not _finished(folder, record.config_hash):
+        record.write(folder)
+
+
+def _keep_to_the_point() -> None:
+    """Leave Lightning's messages to Hydra's log, once, without its greetings; silence known noise."""
+    for name in ("lightning", "lightning.pytorch"):
+        logging.getLogger(name).handlers.clear()
+    for name in ("lightning.pytorch.utilities.rank_zero", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.utilities\._pytree")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+def _new_record(config: DictConfig) -> RunRecord:
+    choices = HydraConfig.get().runtime.choices
+    try:
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except Exception as error:  # a ??? that was not given, or an interpolation that leads nowhere
+        raise ConfigurationError(f"The configuration is incomplete: {error}") from None
+    assert isinstance(values, dict)
+    plain = {str(key): value for key, value in values.items() if key not in _NOT_THE_RESULT}
+    packages = ("lightning-quant", "lightning", "torch", "aimet-torch", "onnx", "onnxruntime", "torchmetrics")
+    return RunRecord(
+        status="running",
+        model=choices["model"],
+        data=choices["data"],
+        precision=str(Precision.parse(config.precision)),
+        config_hash=config_hash(plain),
+        monitor=config.monitor,
+        mode=config.mode,
+        versions={name: importlib.metadata.version(name) for name in packages},
+        config=plain,
+    )
+
+
+def _finished(folder: Path, wanted: str) -> RunRecord | None:
+    if not (folder / RECORD_NAME).is_file():
+        return None
+    try:
+        record = RunRecord.read(folder / RECORD_NAME)
+    except DataError:  # damaged: run again
+        return None
+    return record if record.status == "finished" and record.config_hash == wanted else None
+
+
+class _Run:
+    """One run: what its stages share."""
+
+    def __init__(self, config: DictConfig, folder: Path, record: RunRecord) -> None:
+        self.config = config
+        self.folder = folder
+        self.record = record
+        pl.seed_everything(config.seed, workers=True, verbose=False)
+        self.data: pl.LightningDataModule = instantiate(config.data)
+        # Wrong data is told before a network is built or trained.
+        self.data.prepare_data()
+        self.data.setup("fit")
+
+    def execute(self) -> None:
+        with self.stage("float"):
+            float_task = self.float_task()
+            self.measure("float", float_task)
+        with self.stage("ptq"):
+            quantized = copy.deepcopy(float_task)
+            self.measure("ptq", quantized, PostTrainingQuantization(**self.quantizer()))
+        self.record.exported = "ptq"
+        if self.config.qat.epochs > 0:
+            with self.stage("qat"):
+                trained = self.train_quantized(float_task)
+                self.measure("qat", trained)
+            if self.is_better("qat", "ptq"):
+                quantized, self.record.exported = trained, "qat"
+        with self.stage("export"):
+            self.export(quantized)
+            self.draw(float_task, quantized)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Announce a stage and take its time."""
+        log.info("%s · %s · %s", self.record.model, self.record.precision, name)
+        start = time.perf_counter()
+        yield
+        self.record.seconds[name] = round(time.perf_counter() - start, 2)
+
+    def task(self, learning_rate: float | None = None) -> pl.LightningModule:
+        given = {} if learning_rate is None else {"learning_rate": learning_rate}
+        task: pl.LightningModule = instantiate(self.config.task, network=instantiate(self.config.model), **given)
+        return task
+
+    def logger(self, name: str) -> Any:
+        """The configured logger for a stage that trains."""
+        if "_target_" not in self.config.logger:
+            return False
+        return instantiate(self.config.logger)(save_dir=str(self.folder), name="logs", version=name)
+
+    def trainer(self, *callbacks: Callback, **options: Any) -> pl.Trainer:
+        trainer: pl.Trainer = instantiate(
+            self.config.trainer,
+            callbacks=list(callbacks),
+            default_root_dir=str(self.folder),
+            **options,
+            _convert_="all",
+        )
+        return trainer
+
+    def quantizer(self) -> dict[str, Any]:
+        """Arguments of both quantization callbacks."""
+        values = OmegaConf.to_container(self.config.quantizer, resolve=True)
+        assert isinstance(values, dict)
+        return {"precision": self.record.precision, **{str(key): value for key, value in values.items()}}
+
+    def measure(self, name: str, task: pl.LightningModule, *callbacks: Callback) -> None:
+        """Run the user's validation and keep the monitored metric."""
+        trainer = self.trainer(*callbacks, enable_progress_bar=False, logger=False)
+        trainer.validate(task, datamodule=self.data, verbose=False)
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+        if self.config.monitor not in metrics:
+            raise ConfigurationError(
+                f"monitor={self.config.monitor!r} was not logged in validation: expected one of "
+                f"{', '.join(sorted(metrics)) or 'nothing, for nothing was logged'}."
+            )
+        self.record.metric[name] = metrics[self.config.monitor]
+        log.info("%s %s: %.4f", name, self.config.monitor, self.record.metric[name])
+        if isinstance(task, SegmentationTask):
+            self.record.per_class_iou[name] = {key: round(iou, 4) for key, iou in task.per_class_iou().items()}
+
+    def is_better(self, name: str, other: str) -> bool:
+        one, two = self.record.metric[name], self.record.metric[other]
+        return one >= two if self.record.mode == "max" else one <= two
+
+    def float_task(self) -> pl.LightningModule:
+        """The float network: from the given checkpoint, from an earlier run, or trained now."""
+        config = self.config.float
+        task = self.task()
+        if config.checkpoint is not None:
+            _load_float(task, Path(config.checkpoint))
+            return task
+        if config.epochs == 0:
+            return task
+        values = {part: self.record.config[part] for part in ("data", "model", "task", "float", "seed", "trainer")}
+        # how the calibration samples are chosen does not change the float network
+        values["data"] = {key: v for key, v in values["data"].items() if not key.startswith("calibration")}
+        path = Path(config.dir).absolute() / f"{self.record.model}-{config_hash(values)}.ckpt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # parallel jobs of a sweep wait for the one that trains
+            if path.is_file():
+                log.info("Float network from %s", path)
+                _load_float(task, path)
+            else:
+                trainer = self.trainer(max_epochs=config.epochs, limit_val_batches=0, logger=self.logger("float"))
+                trainer.fit(task, datamodule=self.data)
+                partial = path.with_suffix(".partial")
+                trainer.save_checkpoint(partial, weights_only=True)
+                os.replace(partial, path)
+                log.info("Float network trained and kept as %s", path)
+        self.record.artifacts["float_checkpoint"] = str(path)
+        return task
+
+    def train_quantized(self, float_task: pl.LightningModule) -> pl.LightningModule:
+        config = self.config.qat
+        task = self.task(learning_rate=config.learning_rate)
+        task.load_state_dict(float_task.state_dict())
+        callback = QuantizationAwareTraining(**self.quantizer(), train_ranges=config.train_ranges)
+        trainer = self.trainer(callback, max_epochs=config.epochs, limit_val_batches=0, logger=self.logger("qat"))
+        trainer.fit(task, datamodule=self.data)
+        return task
+
+    def export(self, quantized: pl.LightningModule) -> None:
+        name = f"{self.record.model}_{self.record.precision}"
+        export: DeviceExport = instantiate(self.config.target, dirpath=str(self.folder / "export"), name=name)
+        callback = PostTrainingQuantization(**self.quantizer())  # finds the network quantized already
+        trainer = self.trainer(callback, export, enable_progress_bar=False, logger=False, limit_val_batches=1)
+        trainer.validate(quantized, datamodule=self.data, verbose=False)
+        assert export.bundle is not None
+        checkpoint = self.folder / f"{name}.ckpt"
+        trainer.save_checkpoint(checkpoint, weights_only=True)
+        manifest = export.bundle.manifest
+        self.record.bytes = manifest["bytes"]
+        self.record.parity = manifest["parity"]
+        self.record.artifacts["bundle"] = str(export.bundle.path.relative_to(self.folder))
+        self.record.artifacts["checkpoint"] = checkpoint.name
+
+    def draw(self, float_task: pl.LightningModule, quantized: pl.LightningModule) -> None:
+        """Float and quantized predictions of the first validation images, side by side, as PNG."""
+        count = self.config.overlays
+        if not count or not isinstance(float_task, SegmentationTask):
+            return
+        images: list[torch.Tensor] = []
+        for batch in self.data.val_dataloader():
+            images.extend(batch[0])
+            if len(images) >= count:
+                break
+        pictures = torch.stack(images[:count])
+        with torch.no_grad():
+            float_maps, maps = (
+                task.eval().cpu().predict_step(pictures, 0).numpy()
+                for task in (float_task, quantized)
+            )
+        save_overlays(self.folder / "overlays", pictures, float_maps, maps)
+        self.record.artifacts["overlays"] = "overlays"
+
+
+def _load_float(task: pl.LightningModule, path: Path) -> None:
+    """Load a float checkpoint of the task, or a state dict of its network.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, quantized, or of another network.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"float.checkpoint={str(path)!r} does not exist: expected a checkpoint file.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip, EOF and runtime errors, by where the damage is
+        raise CheckpointError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds {type(state).__name__}: expected a Lightning checkpoint or a state dict.")
+    if any(key.endswith("_extra_state") for key in state):
+        raise CheckpointError(f"{path} holds a quantized network: expected a float one to start from.")
+    try:
+        task.load_state_dict(state)
+    except RuntimeError as error:
+        try:
+            task.get_submodule("model").load_state_dict(state)
+        except (RuntimeError, AttributeError):
+            raise CheckpointError(f"{path} does not fit {type(task).__name__}: {error}") from error

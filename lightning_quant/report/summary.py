@@ -1,0 +1,118 @@
+"""One table over the runs of a sweep: in the terminal, as Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from typing_extensions import override
+
+from lightning_quant.errors import DataError
+from lightning_quant.report.record import RECORD_NAME, RunRecord
+
+log = logging.getLogger(__name__)
+
+# Set when a run of this process's sweep failed: Hydra has no exit status of its own for that.
+failures: list[str] = []
+
+
+def _metric(name: str) -> Callable[[RunRecord], str]:
+    return lambda record: f"{record.metric[name]:.4f}" if name in record.metric else ""
+
+
+def _megabytes(name: str) -> Callable[[RunRecord], str]:
+    return lambda record: f"{record.bytes[name] / 1e6:.2f}" if name in record.bytes else ""
+
+
+def _parity(record: RunRecord) -> str:
+    if not record.parity:
+        return ""
+    psnr = record.parity["psnr_db"]
+    return f"{'equal' if psnr is None else f'{psnr:.1f} dB'} ({record.parity['tier']})"
+
+
+COLUMNS: dict[str, Callable[[RunRecord], str]] = {
+    "model": lambda record: record.model,
+    "precision": lambda record: record.precision,
+    "{metric} float": _metric("float"),
+    "{metric} PTQ": _metric("ptq"),
+    "{metric} QAT": _metric("qat"),
+    "drop": lambda record: "" if record.drop is None else f"{record.drop:.4f}",
+    "exported": lambda record: record.exported or record.status,
+    "MB float": _megabytes("float"),
+    "MB quantized": _megabytes("quantized"),
+    "parity with simulation": _parity,
+    "seconds": lambda record: f"{sum(record.seconds.values()):.0f}" if record.seconds else "",
+}
+
+
+def table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the summary, as text."""
+    monitor = next((record.monitor for record in records if record.monitor), "metric")
+    header = [name.format(metric=monitor.removeprefix("val_")) for name in COLUMNS]
+    return header, [[column(record) for column in COLUMNS.values()] for record in records]
+
+
+def write_summary(records: Sequence[RunRecord], folder: str | Path) -> tuple[Path, Path]:
+    """Write ``summary.md`` and ``summary.csv`` into ``folder``."""
+    header, rows = table(records)
+    folder = Path(folder)
+    markdown = [" | ".join(header), " | ".join("---" for _ in header), *(" | ".join(row) for row in rows)]
+    path = folder / "summary.md"
+    path.write_text("".join(f"| {line} |\n" for line in markdown))
+    with (folder / "summary.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path, folder / "summary.csv"
+
+
+def print_summary(records: Sequence[RunRecord], title: str) -> None:
+    """Print the summary as a table as wide as the terminal allows."""
+    from rich.console import Console
+    from rich.table import Table
+
+    header, rows = table(records)
+    view = Table(title=title, title_justify="left")
+    for index, name in enumerate(header):
+        view.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
+    for row in rows:
+        view.add_row(*row)
+    console = Console()
+    if not console.is_terminal:  # in a file nothing has to fit a window
+        console = Console(width=200)
+    console.print(view)
+
+
+def gather(folder: str | Path) -> list[RunRecord]:
+    """The records of all runs directly below a sweep's folder, in the order of the runs."""
+    paths = sorted(Path(folder).glob(f"*/{RECORD_NAME}"), key=lambda path: _run_order(path.parent.name))
+    records = []
+    for path in paths:
+        try:
+            records.append(RunRecord.read(path))
+        except DataError as error:
+            log.warning("%s", error)
+    return records
+
+
+def _run_order(name: str) -> tuple[int, str]:
+    number = name.partition("-")[0]
+    return (int(number) if number.isdigit() else 10**9, name)
+
+
+class SweepSummary(Callback):
+    """Hydra callback: gathers the records of a multirun, whichever launcher ran it, into one table."""
+
+    @override
+    def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        records = gather(folder)
+        if not records:
+            return
+        markdown, table_file = write_summary(records, folder)
+        failures.extend(f"{record.precision}: {record.error}" for record in records if record.status != "finished")
+        print_summary(records, f"{len(records)} runs in {folder}")
+        print(f"Table: {markdown} and {table_file}")
