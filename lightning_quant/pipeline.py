@@ -51,6 +51,10 @@ def run(config: DictConfig) -> RunRecord:
         The record; the one found there if ``skip_finished`` is set and the configuration is the same.
     """
     _keep_to_the_point()
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise ConfigurationError(
+            f"No value for {', '.join(missing)}: expected one on the command line, e.g. {missing[0]}=..."
+        )
     folder = Path(HydraConfig.get().runtime.output_dir)
     record = _new_record(config)
     if config.skip_finished and (finished := _finished(folder, record.config_hash)):
@@ -85,10 +89,7 @@ def _keep_to_the_point() -> None:
 
 def _new_record(config: DictConfig) -> RunRecord:
     choices = HydraConfig.get().runtime.choices
-    try:
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except Exception as error:  # a ??? that was not given, or an interpolation that leads nowhere
-        raise ConfigurationError(f"The configuration is incomplete: {error}") from None
+    values = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict)
     plain = {str(key): value for key, value in values.items() if key not in _NOT_THE_RESULT}
     packages = ("lightning-quant", "lightning", "torch", "aimet-torch", "onnx", "onnxruntime", "torchmetrics")

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_quant.callbacks.quantization import _find_network
-from lightning_quant.errors import CheckpointError
+from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.inputs import NetworkInputs
@@ -59,30 +59,36 @@ def load_quantized(
     """
     checkpoint = _read(checkpoint_path)
     name, manifest = _manifest(checkpoint, checkpoint_path)
-    recipe = QuantRecipe(
-        precision=manifest["precision"],
-        hardware=hardware or manifest["hardware"],
-        overrides=manifest["overrides"],
-        range_estimator=manifest["range_estimator"],
-    )
-    with warnings.catch_warnings():
-        # the quantized part is missing on purpose here: it is built and loaded below
-        warnings.filterwarnings("ignore", message="Found keys that are", category=UserWarning)
-        module = module_class.load_from_checkpoint(
-            checkpoint_path, map_location="cpu", strict=False, weights_only=True, **kwargs
-        )
-    network = _find_network(module, name)
-    inputs = example_inputs or NetworkInputs.from_description(manifest["inputs"])
-    parent, _, attribute = name.rpartition(".")
-    setattr(module.get_submodule(parent), attribute, quantize(network, inputs, recipe))
     try:
-        module.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        if isinstance(error, CheckpointError):
-            raise
+        recipe = QuantRecipe(
+            precision=manifest["precision"],
+            hardware=hardware or manifest["hardware"],
+            overrides=manifest["overrides"],
+            range_estimator=manifest["range_estimator"],
+        )
+        inputs = example_inputs or NetworkInputs.from_description(manifest["inputs"])
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"The weights in {checkpoint_path} do not fit {module_class.__name__}: {error}. Expected the class "
-            "and arguments the checkpoint was written with."
+            f"The manifest in {checkpoint_path} cannot be used: {error}. Expected what lightning_quant wrote; give "
+            "a hardware config of your own again, with hardware=..."
+        ) from error
+    try:
+        with warnings.catch_warnings():
+            # the quantized part is missing on purpose here: it is built and loaded below
+            warnings.filterwarnings("ignore", message="Found keys that are", category=UserWarning)
+            module = module_class.load_from_checkpoint(
+                checkpoint_path, map_location="cpu", strict=False, weights_only=True, **kwargs
+            )
+        network = _find_network(module, name)
+        parent, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(parent), attribute, quantize(network, inputs, recipe))
+        module.load_state_dict(checkpoint["state_dict"])
+    except CheckpointError:
+        raise
+    except (RuntimeError, ConfigurationError) as error:
+        raise CheckpointError(
+            f"{checkpoint_path} does not fit {module_class.__name__}: {error}. Expected the class and arguments the "
+            "checkpoint was written with."
         ) from error
     return module.eval()
 

@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 import numpy
 import torch
 import torch.distributed
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.data import _is_dataloader_shuffled
@@ -98,16 +99,26 @@ class InputCatcher:
             raise _Caught(NetworkInputs(args, dict(kwargs)))
 
         handle = self._network.register_forward_pre_hook(catch, with_kwargs=True, prepend=True)
-        training = self._module.training
+        modes = {part: part.training for part in self._module.modules()}
+        trainable = {parameter: parameter.requires_grad for parameter in self._module.parameters()}
         self._module.eval()
+        strategy = self._trainer.strategy
+        is_early = step == "training_step" and not self._module.automatic_optimization and not strategy.optimizers
         try:
+            if is_early:  # setup() comes before the optimizers, which a manual step starts with
+                strategy.optimizers, _ = _init_optimizers_and_lr_schedulers(self._module)
             with torch.no_grad():
                 method(*given)
         except _Caught as caught:
             return caught.inputs.map(Tensor.detach)
         finally:
             handle.remove()
-            self._module.train(training)
+            if is_early:
+                strategy.optimizers = []
+            for part, training in modes.items():  # one by one: a frozen part is in another mode than the whole
+                part.training = training
+            for parameter, requires_grad in trainable.items():  # toggle_optimizer() was left halfway
+                parameter.requires_grad_(requires_grad)
         return None
 
 
@@ -119,9 +130,16 @@ def stage_batches(trainer: pl.Trainer) -> Iterator[Any]:
         "test": trainer.test_loop,
         "predict": trainer.predict_loop,
     }
+    stage = stage_name(trainer)
+    loader = loops[stage]._data_source.dataloader()
+    # as the Trainer does it: training combines several loaders in one batch, the others run them one by one
+    yield from _batches(loader if stage == "fit" else CombinedLoader(loader, "sequential"))
+
+
+def stage_name(trainer: pl.Trainer) -> str:
+    """The method of the Trainer that is running: fit, validate, test or predict."""
     assert trainer.state.fn is not None
-    loop = loops[trainer.state.fn.value]
-    yield from _batches(loop._data_source.dataloader())
+    return trainer.state.fn.value
 
 
 def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule, given: Any) -> Any:
@@ -144,7 +162,7 @@ def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule, given
                 source.setup("fit")  # data modules make their training set there only
             return source.train_dataloader()
     raise ConfigurationError(
-        f"trainer.{trainer.state.fn.value if trainer.state.fn else '…'}() has no data to calibrate on: expected "
+        f"trainer.{stage_name(trainer)}() has no data to calibrate on: expected "
         "calibration_dataloader=... on the callback, a calibration_dataloader() method on the data module, or a "
         "train_dataloader(). Validation data is not used for it."
     )

@@ -21,6 +21,7 @@ from lightning_quant.callbacks.data import (
     calibration_inputs,
     calibration_loader,
     stage_batches,
+    stage_name,
     undisturbed,
 )
 from lightning_quant.errors import CalibrationError, ConfigurationError
@@ -129,7 +130,7 @@ class QuantizationCallback(Callback):
             batch = next(iter(stage_batches(trainer)), None)
             if batch is None:
                 raise CalibrationError(
-                    f"The data loader of trainer.{trainer.state.fn}() gave no batch: expected at least one. Check "
+                    f"The data loader of trainer.{stage_name(trainer)}() gave no batch: expected at least one. Check "
                     "its data set, its sampler and drop_last."
                 )
             return catcher.catch(batch, 0).first(1)
@@ -147,6 +148,11 @@ class QuantizationCallback(Callback):
             if trainer.world_size > 1:  # GPUs may round differently; the ranges must not
                 for parameter in network.range_parameters():
                     torch.distributed.broadcast(parameter.data, src=0)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, _AVERAGING) and callback._average_model is not None:
+                # a copy made in setup(): without this, ranges that nobody calibrated are validated and saved
+                average = getattr(callback._average_model, "module", callback._average_model)
+                average.get_submodule(self.network_name).load_state_dict(network.state_dict())
         say(f"Calibrated {self.network_name} with {used} samples.")
         if missing := uncalibrated(network):
             rank_zero_warn(
@@ -166,15 +172,15 @@ class QuantizationCallback(Callback):
 
     def _check_trainer(self, trainer: pl.Trainer) -> None:
         mine = type(self).__name__
-        if trainer.precision not in _PRECISIONS:
-            raise ConfigurationError(
-                f"Trainer(precision={trainer.precision!r}) with {mine}: expected one of {', '.join(_PRECISIONS)}. "
-                "The simulation keeps weights and ranges in float32; 'bf16-mixed' gives the speed of bfloat16."
-            )
         if isinstance(trainer.strategy, _STRATEGIES):
             raise ConfigurationError(
                 f"{type(trainer.strategy).__name__} with {mine}: expected a strategy that keeps parameters whole. "
                 "Use strategy='ddp' or a single device."
+            )
+        if trainer.precision not in _PRECISIONS:
+            raise ConfigurationError(
+                f"Trainer(precision={trainer.precision!r}) with {mine}: expected one of {', '.join(_PRECISIONS)}. "
+                "The simulation keeps weights and ranges in float32; 'bf16-mixed' gives the speed of bfloat16."
             )
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         others = [one for one in callbacks if isinstance(one, QuantizationCallback) and one is not self]
@@ -194,7 +200,7 @@ class QuantizationCallback(Callback):
 
 def _find_network(pl_module: pl.LightningModule, name: str) -> nn.Module:
     """The module at the dotted attribute ``name``; built by ``configure_model`` if it is not there yet."""
-    if not hasattr(pl_module, name.partition(".")[0]) and is_overridden("configure_model", pl_module):
+    if getattr(pl_module, name.partition(".")[0], None) is None and is_overridden("configure_model", pl_module):
         pl_module.configure_model()  # Lightning asks for it to be idempotent, and calls it after setup()
     owner: Any = pl_module
     for part in name.split("."):

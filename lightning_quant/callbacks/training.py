@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import compress
+from operator import not_
 from typing import Any
 
 import lightning.pytorch as pl
@@ -95,14 +97,16 @@ def split_off_ranges(
     """
     wanted = {id(parameter) for parameter in ranges}
     for index, group in enumerate(list(optimizer.param_groups)):
-        moved = [parameter for parameter in group["params"] if id(parameter) in wanted]
-        if not moved:
+        is_range = [id(parameter) in wanted for parameter in group["params"]]
+        if not any(is_range):
             continue
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in wanted]
-        options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
-        if "weight_decay" in options:
-            options["weight_decay"] = 0.0
-        optimizer.add_param_group({**options, "params": moved})
+        new = {**group, "weight_decay": 0.0} if "weight_decay" in group else {**group}
+        for name in {"params", "param_names"} & group.keys():
+            new[name] = list(compress(group[name], is_range))
+            group[name] = list(compress(group[name], map(not_, is_range)))
+        if "param_names" in new:  # the optimizer was made from named_parameters(), and takes pairs only
+            new["params"] = list(zip(new.pop("param_names"), new["params"], strict=True))
+        optimizer.add_param_group(new)
         for config in schedulers:
             _repeat_group(config.scheduler, index)
 

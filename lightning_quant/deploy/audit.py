@@ -6,6 +6,7 @@ one is either explained here, with the reason recorded in the bundle's manifest,
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 # The hardware computes these together with the operation before them, in one step without rounding between.
 _FUSED = ("Relu", "Clip", "PRelu", "LeakyRelu", "BatchNormalization", "HardSwish")
+# These hand values on as they are.
+_MOVES = ("Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+_LEFT = "left in float"
 _BIASED = (
     "Conv",
     "ConvTranspose",
@@ -51,7 +55,8 @@ def unexplained(
             consumers[name].append(node)
     reasons: dict[str, str] = {}
     missing: list[str] = []
-    left_float = [finding for finding in findings if "float" in finding.problem]
+    outputs = {value.name for value in graph.output}
+    left_open = {f.module for f in findings if "float" in f.problem or "no ranges" in f.problem}
 
     def is_open(name: str) -> bool:
         return name not in encodings and kinds.get(name, onnx.TensorProto.FLOAT) == onnx.TensorProto.FLOAT
@@ -59,8 +64,19 @@ def unexplained(
     for initializer in graph.initializer:
         if initializer.data_type == onnx.TensorProto.FLOAT and initializer.name not in encodings:
             reasons[initializer.name] = _constant_reason(initializer.name, consumers, len(initializer.dims))
-    missing += [value.name for value in graph.input if is_open(value.name)]
+
     constants = set(reasons)
+
+    def was_left(node: onnx.NodeProto) -> bool:
+        module = _module(node)
+        return module in left_open or re.sub(r"_\d+$", "", module) in left_open  # relu_1: the second call of relu
+
+    for value in graph.input:
+        if is_open(value.name):
+            if any(was_left(consumer) for consumer in consumers[value.name]):
+                reasons[value.name] = "goes into operations left in float, as the preflight said"
+            else:
+                missing.append(value.name)
     for node in graph.node:
         # shape computations and copies of constants are known when the model is compiled
         if node.op_type == "Constant" or (node.input and set(node.input) <= constants):
@@ -74,17 +90,20 @@ def unexplained(
             )
             continue
         for name in node.output:
-            if not name or not is_open(name):
-                continue
             after = consumers[name]
+            if not name or not is_open(name) or not (after or name in outputs):
+                continue
             if after and all(c.op_type in _FUSED and set(c.output) & encodings for c in after):
                 reasons[name] = f"computed together with the {after[0].op_type} after it"
             elif node.op_type == "MatMul" and after and all(_adds_bias(c, constants, encodings) for c in after):
                 reasons[name] = "computed together with the bias after it"
-            elif after and _scope(node) and all(_scope(c) == _scope(node) for c in after):
-                reasons[name] = f"inside one operation of the simulation ({_scope(node)})"
-            elif left_float:
-                reasons[name] = f"left in float, as the preflight said of {left_float[0].module or 'the network'}"
+            elif was_left(node) or (after and all(was_left(c) for c in after)):
+                left = node if was_left(node) else after[0]
+                reasons[name] = f"{_LEFT}, as the preflight said of {_module(left) or 'the network'}"
+            elif node.op_type in _MOVES and reasons.get(node.input[0], "").startswith(_LEFT):
+                reasons[name] = reasons[node.input[0]]
+            elif after and _module(node) and all(_scope(c) == _scope(node) for c in after):
+                reasons[name] = f"inside one operation of the simulation ({_module(node)})"
             else:
                 missing.append(name)
     return reasons, missing
@@ -95,8 +114,13 @@ def _adds_bias(node: onnx.NodeProto, constants: set[str], encodings: set[str]) -
 
 
 def _scope(node: onnx.NodeProto) -> str:
-    """The module call a node belongs to; empty for the network's own level."""
-    return node.name.rpartition("/")[0].removeprefix("/network").strip("/")
+    """The module call a node belongs to, as ONNX writes it: ``/network/body/body.0/Conv``, without the operation."""
+    return node.name.rpartition("/")[0]
+
+
+def _module(node: onnx.NodeProto) -> str:
+    """Qualified name of the module a node belongs to; empty for the network's own level."""
+    return ".".join(part.rpartition(".")[2] for part in _scope(node).split("/")[2:])
 
 
 def _constant_reason(name: str, consumers: dict[str, list[onnx.NodeProto]], dims: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -237,19 +238,25 @@ def first_samples(calls: Iterable[NetworkInputs], count: int) -> list[NetworkInp
 
 def _names(network: QuantizedNetwork, example: NetworkInputs) -> tuple[list[str], list[str]]:
     """Names of the graph's inputs and outputs, from the network's own signature and output structure."""
-    import inspect
+    parameters = inspect.signature(network.network.forward).parameters.values()
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    positional += [f"input_{index}" for index in range(len(positional), len(example.args))]  # of *args
+    given = [*zip(positional, example.args, strict=False), *example.kwargs.items()]
+    inputs = [label for name, value in given for label in _label(value, name, is_top=True)]
+    outputs = _label(example.call(network), "output", is_top=True)
+    unique: list[str] = []
+    for label in [*inputs, *outputs]:  # in ONNX, inputs and outputs share one namespace
+        names = chain([label], (f"{label}_{number}" for number in count(1)))
+        unique.append(next(name for name in names if name not in unique))
+    return unique[: len(inputs)], unique[len(inputs) :]
 
-    parameters = list(inspect.signature(network.network.forward).parameters)
-    inputs = _label({**dict(zip(parameters, example.args, strict=False)), **example.kwargs}, "input")
-    return inputs, _label(example.call(network), "output")
 
-
-def _label(structure: Any, name: str) -> list[str]:
+def _label(structure: Any, name: str, is_top: bool = False) -> list[str]:
     """One name for every tensor in a structure: its keys or positions, joined by underscores."""
     if isinstance(structure, torch.Tensor):
         return [name]
     if isinstance(structure, dict):
-        items = [(str(key), value) for key, value in structure.items()]
+        items = [(str(key) if is_top else f"{name}_{key}", value) for key, value in structure.items()]
     elif isinstance(structure, (list, tuple)):
         items = [(f"{name}_{index}", value) for index, value in enumerate(structure)]
     else:  # a dataclass: whatever tensors_in finds
@@ -260,14 +267,16 @@ def _label(structure: Any, name: str) -> list[str]:
 @contextmanager
 def _on_cpu_in_eval(network: QuantizedNetwork) -> Iterator[None]:
     """Export happens on the CPU in eval mode, without gradients; afterwards all is as it was."""
-    training = network.training
+    modes = {module: module.training for module in network.modules()}
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     try:
         network.cpu().eval()
         with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
-        network.to(device).train(training)
+        network.to(device)
+        for module, training in modes.items():  # frozen parts may be in another mode than the whole
+            module.training = training
 
 
 def _move_into_place(staging: Path, path: Path) -> None:
@@ -279,8 +288,13 @@ def _move_into_place(staging: Path, path: Path) -> None:
     if path.exists():
         retired = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
         os.replace(path, retired / path.name)
-        os.replace(staging, path)
-        shutil.rmtree(retired, ignore_errors=True)
+        try:
+            os.replace(staging, path)
+        except OSError:
+            os.replace(retired / path.name, path)
+            raise
+        finally:
+            shutil.rmtree(retired, ignore_errors=True)
     else:
         os.replace(staging, path)
 

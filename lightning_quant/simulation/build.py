@@ -7,6 +7,7 @@ import fnmatch
 import inspect
 import io
 import logging
+import operator
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def quantize(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> 
     """
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     inputs = inputs.to(device).map(torch.Tensor.detach)
-    training = network.training
+    modes = {name: module.training for name, module in network.named_modules()}
     # isolated from the caller: hooks, grad mode and the random state stay as they are
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]), aimet.quiet():
         network = copy.deepcopy(network).eval()
@@ -70,7 +71,10 @@ def quantize(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> 
     quantized = QuantizedNetwork(sim, recipe, inputs.to(torch.device("cpu")), output, findings)
     if findings:
         log.warning("Preflight of %s:\n%s", type(network).__name__, preflight.table(findings))
-    return quantized.train(training)
+    quantized.train(modes[""])
+    for name, module in quantized.network.named_modules():
+        module.training = modes.get(name, module.training)  # frozen parts stay in eval mode
+    return quantized
 
 
 def _prepare(network: nn.Module, inputs: NetworkInputs, output: Any) -> tuple[nn.Module, list[Finding]]:
@@ -85,11 +89,7 @@ def _prepare(network: nn.Module, inputs: NetworkInputs, output: Any) -> tuple[nn
         bound.apply_defaults()
         constants = {name: value for name, value in bound.arguments.items() if _is_constant(value)}
         prepared = prepare_model(copy.deepcopy(network), concrete_args=constants or None)
-        for node in prepared.graph.find_nodes(op="placeholder"):  # fx names a fixed argument mask_1
-            name, _, number = node.target.rpartition("_")
-            if name in constants and number.isdigit() and node.target not in bound.signature.parameters:
-                node.target = name
-        prepared.recompile()
+        _restore_arguments(prepared, set(constants), set(bound.signature.parameters))
         difference = _relative_difference(output, inputs.call(prepared))
     except Exception as error:  # tracing runs arbitrary user code: anything may come out of it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -117,6 +117,22 @@ def _prepare(network: nn.Module, inputs: NetworkInputs, output: Any) -> tuple[nn
         for name in _reused_with_weights(network, inputs)
     ]
     return prepared, findings
+
+
+def _restore_arguments(prepared: torch.fx.GraphModule, constants: set[str], parameters: set[str]) -> None:
+    """Undo what fx does to arguments that are fixed for good."""
+    for node in prepared.graph.nodes:
+        if node.op == "placeholder":  # fx calls a fixed argument mask_1: it could not be given by name
+            name, _, number = node.target.rpartition("_")
+            if name in constants and number.isdigit() and node.target not in parameters:
+                node.target = name
+        elif getattr(node.target, "__name__", "") == "_assert_is_none":
+            # once unpickled, this check makes every later tracing in the process fail (KeyError)
+            value, message = node.args
+            with prepared.graph.inserting_before(node):
+                is_none = prepared.graph.call_function(operator.eq, (value, None))
+            node.target, node.args = torch._assert, (is_none, message)
+    prepared.recompile()
 
 
 def _is_constant(value: Any) -> bool:
@@ -221,10 +237,6 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
         ) from error
     finally:
         QuantizationMixin.ignore_unknown_modules(ignored_before)
-    modules = set(sim.model.modules())
-    for op in {sim.connected_graph._output_op, *sim.connected_graph.get_all_ops().values()} - {None}:
-        if op.residing_module not in modules:  # an instance of a local class of AIMET's, which no pickle takes
-            op.residing_module = sim.model
     if recipe.range_estimator == "percentile":
         sim.set_percentile_value(recipe.percentile)
     return sim

@@ -86,8 +86,9 @@ class NetworkInputs:
             CheckpointError: when the description holds something that cannot be made up.
         """
         try:
-            args = tuple(_make_up(item) for item in description["args"])
-            return cls(args, {name: _make_up(item) for name, item in description["kwargs"].items()})
+            budget = [_MAX_ELEMENTS]
+            args = tuple(_make_up(item, budget) for item in description["args"])
+            return cls(args, {name: _make_up(item, budget) for name, item in description["kwargs"].items()})
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, OverflowError) as error:
             raise CheckpointError(
                 f"The checkpoint's manifest describes inputs that cannot be made up ({error!r}): expected "
@@ -114,26 +115,27 @@ def _describe(value: Any) -> Any:
     return {kind: f"{type(value).__module__}.{type(value).__qualname__}"}
 
 
-def _make_up(item: Mapping[str, Any]) -> Any:
+def _make_up(item: Mapping[str, Any], budget: list[int]) -> Any:
     (kind, content), *_ = item.items()
     if kind == "tensor":
         shape = [int(size) for size in content]
         elements = 1
         for size in shape:
             elements *= size
-        if item["dtype"] not in _DTYPES or min(shape, default=1) < 0 or elements > _MAX_ELEMENTS:
+        if item["dtype"] not in _DTYPES or min(shape, default=1) < 0 or elements > budget[0]:
             raise TypeError(f"a tensor of shape {shape} and type {item['dtype']!r}")
+        budget[0] -= elements
         dtype = getattr(torch, item["dtype"])
         generator = torch.Generator().manual_seed(0)
         if dtype.is_floating_point:
             return torch.randn(shape, generator=generator).to(dtype)
         return torch.zeros(shape, dtype=dtype)
     if kind == "dict":
-        return {key: _make_up(value) for key, value in content.items()}
+        return {key: _make_up(value, budget) for key, value in content.items()}
     if kind == "list":
-        return [_make_up(value) for value in content]
+        return [_make_up(value, budget) for value in content]
     if kind == "tuple":
-        return tuple(_make_up(value) for value in content)
+        return tuple(_make_up(value, budget) for value in content)
     if kind == "value":
         return content
     raise TypeError(f"a {kind} of type {content}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,14 @@ class QuantizedNetwork(nn.Module):
                 output = with_tensors(self._output, tensors)
         # AIMET marks its outputs with a tensor subclass; the user's code gets ordinary tensors.
         return apply_to_collection(output, Tensor, lambda t: t.as_subclass(torch.Tensor))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # AIMET's graph of the network holds a local class, which no pickle takes, and is a chain deeper than
+        # Python's recursion limit. Only building and mixed precision need it: copies go without.
+        sim = copy.copy(self.sim)
+        sim.connected_graph = None
+        sim._onnx_exporter = type(sim.onnx)(sim)
+        return {**self.__dict__, "sim": sim}
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -40,11 +40,11 @@ def use_torch_classes(network: nn.Module, inputs: NetworkInputs) -> None:
     handles = []
     for name in candidates:
 
-        def observe(_: nn.Module, args: tuple[Any, ...], output: Any, name: str = name) -> None:
-            if len(args) == 1 and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+        def observe(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, name: str = name) -> None:
+            if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor):
                 observed[name] = (args[0].clone(), output.clone())
 
-        handles.append(network.get_submodule(name).register_forward_hook(observe))
+        handles.append(network.get_submodule(name).register_forward_hook(observe, with_kwargs=True))
     inputs.call(network)
     for handle in handles:
         handle.remove()

@@ -6,7 +6,6 @@ or speed on the device, so each becomes a row that names the module, the problem
 
 from __future__ import annotations
 
-import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_quant.errors import PreflightError
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 
 
 @dataclass(frozen=True)
@@ -135,18 +134,21 @@ def unused_siblings(root: nn.Module, network: nn.Module, name: str) -> list[Find
     return findings
 
 
-@functools.cache
-def _functional_operations() -> frozenset[str]:
-    """Names of the operations AIMET can quantize once they are modules: its own model preparer's tables."""
-    aimet.load()
-    from aimet_torch import model_preparer as preparer
+# Functions that hand values on as they are: what was rounded before stays rounded.
+_MOVES = frozenset(
+    """
+    alpha_dropout as_strided bfloat16 broadcast_to chunk clone contiguous cpu cuda detach double dropout dropout1d
+    dropout2d dropout3d empty_like expand expand_as feature_alpha_dropout feature_dropout flatten flip float full_like
+    gather get getitem half index_select masked_select movedim moveaxis narrow new_empty new_full new_ones new_tensor
+    new_zeros ones_like permute pixel_shuffle pixel_unshuffle rand_like randn_like ravel repeat repeat_interleave
+    requires_grad reshape reshape_as roll select split split_with_sizes squeeze swapaxes swapdims t take tensor_split
+    tile to transpose type type_as unbind unflatten unsqueeze view view_as zeros_like
+    """.split()  # noqa: SIM905
+)
 
-    names = {
-        *preparer.functional_with_stateful_api,
-        *preparer.functional_with_stateless_api,
-        *preparer.functional_with_special_handling,
-    }
-    return frozenset(names | {"rsub", "linear", "layer_norm", "conv_transpose2d"})
+
+def _is_float(data: Any) -> bool:
+    return any(tensor.is_floating_point() for tensor in tensors_in(data))
 
 
 def known_to_aimet(module: nn.Module) -> bool:
@@ -167,15 +169,15 @@ def _watch(network: nn.Module) -> Iterator[tuple[Counter[str], dict[str, set[str
     calls: Counter[str] = Counter()
     functions: dict[str, set[str]] = defaultdict(set)
     running = [("", False)]  # (qualified name, is leaf) of the modules being run, innermost last
-    operations = _functional_operations()
 
     class Recorder(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             name = getattr(func, "__name__", "").strip("_")
             where, inside_leaf = running[-1]
-            if not inside_leaf and name in operations:
+            result = func(*args, **(kwargs or {}))
+            if not inside_leaf and name not in _MOVES and _is_float((args, kwargs)) and _is_float(result):
                 functions[where].add(name)
-            return func(*args, **(kwargs or {}))
+            return result
 
     def enter(name: str, module: nn.Module) -> Callable[..., None]:
         leaf = _is_leaf(module)

@@ -91,12 +91,8 @@ def test_a_published_checkpoint_loads_strictly(name: str) -> None:
     assert all((value == 7).all() for value in network.state_dict().values())
 
 
-@pytest.mark.parametrize(
-    ("build", "first_stride", "size"), [(ffnet_40s, 2, (64, 96)), (ffnet_nano, 1, (96, 100))]
-)
-def test_computes_the_published_graph(
-    build: Callable[[], FFNet], first_stride: int, size: tuple[int, int]
-) -> None:
+@pytest.mark.parametrize(("build", "first_stride", "size"), [(ffnet_40s, 2, (64, 96)), (ffnet_nano, 1, (96, 100))])
+def test_computes_the_published_graph(build: Callable[[], FFNet], first_stride: int, size: tuple[int, int]) -> None:
     network = randomize(build())
     image = torch.randn(2, 3, *size)
     with torch.no_grad():

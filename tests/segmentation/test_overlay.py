@@ -100,9 +100,7 @@ def test_a_batch_where_one_image_belongs_is_refused() -> None:
     "class_map", [np.zeros((6, 8)), np.zeros((1, 6, 8), np.uint8), torch.zeros(19, 6, 8), torch.zeros(6, 8)]
 )
 def test_logits_and_batches_are_no_class_maps(class_map: np.ndarray | torch.Tensor) -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"expected whole numbers \(H, W\)\. Logits become class maps"
-    ):
+    with pytest.raises(ConfigurationError, match=r"expected whole numbers \(H, W\)\. Logits become class maps"):
         colorize(class_map)
 
 

@@ -28,9 +28,7 @@ def test_loads_plain_nested_and_prefixed_state_dicts(tmp_path: Path, prefix: str
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(
-        CheckpointError, match=r"No weights at '.*none\.pt': expected a file written by torch"
-    ):
+    with pytest.raises(CheckpointError, match=r"No weights at '.*none\.pt': expected a file written by torch"):
         ffnet_nano(weights=tmp_path / "none.pt")
 
 

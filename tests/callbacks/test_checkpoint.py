@@ -1,0 +1,250 @@
+"""load_quantized and read_manifest: round trips, and files that cannot be trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+import lightning_quant as lq
+from lightning_quant.errors import CheckpointError
+from tests.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
+
+MakeTrainer = Callable[..., Trainer]
+
+
+class Configured(LightningModule):
+    """Saves its hyperparameters and makes its network in configure_model."""
+
+    def __init__(self, width: int, extra: str = "none") -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net: nn.Module | None = None
+        self.scale = nn.Parameter(torch.tensor(float(width)))
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = nn.Sequential(nn.Conv2d(3, self.hparams["width"], 3), nn.ReLU(), nn.Flatten())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        assert self.net is not None
+        self.log("mean", self.net(batch[0]).mean() * self.scale)
+
+
+@pytest.fixture
+def checkpoint(trainer: MakeTrainer, tmp_path: Path) -> tuple[Path, SmallModule]:
+    module = SmallModule()
+    one = trainer(lq.QuantizationAwareTraining("w4a8", overrides={"head": "w8a16"}), max_epochs=1)
+    one.fit(module, small_loader())
+    one.save_checkpoint(tmp_path / "last.ckpt")
+    return tmp_path / "last.ckpt", module
+
+
+def edited(path: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+    """A copy of a checkpoint with its content changed."""
+    content = torch.load(path, weights_only=True)
+    edit(content)
+    torch.save(content, path.with_name("edited.ckpt"))
+    return path.with_name("edited.ckpt")
+
+
+def manifest_in(content: dict[str, Any]) -> dict[str, Any]:
+    return content["state_dict"]["model._extra_state"]
+
+
+def test_round_trip(checkpoint: tuple[Path, SmallModule]) -> None:
+    path, module = checkpoint
+    loaded = lq.load_quantized(SmallModule, path)
+    assert_same_tensors(loaded.state_dict(), module.state_dict())
+    assert not loaded.training
+    images = small_data().tensors[0]
+    with torch.no_grad():
+        assert torch.equal(loaded.model(images), module.eval().model(images))
+
+
+def test_network_passed_in_is_left_alone(checkpoint: tuple[Path, SmallModule]) -> None:
+    path, _ = checkpoint
+    network = small_net(seed=9)
+    lq.load_quantized(SmallModule, path, network=network)
+    assert_same_tensors(network.state_dict(), small_net(seed=9).state_dict())
+
+
+def test_loaded_module_goes_on(checkpoint: tuple[Path, SmallModule], trainer: MakeTrainer) -> None:
+    path, module = checkpoint
+    loaded = lq.load_quantized(SmallModule, path)
+    (metrics,) = trainer().validate(loaded, small_loader(), verbose=False)
+    (expected,) = trainer().validate(module, small_loader(), verbose=False)
+    assert metrics == expected
+    callback = lq.QuantizationAwareTraining("w4a8", overrides={"head": "w8a16"})
+    trainer(callback, max_epochs=1).fit(loaded, small_loader())
+    assert loaded.called.count("training") == 4
+
+
+def test_network_made_in_configure_model(trainer: MakeTrainer, tmp_path: Path) -> None:
+    module = Configured(5)
+    one = trainer(lq.PostTrainingQuantization(network="net", calibration_dataloader=small_loader()))
+    (expected,) = one.validate(module, small_loader(), verbose=False)
+    one.save_checkpoint(tmp_path / "configured.ckpt")
+    loaded = lq.load_quantized(Configured, tmp_path / "configured.ckpt", extra="given")
+    assert loaded.hparams["extra"] == "given"
+    assert trainer().validate(loaded, small_loader(), verbose=False) == [expected]
+
+
+def test_own_hardware_config(trainer: MakeTrainer, tmp_path: Path) -> None:
+    import aimet_torch
+
+    stock = next(Path(aimet_torch.__file__).parent.rglob("htp_quantsim_config_v73.json"))
+    mine = tmp_path / "mine.json"
+    shutil.copy(stock, mine)
+    module = SmallModule()
+    one = trainer(lq.PostTrainingQuantization(hardware=str(mine)))
+    one.fit(module, small_loader())
+    one.save_checkpoint(tmp_path / "mine.ckpt")
+    assert lq.read_manifest(tmp_path / "mine.ckpt")["hardware"] == "mine.json"
+    loaded = lq.load_quantized(SmallModule, tmp_path / "mine.ckpt", hardware=str(mine))
+    assert_same_tensors(loaded.state_dict(), module.state_dict())
+    with pytest.raises(CheckpointError, match=r"hardware.*'mine\.json'.*hardware=\.\.\."):
+        lq.load_quantized(SmallModule, tmp_path / "mine.ckpt")
+
+
+def test_manifest_says_how_it_was_quantized(checkpoint: tuple[Path, SmallModule]) -> None:
+    manifest = lq.read_manifest(checkpoint[0])
+    assert manifest == {
+        "lightning_quant": version("lightning-quant"),
+        "format_version": 1,
+        "aimet_torch": version("aimet-torch"),
+        "torch": version("torch"),
+        "precision": "w4a8",
+        "hardware": "htp_v75",
+        "overrides": {"head": "w8a16"},
+        "range_estimator": "min_max",
+        "calibrated": True,
+        "inputs": {"args": [{"tensor": [1, 3, 8, 8], "dtype": "float32"}], "kwargs": {}},
+    }
+    assert json.loads(json.dumps(manifest)) == manifest
+
+
+# Files that do not fit
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"No checkpoint at '.*nowhere\.ckpt'"):
+        lq.load_quantized(SmallModule, tmp_path / "nowhere.ckpt")
+
+
+def test_float_checkpoint(trainer: MakeTrainer, tmp_path: Path) -> None:
+    one = trainer(max_epochs=1)
+    one.fit(SmallModule(), small_loader())
+    one.save_checkpoint(tmp_path / "float.ckpt")
+    with pytest.raises(CheckpointError, match="holds no quantized network.*load_from_checkpoint"):
+        lq.read_manifest(tmp_path / "float.ckpt")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+@pytest.mark.parametrize("read", [lq.read_manifest, lambda path: lq.load_quantized(SmallModule, path)])
+def test_truncated_file(checkpoint: tuple[Path, SmallModule], keep: float, read: Any) -> None:
+    path, _ = checkpoint
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep if keep > 1 else keep * len(content))])
+    with pytest.raises(CheckpointError, match=r"last\.ckpt is not a readable checkpoint|or is damaged"):
+        read(path)
+
+
+def test_damaged_file(checkpoint: tuple[Path, SmallModule]) -> None:
+    path, _ = checkpoint
+    path.write_bytes(b"this is no checkpoint" * 100)
+    with pytest.raises(CheckpointError, match=r"last\.ckpt"):
+        lq.load_quantized(SmallModule, path)
+
+
+def test_file_of_something_else(tmp_path: Path) -> None:
+    torch.save([torch.zeros(3)], tmp_path / "list.ckpt")
+    with pytest.raises(CheckpointError, match="no Lightning checkpoint: expected a dict with a 'state_dict'"):
+        lq.read_manifest(tmp_path / "list.ckpt")
+
+
+class Executes:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("read", [lq.read_manifest, lambda path: lq.load_quantized(SmallModule, path)])
+def test_foreign_code_is_not_executed(checkpoint: tuple[Path, SmallModule], tmp_path: Path, read: Any) -> None:
+    trap = tmp_path / "sprung"
+    content = torch.load(checkpoint[0], weights_only=True)
+    torch.save({**content, "hyper_parameters": {"width": Executes(trap)}}, tmp_path / "evil.ckpt")
+    with pytest.raises(CheckpointError, match=r"evil\.ckpt holds objects that are not loaded for safety"):
+        read(tmp_path / "evil.ckpt")
+    assert not trap.exists()
+    torch.load(tmp_path / "evil.ckpt", weights_only=False)  # the trap is a real one
+    assert trap.exists()
+
+
+@pytest.mark.parametrize("into_trainer", [False, True])
+def test_later_format(checkpoint: tuple[Path, SmallModule], trainer: MakeTrainer, into_trainer: bool) -> None:
+    path = edited(checkpoint[0], lambda content: manifest_in(content).update(format_version=2))
+    with pytest.raises(CheckpointError, match="format_version=2.*this version reads 1"):
+        if into_trainer:
+            callback = lq.PostTrainingQuantization("w4a8", overrides={"head": "w8a16"})
+            trainer(callback).validate(SmallModule(), small_loader(), ckpt_path=path)
+        else:
+            lq.load_quantized(SmallModule, path)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda content: manifest_in(content).pop("precision"),
+        lambda content: manifest_in(content).update(precision="w3a7"),
+        lambda content: manifest_in(content).update(overrides={"nothing.*": "w8a8"}),
+        lambda content: manifest_in(content).pop("inputs"),
+        lambda content: manifest_in(content).update(inputs={"args": [{"object": "os.system"}], "kwargs": {}}),
+        lambda content: manifest_in(content).update(inputs={"args": [{"tensor": [10**9] * 3, "dtype": "float32"}]}),
+        lambda content: content["state_dict"].pop("model.network.head.weight"),
+        lambda content: content["state_dict"].update({"model.network.head.weight": torch.zeros(7)}),
+        lambda content: content["state_dict"].update({"unknown": torch.zeros(7)}),
+    ],
+)
+def test_content_that_does_not_fit(checkpoint: tuple[Path, SmallModule], edit: Any) -> None:
+    with pytest.raises(CheckpointError):
+        lq.load_quantized(SmallModule, edited(checkpoint[0], edit))
+
+
+def test_another_class(checkpoint: tuple[Path, SmallModule]) -> None:
+    with pytest.raises(CheckpointError, match=r"last\.ckpt does not fit SmallModule"):
+        lq.load_quantized(SmallModule, checkpoint[0], network=nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()))
+    with pytest.raises(CheckpointError, match=r"last\.ckpt does not fit Configured"):
+        lq.load_quantized(Configured, checkpoint[0], width=3)
+
+
+def test_nothing_of_the_file_is_imported(checkpoint: tuple[Path, SmallModule]) -> None:
+    def name_a_class(content: dict[str, Any]) -> None:
+        manifest_in(content)["inputs"] = {"args": [{"object": "antigravity.fly"}], "kwargs": {}}
+
+    with pytest.raises(CheckpointError, match=r"cannot be made up.*example_inputs"):
+        lq.load_quantized(SmallModule, edited(checkpoint[0], name_a_class))
+    assert "antigravity" not in sys.modules
+
+
+def test_example_inputs_given(checkpoint: tuple[Path, SmallModule]) -> None:
+    from lightning_quant.simulation.inputs import NetworkInputs
+
+    path = edited(checkpoint[0], lambda content: manifest_in(content).pop("inputs"))
+    example: Tensor = small_data().tensors[0][:1]
+    loaded = lq.load_quantized(SmallModule, path, example_inputs=NetworkInputs((example,)))
+    assert loaded.model.calibrated

@@ -1,0 +1,58 @@
+"""The results record: round trip, drop, damage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_quant.errors import DataError
+from lightning_quant.report.record import RunRecord, config_hash
+
+
+def record(**values: object) -> RunRecord:
+    given = {"status": "finished", "model": "ffnet_nano", "data": "scenes", "precision": "w8a8", "config_hash": "abc"}
+    return RunRecord(**{**given, **values})  # type: ignore[arg-type]
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    written = record(metric={"float": 0.7, "ptq": 0.6}, exported="ptq", bytes={"float": 4, "quantized": 1})
+    path = written.write(tmp_path / "run")
+    assert RunRecord.read(path) == written
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+    assert json.loads(path.read_text())["drop"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "metric", "drop"),
+    [("max", {"float": 0.7, "qat": 0.6}, 0.1), ("min", {"float": 0.2, "qat": 0.3}, 0.1), ("max", {"qat": 0.6}, None)],
+)
+def test_drop_is_what_was_lost_whichever_direction_is_better(
+    mode: str, metric: dict[str, float], drop: float | None
+) -> None:
+    found = record(mode=mode, metric=metric, exported="qat").drop
+    assert found == (None if drop is None else pytest.approx(drop))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", '{"format_version": 1}', '{"format_version": 1, "surprise": 2}', '"text"', "null"],
+)
+def test_a_damaged_record_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"results\.json is no results record"):
+        RunRecord.read(path)
+
+
+def test_a_record_of_a_later_format_is_refused(tmp_path: Path) -> None:
+    path = record().write(tmp_path)
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 9'))
+    with pytest.raises(DataError, match="format_version=9"):
+        RunRecord.read(path)
+
+
+def test_the_hash_depends_on_values_and_not_on_their_order() -> None:
+    assert config_hash({"a": 1, "b": {"c": 2, "d": 3}}) == config_hash({"b": {"d": 3, "c": 2}, "a": 1})
+    assert config_hash({"a": 1}) != config_hash({"a": 2})

@@ -1,0 +1,67 @@
+"""The table over a sweep's records."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from lightning_quant.report.summary import gather, print_summary, table, write_summary
+
+from .test_record import record
+
+FINISHED = record(
+    monitor="val_miou",
+    metric={"float": 0.71234, "ptq": 0.7, "qat": 0.72},
+    exported="qat",
+    bytes={"float": 55_600_000, "quantized": 13_900_000},
+    parity={"tier": "onnxruntime", "psnr_db": 51.234},
+    seconds={"float": 10.4, "ptq": 2.2},
+)
+FAILED = record(precision="w4a16", status="failed", error="ParityError: 12 dB")
+
+
+def test_figures_stand_in_their_columns_and_missing_ones_stay_empty() -> None:
+    header, rows = table([FINISHED, FAILED])
+    row = dict(zip(header, rows[0], strict=True))
+    assert row["miou float"] == "0.7123"
+    assert row["drop"] == "-0.0077"
+    assert (row["MB float"], row["MB quantized"]) == ("55.60", "13.90")
+    assert row["parity with simulation"] == "51.2 dB (onnxruntime)"
+    assert row["seconds"] == "13"
+    failed = dict(zip(header, rows[1], strict=True))
+    assert failed["exported"] == "failed"
+    assert failed["miou float"] == failed["MB quantized"] == failed["seconds"] == ""
+
+
+def test_an_exact_export_is_called_equal() -> None:
+    header, rows = table([record(parity={"tier": "onnxruntime", "psnr_db": None})])
+    assert dict(zip(header, rows[0], strict=True))["parity with simulation"] == "equal (onnxruntime)"
+
+
+def test_markdown_and_csv_hold_the_same_table(tmp_path: Path) -> None:
+    markdown, comma = write_summary([FINISHED, FAILED], tmp_path)
+    header, rows = table([FINISHED, FAILED])
+    with comma.open() as file:
+        assert list(csv.reader(file)) == [header, *rows]
+    lines = markdown.read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells == [header, ["---"] * len(header), *rows]
+
+
+def test_records_come_in_the_order_of_the_runs_and_a_damaged_one_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in (10, 2, 0):
+        record(precision="w8a8" if number else "w4a16", config_hash=str(number)).write(tmp_path / f"{number}-run")
+    (tmp_path / "2-run/results.json").write_text("{")
+    assert [found.config_hash for found in gather(tmp_path)] == ["0", "10"]
+    assert "2-run" in caplog.text
+
+
+def test_the_printed_table_is_not_cut_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    print_summary([FINISHED], "one run")
+    printed = capsys.readouterr().out
+    assert "51.2 dB (onnxruntime)" in printed
+    assert "…" not in printed

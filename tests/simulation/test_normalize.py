@@ -1,0 +1,89 @@
+"""Subclasses that are PyTorch's own in all but name become PyTorch's own; others stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_quant.simulation import aimet
+from lightning_quant.simulation.normalize import use_torch_classes
+from tests.simulation.networks import Body, call, images, quantized, seeded
+
+timm = pytest.importorskip("timm")
+aimet.load()
+
+
+def test_timm_layers_become_torch_classes_and_compute_the_same() -> None:
+    from timm.layers import BatchNormAct2d, LayerNorm, Linear
+
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), BatchNormAct2d(4, act_layer=nn.ReLU), nn.Flatten(), LayerNorm(144), Linear(144, 5)
+    )
+    seeded(network).eval()
+    before = network(images(2))
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    assert {LayerNorm, Linear, BatchNormAct2d} <= {type(module) for module in network}
+    use_torch_classes(network, call(images(2)))
+    assert [type(module) for module in network[1]] == [nn.BatchNorm2d, nn.ReLU]
+    assert type(network[3]) is nn.LayerNorm
+    assert type(network[4]) is nn.Linear
+    assert torch.equal(network(images(2)), before)
+    assert all(torch.equal(value, state[name.replace("1.0.", "1.")]) for name, value in network.state_dict().items())
+
+
+class PaddedLikeTensorFlow(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class Negated(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return -super().forward(x)
+
+
+class Raising(nn.ReLU):
+    def forward(self, x: Tensor, *, sharp: bool) -> Tensor:
+        return super().forward(x) if sharp else x
+
+
+class Caller(nn.Module):
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.child = child
+
+    def forward(self, x: Tensor) -> Any:
+        return self.child(x, sharp=True)
+
+
+def test_what_computes_something_else_stays() -> None:
+    network = nn.Sequential(PaddedLikeTensorFlow(3, 4, 2), nn.Flatten(), Negated(256, 3))
+    before = network(images())
+    use_torch_classes(network, call(images()))
+    assert type(network[0]) is PaddedLikeTensorFlow
+    assert type(network[2]) is Negated
+    assert torch.equal(network(images()), before)
+    raising = Caller(Raising())
+    use_torch_classes(raising, call(images()))
+    assert type(raising.child) is Raising
+
+
+def test_no_hook_is_left_behind() -> None:
+    from timm.layers import Linear
+
+    network = nn.Sequential(nn.Flatten(), Linear(192, 2), PaddedLikeTensorFlow(1, 1, 1))
+    with pytest.raises(RuntimeError):  # the last layer cannot take what it gets
+        use_torch_classes(network, call(images()))
+    network = Body()
+    use_torch_classes(network, call(images()))
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_timm_network_is_quantized_fully() -> None:
+    network = timm.create_model("mobilenetv3_small_050", num_classes=4).eval()
+    made = quantized(network, call(torch.randn(1, 3, 32, 32)))
+    assert made.findings == []
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in made.network.modules())

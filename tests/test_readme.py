@@ -1,0 +1,73 @@
+"""README's commands and Python, run as they stand there (made small by overrides at the end)."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+
+from lightning_quant.segmentation.datamodule import SyntheticScenesDataModule
+from lightning_quant.segmentation.ffnet import ffnet_nano
+from lightning_quant.segmentation.task import SegmentationTask
+
+from .test_app import SMALL, lightning_quant
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+
+
+class MyModule(SegmentationTask):
+    """A module that builds its own network, as a user's does."""
+
+    def __init__(self) -> None:
+        super().__init__(ffnet_nano())
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("lightning-quant")])
+def test_readme_command(command: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    arguments = command.split()[1:]
+    if arguments != ["--help"]:
+        scenes = "data=cityscapes" not in arguments
+        small = [value for value in SMALL if scenes or not value.startswith("data.")]
+        if not scenes:
+            camvid = request.getfixturevalue("camvid")
+            arguments = [value.replace("../shared/data/camvid", str(camvid)) for value in arguments]
+            small += ["data.size=[48,64]", "data.batch_size=64"]
+        arguments += small
+    output = lightning_quant(tmp_path, *arguments)
+    assert "precision" in output
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("make")])
+def test_readme_make_target_exists_and_installs_first(command: str) -> None:
+    # Not run: this test runs inside `make test`. Continuous integration runs that, a person `make demo`.
+    done = subprocess.run(
+        [*command.split(), "--dry-run", "VENV=.venv-none"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "pip install" in done.stdout
+    assert re.search(r"pytest|lightning-quant -m", done.stdout)
+
+
+def test_the_demo_runs_the_command_of_the_sweep(tmp_path: Path) -> None:
+    done = subprocess.run(["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    (line,) = (line for line in done.stdout.splitlines() if "lightning-quant" in line and "pip" not in line)
+    lightning_quant(tmp_path, *line.split()[1:], *SMALL)
+    assert (tmp_path / "multirun/demo/summary.md").is_file()
+
+
+def test_readme_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = SyntheticScenesDataModule("scenes", train=16, val=8, height=64, width=128, calibration_samples=8)
+    names = {"module": MyModule(), "data": data}
+    first, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(first, names)
+    trainer = names["trainer"]
+    assert isinstance(trainer, pl.Trainer)
+    assert (tmp_path / "export/FFNet-w8a8/manifest.json").is_file()
+    trainer.save_checkpoint("last.ckpt")
+    exec(second, names)
+    assert "val_miou" in trainer.callback_metrics
