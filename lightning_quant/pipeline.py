@@ -265,10 +265,7 @@ class _Run:
                 break
         pictures = torch.stack(images[:count])
         with torch.no_grad():
-            float_maps, maps = (
-                task.eval().cpu().predict_step(pictures, 0).numpy()
-                for task in (float_task, quantized)
-            )
+            float_maps, maps = (task.eval().cpu().predict_step(pictures, 0).numpy() for task in (float_task, quantized))
         save_overlays(self.folder / "overlays", pictures, float_maps, maps)
         self.record.artifacts["overlays"] = "overlays"
 

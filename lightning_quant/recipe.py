@@ -41,7 +41,8 @@ class QuantRecipe:
         range_estimator: how a range follows from what was seen. ``min_max`` takes the extremes,
             ``tf_enhanced`` the range with the least signal-to-quantization-noise, ``percentile`` cuts
             off the outermost values (``percentile`` below).
-        percentile: for ``range_estimator="percentile"``: the share of values kept, in percent.
+        percentile: for ``range_estimator="percentile"``: where the upper end of a range lies, and mirrored the
+            lower one: 99.99 cuts off 0.01 % of the values on each side.
         overrides: precision of single layers, as glob on the network's module names → precision, e.g.
             ``{"head.*": "w8a16"}``. The last glob that matches a module wins.
         strict: make every finding of the preflight an error instead of a warning.

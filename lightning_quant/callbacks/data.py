@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from lightning_quant.errors import CalibrationError, ConfigurationError
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
+from lightning_quant.simulation.network import QuantizedNetwork
 
 _STEPS = ("validation_step", "test_step", "predict_step", "training_step", "forward")
 
@@ -71,12 +72,15 @@ class InputCatcher:
             except Exception as error:
                 failures.append(f"{step} raised {type(error).__name__}: {error}")
                 continue
-            if inputs is not None:
+            if inputs is None:
+                failures.append(f"{step} did not call it")
+            elif not self._fits(inputs):
+                failures.append(f"{step} called it with shapes {[tuple(tensor.shape) for tensor in inputs.tensors]}")
+            else:
                 if step != self._steps[0]:  # whatever worked is tried first for the next batch
                     self._steps.remove(step)
                     self._steps.insert(0, step)
                 return inputs
-            failures.append(f"{step} did not call it")
         tensors = tensors_in(batch)
         if len(tensors) == 1:  # unlabelled images: nothing to unpack
             return NetworkInputs((tensors[0],))
@@ -86,6 +90,16 @@ class InputCatcher:
             "Name the attribute that is called in network=..., or give a calibration_dataloader with batches like "
             "those of validation."
         )
+
+    def _fits(self, inputs: NetworkInputs) -> bool:
+        """Whether a call has as many tensors, of the same ranks, as the one the simulation was built with.
+
+        ``images, labels = batch`` takes a bare tensor of two images for a pair.
+        """
+        if not isinstance(self._network, QuantizedNetwork):
+            return True
+        example = self._network.inputs
+        return [tensor.dim() for tensor in inputs.tensors] == [tensor.dim() for tensor in example.tensors]
 
     def _run(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> NetworkInputs | None:
         method = getattr(self._module, step)

@@ -1,0 +1,174 @@
+"""What stays float, shared or unfolded is named, with a remedy; what is clean has no finding."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_quant.errors import PreflightError
+from lightning_quant.simulation import preflight
+from lightning_quant.simulation.preflight import Finding
+from tests.simulation.networks import (
+    Body,
+    Chain,
+    Functional,
+    SharedConv,
+    SharedReLU,
+    Sine,
+    Untraceable,
+    call,
+    images,
+    quantized,
+)
+
+
+def problems(network: nn.Module) -> dict[str, str]:
+    """Problem by module, of the network as it stands (nothing prepared, nothing folded)."""
+    found = preflight.inspect(network.eval(), call(images()))
+    assert len({finding.module for finding in found}) == len(found)
+    return {finding.module: finding.problem for finding in found}
+
+
+def test_a_module_called_twice() -> None:
+    assert problems(SharedReLU()) == {"relu": "called 2 times in one pass: its activations have no ranges"}
+    assert problems(Chain()) == {}
+
+
+def test_functional_operations_are_named_where_they_happen() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Functional()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inner(x)
+            x = torch.sin(1 - x) + F.gelu(x).softmax(1)
+            return torch.cat([x, x], 1).reshape(1, -1)[:, :4]  # moving values around is no operation
+
+    assert problems(Outer()) == {
+        "": "functional operations stay in float: add, cat, gelu, rsub, sin, softmax",
+        "inner": "functional operations stay in float: add, interpolate, relu",
+    }
+
+
+def test_shapes_and_integers_are_no_operations() -> None:
+    class Shapes(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            half = x.shape[-1] // 2 + int(torch.arange(4).sum()) * 0
+            x = super().forward(x.to(torch.float32).contiguous())
+            first, second = x[..., :half].flatten(2).chunk(2, dim=2)
+            return torch.where(x.argmax(1) > 9, 0, 1) + 0 * first.shape[0] + second.dim()
+
+    assert problems(Shapes()) == {}
+
+
+def test_a_leaf_that_aimet_does_not_know() -> None:
+    found = problems(nn.Sequential(nn.Conv2d(3, 3, 1), Sine(), nn.Identity()))
+    assert found == {"1": "AIMET has no quantized form of Sine: it stays in float"}
+
+
+def test_a_batch_norm_that_is_left() -> None:
+    found = problems(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.ReLU()))
+    assert found == {"1": "BatchNorm2d could not be folded into a convolution or linear layer"}
+    (first,) = quantized(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1))).findings
+    assert first.module == "0"
+    assert "could not be folded" in first.problem
+
+
+def test_parts_that_do_not_run_are_not_reported() -> None:
+    class Unused(Chain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Sequential(nn.BatchNorm2d(3), Sine())
+
+    assert problems(Unused()) == {}
+
+
+def test_no_hook_is_left_and_nothing_changes_even_when_the_network_raises() -> None:
+    network = Body()
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    problems(network)
+    with pytest.raises(RuntimeError):
+        preflight.inspect(network, call(images(channels=5)))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+
+
+def test_untraceable_network_keeps_its_functional_operations_and_reuse() -> None:
+    findings = {finding.module: finding.problem for finding in quantized(Untraceable(SharedReLU())).findings}
+    assert set(findings) == {"", "inner.relu"}
+    assert "called 2 times" in findings["inner.relu"]
+    network = Untraceable(Functional())
+    found = quantized(network).findings
+    assert [finding.module for finding in found] == ["", "", "inner"]
+    assert "could not be traced (TypeError: float()" in found[0].problem
+    assert "functional operations stay in float: abs, max" in found[1].problem
+    assert "add, interpolate, relu" in found[2].problem
+
+
+def test_tracing_removes_what_it_can() -> None:
+    assert quantized(Functional()).findings == []
+    assert quantized(SharedReLU()).findings == []
+    # no fx module for this one: it stays, and is named
+    (sine,) = quantized(nn.Sequential(nn.Conv2d(3, 3, 1), Sine(), nn.Conv2d(3, 3, 1))).findings
+    assert sine == Finding("", "functional operations stay in float: sin", sine.remedy)
+
+
+def test_shared_convolution_is_told_to_have_become_two() -> None:
+    (finding,) = quantized(SharedConv()).findings
+    assert finding.module == "conv"
+    assert "called more than once: each call got a copy of its own" in finding.problem
+
+
+def test_table_is_aligned_and_strict_raises_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    findings = [Finding("", "problem one", "do this"), Finding("body.relu", "two", "do that")]
+    assert preflight.table(findings) == (
+        "module     problem      what to do\n(network)  problem one  do this\nbody.relu  two          do that"
+    )
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), Sine(), nn.Conv2d(3, 3, 1))
+    with pytest.raises(PreflightError, match="strict=True") as caught:
+        quantized(network, strict=True)
+    with caplog.at_level(logging.WARNING, logger="lightning_quant"):
+        findings = quantized(network).findings
+    assert findings
+    assert preflight.table(findings) in str(caught.value)
+    assert preflight.table(findings) in caplog.text
+    preflight.refuse([])
+
+
+def test_siblings_that_share_parameters() -> None:
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Body()
+            self.head = self.model.head  # the very module
+            self.tied = nn.Conv2d(6, 4, 1)
+            self.tied.weight = self.model.head.weight  # another module, the same parameter
+            self.other = nn.Conv2d(6, 4, 1)
+
+    root = Module()
+    found = preflight.unused_siblings(root, root.model, "model")
+    assert [finding.module for finding in found] == ["head", "tied"]
+    assert "'model'" in found[0].problem
+    assert preflight.unused_siblings(root, root.other, "other") == []
+    wrapper = nn.ModuleDict({"outer": Body()})
+    assert preflight.unused_siblings(wrapper, wrapper["outer"].head, "outer.head") == []
+
+
+def test_clean_networks_have_no_finding() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    resnet = torchvision.models.resnet18()
+    assert quantized(resnet, call(torch.randn(1, 3, 64, 64))).findings == []
+    lraspp = torchvision.models.segmentation.lraspp_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=4
+    )
+    made = quantized(lraspp, call(torch.randn(1, 3, 64, 64)), strict=True)
+    assert made.findings == []
+    # and that is true: every operation that computes has a quantizer after it
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in made.network.modules())
+    unknown = [name for name, module in made.network.named_modules() if type(module) is nn.Conv2d]
+    assert unknown == []
