@@ -115,7 +115,7 @@ class SmallModule(pl.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         loss = self._loss(batch)
         self.called.append("validation")
-        self.log("val_loss", loss, add_dataloader_idx=False)
+        self.log("val_loss", loss)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         loss = self._loss(batch)

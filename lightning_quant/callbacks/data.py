@@ -74,8 +74,8 @@ class InputCatcher:
                 continue
             if inputs is None:
                 failures.append(f"{step} did not call it")
-            elif not self._fits(inputs):
-                failures.append(f"{step} called it with shapes {[tuple(tensor.shape) for tensor in inputs.tensors]}")
+            elif problem := self._problem(inputs):
+                failures.append(f"{step} called it with {problem}")
             else:
                 if step != self._steps[0]:  # whatever worked is tried first for the next batch
                     self._steps.remove(step)
@@ -91,15 +91,40 @@ class InputCatcher:
             "those of validation."
         )
 
-    def _fits(self, inputs: NetworkInputs) -> bool:
-        """Whether a call has as many tensors, of the same ranks, as the one the simulation was built with.
+    def _problem(self, inputs: NetworkInputs) -> str | None:
+        """Why this is no proper call of the network, if so: a step may take a batch it is not made for apart wrongly.
 
-        ``images, labels = batch`` takes a bare tensor of two images for a pair.
+        ``images, labels = batch`` takes a bare tensor of two images for a pair, and two loaders' batches as well.
         """
-        if not isinstance(self._network, QuantizedNetwork):
-            return True
-        example = self._network.inputs
-        return [tensor.dim() for tensor in inputs.tensors] == [tensor.dim() for tensor in example.tensors]
+        if isinstance(self._network, QuantizedNetwork):  # as many tensors, of the same ranks, as it was built with
+            expected = [tensor.dim() for tensor in self._network.inputs.tensors]
+            fits = [tensor.dim() for tensor in inputs.tensors] == expected
+            return None if fits else f"shapes {[tuple(tensor.shape) for tensor in inputs.tensors]}"
+        try:
+            with self._untouched(), torch.no_grad():
+                inputs.first(1).call(self._network)
+        except Exception as error:
+            return f"what makes it raise {type(error).__name__}: {error}"
+        return None
+
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """The module in eval mode and without logging; afterwards all is as it was."""
+        module, strategy = self._module, self._trainer.strategy
+        modes = {part: part.training for part in module.modules()}
+        trainable = {parameter: parameter.requires_grad for parameter in module.parameters()}
+        optimizers = strategy.optimizers
+        module.eval()
+        module.log = lambda *_, **__: None  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del module.log
+            strategy.optimizers = optimizers
+            for part, training in modes.items():  # one by one: a frozen part is in another mode than the whole
+                part.training = training
+            for parameter, requires_grad in trainable.items():  # toggle_optimizer() was left halfway
+                parameter.requires_grad_(requires_grad)
 
     def _run(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> NetworkInputs | None:
         method = getattr(self._module, step)
@@ -113,26 +138,17 @@ class InputCatcher:
             raise _Caught(NetworkInputs(args, dict(kwargs)))
 
         handle = self._network.register_forward_pre_hook(catch, with_kwargs=True, prepend=True)
-        modes = {part: part.training for part in self._module.modules()}
-        trainable = {parameter: parameter.requires_grad for parameter in self._module.parameters()}
-        self._module.eval()
         strategy = self._trainer.strategy
-        is_early = step == "training_step" and not self._module.automatic_optimization and not strategy.optimizers
         try:
-            if is_early:  # setup() comes before the optimizers, which a manual step starts with
-                strategy.optimizers, _ = _init_optimizers_and_lr_schedulers(self._module)
-            with torch.no_grad():
+            with self._untouched(), torch.no_grad():
+                if step == "training_step" and not (self._module.automatic_optimization or strategy.optimizers):
+                    # a manual step starts with its optimizers, which Lightning makes after setup()
+                    strategy.optimizers, _ = _init_optimizers_and_lr_schedulers(self._module)
                 method(*given)
         except _Caught as caught:
             return caught.inputs.map(Tensor.detach)
         finally:
             handle.remove()
-            if is_early:
-                strategy.optimizers = []
-            for part, training in modes.items():  # one by one: a frozen part is in another mode than the whole
-                part.training = training
-            for parameter, requires_grad in trainable.items():  # toggle_optimizer() was left halfway
-                parameter.requires_grad_(requires_grad)
         return None
 
 
@@ -145,7 +161,10 @@ def stage_batches(trainer: pl.Trainer) -> Iterator[Any]:
         "predict": trainer.predict_loop,
     }
     stage = stage_name(trainer)
-    loader = loops[stage]._data_source.dataloader()
+    source, module = loops[stage]._data_source, trainer.lightning_module
+    if source.instance is module and is_overridden("setup", module):
+        module.setup(stage)  # it may make the data, but Lightning calls it after the callbacks'
+    loader = source.dataloader()
     # as the Trainer does it: training combines several loaders in one batch, the others run them one by one
     yield from _batches(loader if stage == "fit" else CombinedLoader(loader, "sequential"))
 

@@ -31,8 +31,7 @@ class DeviceExport(Callback):
         dirpath: folder for the bundle. Default: ``export`` in the Trainer's log or root folder.
         target: what to check the files with. ``"onnxruntime"`` runs them on the host's CPU; ``"auto"``
             takes the best target available, which is that one in this version.
-        device: name of the phone the bundle is meant for; noted in the manifest's file name only by targets
-            that compile for it.
+        device: name of the phone the bundle is meant for. Running on the host's CPU needs none.
         samples: how many calibration samples (not batches) to compare on.
         name: name of the bundle. Default: class of the network and precision, e.g. ``FFNet-w8a8``.
 
@@ -105,7 +104,7 @@ class DeviceExport(Callback):
             calls = first_samples(calibration_inputs(trainer, loader, catcher, self.samples), self.samples)
         if trainer.is_global_zero:
             root = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "export")
-            stem = self.name or f"{type(network.network).__name__}-{network.recipe.precision}"
+            stem = self.name or f"{network.float_class.__name__}-{network.recipe.precision}"
             self.bundle = export_bundle(network, root / stem, calls)
             parity: dict[str, Any] = self.bundle.manifest["parity"]
             say(f"Exported {self.bundle.path} ({parity['psnr_db']} dB against the simulation in ONNX Runtime).")

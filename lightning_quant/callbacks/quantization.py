@@ -86,7 +86,11 @@ class QuantizationCallback(Callback):
     def quantized_network(self, pl_module: pl.LightningModule) -> QuantizedNetwork:
         """The quantized network inside ``pl_module``."""
         network = pl_module.get_submodule(self.network_name)
-        assert isinstance(network, QuantizedNetwork), "setup() has not run"
+        if not isinstance(network, QuantizedNetwork):
+            raise ConfigurationError(
+                f"network={self.network_name!r} is {type(network).__name__} and not quantized: expected what setup() "
+                f"put there. Does {type(pl_module).__name__} make it anew in its own setup() or configure_model()?"
+            )
         return network
 
     @override

@@ -116,14 +116,14 @@ def load_bundle(path: str | Path) -> Bundle:
     path = Path(path).absolute()
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        digests = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ExportError(f"{path} is no bundle: its manifest.json cannot be read ({error!r}).") from error
-    for name, entry in files.items():
+    for name, digest in digests.items():
         file = path / name
         if not file.resolve().is_relative_to(path.resolve()) or not file.is_file():
             raise ExportError(f"The bundle {path} lacks {name!r}; export it again.")
-        if _sha256(file) != entry["sha256"]:
+        if _sha256(file) != digest:
             raise ExportError(f"{name!r} in the bundle {path} was changed since the export; export it again.")
     return Bundle(path, manifest)
 

@@ -94,7 +94,7 @@ def check(parity: Parity, precision: Precision) -> None:
     bar = FINE_BAR if precision.activation_bits >= 16 else COARSE_BAR
     agreement = parity.decided_agreement
     low_agreement = precision.activation_bits < 16 and agreement is not None and agreement < 0.99
-    if parity.psnr_db < bar or low_agreement:
+    if not parity.psnr_db >= bar or low_agreement:  # NaN is no agreement either
         share = "" if agreement is None else f" and the same class at {agreement:.2%} of the decided positions"
         raise ParityError(
             f"The exported model differs from the simulation: {parity.psnr_db:.1f} dB{share} over "

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.errors import ConfigurationError, PreflightError
+from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet, preflight
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
@@ -51,6 +52,7 @@ def quantize(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> 
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     inputs = inputs.to(device).map(torch.Tensor.detach)
     modes = {name: module.training for name, module in network.named_modules()}
+    float_network = network
     # isolated from the caller: hooks, grad mode and the random state stay as they are
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]), aimet.quiet():
         network = copy.deepcopy(network).eval()
@@ -68,9 +70,9 @@ def quantize(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> 
             preflight.refuse(findings)
         sim = _simulate(network, inputs, recipe)
         _apply_overrides(sim, recipe)
-    quantized = QuantizedNetwork(sim, recipe, inputs.to(torch.device("cpu")), output, findings)
+    quantized = QuantizedNetwork(sim, recipe, inputs.to(torch.device("cpu")), output, findings, float_network)
     if findings:
-        log.warning("Preflight of %s:\n%s", type(network).__name__, preflight.table(findings))
+        log.warning("Preflight of %s:\n%s", type(float_network).__name__, preflight.table(findings))
     quantized.train(modes[""])
     for name, module in quantized.network.named_modules():
         module.training = modes.get(name, module.training)  # frozen parts stay in eval mode
@@ -252,7 +254,7 @@ def _apply_overrides(sim: Any, recipe: QuantRecipe) -> None:
     layers = {
         name: module for name, module in sim.model.network.named_modules() if isinstance(module, BaseQuantizationMixin)
     }
-    configurator = MixedPrecisionConfigurator(sim)
+    chosen: dict[Any, Precision] = {}
     for glob, precision in recipe.overrides.items():
         matched = [module for name, module in layers.items() if fnmatch.fnmatchcase(name, glob)]
         if not matched:
@@ -261,7 +263,15 @@ def _apply_overrides(sim: Any, recipe: QuantRecipe) -> None:
                 f"overrides: {glob!r} matches no layer of the network. Expected a glob on module names such "
                 f"as: {names}, …"
             )
-        for module in matched:
-            weights = {name: f"int{precision.weight_bits}" for name in module.param_quantizers if name == "weight"}
-            configurator.set_precision(module, activation=f"int{precision.activation_bits}", param=weights or None)
+        chosen.update(dict.fromkeys(matched, precision))
+    configurator = MixedPrecisionConfigurator(sim)
+    # AIMET hands the request for an activation up to its convolution, and so undoes an earlier one for the weight
+    for module, precision in sorted(chosen.items(), key=lambda item: "weight" in item[0].param_quantizers):
+        weights = {name: f"int{precision.weight_bits}" for name in module.param_quantizers if name == "weight"}
+        configurator.set_precision(module, activation=f"int{precision.activation_bits}", param=weights or None)
+    observers = {
+        module: module.encoding_analyzer for module in sim.model.modules() if hasattr(module, "encoding_analyzer")
+    }
     configurator.apply(log_file=io.StringIO(), strict=False)
+    for quantizer, observer in observers.items():  # AIMET replaces the one for percentile by that for tf_enhanced
+        quantizer.encoding_analyzer = observer

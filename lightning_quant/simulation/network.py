@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +55,7 @@ class QuantizedNetwork(nn.Module):
         findings: what the preflight found (see :mod:`lightning_quant.simulation.preflight`).
         calibrated: whether the ranges of the activations are known. Restored with the weights, and the
             only thing to ask: AIMET's own ``is_initialized()`` turns true under DDP without calibration.
+        float_class: class of the float network.
         network: the network itself, its modules replaced by AIMET's quantized ones.
         sim: AIMET's ``QuantizationSimModel`` around it, for everything AIMET can do with one.
     """
@@ -65,6 +67,7 @@ class QuantizedNetwork(nn.Module):
         inputs: NetworkInputs,
         output: Any,
         findings: list[Finding],
+        float_network: nn.Module,
     ) -> None:
         super().__init__()
         self.sim = sim
@@ -76,6 +79,9 @@ class QuantizedNetwork(nn.Module):
         # A traced network answers with plain dicts where the float one used its own classes.
         self._output_class = type(output)
         self._output = apply_to_collection(output, Tensor, lambda t: t.new_empty((0,) * t.dim()))
+        # A traced network has neither the methods nor the plain attributes of the float one.
+        self.float_class = type(float_network)
+        self._attributes = {name: v for name, v in vars(float_network).items() if name not in vars(nn.Module())}
         self.register_load_state_dict_pre_hook(_refuse_float_weights)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +110,14 @@ class QuantizedNetwork(nn.Module):
             # a traced network has a __deepcopy__, which would copy it alone
             if network is None or name.startswith("__"):
                 raise
-            return getattr(network, name)
+            if hasattr(network, name):
+                return getattr(network, name)
+            if name in self._attributes:
+                return self._attributes[name]
+            value = inspect.getattr_static(self.float_class, name, None)
+            if value is None:
+                raise
+            return value.__get__(self) if hasattr(value, "__get__") else value
 
     def range_parameters(self) -> list[nn.Parameter]:
         """The learnable ends (min, max) of all quantization ranges."""

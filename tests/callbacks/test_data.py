@@ -21,6 +21,7 @@ from lightning_quant.callbacks.data import undisturbed
 from lightning_quant.errors import CalibrationError
 from tests.small import (
     SmallModule,
+    SmallNet,
     assert_same_tensors,
     encodings,
     small_data,
@@ -203,7 +204,7 @@ def test_unlabelled_images(trainer: MakeTrainer) -> None:
 def test_single_loader_of_a_batch_without_calls(trainer: MakeTrainer) -> None:
     module = SmallModule()
     callback = PostTrainingQuantization(calibration_dataloader=DataLoader([{"a": 1, "b": 2.0}] * 4))
-    with pytest.raises(CalibrationError, match=r"from batch 0 to the network 'model': validation_step raised .*self.model"):
+    with pytest.raises(CalibrationError, match=r"from batch 0 to the network 'model': validation_step called it with shapes \[\].*self.model"):
         trainer(callback).validate(module, small_loader())
     assert module.called == []
 
@@ -241,19 +242,27 @@ def test_what_the_step_does_to_the_images_is_part_of_it(trainer: MakeTrainer) ->
 
 
 def test_a_step_that_logs_and_catches_exceptions_before_the_call(trainer: MakeTrainer) -> None:
-    class Careful(SmallModule):
+    class Careful(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = small_net()
+            self.called: list[str] = []
+
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self.log("size", float(len(batch[0])))
+            self.log_dict({"index": float(batch_idx)})
             try:
-                super().validation_step(batch, batch_idx)
+                self.model(batch[0])
+                self.called.append("validation")
             except Exception:
                 self.called.append("swallowed")
 
     module = Careful()
     callback = PostTrainingQuantization(calibration_dataloader=small_loader())
-    trainer(callback).validate(module, small_loader(), verbose=False)
-    assert module.called == ["validation"] * 4
-    assert module.quantized.calibrated
+    (metrics,) = trainer(callback).validate(module, small_loader(small_data(24)), verbose=False)
+    assert module.called.count("swallowed") == 0
+    assert module.model.calibrated
+    assert metrics == {"size": 8.0, "index": 1.0}  # without what calibration would have logged
 
 
 def test_a_network_the_steps_do_not_call(trainer: MakeTrainer) -> None:
@@ -261,7 +270,7 @@ def test_a_network_the_steps_do_not_call(trainer: MakeTrainer) -> None:
     module.unused = small_net()
     with pytest.raises(CalibrationError, match=r"network 'unused': validation_step did not call it.*self\.unused\(\.\.\.\)"):
         trainer(PostTrainingQuantization(network="unused")).fit(module, small_loader())
-    assert module.called == []
+    assert type(module.unused) is SmallNet
 
 
 def test_random_numbers_are_put_back() -> None:

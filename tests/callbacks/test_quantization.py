@@ -24,7 +24,6 @@ from torch.utils.data import TensorDataset
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.errors import CalibrationError, CheckpointError, ConfigurationError, PreflightError
-from lightning_quant.simulation.network import QuantizedNetwork
 from tests.small import (
     SmallModule,
     SmallNet,
@@ -579,7 +578,7 @@ def test_network_that_cannot_run(trainer: MakeTrainer) -> None:
             raise ZeroDivisionError("in the network itself")
 
     module = SmallModule(Failing())
-    with pytest.raises(ZeroDivisionError, match="in the network itself"):
+    with pytest.raises(CalibrationError, match="training_step called it with what makes it raise ZeroDivisionError: in"):
         trainer(PostTrainingQuantization()).fit(module, small_loader())
     assert type(module.model) is Failing
 
@@ -639,8 +638,17 @@ def test_empty_stage_loader(trainer: MakeTrainer) -> None:
     assert type(module.model) is SmallNet
 
 
-def test_quantized_network_before_setup(trainer: MakeTrainer) -> None:
+def test_network_made_anew_in_setup(trainer: MakeTrainer) -> None:
+    class Anew(SmallModule):
+        def setup(self, stage: str) -> None:
+            self.model = small_net()
+
+    with pytest.raises(ConfigurationError, match=r"'model' is SmallNet and not quantized.*Anew make it anew in its own"):
+        trainer(PostTrainingQuantization()).fit(Anew(), small_loader())
+
+
+def test_quantized_network_of_the_callback(trainer: MakeTrainer) -> None:
     module = SmallModule()
     callback = PostTrainingQuantization()
     trainer(callback).fit(module, small_loader())
-    assert isinstance(callback.quantized_network(module), QuantizedNetwork)
+    assert callback.quantized_network(module) is module.model

@@ -1,0 +1,99 @@
+"""Two processes: every rank holds the same network, calibrated on the samples of both."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import TensorDataset
+
+from lightning_quant import PostTrainingQuantization, load_quantized
+from tests.small import SmallModule, assert_same_tensors, encodings, small_data, small_loader
+
+ROOT = Path(__file__).resolve().parents[2]
+# A user's script, started once: Lightning launches the second process.
+SCRIPT = """
+import os, sys
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import TensorDataset
+from lightning_quant import DeviceExport, PostTrainingQuantization, QuantizationAwareTraining
+from tests.small import SmallModule, encodings, small_loader
+from tests.callbacks.test_ddp import lopsided
+
+stage, estimator, out = sys.argv[1:]
+torch.set_num_threads(1)
+arguments = dict(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, default_root_dir=out, logger=False,
+                 enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))  # the ranks' own random numbers differ
+module = SmallModule()
+loader = small_loader(lopsided(), batch_size=4)
+before = {}
+if stage == "qat":
+    class Qat(QuantizationAwareTraining):
+        def on_train_start(self, trainer, pl_module):
+            before.update(encodings(pl_module.quantized))
+    trainer = Trainer(callbacks=[Qat(range_estimator=estimator), DeviceExport(out, name="net", samples=2)], **arguments)
+    trainer.fit(module, loader, loader)
+else:
+    callback = PostTrainingQuantization(range_estimator=estimator, calibration_dataloader=loader)
+    trainer = Trainer(callbacks=[callback], **arguments)
+    trainer.validate(module, loader, verbose=False)
+    before.update(encodings(module.quantized))
+torch.save({"state": module.state_dict(), "calibrated": before, "batches": len(module.called)},
+           f"{out}/rank{trainer.global_rank}.pt")
+trainer.save_checkpoint(f"{out}/last.ckpt")
+"""
+
+
+def lopsided() -> TensorDataset:
+    """Every second sample, which is every sample of the second rank, is five times as large."""
+    images, labels = small_data(16).tensors
+    images = images.clone()
+    images[1::2] *= 5
+    return TensorDataset(images, labels)
+
+
+def run(tmp_path: Path, stage: str, estimator: str) -> list[dict[str, object]]:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        environment.pop(name, None)
+    command = [sys.executable, str(tmp_path / "train.py"), stage, estimator, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize(("stage", "estimator"), [("qat", "min_max"), ("ptq", "tf_enhanced")])
+def test_both_ranks_hold_the_network_calibrated_on_all_samples(tmp_path: Path, stage: str, estimator: str) -> None:
+    ranks = run(tmp_path, stage, estimator)
+    assert_same_tensors(ranks[0]["state"], ranks[1]["state"])  # type: ignore[arg-type]
+    assert_same_tensors(ranks[0]["calibrated"], ranks[1]["calibrated"])  # type: ignore[arg-type]
+    # each saw its half: sanity check or not, 2 of 4 batches an epoch
+    assert ranks[0]["batches"] == {"qat": 2 + 2 * (2 + 2), "ptq": 2}[stage]
+    found: dict[str, torch.Tensor] = ranks[0]["calibrated"]  # type: ignore[assignment]
+    if estimator == "min_max":
+        largest = float(lopsided().tensors[0].abs().max())
+        assert float(found["stem.input_quantizers.0.max"]) == pytest.approx(largest, rel=0.2)
+    # one process that sees the same samples in the same batches: first rank's batch, second rank's batch, …
+    images, labels = lopsided().tensors
+    order = [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
+    module = SmallModule()
+    callback = PostTrainingQuantization(
+        range_estimator=estimator,
+        calibration_dataloader=small_loader(TensorDataset(images[order], labels[order]), batch_size=4),
+    )
+    one = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    one.callbacks.insert(0, callback)
+    one.validate(module, small_loader(), verbose=False)
+    assert_same_tensors(found, encodings(module.quantized))
+    # what the ranks saved together is an ordinary checkpoint, and rank 0 alone exported
+    loaded = load_quantized(SmallModule, tmp_path / "last.ckpt")
+    assert_same_tensors(loaded.state_dict(), ranks[0]["state"])  # type: ignore[arg-type]
+    assert (tmp_path / "net" / "manifest.json").is_file() == (stage == "qat")

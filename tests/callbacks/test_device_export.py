@@ -1,0 +1,167 @@
+"""DeviceExport: when it runs, what it writes, and that the files run without PyTorch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+import lightning_quant as lq
+from lightning_quant.deploy.bundle import load_bundle
+from lightning_quant.errors import ConfigurationError, ParityError
+from tests.small import SmallModule, assert_same_tensors, small_data, small_loader
+
+MakeTrainer = Callable[..., Trainer]
+
+
+def files_below(path: Path) -> set[str]:
+    return {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_bundle_of_each_stage(trainer: MakeTrainer, tmp_path: Path, stage: str) -> None:
+    module = SmallModule()
+    quantizer = lq.PostTrainingQuantization("w8a8", calibration_dataloader=small_loader())
+    export = lq.DeviceExport(tmp_path / "out", name="net")
+    one = trainer(quantizer, export)
+    if stage == "fit":
+        one.fit(module, small_loader(), small_loader())
+    else:
+        getattr(one, stage)(module, small_loader(), verbose=False)
+    assert files_below(tmp_path / "out") == {
+        "net/net.aimet/model.onnx",
+        "net/net.aimet/model.encodings",
+        "net/net.onnx",
+        "net/manifest.json",
+    }
+    assert export.bundle is not None
+    manifest = json.loads((tmp_path / "out/net/manifest.json").read_text())
+    assert manifest == export.bundle.manifest == load_bundle(tmp_path / "out/net").manifest
+    assert (manifest["precision"], manifest["hardware"], manifest["calibrated"]) == ("w8a8", "htp_v75", True)
+    assert (manifest["parity"]["tier"], manifest["parity"]["samples"]) == ("onnxruntime", 8)
+    session = onnxruntime.InferenceSession(str(export.bundle.qdq), providers=["CPUExecutionProvider"])
+    images = small_data().tensors[0][:1]
+    (scores,) = session.run(None, {manifest["input_names"][0]: images.numpy()})
+    with torch.no_grad():
+        expected = module.quantized.eval()(images).numpy()
+    np.testing.assert_allclose(scores, expected, atol=0.05 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("precision", ["w4a8", "w4a16", "w8a16"])
+def test_other_precisions(trainer: MakeTrainer, tmp_path: Path, precision: str) -> None:
+    export = lq.DeviceExport(tmp_path, samples=3)
+    trainer(lq.PostTrainingQuantization(precision), export).fit(SmallModule(), small_loader())
+    assert export.bundle is not None
+    assert export.bundle.path == tmp_path / f"SmallNet-{precision}"
+    assert export.bundle.manifest["parity"]["samples"] == 3
+
+
+def test_once_at_the_end_and_not_in_validations_inside_fit(trainer: MakeTrainer, tmp_path: Path) -> None:
+    seen: list[tuple[bool, str, bool]] = []
+
+    class Look(Callback):
+        def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+            seen.append((trainer.sanity_checking, "validation", (tmp_path / "export").exists()))
+
+        def on_fit_end(self, trainer: Trainer, *_: Any) -> None:
+            seen.append((trainer.sanity_checking, "fit", (tmp_path / "export").exists()))
+
+    module = SmallModule()
+    export = lq.DeviceExport()
+    trainer(lq.QuantizationAwareTraining(), export, Look(), max_epochs=2).fit(module, small_loader(), small_loader())
+    # the folder is made below the Trainer's root, after training; on_fit_end of Look comes after the export's
+    assert seen == [
+        (True, "validation", False),
+        (False, "validation", False),
+        (False, "validation", False),
+        (False, "fit", True),
+    ]
+    assert export.bundle is not None
+    assert export.bundle.path == tmp_path / "export" / "SmallNet-w8a8"
+
+
+def test_export_changes_nothing_in_the_module(trainer: MakeTrainer, tmp_path: Path) -> None:
+    exported, plain, drawn = SmallModule(), SmallModule(), []
+    for module, callbacks in ((exported, [lq.DeviceExport(tmp_path)]), (plain, [])):
+        torch.manual_seed(0)
+        one = trainer(lq.QuantizationAwareTraining(), *callbacks, max_epochs=1)
+        one.fit(module, small_loader(shuffle=True))
+        drawn.append(torch.rand(1))
+    assert drawn[0] == drawn[1]
+    assert_same_tensors(exported.state_dict(), plain.state_dict())
+    assert exported.model.training == plain.model.training
+    trainer(lq.QuantizationAwareTraining(), max_epochs=1).fit(exported, small_loader())
+    assert exported.called.count("training") == 8
+
+
+def test_earlier_bundle_is_replaced(trainer: MakeTrainer, tmp_path: Path) -> None:
+    export = lq.DeviceExport(tmp_path, name="net")
+    callback = lq.QuantizationAwareTraining()
+    module = SmallModule()
+    for epochs in (1, 2):
+        trainer(callback, export, max_epochs=epochs).fit(module, small_loader())
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
+    assert export.bundle is not None
+    assert load_bundle(tmp_path / "net").manifest == export.bundle.manifest
+
+
+def test_module_from_load_quantized_needs_no_callback(trainer: MakeTrainer, tmp_path: Path) -> None:
+    one = trainer(lq.PostTrainingQuantization())
+    one.fit(SmallModule(), small_loader())
+    one.save_checkpoint(tmp_path / "last.ckpt")
+    module = lq.load_quantized(SmallModule, tmp_path / "last.ckpt")
+
+    class WithData(lq.DeviceExport):
+        pass
+
+    module.train_dataloader = small_loader  # type: ignore[method-assign]
+    export = WithData(tmp_path / "out")
+    trainer(export).test(module, small_loader(), verbose=False)
+    assert export.bundle is not None
+
+
+# What cannot work
+
+
+def test_without_a_quantization_callback(trainer: MakeTrainer, tmp_path: Path) -> None:
+    module = SmallModule()
+    with pytest.raises(ConfigurationError, match="DeviceExport without a quantization callback before it"):
+        trainer(lq.DeviceExport(tmp_path), max_epochs=1).fit(module, small_loader())
+    assert module.called == []
+
+
+def test_listed_before_the_quantization_callback(trainer: MakeTrainer, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="without a quantization callback before it"):
+        trainer(lq.DeviceExport(tmp_path), lq.PostTrainingQuantization()).fit(SmallModule(), small_loader())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": "iphone"}, r"Unknown target 'iphone': expected one of auto, onnxruntime"),
+        ({"samples": 0}, r"samples=0: expected a whole number of at least 1"),
+        ({"name": "../net"}, r"name='\.\./net': expected a plain file name"),
+        ({"name": ""}, r"name='': expected a plain file name"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        lq.DeviceExport(**arguments)
+
+
+def test_files_that_compute_something_else_are_not_kept(
+    trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_quant.deploy import parity
+
+    monkeypatch.setattr(parity, "COARSE_BAR", 200.0)
+    with pytest.raises(ParityError, match="expected at least 200 dB"):
+        trainer(lq.PostTrainingQuantization("w4a8"), lq.DeviceExport(tmp_path / "out")).fit(SmallModule(), small_loader())
+    assert files_below(tmp_path / "out") == set()

@@ -1,0 +1,120 @@
+"""Run by test_bundle.py in a process of its own: exports that are killed or run out of space, in forked children.
+
+Forking keeps the seconds of importing AIMET out of every attempt. Prints one JSON line per attempt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+torch.set_num_threads(1)
+
+from lightning_quant.deploy import bundle  # noqa: E402
+from lightning_quant.errors import ExportError  # noqa: E402
+from tests.simulation.networks import Body, calibrated, call, images  # noqa: E402
+
+
+def state(path: Path) -> str:
+    """What is there under the final name: nothing, the complete old or new bundle, or something broken."""
+    if not path.exists():
+        return "nothing"
+    try:
+        return str(bundle.load_bundle(path).manifest["precision"])
+    except ExportError as error:
+        return f"broken: {error}"
+
+
+def child(work: Callable[[], None]) -> int:
+    """Fork, run ``work`` in the child; the child's id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        work()
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def report(kind: str, path: Path, before: str, pid: int, **more: object) -> None:
+    _, status = os.waitpid(pid, 0)
+    leftovers = sorted(file.name for file in path.parent.iterdir() if file != path)
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
+    record = {"kind": kind, "before": before, "after": state(path), "killed": killed, "code": code}
+    print(json.dumps({**record, "leftovers": leftovers, **more}), flush=True)
+
+
+def main(root: Path) -> None:
+    old = calibrated(Body(), precision="w8a8")
+    new = calibrated(Body(), precision="w8a16")
+    samples = [call(images(2))]
+    started = time.monotonic()
+    bundle.export_bundle(old, root / "warm" / "net", samples)
+    duration = time.monotonic() - started
+
+    def prepare(kind: str, before: str) -> Path:
+        path = root / kind / "net"
+        path.parent.mkdir(parents=True)
+        if before != "nothing":
+            bundle.export_bundle(old, path, samples)
+        return path
+
+    # at moments spread over the whole export
+    for index in range(8):
+        before = ("nothing", "w8a8")[index % 2]
+        path = prepare(f"moment{index}", before)
+        pid = child(lambda path=path: bundle.export_bundle(new, path, samples))  # type: ignore[misc]
+        time.sleep(duration * (index + 0.5) / 8)
+        os.kill(pid, signal.SIGKILL)
+        report("moment", path, before, pid)
+
+    # right before and right after each rename
+    for index, moment in enumerate(("before", "after") * 2):
+        path = prepare(f"rename{index}", "w8a8")
+
+        def work(path: Path = path, moment: str = moment, which: int = index // 2) -> None:
+            real, calls = os.replace, []
+
+            def replace(*args: object) -> None:
+                calls.append(args)
+                if len(calls) == which + 1 and moment == "before":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                real(*args)  # type: ignore[arg-type]
+                if len(calls) == which + 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            os.replace = replace  # type: ignore[assignment]
+            bundle.export_bundle(new, path, samples)
+
+        report("rename", path, "w8a8", child(work), moment=f"{moment} {index // 2}")
+
+    # no file may grow beyond a limit: the first, the second … file fails
+    sizes = [file.stat().st_size for file in (root / "warm" / "net").rglob("*") if file.is_file()]
+    for index, limit in enumerate([0, *(size - 1 for size in sorted(sizes))]):
+        before = ("w8a8", "nothing")[index % 2]
+        path = prepare(f"full{index}", before)
+
+        def work(path: Path = path, limit: int = limit) -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            try:
+                bundle.export_bundle(new, path, samples)
+            except ExportError as error:
+                os._exit(17 if "File too large" in str(error) else 18)
+
+        report("full", path, before, child(work), limit=limit)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

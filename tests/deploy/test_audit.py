@@ -1,0 +1,170 @@
+"""No tensor reaches the device without a range, unless there is a reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.deploy.audit import unexplained
+from lightning_quant.deploy.bundle import export_bundle
+from lightning_quant.errors import ExportError
+from tests.simulation.networks import (
+    Body,
+    Chain,
+    Functional,
+    SharedReLU,
+    Sine,
+    Untraceable,
+    attention_free_transformer,
+    calibrated,
+    call,
+    images,
+    seeded,
+)
+
+
+def reasons(network: nn.Module, path: Path, *inputs: Tensor) -> dict[str, str]:
+    """What the bundle says of the tensors without an encoding."""
+    example = call(*inputs) if inputs else call(images(4))
+    made = calibrated(network, example)
+    bundle = export_bundle(made, path / "net", [example])
+    found = bundle.manifest["without_encoding"]
+    # nothing is left that is neither encoded nor explained, seen from the files alone
+    model = onnx.load(bundle.aimet / "model.onnx")
+    encodings = json.loads((bundle.aimet / "model.encodings").read_text())
+    encoded = {e["name"] for part in ("activation_encodings", "param_encodings") for e in encodings[part]}
+    consumed = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
+    integers = {
+        value.name
+        for value in onnx.shape_inference.infer_shapes(model).graph.value_info
+        if value.type.tensor_type.elem_type != onnx.TensorProto.FLOAT
+    }
+    constants = {i.name for i in model.graph.initializer if i.data_type != onnx.TensorProto.FLOAT}
+    assert consumed - encoded - set(found) - integers - constants - {""} == set()
+    return found
+
+
+def test_every_float_tensor_of_a_clean_network_has_a_reason(tmp_path: Path) -> None:
+    bias = "bias: a 32-bit integer on the device, its scale that of the input times that of the weight"
+    assert reasons(Chain(), tmp_path) == {
+        "network.first.bias": bias,
+        "network.second.bias": bias,
+        "/network/first/Conv_output_0": "computed together with the Relu after it",
+    }
+
+
+@pytest.mark.parametrize(
+    ("module", "tensors"),
+    [
+        # the convolution before it was computed together with it
+        ("relu", ["/network/conv/Conv_output_0", "/network/relu/Relu_output_0"]),
+        ("head", ["output"]),
+        ("branch", ["/network/branch/Conv_output_0"]),
+    ],
+)
+def test_a_removed_output_quantizer_fails_the_export(tmp_path: Path, module: str, tensors: list[str]) -> None:
+    made = calibrated(Body())
+    made.network.get_submodule(module).output_quantizers[0] = None
+    with pytest.raises(ExportError, match=rf"{len(tensors)} tensors .* no encoding, e\.g\. {', '.join(tensors)}:"):
+        export_bundle(made, tmp_path / "net", [call(images())])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_removed_input_quantizer_fails_the_export(tmp_path: Path) -> None:
+    made = calibrated(Body())
+    made.network.conv.input_quantizers[0] = None
+    with pytest.raises(ExportError, match=r"no encoding, e\.g\. x:"):
+        export_bundle(made, tmp_path / "net", [call(images())])
+
+
+def test_a_removed_quantizer_is_seen_beside_parts_that_were_left_in_float(tmp_path: Path) -> None:
+    """One finding of the preflight explains its own module, not the whole network."""
+    network = nn.Sequential(Chain(), Untraceable(Functional()))
+    made = calibrated(seeded_channels(network))
+    assert any("functional operations" in finding.problem for finding in made.findings)
+    export_bundle(made, tmp_path / "net", [call(images())])
+    made.network.get_submodule("0.relu").output_quantizers[0] = None
+    with pytest.raises(ExportError, match=r"2 tensors .*0/relu/Relu_output_0"):
+        export_bundle(made, tmp_path / "net", [call(images())])
+
+
+def seeded_channels(network: nn.Sequential) -> nn.Sequential:
+    network[0].second = nn.Conv2d(4, 3, 1)  # three channels for the second part
+    return network
+
+
+def test_gelu_and_layer_norm_are_one_operation_each(tmp_path: Path) -> None:
+    found = reasons(attention_free_transformer(), tmp_path, torch.randn(6, 5, 8))
+    inside = [
+        reason for name, reason in found.items() if name.startswith("/network/network.1/") and "Constant" not in name
+    ]
+    assert inside
+    assert set(inside) == {"inside one operation of the simulation (1)"}
+    assert found["network.2.bias"].startswith("bias")
+    assert found["/network/network.0/MatMul_output_0"] == "computed together with the bias after it"
+
+
+def test_a_layer_alone(tmp_path: Path) -> None:
+    linear = seeded(nn.Linear(8, 4))
+    assert list(reasons(linear, tmp_path / "gemm", torch.randn(6, 8))) == ["network.bias"]
+    # of more than two dimensions, ONNX makes two operations
+    found = reasons(linear, tmp_path / "matmul", torch.randn(6, 5, 8))
+    assert found["/network/MatMul_output_0"] == "computed together with the bias after it"
+
+
+def test_outputs_of_a_layer_that_nobody_uses(tmp_path: Path) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(8, 6, batch_first=True)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.head(self.lstm(x)[0])
+
+    reasons(Recurrent(), tmp_path, torch.randn(2, 5, 8))
+
+
+def test_what_the_preflight_told_is_explained_by_it(tmp_path: Path) -> None:
+    float_ops = nn.Sequential(nn.Conv2d(3, 3, 1), Sine(), nn.Conv2d(3, 3, 1))
+    found = reasons(float_ops, tmp_path / "a")
+    assert found["/network/Sin_output_0"] == "left in float, as the preflight said of the network"
+    reused = reasons(Untraceable(SharedReLU()), tmp_path / "b")
+    assert reused["/network/inner/relu/Relu_output_0"] == "left in float, as the preflight said of inner.relu"
+    assert reused["/network/inner/first/Conv_output_0"].startswith("left in float")
+    functional = reasons(Untraceable(Functional()), tmp_path / "c")
+    assert any(reason.endswith("said of inner") for reason in functional.values())
+
+
+def _model(*nodes: onnx.NodeProto, initializers: tuple[str, ...] = ()) -> onnx.ModelProto:
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        list(nodes),
+        "g",
+        [value("x", onnx.TensorProto.FLOAT, [1, 2])],
+        [value("y", onnx.TensorProto.FLOAT, [1, 2])],
+        [onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, [2], [1.0, 2.0]) for name in initializers],
+    )
+    return onnx.helper.make_model(graph)
+
+
+def test_rules_on_hand_made_graphs() -> None:
+    node = onnx.helper.make_node
+    plain = _model(node("Add", ["x", "c"], ["a"]), node("Mul", ["a", "c"], ["y"]), initializers=("c",))
+    explained, missing = unexplained(plain, [])
+    assert missing == ["x", "a", "y"]
+    assert explained == {"c": "constant: its range follows from its values"}
+    assert unexplained(plain, ["x", "a", "y", "c"]) == ({}, [])
+    # an activation explains what it is fused with only if its own output has a range
+    fused = _model(node("Add", ["x", "x"], ["a"]), node("Relu", ["a"], ["y"]))
+    assert unexplained(fused, ["x", "y"]) == ({"a": "computed together with the Relu after it"}, [])
+    assert unexplained(fused, ["x"])[1] == ["a", "y"]
+    # integers need no range
+    shape = _model(node("Shape", ["x"], ["s"]), node("Reshape", ["x", "s"], ["y"]))
+    assert unexplained(shape, ["x", "y"]) == ({}, [])

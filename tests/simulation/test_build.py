@@ -1,0 +1,343 @@
+"""From the float network to the simulation: the float one stays as it is, every rewriting is checked by numbers."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.errors import ConfigurationError, PreflightError
+from lightning_quant.simulation import aimet
+from lightning_quant.simulation.build import _relative_difference
+from lightning_quant.simulation.calibrate import calibrate
+from lightning_quant.simulation.network import QuantizedNetwork
+from tests.simulation.networks import (
+    Body,
+    Chain,
+    Functional,
+    Options,
+    Sine,
+    Untraceable,
+    calibrated,
+    call,
+    images,
+    quantized,
+    seeded,
+)
+
+aimet.load()
+from aimet_torch import batch_norm_fold, model_preparer  # noqa: E402
+from aimet_torch.common import quantsim  # noqa: E402
+from aimet_torch.nn import QuantizationMixin  # noqa: E402
+from aimet_torch.quantization.base import QuantizerBase  # noqa: E402
+
+
+def bits(network: QuantizedNetwork) -> dict[str, int]:
+    return {
+        name: module.bitwidth for name, module in network.network.named_modules() if isinstance(module, QuantizerBase)
+    }
+
+
+def float_twin(network: QuantizedNetwork) -> nn.Module:
+    """The quantized network with every quantizer taken out: what was rewritten, without rounding."""
+    twin = copy.deepcopy(network)
+    for module in twin.network.modules():
+        for group in ("param_quantizers", "input_quantizers", "output_quantizers"):
+            quantizers = getattr(module, group, None)
+            if isinstance(quantizers, nn.ModuleDict):
+                for name in quantizers:
+                    quantizers[name] = None
+            elif quantizers is not None:
+                for index in range(len(quantizers)):
+                    quantizers[index] = None
+    return twin
+
+
+@pytest.mark.parametrize("network", [Body, Options, lambda: Untraceable(Body())])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_float_network_is_not_changed(network: Any, training: bool) -> None:
+    original = network().train(training)
+    state = {name: value.clone() for name, value in original.state_dict().items()}
+    modules = {name: (type(module), module.training) for name, module in original.named_modules()}
+    calls: list[str] = []
+    hooks = original.register_forward_hook(lambda *_: calls.append("hook"))
+    torch.manual_seed(7)
+    random.seed(7)
+    np.random.seed(7)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    x = images().requires_grad_()
+    made = quantized(original, call(x))
+    assert {name: (type(module), module.training) for name, module in original.named_modules()} == modules
+    assert all(torch.equal(value, state[name]) for name, value in original.state_dict().items())
+    assert list(original._forward_hooks) == [hooks.id]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in original.modules() if m is not original)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    assert x.grad is None
+    shared = {p.data_ptr() for p in original.parameters()} & {p.data_ptr() for p in made.parameters()}
+    assert not shared
+    assert made.training is training
+
+
+def test_grad_mode_of_the_caller_is_kept_and_inference_mode_does_no_harm() -> None:
+    with torch.no_grad():
+        quantized(Body())
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode():
+        made = quantized(Body())
+        assert torch.is_inference_mode_enabled()
+    assert not any(tensor.is_inference() for tensor in [*made.parameters(), *made.buffers()])
+    calibrate(made, [call(images(4))])
+    made(images(2)).sum().backward()
+
+
+def test_frozen_parts_stay_frozen() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)).train()
+    network[2].eval()
+    network[0].weight.requires_grad_(False)
+    made = quantized(network)
+    module = made.network
+    assert made.training
+    assert module.get_submodule("4").training
+    assert not module.get_submodule("2").training
+    assert [module.get_submodule(name).weight.requires_grad for name in ("0", "4")] == [False, True]
+
+
+def test_global_state_of_aimet_is_restored() -> None:
+    before = (
+        QuantizationMixin._ignore_unknown_modules,
+        dict(QuantizationMixin.cls_to_qcls),
+        list(warnings.filters),
+        quantsim.encoding_version,
+    )
+    quantized(nn.Sequential(nn.Conv2d(3, 3, 1), Sine(), nn.Conv2d(3, 3, 1)))
+    quantized(Functional())
+    with pytest.raises(PreflightError):
+        quantized(nn.Sequential(Sine()), strict=True)
+    after = (
+        QuantizationMixin._ignore_unknown_modules,
+        dict(QuantizationMixin.cls_to_qcls),
+        list(warnings.filters),
+        quantsim.encoding_version,
+    )
+    assert before == after
+
+
+def test_functional_operations_become_modules_with_quantizers() -> None:
+    made = quantized(Functional())
+    assert {"module_add", "module_relu", "module_interpolate"} <= {name for name, _ in made.network.named_modules()}
+    assert "module_add.output_quantizers.0" in bits(made)
+    assert isinstance(made.network, torch.fx.GraphModule)
+
+
+def test_batch_norms_are_folded_into_the_same_function() -> None:
+    original = Body()
+    made = calibrated(original)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in made.network.modules())
+    assert not torch.allclose(made.network.conv.weight, original.conv.weight)
+    x = images(4)
+    assert torch.allclose(float_twin(made)(x), original(x), atol=1e-5)
+
+
+def test_a_wrong_fold_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = batch_norm_fold.fold_all_batch_norms
+
+    def wrong(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = real(model, *args, **kwargs)
+        with torch.no_grad():
+            model.network.conv.weight[0].mul_(1.05)
+        return result
+
+    monkeypatch.setattr(batch_norm_fold, "fold_all_batch_norms", wrong)
+    original = Body()
+    made = calibrated(original)
+    told = next(finding for finding in made.findings if "folding batch norms changed the output" in finding.problem)
+    assert "left unfolded" in told.problem
+    assert isinstance(made.network.norm, nn.BatchNorm2d)
+    assert torch.allclose(float_twin(made)(images(4)), original(images(4)), atol=1e-5)
+
+
+@pytest.mark.parametrize("broken", ["raises", "nan"])
+def test_a_fold_that_breaks_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    def fold(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if broken == "raises":
+            raise KeyError("no such operation")
+        model.network.conv.weight.data[0] = float("nan")
+
+    monkeypatch.setattr(batch_norm_fold, "fold_all_batch_norms", fold)
+    original = Body()
+    made = calibrated(original)
+    problem = next(finding.problem for finding in made.findings if "batch norms" in finding.problem)
+    assert ("KeyError: 'no such operation'" in problem) if broken == "raises" else ("by inf" in problem)
+    assert torch.allclose(float_twin(made)(images(4)), original(images(4)), atol=1e-5)
+
+
+def test_a_network_that_computes_something_else_when_traced() -> None:
+    class Moody(Body):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.scores(x)
+            return x if isinstance(x, torch.fx.Proxy) else x * 3
+
+    original = Moody()
+    made = calibrated(original)
+    assert "computes something else when traced" in made.findings[0].problem
+    assert not isinstance(made.network, torch.fx.GraphModule)
+    assert torch.allclose(float_twin(made)(images(4)), original(images(4)), atol=1e-5)
+
+
+def test_a_preparation_that_changes_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = model_preparer.prepare_model
+
+    def wrong(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        prepared = real(model, *args, **kwargs)
+        prepared.head.weight.data[0] *= 1.1
+        return prepared
+
+    monkeypatch.setattr(model_preparer, "prepare_model", wrong)
+    made = calibrated(Body())
+    assert "computes something else when traced" in made.findings[0].problem
+
+
+def test_a_network_that_cannot_be_traced_is_quantized_as_it_is() -> None:
+    original = Untraceable(Chain())
+    made = calibrated(original)
+    assert "could not be traced" in made.findings[0].problem
+    assert type(made.network.inner.first).__name__ == "QuantizedConv2d"
+    x = images(4)
+    assert torch.allclose(made(x), original(x), atol=0.1)
+    assert not torch.equal(made(x), original(x))
+
+
+def test_optional_arguments() -> None:
+    x, mask = images(2), (images(2, 3, channels=1) > 0).float()
+    without, given = calibrated(Options(), call(x)), calibrated(Options(), call(x, mask))
+    assert without.findings == given.findings == []
+    assert torch.allclose(float_twin(without)(x), Options()(x), atol=1e-5)
+    assert torch.allclose(float_twin(given)(x, mask), Options()(x, mask), atol=1e-5)
+
+
+def test_one_layer_alone() -> None:
+    linear = seeded(nn.Linear(8, 4))
+    made = calibrated(linear, call(torch.randn(6, 8)))
+    assert made.findings == []
+    assert set(bits(made)) == {"param_quantizers.weight", "input_quantizers.0", "output_quantizers.0"}
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w8a16", "w4a8", "w4a16"])
+def test_precision_of_the_whole_network(precision: str) -> None:
+    made = quantized(Body(), precision=precision)
+    weights, activations = made.recipe.precision.weight_bits, made.recipe.precision.activation_bits
+    found = bits(made)
+    assert len(found) >= 7
+    assert all(width == (weights if "param" in name else activations) for name, width in found.items())
+
+
+PLAIN = {
+    "first.param_quantizers.weight": 8,
+    "first.input_quantizers.0": 8,
+    "relu.output_quantizers.0": 8,
+    "second.param_quantizers.weight": 8,
+    "second.output_quantizers.0": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "changed"),
+    [
+        ({}, {}),
+        ({"second": "w4a8"}, {"second.param_quantizers.weight": 4}),
+        # what a layer computes with is its input: it becomes finer too, at the layer that makes it
+        ({"second": "w8a16"}, {"relu.output_quantizers.0": 16, "second.output_quantizers.0": 16}),
+        (
+            {"second": "w4a16"},
+            {"second.param_quantizers.weight": 4, "relu.output_quantizers.0": 16, "second.output_quantizers.0": 16},
+        ),
+        ({"first": "w4a8"}, {"first.param_quantizers.weight": 4}),
+        ({"*": "w4a16"}, {name: 4 if "param" in name else 16 for name in PLAIN}),
+        # the last glob that matches wins
+        ({"*": "w4a8", "sec*": "w8a8"}, {"first.param_quantizers.weight": 4}),
+        ({"sec*": "w8a8", "*": "w4a8"}, {name: 4 for name in PLAIN if "param" in name}),
+    ],
+)
+def test_overrides_change_the_matching_layers_only(overrides: dict[str, str], changed: dict[str, int]) -> None:
+    assert bits(quantized(Chain(), overrides=overrides)) == {**PLAIN, **changed}
+
+
+def test_override_reaches_every_weight_of_a_larger_network() -> None:
+    everything = bits(quantized(Body(), overrides={"*": "w4a16"}))
+    assert everything == bits(quantized(Body(), precision="w4a16"))
+    some = bits(quantized(Body(), precision="w4a16", overrides={"b*": "w8a16"}))
+    weights = {name: width for name, width in some.items() if "param" in name}
+    assert weights == {
+        "conv.param_quantizers.weight": 4,
+        "branch.param_quantizers.weight": 8,
+        "head.param_quantizers.weight": 4,
+    }
+
+
+@pytest.mark.parametrize("estimator", ["min_max", "tf_enhanced", "percentile"])
+def test_overridden_layers_keep_the_range_estimator(estimator: str) -> None:
+    def observers(network: QuantizedNetwork) -> dict[str, str]:
+        modules = network.network.named_modules()
+        return {name: type(m.encoding_analyzer).__name__ for name, m in modules if isinstance(m, QuantizerBase)}
+
+    plain = observers(quantized(Chain(), range_estimator=estimator))
+    assert observers(quantized(Chain(), range_estimator=estimator, overrides={"*": "w4a16"})) == plain
+    expected = {"min_max": "MinMax", "tf_enhanced": "TfEnhanced", "percentile": "Percentile"}[estimator]
+    assert plain["first.input_quantizers.0"] == f"{expected}EncodingAnalyzer"
+
+
+def test_override_that_matches_nothing() -> None:
+    with pytest.raises(ConfigurationError, match=r"'haed.*' matches no layer.*such as: .*first"):
+        quantized(Chain(), overrides={"haed.*": "w8a16"})
+
+
+def test_hardware_from_a_json_file(tmp_path: Path) -> None:
+    from aimet_torch.common.quantsim_config import quantsim_config
+
+    source = Path(quantsim_config.__file__).parent / "default_config_per_channel.json"
+    mine = tmp_path / "mine.json"
+    mine.write_text(source.read_text())
+    assert bits(quantized(Chain(), hardware=str(mine))) == bits(quantized(Chain(), hardware="default"))
+    mine.write_text("{}")
+    with pytest.raises(PreflightError, match=r"AIMET cannot quantize .* with hardware config '.*mine\.json'"):
+        quantized(Chain(), hardware=str(mine))
+
+
+def test_network_that_cannot_run_raises_its_own_error() -> None:
+    with pytest.raises(RuntimeError, match=r"expected input.*to have 3 channels"):
+        quantized(Body(), call(images(channels=5)))
+
+
+def test_network_without_any_tensor_in_its_output() -> None:
+    class Silent(Body):
+        def forward(self, x: Tensor) -> None:
+            self.scores(x)
+
+    with pytest.raises(PreflightError, match="Silent returned NoneType without any tensor"):
+        quantized(Silent())
+
+
+def test_relative_difference() -> None:
+    a = torch.tensor([1.0, -4.0])
+    assert _relative_difference({"x": a}, {"x": a}) == 0
+    assert _relative_difference(a, a + torch.tensor([0.0, 1.0])) == pytest.approx(0.25)
+    assert _relative_difference((a, a), (a, a * 1.1)) == pytest.approx(0.1)
+    assert _relative_difference(a, a[:1]) == float("inf")
+    assert _relative_difference(a, torch.tensor([1.0, float("nan")])) == float("inf")
+    masked = torch.tensor([1.0, float("-inf")])
+    assert _relative_difference(masked, masked) == 0
+    assert _relative_difference(masked, masked * torch.tensor([2.0, 1.0])) == pytest.approx(1)
+    assert _relative_difference(torch.zeros(2), torch.zeros(2)) == 0
+    with pytest.raises(ValueError, match="zip"):
+        _relative_difference((a, a), (a,))
