@@ -125,11 +125,11 @@ class _Run:
         self.record = record
         pl.seed_everything(config.seed, workers=True, verbose=False)
         self.data: pl.LightningDataModule = instantiate(config.data)
-        # Wrong data is told before a network is built or trained.
-        self.data.prepare_data()
-        self.data.setup("fit")
 
     def execute(self) -> None:
+        with self.stage("data"):  # wrong data is told before a network is built or trained
+            self.data.prepare_data()
+            self.data.setup("fit")
         with self.stage("float"):
             float_task = self.float_task()
             self.measure("float", float_task)

@@ -64,7 +64,7 @@ def test_a_sweep_ends_with_one_table_and_every_artifact(sweep: tuple[Path, str])
         assert set(record.metric) == {"float", "ptq", "qat"}
         assert record.exported in ("ptq", "qat")
         assert record.parity["tier"] == "onnxruntime"
-        assert set(record.seconds) == {"float", "ptq", "qat", "export"}
+        assert set(record.seconds) == {"data", "float", "ptq", "qat", "export"}
         bundle = path.parent / record.artifacts["bundle"]
         name = bundle.name
         assert {file.name for file in (bundle / f"{name}.aimet").iterdir()} == {"model.onnx", "model.encodings"}

@@ -9,7 +9,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -38,6 +44,7 @@ log = logging.getLogger(f"lightning.pytorch.{__name__}")
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 _STRATEGIES = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
+_FINDERS = (BatchSizeFinder, LearningRateFinder)
 
 
 @rank_zero_only
@@ -100,6 +107,7 @@ class QuantizationCallback(Callback):
         if isinstance(network, QuantizedNetwork):
             self._check_same_recipe(network)
             return
+        self._check_first_time(trainer, pl_module)
         siblings = unused_siblings(pl_module, network, self.network_name)
         if self.recipe.strict:
             refuse(siblings)
@@ -193,12 +201,28 @@ class QuantizationCallback(Callback):
                 f"{mine} and {type(others[0]).__name__} in one Trainer: expected one quantization callback. "
                 "QuantizationAwareTraining calibrates by itself; remove the other."
             )
+
+    def _check_first_time(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What would run with, or keep, the float network."""
+        mine = type(self).__name__
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         before = callbacks[: callbacks.index(self)]
         early = next((one for one in before if isinstance(one, _AVERAGING)), None)
         if early is not None:
             raise ConfigurationError(
                 f"{type(early).__name__} is listed before {mine}: it would average the float network, whose "
                 f"weights have other shapes. List {mine} first in callbacks=[...]."
+            )
+        finder = next((one for one in callbacks if isinstance(one, _FINDERS)), None)
+        if finder is not None and trainer.state.fn == "fit" and trainer.ckpt_path is None:
+            raise ConfigurationError(
+                f"{type(finder).__name__} with {mine}: Lightning runs it before anything else, and so before "
+                "calibration. Run PostTrainingQuantization with trainer.fit() on the module first, then this."
+            )
+        if pl_module._compiler_ctx is not None:
+            raise ConfigurationError(
+                f"torch.compile() of {type(pl_module).__name__} with {mine}: expected it uncompiled, since AIMET's "
+                "simulation cannot be compiled. Pass the module itself to the Trainer."
             )
 
 
@@ -222,6 +246,11 @@ def _find_network(pl_module: pl.LightningModule, name: str) -> nn.Module:
         raise ConfigurationError(
             f"network={name!r} is {type(owner).__name__}: expected an nn.Module. Name the attribute of "
             f"{type(pl_module).__name__} that holds the network."
+        )
+    if hasattr(owner, "_orig_mod"):
+        raise ConfigurationError(
+            f"network={name!r} was compiled: expected the plain nn.Module, since AIMET's simulation cannot be "
+            "compiled. Leave torch.compile() away."
         )
     if isinstance(owner, pl.LightningModule):
         raise ConfigurationError(

@@ -101,11 +101,9 @@ def split_off_ranges(
         if not any(is_range):
             continue
         new = {**group, "weight_decay": 0.0} if "weight_decay" in group else {**group}
-        for name in {"params", "param_names"} & group.keys():
+        for name in {"params", "param_names"} & group.keys():  # names, if the user gave named_parameters()
             new[name] = list(compress(group[name], is_range))
             group[name] = list(compress(group[name], map(not_, is_range)))
-        if "param_names" in new:  # the optimizer was made from named_parameters(), and takes pairs only
-            new["params"] = list(zip(new.pop("param_names"), new["params"], strict=True))
         optimizer.add_param_group(new)
         for config in schedulers:
             _repeat_group(config.scheduler, index)

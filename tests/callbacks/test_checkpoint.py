@@ -146,7 +146,7 @@ def test_float_checkpoint(trainer: MakeTrainer, tmp_path: Path) -> None:
     one = trainer(max_epochs=1)
     one.fit(SmallModule(), small_loader())
     one.save_checkpoint(tmp_path / "float.ckpt")
-    with pytest.raises(CheckpointError, match="holds no quantized network.*load_from_checkpoint"):
+    with pytest.raises(CheckpointError, match=r"holds no quantized network.*load_from_checkpoint"):
         lq.read_manifest(tmp_path / "float.ckpt")
 
 
@@ -198,12 +198,13 @@ def test_foreign_code_is_not_executed(checkpoint: tuple[Path, SmallModule], tmp_
 @pytest.mark.parametrize("into_trainer", [False, True])
 def test_later_format(checkpoint: tuple[Path, SmallModule], trainer: MakeTrainer, into_trainer: bool) -> None:
     path = edited(checkpoint[0], lambda content: manifest_in(content).update(format_version=2))
-    with pytest.raises(CheckpointError, match="format_version=2.*this version reads 1"):
-        if into_trainer:
-            callback = lq.PostTrainingQuantization("w4a8", overrides={"head": "w8a16"})
-            trainer(callback).validate(SmallModule(), small_loader(), ckpt_path=path)
-        else:
-            lq.load_quantized(SmallModule, path)
+
+    def into_the_trainer() -> None:
+        callback = lq.PostTrainingQuantization("w4a8", overrides={"head": "w8a16"})
+        trainer(callback).validate(SmallModule(), small_loader(), ckpt_path=path)
+
+    with pytest.raises(CheckpointError, match=r"format_version=2.*this version reads 1"):
+        into_the_trainer() if into_trainer else lq.load_quantized(SmallModule, path)
 
 
 @pytest.mark.parametrize(

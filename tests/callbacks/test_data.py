@@ -204,7 +204,10 @@ def test_unlabelled_images(trainer: MakeTrainer) -> None:
 def test_single_loader_of_a_batch_without_calls(trainer: MakeTrainer) -> None:
     module = SmallModule()
     callback = PostTrainingQuantization(calibration_dataloader=DataLoader([{"a": 1, "b": 2.0}] * 4))
-    with pytest.raises(CalibrationError, match=r"from batch 0 to the network 'model': validation_step called it with shapes \[\].*self.model"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"from batch 0 to the network 'model': validation_step called it with shapes \[\].*self.model",
+    ):
         trainer(callback).validate(module, small_loader())
     assert module.called == []
 
@@ -268,7 +271,9 @@ def test_a_step_that_logs_and_catches_exceptions_before_the_call(trainer: MakeTr
 def test_a_network_the_steps_do_not_call(trainer: MakeTrainer) -> None:
     module = SmallModule()
     module.unused = small_net()
-    with pytest.raises(CalibrationError, match=r"network 'unused': validation_step did not call it.*self\.unused\(\.\.\.\)"):
+    with pytest.raises(
+        CalibrationError, match=r"network 'unused': validation_step did not call it.*self\.unused\(\.\.\.\)"
+    ):
         trainer(PostTrainingQuantization(network="unused")).fit(module, small_loader())
     assert type(module.unused) is SmallNet
 

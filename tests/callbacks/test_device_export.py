@@ -163,5 +163,7 @@ def test_files_that_compute_something_else_are_not_kept(
 
     monkeypatch.setattr(parity, "COARSE_BAR", 200.0)
     with pytest.raises(ParityError, match="expected at least 200 dB"):
-        trainer(lq.PostTrainingQuantization("w4a8"), lq.DeviceExport(tmp_path / "out")).fit(SmallModule(), small_loader())
+        trainer(lq.PostTrainingQuantization("w4a8"), lq.DeviceExport(tmp_path / "out")).fit(
+            SmallModule(), small_loader()
+        )
     assert files_below(tmp_path / "out") == set()

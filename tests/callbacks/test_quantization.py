@@ -13,8 +13,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     EarlyStopping,
     EMAWeightAveraging,
+    LearningRateFinder,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
@@ -177,9 +179,7 @@ def test_fit_after_test_trains_ordinary_tensors(trainer: MakeTrainer) -> None:
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
-def test_quantized_checkpoint_into_fresh_module(
-    trainer: MakeTrainer, quantized_checkpoint: Path, stage: str
-) -> None:
+def test_quantized_checkpoint_into_fresh_module(trainer: MakeTrainer, quantized_checkpoint: Path, stage: str) -> None:
     module = SmallModule(small_net(seed=5))
     run = getattr(trainer(QuantizationAwareTraining()), stage)
     run(module, small_loader(), ckpt_path=quantized_checkpoint, verbose=False)
@@ -233,9 +233,7 @@ def test_checkpoint_of_another_precision_is_refused(trainer: MakeTrainer, tmp_pa
     one.save_checkpoint(tmp_path / "w4a16.ckpt")
     module = SmallModule()
     with pytest.raises(CheckpointError, match=r"precision='w4a16'.*given precision='w8a8'"):
-        trainer(PostTrainingQuantization("w8a8")).validate(
-            module, small_loader(), ckpt_path=tmp_path / "w4a16.ckpt"
-        )
+        trainer(PostTrainingQuantization("w8a8")).validate(module, small_loader(), ckpt_path=tmp_path / "w4a16.ckpt")
     assert module.called == []
 
 
@@ -382,6 +380,43 @@ def test_weight_averaging_before_ours_is_refused(trainer: MakeTrainer, averaging
     module = SmallModule()
     with pytest.raises(ConfigurationError, match=r"WeightAveraging is listed before QuantizationAwareTraining"):
         trainer(averaging(), QuantizationAwareTraining(), max_epochs=1).fit(module, small_loader())
+    assert type(module.model) is SmallNet
+
+
+@pytest.mark.parametrize(
+    "finder",
+    [LearningRateFinder(num_training_steps=30, max_lr=0.1, early_stop_threshold=None), BatchSizeFinder(max_trials=1)],
+)
+def test_finders_need_a_calibrated_network(trainer: MakeTrainer, finder: pl.Callback) -> None:
+    class Tunable(SmallModule):
+        lr, batch_size = 1e-3, 8
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+        def train_dataloader(self) -> Any:
+            return small_loader(batch_size=self.batch_size)
+
+        def val_dataloader(self) -> Any:
+            return small_loader()
+
+    module = Tunable()
+    with pytest.raises(ConfigurationError, match=rf"{type(finder).__name__} with Quant.*before calibration"):
+        trainer(QuantizationAwareTraining(), finder, max_epochs=1).fit(module)
+    assert type(module.model) is SmallNet
+    trainer(PostTrainingQuantization()).fit(module)
+    one = trainer(QuantizationAwareTraining(), finder, max_epochs=1)
+    one.fit(module)
+    assert len(one.optimizers[0].param_groups) == 2
+    assert module.lr != 1e-3 or module.batch_size != 8
+
+
+def test_compiled_modules_are_refused(trainer: MakeTrainer) -> None:
+    module = SmallModule()
+    with pytest.raises(ConfigurationError, match=r"torch\.compile\(\) of SmallModule"):
+        trainer(QuantizationAwareTraining(), max_epochs=1).fit(torch.compile(module), small_loader())
+    with pytest.raises(ConfigurationError, match="network='model' was compiled"):
+        trainer(PostTrainingQuantization()).fit(SmallModule(torch.compile(small_net())), small_loader())
     assert type(module.model) is SmallNet
 
 
@@ -578,7 +613,9 @@ def test_network_that_cannot_run(trainer: MakeTrainer) -> None:
             raise ZeroDivisionError("in the network itself")
 
     module = SmallModule(Failing())
-    with pytest.raises(CalibrationError, match="training_step called it with what makes it raise ZeroDivisionError: in"):
+    with pytest.raises(
+        CalibrationError, match="training_step called it with what makes it raise ZeroDivisionError: in"
+    ):
         trainer(PostTrainingQuantization()).fit(module, small_loader())
     assert type(module.model) is Failing
 
@@ -643,7 +680,9 @@ def test_network_made_anew_in_setup(trainer: MakeTrainer) -> None:
         def setup(self, stage: str) -> None:
             self.model = small_net()
 
-    with pytest.raises(ConfigurationError, match=r"'model' is SmallNet and not quantized.*Anew make it anew in its own"):
+    with pytest.raises(
+        ConfigurationError, match=r"'model' is SmallNet and not quantized.*Anew make it anew in its own"
+    ):
         trainer(PostTrainingQuantization()).fit(Anew(), small_loader())
 
 

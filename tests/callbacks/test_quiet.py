@@ -40,12 +40,6 @@ assert "aimet_torch" not in sys.modules
 
 def test_warnings_logging_and_stdout_stay_as_they_were(tmp_path: Path) -> None:
     script = f"""
-import logging, warnings
-import torch, lightning.pytorch, torchvision, onnx, onnxruntime  # with what they do to filters and logging themselves
-from lightning.pytorch import Trainer
-import aimet_preload_check  # noqa
-"""
-    script = f"""
 import logging, sys, warnings
 import lightning.pytorch, onnx, onnxruntime, torch, torchvision
 root = logging.getLogger()

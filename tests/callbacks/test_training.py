@@ -228,7 +228,9 @@ class Gan(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.generator = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 3 * 8 * 8), nn.Tanh())
-        self.discriminator = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, CLASSES), nn.ReLU(), nn.Linear(CLASSES, 1))
+        self.discriminator = nn.Sequential(
+            nn.Flatten(), nn.Linear(3 * 8 * 8, CLASSES), nn.ReLU(), nn.Linear(CLASSES, 1)
+        )
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         images = batch[0]

@@ -60,7 +60,14 @@ def float_twin(network: QuantizedNetwork) -> nn.Module:
     return twin
 
 
-@pytest.mark.parametrize("network", [Body, Options, lambda: Untraceable(Body())])
+class Noisy(Body):
+    """Draws random numbers, even in eval mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x) + 0 * torch.rand(1)
+
+
+@pytest.mark.parametrize("network", [Body, Options, Noisy, lambda: Untraceable(Body())])
 @pytest.mark.parametrize("training", [False, True])
 def test_the_float_network_is_not_changed(network: Any, training: bool) -> None:
     original = network().train(training)
@@ -113,7 +120,9 @@ def test_frozen_parts_stay_frozen() -> None:
     assert [module.get_submodule(name).weight.requires_grad for name in ("0", "4")] == [False, True]
 
 
-def test_global_state_of_aimet_is_restored() -> None:
+@pytest.mark.parametrize("ignored", [False, True])
+def test_global_state_of_aimet_is_restored(ignored: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(QuantizationMixin, "_ignore_unknown_modules", ignored)
     before = (
         QuantizationMixin._ignore_unknown_modules,
         dict(QuantizationMixin.cls_to_qcls),
