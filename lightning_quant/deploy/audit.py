@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _FUSED = ("Relu", "Clip", "PRelu", "LeakyRelu", "BatchNormalization", "HardSwish")
 # These hand values on as they are.
 _MOVES = ("Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
+# Where an operation takes its weight, whose integers are fixed at export: never to be guessed.
+_WEIGHTS = {("Conv", 1), ("ConvTranspose", 1), ("Gemm", 1), ("MatMul", 1)}
 _LEFT = "left in float"
 _BIASED = (
     "Conv",
@@ -61,16 +63,24 @@ def unexplained(
     def is_open(name: str) -> bool:
         return name not in encodings and kinds.get(name, onnx.TensorProto.FLOAT) == onnx.TensorProto.FLOAT
 
-    for initializer in graph.initializer:
-        if initializer.data_type == onnx.TensorProto.FLOAT and initializer.name not in encodings:
-            reasons[initializer.name] = _constant_reason(initializer.name, consumers, len(initializer.dims))
-
-    constants = set(reasons)
-
     def was_left(node: onnx.NodeProto) -> bool:
         module = _module(node)
         return module in left_open or re.sub(r"_\d+$", "", module) in left_open  # relu_1: the second call of relu
 
+    def explain_constant(name: str) -> None:
+        users = consumers[name]
+        places = {(user.op_type, list(user.input).index(name)) for user in users}
+        if users and all(operation in _BIASED and place >= 2 for operation, place in places):
+            reasons[name] = "bias: a 32-bit integer on the device, its scale that of the input times that of the weight"
+        elif any(place in _WEIGHTS for place in places) and not all(was_left(user) for user in users):
+            missing.append(name)
+        else:
+            reasons[name] = "constant: its range follows from its values"
+
+    constants = {initializer.name for initializer in graph.initializer} - encodings
+    for initializer in graph.initializer:
+        if initializer.data_type == onnx.TensorProto.FLOAT and initializer.name not in encodings:
+            explain_constant(initializer.name)
     for value in graph.input:
         if is_open(value.name):
             if any(was_left(consumer) for consumer in consumers[value.name]):
@@ -81,13 +91,9 @@ def unexplained(
         # shape computations and copies of constants are known when the model is compiled
         if node.op_type == "Constant" or (node.input and set(node.input) <= constants):
             constants.update(node.output)
-            reasons.update(
-                {
-                    name: _constant_reason(name, consumers, 1)
-                    for name in node.output
-                    if is_open(name) and consumers[name]
-                }
-            )
+            for name in node.output:
+                if is_open(name) and consumers[name]:
+                    explain_constant(name)
             continue
         for name in node.output:
             after = consumers[name]
@@ -121,11 +127,3 @@ def _scope(node: onnx.NodeProto) -> str:
 def _module(node: onnx.NodeProto) -> str:
     """Qualified name of the module a node belongs to; empty for the network's own level."""
     return ".".join(part.rpartition(".")[2] for part in _scope(node).split("/")[2:])
-
-
-def _constant_reason(name: str, consumers: dict[str, list[onnx.NodeProto]], dims: int) -> str:
-    users = consumers[name]
-    biased = [c for c in users if c.op_type in _BIASED and list(c.input).index(name) >= 2]
-    if users and len(biased) == len(users):
-        return "bias: a 32-bit integer on the device, its scale that of the input times that of the weight"
-    return "constant: its range follows from its values"

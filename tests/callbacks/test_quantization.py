@@ -405,7 +405,7 @@ def test_finders_need_a_calibrated_network(trainer: MakeTrainer, finder: pl.Call
         trainer(QuantizationAwareTraining(), finder, max_epochs=1).fit(module)
     assert type(module.model) is SmallNet
     trainer(PostTrainingQuantization()).fit(module)
-    one = trainer(QuantizationAwareTraining(), finder, max_epochs=1)
+    one = trainer(QuantizationAwareTraining(), finder, max_epochs=8)
     one.fit(module)
     assert len(one.optimizers[0].param_groups) == 2
     assert module.lr != 1e-3 or module.batch_size != 8

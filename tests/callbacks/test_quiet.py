@@ -43,7 +43,6 @@ def test_warnings_logging_and_stdout_stay_as_they_were(tmp_path: Path) -> None:
 import logging, sys, warnings
 import lightning.pytorch, onnx, onnxruntime, torch, torchvision
 root = logging.getLogger()
-root.addHandler(logging.NullHandler())
 root.setLevel(logging.ERROR)
 warnings.filterwarnings("error", message="a filter of the user's")
 before = (list(root.handlers), root.level, list(warnings.filters))

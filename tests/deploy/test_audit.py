@@ -76,6 +76,13 @@ def test_a_removed_output_quantizer_fails_the_export(tmp_path: Path, module: str
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_removed_weight_quantizer_fails_the_export(tmp_path: Path) -> None:
+    network = calibrated(Chain(), call(images(4)))
+    network.network.first.param_quantizers["weight"] = None
+    with pytest.raises(ExportError, match=r"network\.first\.weight"):
+        export_bundle(network, tmp_path / "net", [call(images(4))])
+
+
 def test_a_removed_input_quantizer_fails_the_export(tmp_path: Path) -> None:
     made = calibrated(Body())
     made.network.conv.input_quantizers[0] = None

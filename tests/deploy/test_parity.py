@@ -58,15 +58,16 @@ def test_agreement_counts_positions() -> None:
 
 
 def test_decided_agreement_leaves_out_positions_without_a_lead() -> None:
-    # range 10: a lead has to exceed 2 * 10 / 255 = 0.078
-    reference = np.array([[[0.0, 5.0, 10.0], [10.0, 5.05, 0.0]]])
-    actual = reference.copy()
-    actual[0, :, 1] = [5.06, 5.0]
-    undecided = compare([([reference], [actual])])
-    assert undecided.argmax_agreement == pytest.approx(2 / 3)
-    assert undecided.decided_agreement == 1
-    actual[0, :, 2] = [0, 10]
-    assert compare([([reference], [actual])]).decided_agreement == 0.5
+    # highest score 10: a lead has to exceed 2 * 10 * 10^(-35 / 20) = 0.3557
+    undecided = np.array([[[0.0, 5.0, 10.0], [10.0, 5.35, 0.0]]])
+    flipped = undecided.copy()
+    flipped[0, :, 1] = [5.36, 5.0]
+    measured = compare([([undecided], [flipped])])
+    assert measured.argmax_agreement == pytest.approx(2 / 3)
+    assert measured.decided_agreement == 1
+    decided = undecided.copy()
+    decided[0, 1, 1] = 5.36
+    assert compare([([decided], [flipped])]).decided_agreement == pytest.approx(2 / 3)
     nowhere = np.ones((2, 3))
     assert compare([([nowhere], [nowhere])]).decided_agreement == 1  # falls back on all positions
 

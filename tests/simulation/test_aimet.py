@@ -14,8 +14,6 @@ _PROGRAM = """
 import logging, sys, warnings
 import torch
 root = logging.getLogger()
-handler = logging.NullHandler()
-root.addHandler(handler)
 root.setLevel(logging.ERROR)
 warnings.simplefilter("error", UserWarning)
 before = list(root.handlers), root.level, list(warnings.filters)
