@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,10 @@ class QuantRecipe:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be the same quantized network, as JSON values."""
-        hardware = self.hardware if self.hardware in HARDWARE_CONFIGS else Path(self.hardware).name
+        hardware = self.hardware
+        if hardware not in HARDWARE_CONFIGS:  # a file: its content counts, not where it lies
+            file = Path(hardware)
+            hardware = f"{file.name} (sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]})"
         return {
             "precision": str(self.precision),
             "hardware": hardware,

@@ -39,7 +39,10 @@ def test_checked_without_importing_torch_or_aimet() -> None:
 def test_json_file_as_hardware(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text("{}")
-    assert QuantRecipe(hardware=str(path)).identity()["hardware"] == "mine.json"
+    identity = QuantRecipe(hardware=str(path)).identity()["hardware"]
+    assert identity.startswith("mine.json (sha256 ")
+    path.write_text(path.read_text() + " ")
+    assert QuantRecipe(hardware=str(path)).identity()["hardware"] != identity
     with pytest.raises(ConfigurationError, match="path of an existing JSON file"):
         QuantRecipe(hardware=str(tmp_path / "none.json"))
     other = tmp_path / "mine.txt"

@@ -23,7 +23,8 @@ class Parity:
         psnr_db: peak signal-to-noise ratio in dB, ``20 log10(max|reference| / rmse)``, the lowest over the
             outputs; infinite when equal. Above 30 dB is typically considered good.
         argmax_agreement: share of positions whose highest score along axis 1 is the same class, over all
-            outputs that have at least two classes; ``None`` if there is no such output.
+            outputs that have at least two classes, and of equal values in integer outputs; ``None`` if there
+            is no such output.
         decided_agreement: the same over the positions where the reference is decided: its best score leads
             by more than twice the noise of :data:`COARSE_BAR`, 3.6 % of the highest score (both scores move).
             At the others the order in which a sum is rounded picks the winner, in a hardly trained network at
@@ -58,6 +59,9 @@ def compare(
     same = positions = same_decided = decided = samples = 0
     for reference, actual in pairs:
         for index, (expected, got) in enumerate(zip(reference, actual, strict=True)):
+            if not np.issubdtype(expected.dtype, np.floating):  # classes already: nothing a dB could measure
+                same, positions = same + int((expected == got).sum()), positions + expected.size
+                continue
             a, b = expected.astype(np.float64), got.astype(np.float64)
             peaks[index] = max(peaks.get(index, 0.0), float(np.abs(a).max(initial=0.0)))
             squares[index] = squares.get(index, 0.0) + float(((a - b) ** 2).sum())

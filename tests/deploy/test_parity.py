@@ -124,3 +124,10 @@ def test_bars(precision: str, psnr: float, agreement: float | None, passes: bool
     with pytest.raises(ParityError, match=rf"differs from the simulation.*over 3 samples at {precision}") as caught:
         check(measured, Precision.parse(precision))
     assert isinstance(caught.value, ExportError)
+
+
+def test_integer_outputs_are_compared_as_classes() -> None:
+    expected = np.array([[0, 1, 2, 3]])
+    parity = compare([([expected], [np.array([[0, 1, 2, 9]])])])
+    assert parity.argmax_agreement == 0.75
+    assert math.isinf(parity.psnr_db)
