@@ -72,9 +72,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if not self.train_ranges:
-            for parameter in self.quantized_network(pl_module).range_parameters():
-                parameter.requires_grad_(False)
+        self.quantized_network(pl_module).learn_ranges(self.train_ranges)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

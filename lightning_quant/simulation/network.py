@@ -76,6 +76,8 @@ class QuantizedNetwork(nn.Module):
         self.inputs = inputs
         self.findings = findings
         self.calibrated = False
+        ranges = {id(parameter) for parameter in self.range_parameters() if parameter.requires_grad}
+        self._learnable_ranges = {name for name, value in self.network.named_parameters() if id(value) in ranges}
         # A traced network answers with plain dicts where the float one used its own classes.
         self._output_class = type(output)
         self._output = apply_to_collection(output, Tensor, lambda t: t.new_empty((0,) * t.dim()))
@@ -125,6 +127,12 @@ class QuantizedNetwork(nn.Module):
 
         quantizers = (module for module in self.network.modules() if isinstance(module, QuantizerBase))
         return [parameter for quantizer in quantizers for parameter in quantizer.parameters()]
+
+    def learn_ranges(self, learn: bool) -> None:
+        """Let training change the ranges, or keep them as they are. Ends pinned by the hardware stay pinned."""
+        for name, parameter in self.network.named_parameters():
+            if name in self._learnable_ranges:
+                parameter.requires_grad_(learn)
 
     def manifest(self) -> dict[str, Any]:
         """How this network was quantized, in plain values."""

@@ -152,6 +152,17 @@ def test_ranges_stay_as_calibrated_when_told_so(trainer: MakeTrainer) -> None:
     assert not torch.equal(module.model.head.weight, weight)
 
 
+def test_ranges_kept_by_one_training_learn_in_the_next(trainer: MakeTrainer) -> None:
+    module = SmallModule()
+    trainer(QuantizationAwareTraining(train_ranges=False), max_epochs=1).fit(module, small_loader())
+    kept = {name: value.clone() for name, value in encodings(module.quantized).items()}
+    pinned = [p for p in module.quantized.range_parameters() if not p.requires_grad]
+    trainer(QuantizationAwareTraining(), max_epochs=1).fit(module, small_loader())
+    assert any(not torch.equal(value, kept[name]) for name, value in encodings(module.quantized).items())
+    still_pinned = [p for p in module.quantized.range_parameters() if not p.requires_grad]
+    assert 0 < len(still_pinned) < len(pinned)
+
+
 # Schedulers
 
 
