@@ -31,7 +31,7 @@ from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.errors import CheckpointError, ConfigurationError, DataError
 from lightning_quant.precision import Precision
 from lightning_quant.report.record import RECORD_NAME, RunRecord, config_hash
-from lightning_quant.report.summary import print_summary
+from lightning_quant.report.summary import print_artifacts, print_summary
 from lightning_quant.segmentation.overlay import save_overlays
 from lightning_quant.segmentation.task import SegmentationTask
 
@@ -65,6 +65,7 @@ def run(config: DictConfig) -> RunRecord:
     path = record.write(folder)
     if HydraConfig.get().mode.name == "RUN":
         print_summary([record], f"Results: {path}")
+        print_artifacts(record, folder)
     return record
 
 

@@ -80,6 +80,8 @@ def test_a_sweep_ends_with_one_table_and_every_artifact(sweep: tuple[Path, str])
     assert len(markdown) == 4
     assert markdown[0].count("|") == len(COLUMNS) + 1
     assert "summary.md" in output
+    for path in runs:  # the place of every artifact
+        assert all(str(path.parent.relative_to(folder) / place) in output for place in ("results.json", "overlays"))
 
 
 def test_a_sweep_trains_the_float_network_once(sweep: tuple[Path, str]) -> None:

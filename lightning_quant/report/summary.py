@@ -41,7 +41,7 @@ COLUMNS: dict[str, Callable[[RunRecord], str]] = {
     "{metric} float": _metric("float"),
     "{metric} PTQ": _metric("ptq"),
     "{metric} QAT": _metric("qat"),
-    "drop": lambda record: "" if record.drop is None else f"{record.drop:.4f}",
+    "drop": lambda record: "" if record.drop is None else f"{round(record.drop, 4) + 0:.4f}",
     "exported": lambda record: record.exported or record.status,
     "MB float": _megabytes("float"),
     "MB quantized": _megabytes("quantized"),
@@ -86,13 +86,19 @@ def print_summary(records: Sequence[RunRecord], title: str) -> None:
     console.print(view)
 
 
-def gather(folder: str | Path) -> list[RunRecord]:
-    """The records of all runs directly below a sweep's folder, in the order of the runs."""
+def print_artifacts(record: RunRecord, folder: Path) -> None:
+    """Print where everything a run made is."""
+    for name, place in {"record": RECORD_NAME, **record.artifacts}.items():
+        print(f"  {record.precision} {name.replace('_', ' ')}: {folder / place}")
+
+
+def gather(folder: str | Path) -> dict[Path, RunRecord]:
+    """The records of all runs directly below a sweep's folder by their own folders, in the order of the runs."""
     paths = sorted(Path(folder).glob(f"*/{RECORD_NAME}"), key=lambda path: _run_order(path.parent.name))
-    records = []
+    records = {}
     for path in paths:
         try:
-            records.append(RunRecord.read(path))
+            records[path.parent] = RunRecord.read(path)
         except DataError as error:
             log.warning("%s", error)
     return records
@@ -109,10 +115,13 @@ class SweepSummary(Callback):
     @override
     def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
-        records = gather(folder)
+        runs = gather(folder)
+        records = list(runs.values())
         if not records:
             return
         markdown, table_file = write_summary(records, folder)
         failures.extend(f"{record.precision}: {record.error}" for record in records if record.status != "finished")
         print_summary(records, f"{len(records)} runs in {folder}")
+        for run, record in runs.items():
+            print_artifacts(record, run)
         print(f"Table: {markdown} and {table_file}")

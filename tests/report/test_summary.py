@@ -56,7 +56,7 @@ def test_records_come_in_the_order_of_the_runs_and_a_damaged_one_is_told(
     for number in (10, 2, 0):
         record(precision="w8a8" if number else "w4a16", config_hash=str(number)).write(tmp_path / f"{number}-run")
     (tmp_path / "2-run/results.json").write_text("{")
-    assert [found.config_hash for found in gather(tmp_path)] == ["0", "10"]
+    assert [found.config_hash for found in gather(tmp_path).values()] == ["0", "10"]
     assert "2-run" in caplog.text
 
 
@@ -65,3 +65,8 @@ def test_the_printed_table_is_not_cut_in_a_file(capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     assert "51.2 dB (onnxruntime)" in printed
     assert "…" not in printed
+
+
+def test_a_drop_that_rounds_to_nothing_has_no_sign() -> None:
+    header, rows = table([record(metric={"float": 0.62140, "ptq": 0.62142}, exported="ptq")])
+    assert dict(zip(header, rows[0], strict=True))["drop"] == "0.0000"
