@@ -36,7 +36,7 @@ from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate, uncalibrated
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.preflight import refuse, unused_siblings
+from lightning_quant.simulation.preflight import refuse, sharing_siblings
 
 # Below Lightning's own logger, so that what a run says appears where Lightning's messages do.
 log = logging.getLogger(f"lightning.pytorch.{__name__}")
@@ -108,7 +108,7 @@ class QuantizationCallback(Callback):
             self._check_same_recipe(network)
             return
         self._check_first_time(trainer, pl_module)
-        siblings = unused_siblings(pl_module, network, self.network_name)
+        siblings = sharing_siblings(pl_module, network, self.network_name)
         if self.recipe.strict:
             refuse(siblings)
         for finding in siblings:

@@ -108,7 +108,7 @@ def inspect(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
     return findings
 
 
-def unused_siblings(root: nn.Module, network: nn.Module, name: str) -> list[Finding]:
+def sharing_siblings(root: nn.Module, network: nn.Module, name: str) -> list[Finding]:
     """Modules beside the network that hold some of its parameters: they would keep the float ones.
 
     Args:

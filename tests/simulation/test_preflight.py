@@ -151,12 +151,12 @@ def test_siblings_that_share_parameters() -> None:
             self.other = nn.Conv2d(6, 4, 1)
 
     root = Module()
-    found = preflight.unused_siblings(root, root.model, "model")
+    found = preflight.sharing_siblings(root, root.model, "model")
     assert [finding.module for finding in found] == ["head", "tied"]
     assert "'model'" in found[0].problem
-    assert preflight.unused_siblings(root, root.other, "other") == []
+    assert preflight.sharing_siblings(root, root.other, "other") == []
     wrapper = nn.ModuleDict({"outer": Body()})
-    assert preflight.unused_siblings(wrapper, wrapper["outer"].head, "outer.head") == []
+    assert preflight.sharing_siblings(wrapper, wrapper["outer"].head, "outer.head") == []
 
 
 def test_clean_networks_have_no_finding() -> None:
