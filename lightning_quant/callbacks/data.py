@@ -152,8 +152,8 @@ class InputCatcher:
         return None
 
 
-def stage_batches(trainer: pl.Trainer) -> Iterator[Any]:
-    """Raw batches of the running stage's own data: where the example for tracing comes from."""
+def stage_loader(trainer: pl.Trainer) -> CombinedLoader:
+    """The running stage's own data: where the example for tracing comes from."""
     loops: dict[str, Any] = {
         "fit": trainer.fit_loop,
         "validate": trainer.validate_loop,
@@ -166,7 +166,7 @@ def stage_batches(trainer: pl.Trainer) -> Iterator[Any]:
         module.setup(stage)  # it may make the data, but Lightning calls it after the callbacks'
     loader = source.dataloader()
     # as the Trainer does it: training combines several loaders in one batch, the others run them one by one
-    yield from _batches(loader if stage == "fit" else CombinedLoader(loader, "sequential"))
+    return _combined(loader) if stage == "fit" else CombinedLoader(loader, "sequential")
 
 
 def stage_name(trainer: pl.Trainer) -> str:
@@ -217,10 +217,10 @@ def calibration_inputs(
         samples: how many samples are wanted over all ranks; reading stops there.
     """
     if trainer.world_size == 1:
-        for index, batch in enumerate(_batches(loader)):
+        for index, batch in enumerate(batches(loader)):
             yield catcher.catch(batch, index)
         return
-    own = enumerate(_batches(_sharded(trainer, loader)))
+    own = enumerate(batches(_sharded(trainer, loader)))
     seen = 0
     while seen < samples:
         mine = [catcher.catch(batch, index).to(torch.device("cpu")) for index, batch in islice(own, 1)]
@@ -251,7 +251,7 @@ def _combined(loader: Any) -> CombinedLoader:
     return loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
 
 
-def _batches(loader: Any) -> Iterator[Any]:
+def batches(loader: Any) -> Iterator[Any]:
     """Every batch of a loader or a collection of loaders, the way the Trainer would combine them."""
     combined = _combined(loader)
     owners = [owner for one in combined.flattened for owner in (one, getattr(one, "sampler", None))]

@@ -10,7 +10,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from lightning_quant.callbacks.data import InputCatcher, calibration_inputs, calibration_loader, undisturbed
+from lightning_quant.callbacks.data import (
+    InputCatcher,
+    calibration_inputs,
+    calibration_loader,
+    stage_loader,
+    undisturbed,
+)
 from lightning_quant.callbacks.quantization import QuantizationCallback, say
 from lightning_quant.deploy.bundle import Bundle, export_bundle, first_samples
 from lightning_quant.errors import ConfigurationError
@@ -24,7 +30,7 @@ class DeviceExport(Callback):
 
     Writes the bundle ``<dirpath>/<name>/``: ``<name>.aimet/`` (ONNX and encodings, for Qualcomm AI Hub),
     ``<name>.onnx`` (QuantizeLinear/DequantizeLinear with integer weights) and ``manifest.json``. The ONNX file
-    is run on some calibration samples and must compute what the simulation computed. List it after the
+    is run on some samples and must compute what the simulation computed. List it after the
     quantization callback.
 
     Args:
@@ -32,7 +38,7 @@ class DeviceExport(Callback):
         target: what to check the files with. ``"onnxruntime"`` runs them on the host's CPU; ``"auto"``
             takes the best target available, which is that one in this version.
         device: name of the phone the bundle is meant for. Running on the host's CPU needs none.
-        samples: how many calibration samples (not batches) to compare on.
+        samples: how many samples (not batches) to compare on: calibration data, or the stage's own without it.
         name: name of the bundle. Default: class of the network and precision, e.g. ``FFNet-w8a8``.
 
     Attributes:
@@ -100,7 +106,10 @@ class DeviceExport(Callback):
         )
         catcher = InputCatcher(trainer, pl_module, network, name)
         with undisturbed(), torch.inference_mode(False), torch.no_grad():
-            loader = calibration_loader(trainer, pl_module, given)
+            try:
+                loader = calibration_loader(trainer, pl_module, given)
+            except ConfigurationError:  # nothing is calibrated here: to compare, any data will do
+                loader = stage_loader(trainer)
             calls = first_samples(calibration_inputs(trainer, loader, catcher, self.samples), self.samples)
         if trainer.is_global_zero:
             root = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "export")

@@ -24,9 +24,10 @@ from typing_extensions import override
 
 from lightning_quant.callbacks.data import (
     InputCatcher,
+    batches,
     calibration_inputs,
     calibration_loader,
-    stage_batches,
+    stage_loader,
     stage_name,
     undisturbed,
 )
@@ -139,7 +140,7 @@ class QuantizationCallback(Callback):
         """One call of the network with one sample, from the data of the running stage."""
         catcher = InputCatcher(trainer, pl_module, network, self.network_name)
         with undisturbed():
-            batch = next(iter(stage_batches(trainer)), None)
+            batch = next(batches(stage_loader(trainer)), None)
             if batch is None:
                 raise CalibrationError(
                     f"The data loader of trainer.{stage_name(trainer)}() gave no batch: expected at least one. Check "

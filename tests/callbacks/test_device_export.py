@@ -54,6 +54,18 @@ def test_bundle_of_each_stage(trainer: MakeTrainer, tmp_path: Path, stage: str) 
     np.testing.assert_allclose(scores, expected, atol=0.05 * np.abs(expected).max())
 
 
+def test_a_calibrated_network_is_exported_where_there_is_no_training_data(trainer: MakeTrainer, tmp_path: Path) -> None:
+    export = lq.DeviceExport(tmp_path / "out", name="net", samples=3)
+    one = trainer(lq.QuantizationAwareTraining("w8a16"), export, max_epochs=1)
+    module = SmallModule()
+    one.fit(module, small_loader(), small_loader())
+    (tmp_path / "out/net/manifest.json").rename(tmp_path / "of-fit.json")
+    (tmp_path / "out").rename(tmp_path / "of-fit")
+    one.validate(module, small_loader(), verbose=False)
+    assert export.bundle is not None
+    assert load_bundle(tmp_path / "out/net").manifest["parity"]["samples"] == 3
+
+
 @pytest.mark.parametrize("precision", ["w4a8", "w4a16", "w8a16"])
 def test_other_precisions(trainer: MakeTrainer, tmp_path: Path, precision: str) -> None:
     export = lq.DeviceExport(tmp_path, samples=3)
