@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check clean
+.PHONY: help install demo camvid test check clean
+
+# Photographs in the layout of Cityscapes for `make camvid`.
+CAMVID ?= ../shared/data/camvid
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,6 +25,10 @@ $(INSTALLED):
 
 demo: install  ## synthetic scenes → float training → PTQ and QAT at W8A8, W8A16, W4A16 → export → one table
 	$(BIN)/lightning-quant -m experiment=demo precision=w8a8,w8a16,w4a16 hydra.sweep.dir=multirun/demo
+
+camvid: install  ## README's second table: the same on photographs (CAMVID=folder)
+	$(BIN)/lightning-quant -m data=cityscapes data.root=$(CAMVID) float.epochs=40 \
+		precision=w8a8,w8a16,w4a16 hydra.sweep.dir=multirun/camvid
 
 test: install  ## the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
