@@ -55,6 +55,10 @@ def run(config: DictConfig) -> RunRecord:
         raise ConfigurationError(
             f"No value for {', '.join(missing)}: expected one on the command line, e.g. {missing[0]}=..."
         )
+    for key in ("seed", "float.epochs", "qat.epochs", "overlays"):
+        value = OmegaConf.select(config, key)
+        if not isinstance(value, int) or value < 0:
+            raise ConfigurationError(f"{key}={value!r}: expected a whole number of at least 0.")
     folder = Path(HydraConfig.get().runtime.output_dir)
     record = _new_record(config)
     if config.skip_finished and (finished := _finished(folder, record.config_hash)):
@@ -124,7 +128,6 @@ class _Run:
         self.config = config
         self.folder = folder
         self.record = record
-        pl.seed_everything(config.seed, workers=True, verbose=False)
         self.data: pl.LightningDataModule = instantiate(config.data)
 
     def execute(self) -> None:
@@ -152,6 +155,8 @@ class _Run:
     def stage(self, name: str) -> Iterator[None]:
         """Announce a stage and take its time."""
         log.info("%s · %s · %s", self.record.model, self.record.precision, name)
+        # for each stage anew: what QAT draws must not depend on whether float was trained before it or reused
+        pl.seed_everything(self.config.seed, workers=True, verbose=False)
         start = time.perf_counter()
         yield
         self.record.seconds[name] = round(time.perf_counter() - start, 2)

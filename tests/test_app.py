@@ -112,6 +112,14 @@ def test_another_configuration_in_the_same_folder_is_run_again(sweep: tuple[Path
     assert "qat" not in RunRecord.read(folder / "multirun/tried/0-ffnet_nano-w8a8/results.json").metric
 
 
+def test_qat_is_the_same_whether_float_was_trained_before_it_or_reused(sweep: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = sweep
+    lightning_quant(folder, *SMALL, "precision=w8a16", "hydra.run.dir=reused")
+    lightning_quant(tmp_path, *SMALL, "precision=w8a16", "hydra.run.dir=trained")
+    reused, trained = RunRecord.read(folder / "reused/results.json"), RunRecord.read(tmp_path / "trained/results.json")
+    assert reused.metric == trained.metric
+
+
 def test_a_float_checkpoint_takes_the_place_of_training(sweep: tuple[Path, str]) -> None:
     folder, _ = sweep
     (checkpoint,) = (folder / "outputs/float").glob("*.ckpt")
@@ -147,6 +155,7 @@ def test_photographs_and_a_network_by_target(camvid: Path, tmp_path: Path) -> No
         (["data=cityscapes", "data.root=nowhere"], "DataError.*nowhere"),
         (["data=cityscapes"], "ConfigurationError.*data.root"),
         ([*SMALL, "float.checkpoint=missing.ckpt"], "CheckpointError.*missing.ckpt"),
+        (["qat.epochs=abc"], "ConfigurationError.*qat.epochs='abc'"),
         ([*SMALL, "monitor=val_mouse", "float.epochs=0"], "ConfigurationError.*val_mouse.*val_miou"),
         ([*SMALL, "quantizer.hardware=htp_v57", "float.epochs=0"], "ConfigurationError.*htp_v57"),
     ],

@@ -80,7 +80,8 @@ class DeviceExport(Callback):
         if not quantized and not any(isinstance(one, QuantizationCallback) for one in before):
             raise ConfigurationError(
                 "DeviceExport without a quantization callback before it: expected PostTrainingQuantization or "
-                "QuantizationAwareTraining earlier in callbacks=[...], or a module from load_quantized."
+                "QuantizationAwareTraining earlier in callbacks=[...] (move DeviceExport behind it), or a module from "
+                "load_quantized."
             )
 
     @override
@@ -116,5 +117,7 @@ class DeviceExport(Callback):
             stem = self.name or f"{network.float_class.__name__}-{network.recipe.precision}"
             self.bundle = export_bundle(network, root / stem, calls)
             parity: dict[str, Any] = self.bundle.manifest["parity"]
-            say(f"Exported {self.bundle.path} ({parity['psnr_db']} dB against the simulation in ONNX Runtime).")
+            agreement = "equal to" if parity["psnr_db"] is None else f"{parity['psnr_db']} dB against"
+            samples = f"{parity['samples']} samples in ONNX Runtime"
+            say(f"Exported {self.bundle.path} ({agreement} the simulation on {samples}).")
         trainer.strategy.barrier("lightning_quant_export")
