@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 
-from lightning_quant.callbacks.quantization import _find_network
+from lightning_quant.callbacks.quantization import find_network
 from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
@@ -79,7 +79,7 @@ def load_quantized(
             module = module_class.load_from_checkpoint(
                 checkpoint_path, map_location="cpu", strict=False, weights_only=True, **kwargs
             )
-        network = _find_network(module, name)
+        network = find_network(module, name)
         parent, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(parent), attribute, quantize(network, inputs, recipe))
         module.load_state_dict(checkpoint["state_dict"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_quant.callbacks.quantization import QuantizationCallback, say
+from lightning_quant.callbacks.measuring import validate_in_fit
+from lightning_quant.callbacks.quantization import QuantizationCallback, say, stop_before_training
 
 
 class PostTrainingQuantization(QuantizationCallback):
@@ -44,9 +45,5 @@ class PostTrainingQuantization(QuantizationCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         say("PostTrainingQuantization does not train: fit ends after calibration and validation.")
         if trainer.enable_validation:
-            # as the training loop does for a validation in its midst
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
-        trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
-        trainer.should_stop = True
+            validate_in_fit(trainer)
+        stop_before_training(trainer)

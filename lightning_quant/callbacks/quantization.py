@@ -54,6 +54,18 @@ def say(message: str) -> None:
     log.info(message)
 
 
+def stop_before_training(trainer: pl.Trainer) -> None:
+    """End a fit from ``on_train_start``."""
+    trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
+    trainer.should_stop = True
+
+
+def averaging(trainer: pl.Trainer) -> Callback | None:
+    """The callback that averages weights, if there is one."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((one for one in callbacks if isinstance(one, _AVERAGING)), None)
+
+
 class QuantizationCallback(Callback):
     """Base of the quantization callbacks: puts the simulation in at ``setup`` and calibrates it once.
 
@@ -104,7 +116,7 @@ class QuantizationCallback(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._check_trainer(trainer)
-        network = _find_network(pl_module, self.network_name)
+        network = find_network(pl_module, self.network_name)
         if isinstance(network, QuantizedNetwork):
             self._check_same_recipe(network)
             return
@@ -126,7 +138,8 @@ class QuantizationCallback(Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._calibrate_once(trainer, pl_module)
+        if trainer.state.fn == "validate":  # a fit may be validating another network
+            self._calibrate_once(trainer, pl_module)
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -227,7 +240,7 @@ class QuantizationCallback(Callback):
             )
 
 
-def _find_network(pl_module: pl.LightningModule, name: str) -> nn.Module:
+def find_network(pl_module: pl.LightningModule, name: str) -> nn.Module:
     """The module at the dotted attribute ``name``; built by ``configure_model`` if it is not there yet."""
     if getattr(pl_module, name.partition(".")[0], None) is None and is_overridden("configure_model", pl_module):
         pl_module.configure_model()  # Lightning asks for it to be idempotent, and calls it after setup()

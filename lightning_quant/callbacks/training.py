@@ -1,20 +1,38 @@
-"""Quantization-aware training as a Lightning callback."""
+"""Quantization-aware training as a Lightning callback, after repairs that need no training."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from itertools import compress
-from operator import not_
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.types import LRSchedulerConfig
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_quant.callbacks.quantization import QuantizationCallback
+from lightning_quant.callbacks.data import InputCatcher, calibration_inputs, calibration_loader, undisturbed
+from lightning_quant.callbacks.distillation import Distillation, loss_scale
+from lightning_quant.callbacks.measuring import check_float_metric, guessing, in_place_of, measure, monitored
+from lightning_quant.callbacks.quantization import (
+    QuantizationCallback,
+    averaging,
+    find_network,
+    say,
+    stop_before_training,
+)
+from lightning_quant.callbacks.range_groups import split_off_all
+from lightning_quant.errors import CheckpointError, ConfigurationError
+from lightning_quant.ladder import Footing, Ladder, RungResult, climb
 from lightning_quant.precision import Precision
+from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.techniques.registry import Rung, techniques
+from lightning_quant.simulation.techniques.technique import Workbench
 
 
 class QuantizationAwareTraining(QuantizationCallback):
@@ -25,10 +43,18 @@ class QuantizationAwareTraining(QuantizationCallback):
     zero, and with it the values the layer can represent. A good learning rate is about a hundredth of the
     one the float network was trained with.
 
+    With ``max_drop``, training is the last resort: ``fit`` measures the float network with your own validation,
+    then tries ``rungs`` in order, measures after each, keeps the best and stops at the first that is within
+    ``max_drop`` of float. If one is, no training happens and the run says so. Otherwise it trains, stops once within
+    the bound and no longer improving, and ends with the best weights it saw. ``Trainer(max_epochs=0)`` climbs without
+    training.
+
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(max_epochs=2, callbacks=[QuantizationAwareTraining("w4a16")])  # doctest: +SKIP
+        >>> quantization = QuantizationAwareTraining("w4a16", max_drop=0.01, rungs=("ptq", "bn_reestimation"))
+        >>> trainer = Trainer(max_epochs=2, callbacks=[quantization])  # doctest: +SKIP
         >>> trainer.fit(module, datamodule=data)  # doctest: +SKIP
+        >>> quantization.result.rungs  # doctest: +SKIP
 
     Args:
         precision: see :class:`PostTrainingQuantization`, likewise up to ``strict``.
@@ -39,7 +65,22 @@ class QuantizationAwareTraining(QuantizationCallback):
         range_estimator: see there.
         overrides: see there.
         strict: see there.
+        max_drop: how far ``monitor`` may fall below the float network, in units of the metric (0.01 of an mIoU
+            between 0 and 1 is a point). ``None``: every rung is tried and training always follows.
+        monitor: the metric, as your validation logs it.
+        mode: ``"max"`` if more of it is better, ``"min"`` if less is.
+        rungs: repairs to try before training, cheapest first: ``"ptq"``, ``"min_max"``, ``"tf_enhanced"``,
+            ``"percentile"``, ``"cle"``, ``"bn_reestimation"``, ``"bias_correction"``, ``"seq_mse"``, ``"adaround"``,
+            ``"mixed"``; with options as ``{"mixed": {"budget": 0.05}}``; or the dotted path of a
+            :class:`~lightning_quant.simulation.techniques.technique.Technique` of your own.
         train_ranges: learn the ranges too. ``False`` keeps them as calibrated.
+        distillation: weight of a second loss, the squared difference from the float network's output relative to
+            its power, beside your own. 0: none.
+
+    Attributes:
+        result: what was measured, a :class:`~lightning_quant.ladder.Ladder`.
+        best_model_path: the checkpoint of the best network so far, written after every rung and validation that
+            improved on it. ``fit(ckpt_path=…)`` goes on from there.
 
     Raises:
         ConfigurationError, PreflightError, CalibrationError: as there.
@@ -55,7 +96,12 @@ class QuantizationAwareTraining(QuantizationCallback):
         range_estimator: str = "min_max",
         overrides: Mapping[str, str] | None = None,
         strict: bool = False,
+        max_drop: float | None = None,
+        monitor: str = "val_miou",
+        mode: str = "max",
+        rungs: Sequence[Rung] = ("ptq",),
         train_ranges: bool = True,
+        distillation: float = 0.0,
     ) -> None:
         super().__init__(
             precision=precision,
@@ -67,58 +113,294 @@ class QuantizationAwareTraining(QuantizationCallback):
             overrides=overrides,
             strict=strict,
         )
+        if max_drop is not None and (isinstance(max_drop, str) or math.isnan(max_drop)):
+            raise ConfigurationError(f"max_drop={max_drop!r}: expected a number in units of the metric, or None.")
+        if mode not in ("max", "min"):
+            raise ConfigurationError(f"mode={mode!r}: expected 'max' or 'min'.")
+        if not isinstance(distillation, int | float) or not 0 <= distillation < math.inf:
+            raise ConfigurationError(f"distillation={distillation!r}: expected a weight of at least 0.")
+        self.techniques = techniques(list(rungs) if isinstance(rungs, tuple) else rungs)
+        self.climbs = max_drop is not None or [technique.name for technique in self.techniques] != ["ptq"]
+        if self.climbs and (not isinstance(monitor, str) or not monitor):
+            raise ConfigurationError(
+                f"max_drop={max_drop!r} with monitor={monitor!r}: expected the name of the metric that is compared, as "
+                "your validation logs it."
+            )
         self.train_ranges = train_ranges
+        self.distillation = distillation
+        self.result = Ladder(monitor, mode, max_drop)
+        self.best_model_path = ""
+        self._float: nn.Module | None = None
+        self._footing = Footing()
+        self._climbed = False
+        self._only_rungs = False
+        self._measuring = False
+        self._trained_metric: float | None = None
+        self._best_state: dict[str, Any] | None = None
+        self._started = 0.0
+        self._validated_at = -1
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        network = find_network(pl_module, self.network_name)
+        fits = trainer.state.fn == "fit"
+        if not isinstance(network, QuantizedNetwork) and (self.climbs or self.distillation):
+            self._float = network
+        if fits and (self.climbs or self.distillation):
+            self._check_fit(trainer)
         super().setup(trainer, pl_module, stage)
-        self.quantized_network(pl_module).learn_ranges(self.train_ranges)
+        quantized = self.quantized_network(pl_module)
+        quantized.learn_ranges(self.train_ranges)
+        if fits and self.climbs:
+            for technique in self.techniques:
+                technique.check(quantized)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        start = time.perf_counter()
         super().on_fit_start(trainer, pl_module)
+        self._calibration_seconds = time.perf_counter() - start
         # before Lightning restores the optimizer's state, which was saved with the group split off
-        for optimizer in trainer.optimizers:
-            schedulers = [config for config in trainer.lr_scheduler_configs if _drives(config, optimizer)]
-            split_off_ranges(self.quantized_network(pl_module).range_parameters(), optimizer, schedulers)
+        split_off_all(trainer, self.quantized_network(pl_module).range_parameters())
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.climbs:
+            if not self._climbed:
+                self._climb(trainer, pl_module)
+            if (self.result.satisfied and self._trained_metric is None) or self._only_rungs:
+                self._tell_no_training()
+                stop_before_training(trainer)
+                return
+        self._started = time.perf_counter()
+        if self.distillation:
+            assert self._float is not None
+            teacher = Distillation(self._float.to(pl_module.device), self.distillation, partial(loss_scale, trainer))
+            self._teaching = teacher, self.quantized_network(pl_module).register_forward_hook(teacher, with_kwargs=True)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.distillation and not self._teaching[0].used:
+            raise ConfigurationError(
+                f"distillation={self.distillation}: training_step did not call self.{self.network_name} itself, or "
+                "uses nothing of what it returned. Name the attribute that is called in network=..., or set "
+                "distillation=0."
+            )
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and self.climbs and not (trainer.sanity_checking or self._measuring):
+            self._judge_training(trainer, pl_module, monitored(trainer, self.result.monitor))
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.distillation and hasattr(self, "_teaching"):
+            self._teaching[1].remove()
+        if not self.climbs or trainer.global_step == 0 or trainer.interrupted:
+            return
+        if self._validated_at != trainer.global_step:
+            self._judge_training(trainer, pl_module, self._measure(trainer))
+        assert self._trained_metric is not None
+        seconds = time.perf_counter() - self._started
+        self.result.rungs = [rung for rung in self.result.rungs if rung.rung != "qat"]
+        rung = self.result.judge("qat", self._trained_metric, f"trained for {trainer.global_step} steps", seconds, None)
+        self._log(trainer, rung)
+        if self._best_state is None:
+            self._best_state = _network_state(self.best_model_path, self.network_name)
+        self.quantized_network(pl_module).restore(self._best_state)
+        say(f"Training ended: {self._standing()}.")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if not (self.climbs or self.distillation):
+            return {}
+        state = {
+            "ladder": self.result.to_dict(),
+            "climbed": self._climbed,
+            "finishing": self._footing.finishing,
+            "trained_metric": self._trained_metric,
+            "best_model_path": self.best_model_path,
+        }
+        if self._float is not None and (self.distillation or not self._climbed):
+            state["float"] = self._float.state_dict()
+        if not self._climbed:
+            state["base"] = self._footing.base
+        return state
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "ladder" not in state_dict:
+            return
+        known = Ladder.from_dict(state_dict["ladder"])
+        if (known.monitor, known.mode) != (self.result.monitor, self.result.mode):
+            raise CheckpointError(
+                f"The checkpoint was measured by monitor={known.monitor!r}, mode={known.mode!r}, but the callback was "
+                f"given monitor={self.result.monitor!r}, mode={self.result.mode!r}. Give the same, or start from the "
+                "float weights."
+            )
+        known.max_drop = self.result.max_drop
+        self.result = known
+        self._climbed = state_dict["climbed"]
+        self._footing = Footing(state_dict["finishing"], state_dict.get("base"))
+        self._trained_metric = state_dict["trained_metric"]
+        self.best_model_path = state_dict["best_model_path"]
+        if "float" in state_dict and self._float is not None:
+            self._float.load_state_dict(state_dict["float"])
+
+    def _check_fit(self, trainer: pl.Trainer) -> None:
+        if self._float is None:
+            raise ConfigurationError(
+                f"max_drop, rungs or distillation of {type(self).__name__} with a module that is quantized already: "
+                "expected the float network, to compare with and to learn from. Start from the float module; to "
+                "resume, make the module anew and give ckpt_path."
+            )
+        if not self.climbs:
+            return
+        if not trainer.enable_validation:
+            raise ConfigurationError(
+                f"max_drop={self.result.max_drop} and rungs are judged by {self.result.monitor!r}, but fit has no "
+                "validation: expected a validation_step, validation data and limit_val_batches above 0."
+            )
+        if (one := averaging(trainer)) is not None:
+            raise ConfigurationError(
+                f"max_drop or rungs with {type(one).__name__}: it validates averaged weights, while the best of the "
+                "trained ones are kept. Leave one of the two away."
+            )
+        if trainer.max_epochs == 0:  # Lightning would skip the whole of fit
+            trainer.fit_loop.max_epochs = 1
+            self._only_rungs = True
+
+    def _climb(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._float is not None
+        network = self.quantized_network(pl_module)
+        modes = {module: module.training for module in pl_module.modules()}
+        self._measure_float(trainer, pl_module)
+        bench = Workbench(
+            float_network=self._float.to(pl_module.device).eval(),
+            inputs=network.inputs,
+            samples=partial(self._samples, trainer, pl_module, network),
+            measure=partial(self._measure, trainer),
+            suffices=self.result.suffices,
+        )
+        done = partial(self._after_rung, trainer, network)
+        pl_module.eval()
+        with torch.no_grad():
+            if not self.result.rungs and self.techniques[0].name == "ptq":  # done already, in on_fit_start
+                start = time.perf_counter()
+                changed = f"{network.range_estimator} ranges"
+                metric = self._measure(trainer)
+                seconds = time.perf_counter() - start + self._calibration_seconds
+                done(self.result.judge("ptq", metric, changed, seconds))
+            climb(
+                self.result,
+                self.techniques,
+                network,
+                bench,
+                measure_float=partial(self._measure_other, trainer, pl_module),
+                footing=self._footing,
+                done=done,
+            )
+        for module, training in modes.items():
+            module.training = training
+        self._climbed = True
+        self._footing = Footing()
+        self._save(trainer)
+
+    def _samples(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: QuantizedNetwork
+    ) -> Iterator[NetworkInputs]:
+        catcher = InputCatcher(trainer, pl_module, network, self.network_name)
+        with undisturbed():
+            loader = calibration_loader(trainer, pl_module, self.calibration_dataloader)
+            yield from calibration_inputs(trainer, loader, catcher, self.recipe.calibration_samples)
+
+    def _measure(self, trainer: pl.Trainer) -> float:
+        self._measuring = True
+        try:
+            return measure(trainer, self.result.monitor)
+        finally:
+            self._measuring = False
+
+    def _measure_other(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module) -> float:
+        with in_place_of(pl_module, self.network_name, network):
+            return self._measure(trainer)
+
+    def _measure_float(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        ladder = self.result
+        if ladder.float_metric is not None:
+            return
+        assert self._float is not None
+        value = check_float_metric(ladder.monitor, self._measure_other(trainer, pl_module, self._float))
+        ladder.float_metric = value
+        say(f"Float network: {ladder.monitor} {value:.4f}.")
+        with guessing(self._float) as called:
+            chance = self._measure_other(trainer, pl_module, self._float)
+        if called and not ladder.is_better(value, chance):
+            rank_zero_warn(
+                f"The float network's {ladder.monitor} ({value:.4f}) is no better than chance ({chance:.4f}, each "
+                "sample given the answer to another): whatever quantization does will look good. Is it "
+                "trained, and are its weights loaded? Is mode right?"
+            )
+
+    def _after_rung(self, trainer: pl.Trainer, network: QuantizedNetwork, rung: RungResult) -> None:
+        if trainer.world_size > 1:  # GPUs may round differently; the networks must not differ
+            for value in (*network.parameters(), *network.buffers()):
+                torch.distributed.broadcast(value.data, src=0)
+        metric = "" if rung.metric is None else f"{self.result.monitor} {rung.metric:.4f}, "
+        changed = f" ({rung.changed})" if rung.changed else ""
+        say(f"Rung {rung.rung}: {metric}{rung.reason}{changed}; {rung.seconds:.0f} s.")
+        self._log(trainer, rung)
+        if rung.kept:
+            self._best_state = network.snapshot()
+        self._save(trainer)
+
+    def _judge_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metric: float) -> None:
+        ladder = self.result
+        self._validated_at = trainer.global_step
+        improved = ladder.is_better(metric, self._trained_metric)
+        rungs = [rung.metric for rung in ladder.rungs if rung.kept and rung.rung != "qat"]
+        known = [value for value in (self._trained_metric, *rungs) if value is not None]
+        if improved:
+            self._trained_metric = metric
+        if all(ladder.is_better(metric, value) for value in known):
+            self._best_state = self.quantized_network(pl_module).snapshot()
+            self._save(trainer)
+        if not improved and self._trained_metric is not None and ladder.suffices(self._trained_metric):
+            say(f"Training stops: {ladder.monitor} is within {ladder.max_drop:g} of float and no longer improves.")
+            trainer.should_stop = True
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "ladder"
+        self.best_model_path = str(folder / "best.ckpt")
+        trainer.save_checkpoint(self.best_model_path, weights_only=False)
+
+    def _log(self, trainer: pl.Trainer, rung: RungResult) -> None:
+        if rung.metric is None or rung.drop is None:
+            return
+        values = {f"ladder/{rung.rung}/{self.result.monitor}": rung.metric, f"ladder/{rung.rung}/drop": rung.drop}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def _tell_no_training(self) -> None:
+        why = "max_epochs=0" if not self.result.satisfied else "training is not needed"
+        say(f"No training: {self._standing()}; {why}.")
+
+    def _standing(self) -> str:
+        ladder, best = self.result, self.result.best
+        if best is None or best.metric is None:
+            return "no rung gave a usable network"
+        bound = "" if ladder.max_drop is None else f" (max_drop={ladder.max_drop:g})"
+        return (
+            f"{ladder.monitor} {best.metric:.4f} by {best.rung}, {ladder.drop(best.metric):.4f} below "
+            f"float {ladder.reference:.4f}{bound}"
+        )
 
 
-def split_off_ranges(
-    ranges: Iterable[nn.Parameter], optimizer: Optimizer, schedulers: Iterable[LRSchedulerConfig] = ()
-) -> None:
-    """Move range parameters into optimizer groups of their own: same options, but no weight decay.
-
-    Args:
-        ranges: the parameters to move.
-        optimizer: changed in place.
-        schedulers: those that drive it. What they keep for each group is repeated for the new groups.
-    """
-    wanted = {id(parameter) for parameter in ranges}
-    for index, group in enumerate(list(optimizer.param_groups)):
-        is_range = [id(parameter) in wanted for parameter in group["params"]]
-        if not any(is_range):
-            continue
-        new = {**group, "weight_decay": 0.0} if "weight_decay" in group else {**group}
-        for name in {"params", "param_names"} & group.keys():  # names, if the user gave named_parameters()
-            new[name] = list(compress(group[name], is_range))
-            group[name] = list(compress(group[name], map(not_, is_range)))
-        optimizer.add_param_group(new)
-        for config in schedulers:
-            _repeat_group(config.scheduler, index)
-
-
-def _drives(config: LRSchedulerConfig, optimizer: Optimizer) -> bool:
-    return getattr(config.scheduler, "optimizer", None) is optimizer
-
-
-# What PyTorch's schedulers keep as one entry per parameter group.
-_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
-
-
-def _repeat_group(scheduler: Any, index: int) -> None:
-    for name in _PER_GROUP:
-        values = getattr(scheduler, name, None)
-        if isinstance(values, list):
-            values.append(values[index])
-    for nested in getattr(scheduler, "_schedulers", ()):
-        _repeat_group(nested, index)
+def _network_state(path: str, name: str) -> dict[str, Any]:
+    """The state of the network in a checkpoint."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"The best network was kept in {path!r}, which is gone: expected it to be left in place.")
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,19 +12,21 @@ from torch import nn
 
 from lightning_quant.errors import CalibrationError
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.inputs import NetworkInputs, up_to
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.precisions import quantized_layers
 
 log = logging.getLogger(__name__)
 
 
-def calibrate(network: QuantizedNetwork, batches: Iterable[NetworkInputs]) -> int:
+def calibrate(network: QuantizedNetwork, batches: Iterable[NetworkInputs], *, weights: bool = True) -> int:
     """Set the ranges of all weights and activations; marks the network as calibrated.
 
     Args:
         network: the quantized network.
         batches: calls of the network with representative samples. They are consumed until
             ``network.recipe.calibration_samples`` samples were seen; the last one is cut to fit.
+        weights: ``False`` keeps the ranges of the weights as they are.
 
     Returns:
         The number of samples used, which is less than asked for when the batches ran out.
@@ -37,8 +40,7 @@ def calibrate(network: QuantizedNetwork, batches: Iterable[NetworkInputs]) -> in
 
     def run(_: object) -> None:
         nonlocal seen
-        for index, batch in enumerate(batches):
-            batch = batch.first(wanted - seen)
+        for index, batch in enumerate(up_to(batches, wanted)):
             for tensor in batch.tensors:
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     what = "NaN" if torch.isnan(tensor).any() else "Inf"
@@ -48,8 +50,6 @@ def calibrate(network: QuantizedNetwork, batches: Iterable[NetworkInputs]) -> in
                     )
             batch.call(network.network)
             seen += batch.batch_size
-            if seen >= wanted:
-                break
         if seen == 0:
             # AIMET itself would go on with ranges for the weights only, and fail at the first use.
             raise CalibrationError(
@@ -58,7 +58,8 @@ def calibrate(network: QuantizedNetwork, batches: Iterable[NetworkInputs]) -> in
             )
 
     # ranges must be ordinary tensors: made under inference_mode they would break training later
-    with torch.inference_mode(False), aimet.quiet():
+    kept = nullcontext() if weights else _kept(weight_quantizers(network))
+    with torch.inference_mode(False), aimet.quiet(), kept:
         network.sim.compute_encodings(run)
     if endless := [name for name, quantizer in _quantizers(network) if not _finite(quantizer)]:
         raise CalibrationError(
@@ -75,6 +76,34 @@ def calibrate(network: QuantizedNetwork, batches: Iterable[NetworkInputs]) -> in
 def uncalibrated(network: QuantizedNetwork) -> list[str]:
     """Names of quantizers that no calibration sample reached: parts of the network that were never run."""
     return [name for name, quantizer in _quantizers(network) if not quantizer.is_initialized()]
+
+
+def calibrate_weights(network: QuantizedNetwork, names: Iterable[str] | None = None) -> None:
+    """Set the ranges of the weights from the weights alone: of all layers, or of those that are named."""
+    layers = quantized_layers(network)
+    for layer in layers.values() if names is None else [layers[name] for name in names]:
+        for name, quantizer in layer.param_quantizers.items():
+            if quantizer is not None:
+                with quantizer.compute_encodings():
+                    quantizer(getattr(layer, name))
+
+
+def weight_quantizers(network: QuantizedNetwork) -> list[Any]:
+    """The quantizers of all parameters that are quantized."""
+    layers = quantized_layers(network).values()
+    return [quantizer for layer in layers for quantizer in layer.param_quantizers.values() if quantizer is not None]
+
+
+@contextmanager
+def _kept(quantizers: list[Any]) -> Iterator[None]:
+    """Let AIMET compute no new range for these quantizers."""
+    for quantizer in quantizers:
+        quantizer.allow_overwrite(False)
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.allow_overwrite(True)
 
 
 def _quantizers(network: QuantizedNetwork) -> list[tuple[str, Any]]:

@@ -7,7 +7,7 @@ here works on that structure as it is, through Lightning's own ``apply_to_collec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
@@ -95,6 +95,17 @@ class NetworkInputs:
                 "tensors, numbers, strings and lists, tuples or dicts of them. Pass example_inputs=... to "
                 "load_quantized."
             ) from error
+
+
+def up_to(calls: Iterable[NetworkInputs], count: int) -> Iterator[NetworkInputs]:
+    """The first ``count`` samples, in the batches they come in."""
+    seen = 0
+    for batch in calls:
+        batch = batch.first(count - seen)
+        yield batch
+        seen += batch.batch_size
+        if seen >= count:
+            return
 
 
 # What a manifest may ask for. Sizes are bounded so that a damaged or hostile file cannot ask for terabytes.

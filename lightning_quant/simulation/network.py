@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import inspect
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError
+from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
 from lightning_quant.simulation.preflight import Finding
@@ -55,6 +57,9 @@ class QuantizedNetwork(nn.Module):
         findings: what the preflight found (see :mod:`lightning_quant.simulation.preflight`).
         calibrated: whether the ranges of the activations are known. Restored with the weights, and the
             only thing to ask: AIMET's own ``is_initialized()`` turns true under DDP without calibration.
+        raised: layers that were given a finer precision than the recipe says, to win accuracy back.
+        range_estimator: how ranges are calibrated, see :meth:`observe_with`.
+        equalized: whether scale was shifted between channels, so that layers put out other numbers than in float.
         float_class: class of the float network.
         network: the network itself, its modules replaced by AIMET's quantized ones.
         sim: AIMET's ``QuantizationSimModel`` around it, for everything AIMET can do with one.
@@ -76,6 +81,10 @@ class QuantizedNetwork(nn.Module):
         self.inputs = inputs
         self.findings = findings
         self.calibrated = False
+        self.raised: dict[str, Precision] = {}
+        self.range_estimator = recipe.range_estimator
+        self.equalized = False
+        self._bitwidths: dict[str, int] = {}
         ranges = {id(parameter) for parameter in self.range_parameters() if parameter.requires_grad}
         self._learnable_ranges = {name for name, value in self.network.named_parameters() if id(value) in ranges}
         # A traced network answers with plain dicts where the float one used its own classes.
@@ -142,8 +151,10 @@ class QuantizedNetwork(nn.Module):
             "aimet_torch": importlib.metadata.version("aimet-torch"),
             "torch": importlib.metadata.version("torch"),
             **self.recipe.identity(),
-            "range_estimator": self.recipe.range_estimator,
+            "range_estimator": self.range_estimator,
             "calibrated": self.calibrated,
+            "equalized": self.equalized,
+            "raised": {layer: str(precision) for layer, precision in self.raised.items()},
             "inputs": self.inputs.describe(),
         }
 
@@ -166,6 +177,66 @@ class QuantizedNetwork(nn.Module):
                     f"float weights to quantize with {expected!r}."
                 )
         self.calibrated = bool(state.get("calibrated", False))
+        self.equalized = bool(state.get("equalized", False))
+        # the bit widths themselves come with AIMET's state of each quantizer
+        self.raised = {str(layer): Precision.parse(value) for layer, value in state.get("raised", {}).items()}
+        self.observe_with(state.get("range_estimator", self.range_estimator))
+
+    def snapshot(self) -> dict[str, Any]:
+        """A copy of everything that quantization and training change: weights, ranges, bit widths."""
+        return {name: _copied(value) for name, value in self.state_dict().items()}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Go back to a :meth:`snapshot` bit for bit; the parameters stay the same objects."""
+        # AIMET takes apart the extra state that it is given
+        self.load_state_dict({name: _copied(v) if isinstance(v, dict) else v for name, v in snapshot.items()})
+
+    def remember_bitwidths(self) -> None:
+        """Take the bit widths as they are for those of the recipe, to go back to in :meth:`start_anew`."""
+        modules = self.network.named_modules()
+        self._bitwidths = {name: module.bitwidth for name, module in modules if hasattr(module, "bitwidth")}
+
+    def start_anew(self, network: nn.Module) -> None:
+        """Go back to float weights that were never calibrated: weights, bit widths and range estimator.
+
+        Args:
+            network: what :func:`~lightning_quant.simulation.prepare.prepare` made of the same network, or that
+                network with other weights.
+        """
+        mine = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
+        with torch.no_grad():
+            for name, value in network.state_dict().items():
+                mine[name].copy_(value)
+        for name, bits in self._bitwidths.items():
+            self.network.get_submodule(name).bitwidth = bits  # type: ignore[assignment]
+        self.raised = {}
+        self.equalized = False
+        self.observe_with(self.recipe.range_estimator)
+
+    def observe_with(self, range_estimator: str) -> None:
+        """Calibrate with another range estimator from now on, see :class:`QuantRecipe`."""
+        if range_estimator == self.range_estimator:
+            return
+        from aimet_torch.quantization.encoding_analyzer import (
+            MinMaxEncodingAnalyzer,
+            PercentileEncodingAnalyzer,
+            TfEnhancedEncodingAnalyzer,
+        )
+
+        kinds = {
+            "min_max": MinMaxEncodingAnalyzer,
+            "tf_enhanced": TfEnhancedEncodingAnalyzer,
+            "percentile": partial(PercentileEncodingAnalyzer, percentile=self.recipe.percentile),
+        }
+        module: Any
+        for module in self.network.modules():
+            if hasattr(module, "encoding_analyzer"):
+                module.encoding_analyzer = kinds[range_estimator](module.encoding_analyzer.observer.shape)
+        self.range_estimator = range_estimator
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def check_manifest(manifest: Any) -> dict[str, Any]:

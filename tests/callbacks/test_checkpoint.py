@@ -129,6 +129,8 @@ def test_manifest_says_how_it_was_quantized(checkpoint: tuple[Path, SmallModule]
         "overrides": {"head": "w8a16"},
         "range_estimator": "min_max",
         "calibrated": True,
+        "equalized": False,
+        "raised": {},
         "inputs": {"args": [{"tensor": [1, 3, 8, 8], "dtype": "float32"}], "kwargs": {}},
     }
     assert json.loads(json.dumps(manifest)) == manifest

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_quant.errors import ConfigurationError, PreflightError
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.build import _relative_difference
+from lightning_quant.simulation.prepare import relative_difference
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.simulation.networks import (
@@ -337,16 +337,16 @@ def test_network_without_any_tensor_in_its_output() -> None:
         quantized(Silent())
 
 
-def test_relative_difference() -> None:
+def testrelative_difference() -> None:
     a = torch.tensor([1.0, -4.0])
-    assert _relative_difference({"x": a}, {"x": a}) == 0
-    assert _relative_difference(a, a + torch.tensor([0.0, 1.0])) == pytest.approx(0.25)
-    assert _relative_difference((a, a), (a, a * 1.1)) == pytest.approx(0.1)
-    assert _relative_difference(a, a[:1]) == float("inf")
-    assert _relative_difference(a, torch.tensor([1.0, float("nan")])) == float("inf")
+    assert relative_difference({"x": a}, {"x": a}) == 0
+    assert relative_difference(a, a + torch.tensor([0.0, 1.0])) == pytest.approx(0.25)
+    assert relative_difference((a, a), (a, a * 1.1)) == pytest.approx(0.1)
+    assert relative_difference(a, a[:1]) == float("inf")
+    assert relative_difference(a, torch.tensor([1.0, float("nan")])) == float("inf")
     masked = torch.tensor([1.0, float("-inf")])
-    assert _relative_difference(masked, masked) == 0
-    assert _relative_difference(masked, masked * torch.tensor([2.0, 1.0])) == pytest.approx(1)
-    assert _relative_difference(torch.zeros(2), torch.zeros(2)) == 0
+    assert relative_difference(masked, masked) == 0
+    assert relative_difference(masked, masked * torch.tensor([2.0, 1.0])) == pytest.approx(1)
+    assert relative_difference(torch.zeros(2), torch.zeros(2)) == 0
     with pytest.raises(ValueError, match="zip"):
-        _relative_difference((a, a), (a,))
+        relative_difference((a, a), (a,))

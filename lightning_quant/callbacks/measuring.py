@@ -1,0 +1,117 @@
+"""The user's own validation in the midst of a fit, for this network or for another one in its place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor, nn
+
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.simulation.inputs import tensors_in, with_tensors
+
+
+def validate_in_fit(trainer: pl.Trainer) -> None:
+    """Run the validation loop the way the training loop does."""
+    trainer.validating = True
+    try:
+        trainer.fit_loop.epoch_loop.val_loop.run()
+    finally:
+        trainer.training = True
+
+
+def measure(trainer: pl.Trainer, monitor: str) -> float:
+    """Validate aside and return the metric: nothing is logged, no callback stops or saves because of it.
+
+    Raises:
+        ConfigurationError: if the metric was not logged; the message lists those that were.
+    """
+    loggers = trainer.loggers
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    trainer.loggers = [DummyLogger()] if loggers else []
+    trainer.callbacks = [one for one in callbacks if not isinstance(one, (EarlyStopping, Checkpoint))]  # type: ignore[attr-defined]
+    try:
+        validate_in_fit(trainer)
+    finally:
+        trainer.loggers = loggers
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+    return monitored(trainer, monitor)
+
+
+def monitored(trainer: pl.Trainer, monitor: str) -> float:
+    """The metric as validation logged it last: the mean over the ranks, and so the same on each.
+
+    Raises:
+        ConfigurationError: if it was not logged.
+    """
+    metrics = trainer.callback_metrics
+    if monitor not in metrics:
+        raise ConfigurationError(
+            f"monitor={monitor!r} was not logged in validation: expected one of "
+            f"{', '.join(sorted(map(repr, metrics))) or 'nothing, for nothing was logged'}. Give its name, or log it "
+            f"with self.log({monitor!r}, …) in validation_step or on_validation_epoch_end."
+        )
+    value = metrics[monitor].detach().clone().to(trainer.strategy.root_device)
+    return float(trainer.strategy.reduce(value, reduce_op="mean"))
+
+
+@contextmanager
+def in_place_of(pl_module: pl.LightningModule, name: str, network: nn.Module) -> Iterator[None]:
+    """Put another network at the dotted attribute ``name`` for the length of a block."""
+    parent, _, attribute = name.rpartition(".")
+    owner = pl_module.get_submodule(parent)
+    own = getattr(owner, attribute)
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    setattr(owner, attribute, network.to(pl_module.device))
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, own)
+        network.to(device)
+
+
+@contextmanager
+def guessing(network: nn.Module) -> Iterator[list[bool]]:
+    """Give every sample the answer to another one: what a metric says then is chance.
+
+    Yields:
+        A list that holds ``True`` once the network was called at all.
+    """
+    last: list[Tensor] = []
+    called: list[bool] = []
+
+    def swap(module: nn.Module, args: Any, output: Any) -> Any:
+        called[:] = [True]
+        tensors = tensors_in(output)
+        if len(last) == len(tensors) and all(a.shape == b.shape for a, b in zip(last, tensors, strict=True)):
+            others = list(last)
+        else:
+            others = [tensor.roll(1, 0) if tensor.dim() else tensor for tensor in tensors]
+        last[:] = tensors
+        return with_tensors(output, others)
+
+    handle = network.register_forward_hook(swap)
+    try:
+        yield called
+    finally:
+        handle.remove()
+
+
+def check_float_metric(monitor: str, value: float) -> float:
+    """Refuse a float metric that nothing can be compared with.
+
+    Raises:
+        ConfigurationError: if it is NaN.
+    """
+    if math.isnan(value):
+        raise ConfigurationError(
+            f"{monitor} of the float network is NaN: expected a number to compare the quantized network with. Check "
+            "that the float weights are loaded and that validation has labelled samples."
+        )
+    return value

@@ -1,0 +1,41 @@
+"""The most memory that a piece of work took."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+_PROCESS = Path("/proc/self")
+
+
+class PeakMemory:
+    """Measures the peak over a ``with`` block: allocated on the GPU if there is one, else of the process (Linux).
+
+    Attributes:
+        peak_bytes: the peak, or ``None`` where the system does not tell.
+    """
+
+    peak_bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            try:
+                (_PROCESS / "clear_refs").write_text("5")  # resets VmHWM, see proc(5)
+            except OSError:
+                self._known = False
+            else:
+                self._known = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if torch.cuda.is_available():
+            self.peak_bytes = torch.cuda.max_memory_allocated()
+        elif self._known and (found := re.search(r"VmHWM:\s+(\d+) kB", (_PROCESS / "status").read_text())):
+            self.peak_bytes = int(found[1]) * 1024

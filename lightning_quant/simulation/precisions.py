@@ -1,0 +1,105 @@
+"""The precision of single layers, with what the hardware requires of their neighbours."""
+
+from __future__ import annotations
+
+import fnmatch
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.precision import Precision
+from lightning_quant.simulation import aimet
+
+if TYPE_CHECKING:
+    from lightning_quant.simulation.network import QuantizedNetwork
+
+
+def quantized_layers(network: QuantizedNetwork) -> dict[str, Any]:
+    """Every layer that AIMET quantizes, by its name in the network."""
+    from aimet_torch.nn.base import BaseQuantizationMixin
+
+    modules = network.network.named_modules()
+    return {name: module for name, module in modules if isinstance(module, BaseQuantizationMixin)}
+
+
+def matching(network: QuantizedNetwork, overrides: Mapping[str, Precision]) -> dict[str, Precision]:
+    """Spell out globs on layer names; the last one that matches a layer wins.
+
+    Raises:
+        ConfigurationError: for a glob that matches no layer.
+    """
+    layers = quantized_layers(network)
+    chosen: dict[str, Precision] = {}
+    for glob, precision in overrides.items():
+        matched = [name for name in layers if fnmatch.fnmatchcase(name, glob)]
+        if not matched:
+            names = ", ".join(list(layers)[:8])
+            raise ConfigurationError(
+                f"overrides: {glob!r} matches no layer of the network. Expected a glob on module names such "
+                f"as: {names}, …"
+            )
+        chosen.update(dict.fromkeys(matched, precision))
+    return chosen
+
+
+def layer_precision(network: QuantizedNetwork, layer: str) -> Precision:
+    """The precision a layer was asked to have: its own, or that of the whole network."""
+    own = {**matching(network, network.recipe.overrides), **network.raised}
+    return own.get(layer, network.recipe.precision)
+
+
+def set_precisions(network: QuantizedNetwork, precisions: Mapping[str, Precision]) -> None:
+    """Change the bit widths of layers: their weights, and the activations that go into them.
+
+    Ranges stay as they are: calibrate afterwards. What a layer hands on changes only if the layers after it agree.
+
+    Args:
+        network: the quantized network, not a copy of one (copies lack AIMET's graph of the network).
+        precisions: by the layer's name.
+
+    Raises:
+        ConfigurationError: when AIMET does not find the activations that go into a layer.
+    """
+    if not precisions:
+        return
+    from aimet_torch.mixed_precision import MixedPrecisionConfigurator
+
+    layers = quantized_layers(network)
+    modules = network.network.modules()
+    observers = {module: module.encoding_analyzer for module in modules if hasattr(module, "encoding_analyzer")}
+    with aimet.quiet(), _one_place_per_input(network, layers):
+        configurator = MixedPrecisionConfigurator(network.sim)
+        for name, precision in precisions.items():
+            configurator.set_precision(layers[name], activation=f"int{precision.activation_bits}")
+        try:
+            configurator.apply(log_file=io.StringIO(), strict=False)
+        except (AttributeError, IndexError, KeyError, RuntimeError) as error:  # AIMET lost its way in the graph
+            raise ConfigurationError(
+                f"AIMET cannot give {', '.join(precisions)} another precision: {type(error).__name__}: {error}. "
+                "Expected layers whose inputs it can trace back; leave out those around resizing and concatenation."
+            ) from error
+    for name, precision in precisions.items():  # not by AIMET: a request for a neighbour would undo it
+        if (weight := dict(layers[name].param_quantizers).get("weight")) is not None:
+            weight.bitwidth = precision.weight_bits
+    for quantizer, observer in observers.items():  # AIMET replaces the one for percentile by that for tf_enhanced
+        quantizer.encoding_analyzer = observer
+
+
+@contextmanager
+def _one_place_per_input(network: QuantizedNetwork, layers: Mapping[str, Any]) -> Iterator[None]:
+    """Give concatenations a place for a quantizer at each input: AIMET looks there, and they have but one."""
+    added = []
+    for operation in network.sim.connected_graph.get_all_ops().values():
+        module = operation.get_module()
+        if module in layers.values() and operation.type == "Concat":
+            missing = sum(not product.is_parm for product in operation.inputs) - len(module.input_quantizers)
+            for _ in range(missing):
+                module.input_quantizers.append(None)
+                added.append(module.input_quantizers)
+    try:
+        yield
+    finally:
+        for places in added:
+            del places[-1]

@@ -1,0 +1,194 @@
+"""Which layers suffer most from their bit widths: the output's signal-to-noise ratio, one layer quantized at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.precision import Precision
+from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, up_to
+from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.precisions import layer_precision, quantized_layers, set_precisions
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What one layer's bit widths do to the output of the network, everything else in float.
+
+    Args:
+        layer: name of the layer.
+        part: ``"weights"``, or ``"activations"`` that go into it.
+        bits: bits they have now.
+        sqnr_db: signal-to-quantization-noise ratio of the output in dB: 10·log10(Σ y² / Σ (y − y_q)²). Infinite if
+            nothing changed.
+        share: part of all weights that are the layer's (``weights``), or part of all multiply-accumulate operations
+            that are done in it (``activations``), 0 to 1.
+        quantizers: names of the quantizers concerned: those that the hardware wants at the same bit width.
+    """
+
+    layer: str
+    part: str
+    bits: int
+    sqnr_db: float
+    share: float
+    quantizers: tuple[str, ...]
+
+
+def layer_sensitivity(
+    network: QuantizedNetwork, samples: Iterable[NetworkInputs], count: int = 8
+) -> list[LayerSensitivity]:
+    """Measure each layer's weights, and its activations, alone; most sensitive first.
+
+    Costs one pass of ``count`` samples for each layer and part, and leaves the network as it was.
+
+    Args:
+        network: the quantized network, calibrated.
+        samples: calibration samples.
+        count: how many of them to use.
+    """
+    calls = list(up_to(samples, count))
+    layers = quantized_layers(network)
+    parts = _parts(network, layers)
+    names = {module: name for name, module in network.network.named_modules()}
+    with torch.no_grad(), _all_quantizers_off(layers) as quantizers:
+        expected, operations = _float_pass(network, layers, calls)
+        signal = sum(float(value.double().square().sum()) for value in expected)
+        weights = {name: layer.weight.numel() for name, layer in layers.items() if _has_weight(layer)}
+        found = []
+        for (name, part), affected in parts.items():
+            with quantizers.on(affected):
+                noise = _noise(network, calls, expected)
+            own, total = (
+                (weights, sum(weights.values())) if part == "weights" else (operations, sum(operations.values()))
+            )
+            found.append(
+                LayerSensitivity(
+                    layer=name,
+                    part=part,
+                    bits=min(quantizer.bitwidth for quantizer in affected),
+                    sqnr_db=10 * math.log10(signal / noise) if noise > 0 and signal > 0 else math.inf,
+                    share=own.get(name, 0) / max(total, 1),
+                    quantizers=tuple(names[quantizer] for quantizer in affected),
+                )
+            )
+    return sorted(found, key=lambda one: one.sqnr_db)
+
+
+def finer(part: str, now: Precision) -> Precision | None:
+    """The next finer precision of a layer's weights or activations; ``None`` if there is none."""
+    if part == "weights":
+        return Precision(8, now.activation_bits) if now.weight_bits < 8 else None
+    return Precision(now.weight_bits, 16) if now.activation_bits < 16 else None
+
+
+def _parts(network: QuantizedNetwork, layers: dict[str, Any]) -> dict[tuple[str, str], list[Any]]:
+    """The quantizers that would get finer if a layer's weights, or activations, were raised by one step.
+
+    Asked of AIMET, which knows what the hardware ties together: a layer's input is another one's output.
+    """
+    snapshot = network.snapshot()
+    parts = {}
+    for name, layer in layers.items():
+        now = layer_precision(network, name)
+        if _has_weight(layer):
+            quantizer = layer.param_quantizers["weight"]
+            parts[name, "weights"] = [quantizer] if quantizer is not None and quantizer.bitwidth < 16 else []
+        if (raised := finer("activations", now)) is not None:
+            before = {q: q.bitwidth for q in _quantizers(layers)}
+            with suppress(ConfigurationError):  # then its activations cannot be raised either
+                set_precisions(network, {name: raised})
+                parts[name, "activations"] = [q for q, bits in before.items() if q.bitwidth > bits]
+            network.restore(snapshot)
+        elif any(q is not None for q in layer.input_quantizers):
+            parts[name, "activations"] = [q for q in layer.input_quantizers if q is not None]
+    return {key: quantizers for key, quantizers in parts.items() if quantizers}
+
+
+def _quantizers(layers: dict[str, Any]) -> Iterator[Any]:
+    for layer in layers.values():
+        for quantizer in (*layer.input_quantizers, *layer.output_quantizers, *layer.param_quantizers.values()):
+            if quantizer is not None:
+                yield quantizer
+
+
+class _Switchboard:
+    """Every quantizer of a network, to be put back in its place one by one."""
+
+    def __init__(self, layers: dict[str, Any]) -> None:
+        self._places: dict[Any, list[tuple[Any, Any]]] = {}
+        for layer in layers.values():
+            for holder in (layer.input_quantizers, layer.output_quantizers, layer.param_quantizers):
+                keys = range(len(holder)) if isinstance(holder, nn.ModuleList) else list(holder.keys())
+                for key in keys:
+                    if holder[key] is not None:
+                        self._places.setdefault(holder[key], []).append((holder, key))
+
+    def off(self) -> None:
+        for places in self._places.values():
+            for holder, key in places:
+                holder[key] = None
+
+    @contextmanager
+    def on(self, quantizers: Iterable[Any] | None = None) -> Iterator[None]:
+        for quantizer in self._places if quantizers is None else quantizers:
+            for holder, key in self._places[quantizer]:
+                holder[key] = quantizer
+        try:
+            yield
+        finally:
+            self.off()
+
+    def restore(self) -> None:
+        for quantizer, places in self._places.items():
+            for holder, key in places:
+                holder[key] = quantizer
+
+
+@contextmanager
+def _all_quantizers_off(layers: dict[str, Any]) -> Iterator[_Switchboard]:
+    board = _Switchboard(layers)
+    board.off()
+    try:
+        yield board
+    finally:
+        board.restore()
+
+
+def _float_pass(
+    network: QuantizedNetwork, layers: dict[str, Any], calls: list[NetworkInputs]
+) -> tuple[list[Tensor], dict[str, int]]:
+    """The outputs without any rounding, and how many multiply-accumulate operations each layer does."""
+    operations: dict[str, int] = {}
+    handles = []
+    for name, layer in layers.items():
+        if _has_weight(layer):
+
+            def count(module: Any, _: Any, output: Any, name: str = name) -> None:
+                channels = module.weight.shape[0]
+                operations[name] = operations.get(name, 0) + output.numel() * module.weight.numel() // channels
+
+            handles.append(layer.register_forward_hook(count))
+    outputs = [value for call in calls for value in _outputs(network, call)]
+    for handle in handles:
+        handle.remove()
+    return outputs, operations
+
+
+def _noise(network: QuantizedNetwork, calls: list[NetworkInputs], expected: list[Tensor]) -> float:
+    outputs = (value for call in calls for value in _outputs(network, call))
+    return sum(float((a.double() - b.double()).square().sum()) for a, b in zip(outputs, expected, strict=True))
+
+
+def _outputs(network: QuantizedNetwork, call: NetworkInputs) -> list[Tensor]:
+    return [value.detach() for value in tensors_in(call.call(network)) if value.is_floating_point()]
+
+
+def _has_weight(layer: Any) -> bool:
+    return isinstance(getattr(layer, "weight", None), Tensor) and "weight" in layer.param_quantizers

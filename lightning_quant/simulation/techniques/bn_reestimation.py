@@ -1,0 +1,144 @@
+"""Batch norm re-estimation: put right the mean and scale that rounded weights shift in every channel."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import override
+
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.simulation.calibrate import calibrate
+from lightning_quant.simulation.inputs import NetworkInputs, up_to
+from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.precisions import quantized_layers
+from lightning_quant.simulation.prepare import output_factors
+from lightning_quant.simulation.techniques.layer_outputs import hooked, per_channel, statistics, unrounded, weights_only
+from lightning_quant.simulation.techniques.technique import Technique, Workbench
+
+
+class BatchNormReestimation(Technique):
+    """Measure the statistics of every batch norm again, behind quantized weights.
+
+    What Jacob et al. 2018 and AIMET do with batch norms that are left in the simulation, done here with the folded
+    ones: a layer that holds a batch norm (weight γ, bias β, ε, and g = γ / √(running variance + ε)) puts out
+    z = g·(y − μ) + β. With mean m and variance v of z over a batch, the batch norm in training mode would have put
+    out a·(z − m) + β, where a = √(running variance + ε) / √(v/g² + ε). The mean over the batches goes into the
+    weights, the bias and — since a is positive, exactly — into the ranges of the weights, so that every integer
+    stays as it was. Where equalization (``cle``) gave z another scale, γ, β and g are scaled alike.
+    """
+
+    name = "bn_reestimation"
+    finishing = True
+
+    @override
+    def check(self, network: QuantizedNetwork) -> None:
+        per_tensor = [
+            name
+            for name, layer in quantized_layers(network).items()
+            if isinstance(layer, nn.modules.conv._ConvNd)
+            and (quantizer := layer.param_quantizers["weight"]) is not None  # type: ignore[index]
+            and tuple(quantizer.shape) in ((), (1,))
+            and layer.out_channels > 1
+        ]
+        if per_tensor:
+            raise ConfigurationError(
+                f"Rung 'bn_reestimation' with hardware={network.recipe.hardware!r}: {per_tensor[0]!r} has one range "
+                "for all its channels; expected a range for each, as the htp_ configs have. Use bias_correction."
+            )
+
+    @override
+    def unsuitable(self, network: QuantizedNetwork, bench: Workbench) -> str | None:
+        return None if bench.prepared.batch_norms else "no batch norm was folded behind a layer"
+
+    @override
+    def float_reference(self, bench: Workbench) -> nn.Module | None:
+        """The float network with its own batch norms re-estimated on the same samples."""
+        network = copy.deepcopy(bench.float_network).eval()
+        for module in network.modules():
+            if isinstance(module, _BatchNorm) and module.track_running_stats:
+                module.reset_running_stats()
+                module.momentum = None  # the plain mean over all batches
+                module.train()
+        for batch in bench.samples():
+            batch.call(network)
+        return network.eval()
+
+    @override
+    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+        norms = bench.prepared.batch_norms
+        layers = {name: layer for name, layer in quantized_layers(network).items() if name in norms}
+        scales = _scales(network, layers, bench) if network.equalized else {}
+        means: dict[str, list[Tensor]] = defaultdict(list)
+        variances: dict[str, list[Tensor]] = defaultdict(list)
+
+        def normalize(name: str, output: Tensor) -> Tensor:
+            mean, variance = statistics(output, 1)
+            means[name].append(mean)
+            variances[name].append(variance)
+            factor = _correction(norms[name], variance, scales.get(name))
+            return (output - per_channel(mean, 1, output)) * per_channel(factor, 1, output) + per_channel(
+                _target(norms[name], scales.get(name)), 1, output
+            )
+
+        with weights_only(network), hooked(layers, normalize):
+            for batch in up_to(bench.samples(), network.recipe.calibration_samples):
+                batch.call(network.network)
+        for name, values in means.items():
+            mean, variance = torch.stack(values).mean(0), torch.stack(variances[name]).mean(0)
+            factor = _correction(norms[name], variance, scales.get(name))
+            _rescale(layers[name], factor, mean, _target(norms[name], scales.get(name)))
+        calibrate(network, bench.samples(), weights=False)
+        return f"re-estimated {len(means)} folded batch norms"
+
+
+def _scales(network: QuantizedNetwork, layers: dict[str, nn.Module], bench: Workbench) -> dict[str, Tensor]:
+    """How much larger equalization made each channel of the layers' outputs, (C,) each."""
+    batch = next(bench.samples())
+    float_network = bench.prepared.network
+    before = _deviations(float_network, {name: float_network.get_submodule(name) for name in layers}, batch)
+    with unrounded(network):
+        now = _deviations(network.network, layers, batch)
+    return {name: torch.where((before[name] > 0) & (now[name] > 0), now[name] / before[name], 1.0) for name in before}
+
+
+def _deviations(network: nn.Module, layers: dict[str, nn.Module], batch: NetworkInputs) -> dict[str, Tensor]:
+    """Standard deviation of each channel of the layers' outputs."""
+    found: dict[str, Tensor] = {}
+
+    def remember(name: str, output: Tensor) -> None:
+        found[name] = statistics(output, 1)[1].sqrt()
+
+    with hooked(layers, remember):
+        batch.call(network)
+    return found
+
+
+def _target(norm: _BatchNorm, scale: Tensor | None) -> Tensor:
+    """The mean that each channel should have, (C,)."""
+    assert norm.running_mean is not None
+    bias = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias.detach()
+    return bias if scale is None else bias * scale
+
+
+def _correction(norm: _BatchNorm, variance: Tensor, scale: Tensor | None) -> Tensor:
+    """The factor a of :class:`BatchNormReestimation`, (C,); 1 for channels that are constant."""
+    assert norm.running_var is not None
+    g = output_factors(norm) if scale is None else output_factors(norm) * scale
+    before = variance / g.square()
+    factor = ((norm.running_var + norm.eps) / (before + norm.eps)).sqrt()
+    return torch.where((g != 0) & (variance > 0), factor, torch.ones_like(factor))
+
+
+def _rescale(layer: Any, factor: Tensor, mean: Tensor, target: Tensor) -> None:
+    """Make the layer put out ``factor · (z − mean) + target`` instead of ``z``; its integers stay as they are."""
+    quantizer = layer.param_quantizers["weight"]
+    layer.weight.copy_(layer.weight * per_channel(factor, 0, layer.weight))
+    layer.bias.copy_(factor * (layer.bias - mean) + target)
+    if quantizer is not None:
+        minimum, maximum = quantizer.get_min(), quantizer.get_max()
+        quantizer.set_range(minimum * factor.reshape(minimum.shape), maximum * factor.reshape(maximum.shape))

@@ -1,0 +1,79 @@
+"""What a repair is given, and what it has to answer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.prepare import PreparedNetwork, prepare
+
+
+@dataclass
+class Workbench:
+    """What a technique works with, besides the quantized network itself.
+
+    Args:
+        float_network: the user's network, in eval mode. Not to be changed.
+        inputs: an example call of it.
+        samples: starts another pass over the calibration data, the same calls every time.
+        measure: the user's metric of the quantized network as it is now. Costs a validation.
+        suffices: whether a value of that metric is within what the user allows.
+    """
+
+    float_network: nn.Module
+    inputs: NetworkInputs
+    samples: Callable[[], Iterator[NetworkInputs]]
+    measure: Callable[[], float]
+    suffices: Callable[[float], bool]
+
+    @cached_property
+    def prepared(self) -> PreparedNetwork:
+        """The float network with the layers and the weights that its simulation started from."""
+        return prepare(self.float_network, self.inputs)
+
+
+class Technique(ABC):
+    """A rung of the ladder: changes a quantized network in place, so that it comes closer to the float one.
+
+    Subclass it for a repair of your own and name the class in ``rungs``, as in ``rungs=("ptq", "my_package.MyRung")``.
+
+    Attributes:
+        name: how the rung is called in ``rungs`` and in records.
+        start: what it is applied to: the ``"best"`` network so far, or the ``"float"`` weights newly quantized.
+        finishing: whether it corrects what rounding did to the layers' outputs. A correction holds for one rounding
+            only: it is taken off before the next rung and made anew on top of it.
+    """
+
+    name: ClassVar[str]
+    start: ClassVar[Literal["best", "float"]] = "best"
+    finishing: ClassVar[bool] = False
+
+    def check(self, network: QuantizedNetwork) -> None:
+        """Refuse what can never work, before any work is spent.
+
+        Raises:
+            ConfigurationError: when the hardware config does not allow it.
+        """
+        return None
+
+    def unsuitable(self, network: QuantizedNetwork, bench: Workbench) -> str | None:
+        """Why it would change nothing in this network, or ``None``: the rung is then passed over."""
+        return None
+
+    def float_reference(self, bench: Workbench) -> nn.Module | None:
+        """What the same repair makes of the float network, if it changes that as well."""
+        return None
+
+    @abstractmethod
+    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+        """Change ``network`` in place, calibrated when done; says in a few words what was changed.
+
+        It is called in eval mode and without gradients.
+        """
