@@ -1,28 +1,58 @@
-"""What quantization costs each network, rung by rung: the table `make accuracy` prints and README quotes."""
+"""What quantization costs each network, rung by rung: the table of `make accuracy`.
+
+One cell is one network, data set, precision and seed. It climbs every rung, whatever they bring, trains from the best
+of them with and without distillation, and trains from plain min-max ranges for as many epochs, as a hand-written AIMET
+script would. A finished cell is one JSON file below ``benchmarks/results/accuracy``, so a run goes on where it was
+stopped; ``--table`` only prints what is there.
+"""
 
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib.metadata
+import json
 import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from rich.console import Console
+from rich.markdown import Markdown
 
+import lightning_quant as lq
 from benchmarks.networks import NETWORKS
+from lightning_quant.ladder import Ladder
 from lightning_quant.segmentation.datamodule import CityscapesDataModule, SyntheticScenesDataModule
 from lightning_quant.segmentation.task import SegmentationTask
 
 FLOAT = Path("outputs/accuracy/float")
+RESULTS = Path(__file__).parent / "results" / "accuracy"
+
+PRECISIONS = ("w8a8", "w8a16", "w4a16", "w4a8")
+RUNGS = ("ptq", "cle", "bias_correction", "bn_reestimation", "seq_mse", "mixed")
+# What a cell should lose at most, in points of mIoU.
+TARGETS = {"w8a8": 0.5, "w8a16": 0.2, "w4a16": 1.0, "w4a8": 1.5}
+QAT_EPOCHS = 1
+# Of the float learning rate.
+QAT_RATE = 1 / 30
 
 
 def data(name: str, camvid: str) -> CityscapesDataModule:
+    """Validation never calibrates or trains: 64 training images do."""
     if name == "camvid":
         return CityscapesDataModule(camvid, batch_size=8, calibration_samples=64)
     return SyntheticScenesDataModule("data/scenes-128x256-600-120-0", batch_size=8, calibration_samples=64)
 
 
-def trainer(*callbacks: pl.Callback, **options: object) -> pl.Trainer:
+def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     own = {"enable_checkpointing": False, "gradient_clip_val": 1.0, "devices": 1, "num_sanity_val_steps": 0}
     return pl.Trainer(**{**quiet, **own, **options, "callbacks": list(callbacks)})  # type: ignore[arg-type]
@@ -46,17 +76,143 @@ def float_task(name: str, source: str, camvid: str, factor: int = 1) -> Segmenta
     return task
 
 
+def climb(task: SegmentationTask, precision: str, folder: Path, dm: pl.LightningDataModule) -> tuple[Ladder, str]:
+    """Every rung before training; the results and the checkpoint of the best network."""
+    callback = lq.QuantizationAwareTraining(
+        precision, calibration_samples=64, rungs=RUNGS, max_drop=-1.0, monitor="val_miou"
+    )
+    trainer(callback, max_epochs=0, default_root_dir=folder).fit(copy.deepcopy(task), datamodule=dm)
+    return callback.result, callback.best_model_path
+
+
+def train(
+    task: SegmentationTask, precision: str, folder: Path, dm: pl.LightningDataModule, start: str | None, **options: Any
+) -> dict[str, float]:
+    """Quantization-aware training from the checkpoint ``start``, or from plain min-max ranges; mIoU and seconds."""
+    rungs = RUNGS if start else ("ptq",)
+    callback = lq.QuantizationAwareTraining(
+        precision, calibration_samples=64, rungs=rungs, max_drop=-1.0 if start else None, **options
+    )
+    student = copy.deepcopy(task)
+    student.learning_rate = task.learning_rate * QAT_RATE
+    began = time.perf_counter()
+    fit = trainer(callback, max_epochs=QAT_EPOCHS, default_root_dir=folder, limit_val_batches=1.0 if start else 0)
+    fit.fit(student, datamodule=dm, ckpt_path=start, weights_only=False if start else None)
+    seconds = time.perf_counter() - began
+    if start:
+        rung = callback.result.rungs[-1]
+        assert rung.metric is not None
+        return {"miou": rung.metric, "seconds": rung.seconds}
+    (metrics,) = trainer(callback).validate(student, datamodule=dm, verbose=False)
+    return {"miou": metrics["val_miou"], "seconds": round(seconds, 2)}
+
+
+def cell(name: str, source: str, precision: str, seed: int, camvid: str, factor: int) -> dict[str, Any]:
+    """Everything about one network, data set, precision and seed."""
+    task = float_task(name, source, camvid, factor)
+    task.learning_rate = NETWORKS[name].learning_rate
+    folder = Path("outputs/accuracy") / f"{name}-{source}-{precision}-{seed}"
+    result: dict[str, Any] = {"network": name, "data": source, "precision": precision, "seed": seed}
+    pl.seed_everything(seed, workers=True, verbose=False)
+    ladder, best = climb(task, precision, folder, data(source, camvid))
+    result["ladder"] = ladder.to_dict()
+    for key, start, options in (
+        ("qat", best, {}),
+        ("qat_distilled", best, {"distillation": 1.0}),
+        ("plain_qat", None, {}),
+    ):
+        pl.seed_everything(seed, workers=True, verbose=False)
+        result[key] = train(task, precision, folder / key, data(source, camvid), start, **options)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return result | {
+        "qat_epochs": QAT_EPOCHS,
+        "float_epochs": NETWORKS[name].epochs * factor,
+        "commit": commit.stdout.strip(),
+        "threads": torch.get_num_threads(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "versions": {one: importlib.metadata.version(one) for one in ("aimet-torch", "lightning", "torch")},
+    }
+
+
+def finished() -> list[dict[str, Any]]:
+    """The cells that were run."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+
+
+def chosen(one: dict[str, Any]) -> tuple[str, float, float]:
+    """What the gate would take at the cell's target: rung, mIoU and seconds until then."""
+    ladder = Ladder.from_dict(one["ladder"])
+    bound, seconds, best = TARGETS[one["precision"]] / 100, 0.0, ("", 0.0)
+    assert ladder.float_metric is not None
+    for rung in ladder.rungs:
+        seconds += rung.seconds
+        if rung.kept and rung.metric is not None and rung.drop is not None:
+            best = rung.rung, rung.metric
+            if rung.drop <= bound:
+                return rung.rung, rung.metric, seconds
+    trained = max(one["qat"]["miou"], best[1])
+    return ("qat" if trained > best[1] else best[0]), trained, seconds + one["qat"]["seconds"]
+
+
+def lines(cells: list[dict[str, Any]]) -> Iterator[str]:
+    """The table as Markdown, mIoU in points, seconds of a rung in brackets."""
+    heads = ["network", "data", "", "float", *RUNGS, "QAT", "distilled", "gate takes", "after s", "drop", "plain QAT"]
+    yield "| " + " | ".join(heads) + " |"
+    yield "|" + "---|" * len(heads)
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for one in cells:
+        groups.setdefault((one["network"], one["data"], one["precision"]), []).append(one)
+    for key, seeds in sorted(groups.items(), key=lambda item: (*item[0][:2], PRECISIONS.index(item[0][2]))):
+        first = seeds[0]
+        ladder = Ladder.from_dict(first["ladder"])
+        rungs = {rung.rung: rung for rung in ladder.rungs}
+        shown = []
+        for name in RUNGS:
+            rung = rungs.get(name)
+            missing = rung is None or rung.metric is None
+            shown.append("–" if missing else f"{100 * rung.metric:.1f} ({rung.seconds:.0f})")  # type: ignore[union-attr,operator]
+        trained = [_over_seeds([one[part]["miou"] for one in seeds]) for part in ("qat", "qat_distilled")]
+        plain = _over_seeds([one["plain_qat"]["miou"] for one in seeds])
+        rung_name, miou, seconds = chosen(first)
+        drop = 100 * (ladder.reference if rung_name != "ptq" else ladder.float_metric or 0) - 100 * miou
+        reestimated = ladder.float_reestimated
+        both = f"{100 * (ladder.float_metric or 0):.1f}" + (f" / {100 * reestimated:.1f}" if reestimated else "")
+        plain += f" ({first['plain_qat']['seconds']:.0f})"
+        figures = [both, *shown, f"{trained[0]} ({first['qat']['seconds']:.0f})", trained[1]]
+        yield "| " + " | ".join([*key, *figures, rung_name, f"{seconds:.0f}", f"{drop:.1f}", plain]) + " |"
+
+
+def _over_seeds(values: list[float]) -> str:
+    points = [100 * value for value in values]
+    spread = f" ± {statistics.stdev(points):.1f}" if len(points) > 1 else ""
+    return f"{statistics.mean(points):.1f}{spread}"
+
+
 def main() -> None:
+    """Run the cells that are missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--data", nargs="+", choices=["camvid", "scenes"], default=["camvid"])
-    parser.add_argument("--camvid", default="../shared/data/camvid")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--camvid", default="../shared/data/camvid", help="photographs in the layout of Cityscapes")
+    parser.add_argument("--longer", type=int, default=1, help="times as many float epochs: for a machine with a GPU")
+    parser.add_argument("--table", action="store_true", help="run nothing, print the table")
     arguments = parser.parse_args()
-    for name in arguments.networks:
-        for source in arguments.data:
-            task = float_task(name, source, arguments.camvid)
-            metrics = trainer().validate(task, datamodule=data(source, arguments.camvid), verbose=False)
-            print(name, source, metrics, flush=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    wanted = product(arguments.networks, arguments.data, arguments.seeds, arguments.precisions)
+    for name, source, seed, precision in () if arguments.table else wanted:
+        path = RESULTS / f"{name}-{source}-{precision}-{seed}.json"
+        if path.is_file():
+            continue
+        print(f"{name} on {source}, {precision}, seed {seed}", flush=True)
+        result = cell(name, source, precision, seed, arguments.camvid, arguments.longer)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(partial, path)
+    table = "\n".join(lines(finished()))
+    (RESULTS / "table.md").write_text(table + "\n")
+    Console(width=240).print(Markdown(table))
 
 
 if __name__ == "__main__":

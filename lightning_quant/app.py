@@ -40,6 +40,8 @@ def _job(config: DictConfig) -> None:
 
 def main() -> None:
     """Run the app; the exit status is 1 if a run failed."""
+    if "sensitivity" in sys.argv[1:]:  # a word of its own is no override to Hydra
+        sys.argv[sys.argv.index("sensitivity", 1)] = "job=sensitivity"
     _job()
     if summary.failures:
         sys.exit(1)

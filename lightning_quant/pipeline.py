@@ -1,12 +1,11 @@
-"""The main job, start to end: a float network, its PTQ and QAT, the better one exported, one record.
+"""The main job, start to end: a float network, up the accuracy ladder, the best one exported, one record.
 
-Generic over Hydra's ``_target_``: any LightningModule that takes ``network=`` (and, for QAT, has
+Generic over Hydra's ``_target_``: any LightningModule that takes ``network=`` (and, for QAT,
 ``learning_rate=``) and logs the monitored metric in validation.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import logging
 import os
@@ -25,17 +24,22 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_quant.callbacks.data import InputCatcher, calibration_inputs, calibration_loader
 from lightning_quant.callbacks.device_export import DeviceExport
 from lightning_quant.callbacks.post_training import PostTrainingQuantization
 from lightning_quant.callbacks.training import QuantizationAwareTraining
-from lightning_quant.errors import CheckpointError, ConfigurationError, DataError
+from lightning_quant.errors import CheckpointError, ConfigurationError, DataError, LightningQuantError
 from lightning_quant.precision import Precision
 from lightning_quant.report.record import RECORD_NAME, RunRecord, config_hash
+from lightning_quant.report.sensitivity import print_sensitivity, write_sensitivity
 from lightning_quant.report.summary import print_artifacts, print_summary
 from lightning_quant.segmentation.overlay import save_overlays
 from lightning_quant.segmentation.task import SegmentationTask
+from lightning_quant.simulation.sensitivity import layer_sensitivity
 
 log = logging.getLogger(__name__)
+
+JOBS = ("quantize", "sensitivity")
 
 # Values that say where or whether to run, not what comes out.
 _NOT_THE_RESULT = ("skip_finished",)
@@ -55,19 +59,32 @@ def run(config: DictConfig) -> RunRecord:
         raise ConfigurationError(
             f"No value for {', '.join(missing)}: expected one on the command line, e.g. {missing[0]}=..."
         )
+    if config.job not in JOBS:
+        raise ConfigurationError(f"job={config.job!r}: expected one of {', '.join(JOBS)}.")
     for key in ("seed", "float.epochs", "qat.epochs", "overlays"):
         value = OmegaConf.select(config, key)
         if not isinstance(value, int) or value < 0:
             raise ConfigurationError(f"{key}={value!r}: expected a whole number of at least 0.")
     folder = Path(HydraConfig.get().runtime.output_dir)
     record = _new_record(config)
-    if config.skip_finished and (finished := _finished(folder, record.config_hash)):
+    if config.skip_finished and (finished := _earlier(folder, record.config_hash, "finished")):
         log.info("Skipped: %s holds the finished run of this configuration.", folder)
         return finished
-    _Run(config, folder, record).execute()
+    goes_on = config.skip_finished and _earlier(folder, record.config_hash) is not None
+    record.write(folder)
+    job = _Run(config, folder, record, goes_on)
+    try:
+        if config.job == "sensitivity":
+            job.draw_sensitivity()
+        else:
+            job.execute()
+    except LightningQuantError as error:  # what was measured until then stays known
+        record.status, record.error = "failed", f"{type(error).__name__}: {error}"
+        record.write(folder)
+        raise
     record.status = "finished"
     path = record.write(folder)
-    if HydraConfig.get().mode.name == "RUN":
+    if HydraConfig.get().mode.name == "RUN" and config.job == "quantize":
         print_summary([record], f"Results: {path}")
         print_artifacts(record, folder)
     return record
@@ -78,7 +95,7 @@ def record_failure(config: DictConfig, error: Exception) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     record = _new_record(config)
     record.status, record.error = "failed", f"{type(error).__name__}: {error}"
-    if not _finished(folder, record.config_hash):
+    if not any(_earlier(folder, record.config_hash, status) for status in ("finished", "failed")):
         record.write(folder)
 
 
@@ -111,23 +128,25 @@ def _new_record(config: DictConfig) -> RunRecord:
     )
 
 
-def _finished(folder: Path, wanted: str) -> RunRecord | None:
+def _earlier(folder: Path, wanted: str, status: str | None = None) -> RunRecord | None:
+    """The record that an earlier run of the same configuration left, with this status if one is given."""
     if not (folder / RECORD_NAME).is_file():
         return None
     try:
         record = RunRecord.read(folder / RECORD_NAME)
     except DataError:  # damaged: run again
         return None
-    return record if record.status == "finished" and record.config_hash == wanted else None
+    return record if status in (None, record.status) and record.config_hash == wanted else None
 
 
 class _Run:
     """One run: what its stages share."""
 
-    def __init__(self, config: DictConfig, folder: Path, record: RunRecord) -> None:
+    def __init__(self, config: DictConfig, folder: Path, record: RunRecord, goes_on: bool) -> None:
         self.config = config
         self.folder = folder
         self.record = record
+        self.goes_on = goes_on
         self.data: pl.LightningDataModule = instantiate(config.data)
 
     def execute(self) -> None:
@@ -137,19 +156,33 @@ class _Run:
         with self.stage("float"):
             float_task = self.float_task()
             self.measure("float", float_task)
-        with self.stage("ptq"):
-            quantized = copy.deepcopy(float_task)
-            self.measure("ptq", quantized, PostTrainingQuantization(**self.quantizer()))
-        self.record.exported = "ptq"
-        if self.config.qat.epochs > 0:
-            with self.stage("qat"):
-                trained = self.train_quantized(float_task)
-                self.measure("qat", trained)
-            if self.is_better("qat", "ptq"):
-                quantized, self.record.exported = trained, "qat"
+        with self.stage("ladder"):
+            quantized = self.climb(float_task)
         with self.stage("export"):
             self.export(quantized)
             self.draw(float_task, quantized)
+
+    def draw_sensitivity(self) -> None:
+        """Which layers suffer most from their bit widths; nothing is kept quantized."""
+        with self.stage("data"):
+            self.data.prepare_data()
+            self.data.setup("fit")
+        with self.stage("float"):
+            task = self.float_task()
+        with self.stage("sensitivity"):
+            callback = PostTrainingQuantization(**self.quantizer())
+            trainer = self.trainer(callback, enable_progress_bar=False, logger=False, limit_val_batches=1)
+            trainer.validate(task, datamodule=self.data, verbose=False)
+            network = callback.quantized_network(task)
+            catcher = InputCatcher(trainer, task, network, callback.network_name)
+            loader = calibration_loader(trainer, task, None)
+            samples = self.config.sensitivity.samples
+            found = layer_sensitivity(network, calibration_inputs(trainer, loader, catcher, samples), samples)
+        title = f"{self.record.model} at {self.record.precision}"
+        picture, table = write_sensitivity(found, self.folder, title)
+        self.record.artifacts |= {"sensitivity": picture.name, "sensitivity_table": table.name}
+        print_sensitivity(found, title)
+        print_artifacts(self.record, self.folder)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -203,10 +236,6 @@ class _Run:
         if isinstance(task, SegmentationTask):
             self.record.per_class_iou[name] = {key: round(iou, 4) for key, iou in task.per_class_iou().items()}
 
-    def is_better(self, name: str, other: str) -> bool:
-        one, two = self.record.metric[name], self.record.metric[other]
-        return one >= two if self.record.mode == "max" else one <= two
-
     def float_task(self) -> pl.LightningModule:
         """The float network: from the given checkpoint, from an earlier run, or trained now."""
         config = self.config.float
@@ -235,13 +264,39 @@ class _Run:
         self.record.artifacts["float_checkpoint"] = str(path)
         return task
 
-    def train_quantized(self, float_task: pl.LightningModule) -> pl.LightningModule:
+    def climb(self, float_task: pl.LightningModule) -> pl.LightningModule:
+        """The best quantized network: from the rungs before training or, if none is good enough, trained."""
         config = self.config.qat
         task = self.task(learning_rate=config.learning_rate)
         task.load_state_dict(float_task.state_dict())
-        callback = QuantizationAwareTraining(**self.quantizer(), train_ranges=config.train_ranges)
-        trainer = self.trainer(callback, max_epochs=config.epochs, limit_val_batches=0, logger=self.logger("qat"))
-        trainer.fit(task, datamodule=self.data)
+        values = OmegaConf.to_container(self.config.ladder, resolve=True)
+        assert isinstance(values, dict)
+        callback = QuantizationAwareTraining(
+            **self.quantizer(),
+            **{str(key): value for key, value in values.items()},
+            monitor=self.config.monitor,
+            mode=self.config.mode,
+            train_ranges=config.train_ranges,
+            distillation=config.distillation,
+        )
+        trainer = self.trainer(callback, max_epochs=config.epochs, logger=self.logger("ladder"))
+        best = Path(trainer.log_dir or self.folder) / "ladder" / "best.ckpt"
+        if self.goes_on and best.is_file():
+            log.info("Going on from %s", best)
+        else:
+            best.unlink(missing_ok=True)
+        trainer.fit(task, datamodule=self.data, ckpt_path=best if best.is_file() else None, weights_only=True)
+        result = callback.result
+        self.record.ladder = result.to_dict()
+        for rung in result.rungs:
+            if rung.metric is not None:
+                self.record.metric[rung.rung] = rung.metric
+        if result.best is None:
+            raise ConfigurationError(
+                f"No rung of {config.rungs} gave a network whose {self.config.monitor} is a number: nothing to export."
+            )
+        self.record.exported = result.best.rung
+        self.measure(result.best.rung, task)
         return task
 
     def export(self, quantized: pl.LightningModule) -> None:

@@ -34,6 +34,9 @@ from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.techniques.registry import Rung, techniques
 from lightning_quant.simulation.techniques.technique import Workbench
 
+# How much better than chance a float network has to be, as a part of chance itself: an untrained one is off by luck.
+_CHANCE_MARGIN = 0.01
+
 
 class QuantizationAwareTraining(QuantizationCallback):
     """Fine-tune a trained network with its weights and activations rounded as the device will round them.
@@ -337,7 +340,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         say(f"Float network: {ladder.monitor} {value:.4f}.")
         with guessing(self._float) as called:
             chance = self._measure_other(trainer, pl_module, self._float)
-        if called and not ladder.is_better(value, chance):
+        margin = _CHANCE_MARGIN * abs(chance) * (1 if ladder.mode == "max" else -1)
+        if called and not ladder.is_better(value, chance + margin):
             rank_zero_warn(
                 f"The float network's {ladder.monitor} ({value:.4f}) is no better than chance ({chance:.4f}, each "
                 "sample given the answer to another): whatever quantization does will look good. Is it "

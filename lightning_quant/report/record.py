@@ -13,7 +13,7 @@ from typing import Any
 from lightning_quant.errors import DataError
 
 RECORD_NAME = "results.json"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 @dataclass
@@ -21,15 +21,16 @@ class RunRecord:
     """What one run of the app did and found. Figures that were not measured are absent, never filled in.
 
     Args:
-        status: ``"finished"`` or ``"failed"``.
+        status: ``"running"``, ``"finished"`` or ``"failed"``.
         model: name of the network's configuration.
         data: name of the data's configuration.
         precision: e.g. ``"w8a8"``.
         config_hash: identifies the configuration, see :func:`config_hash`.
         monitor: name of the metric.
         mode: ``"max"`` or ``"min"``, whichever is better.
-        metric: the metric of ``float``, ``ptq`` and ``qat``, as logged in validation.
-        exported: which of ``ptq`` and ``qat`` was exported: the better one.
+        metric: the metric of ``float`` and after each rung, as logged in validation.
+        exported: the rung that was exported: the best one.
+        ladder: what each rung did, cost and brought, see :class:`~lightning_quant.ladder.Ladder`.
         seconds: wall time of each stage.
         bytes: size of the ``float`` and the ``quantized`` ONNX file.
         parity: agreement of the exported file with the simulation, and the tier it was run on.
@@ -50,6 +51,7 @@ class RunRecord:
     metric: dict[str, float] = field(default_factory=dict)
     exported: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    ladder: dict[str, Any] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
     per_class_iou: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -40,7 +40,7 @@ COLUMNS: dict[str, Callable[[RunRecord], str]] = {
     "precision": lambda record: record.precision,
     "{metric} float": _metric("float"),
     "{metric} PTQ": _metric("ptq"),
-    "{metric} QAT": _metric("qat"),
+    "{metric} exported": lambda record: _metric(record.exported or "")(record),
     "drop": lambda record: "" if record.drop is None else f"{round(record.drop, 4) + 0:.4f}",
     "exported": lambda record: record.exported or record.status,
     "MB float": _megabytes("float"),

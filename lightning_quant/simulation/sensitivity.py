@@ -23,13 +23,13 @@ class LayerSensitivity:
     """What one layer's bit widths do to the output of the network, everything else in float.
 
     Args:
-        layer: name of the layer.
+        layer: name of the layer; of the first with weights, where the hardware ties several together.
         part: ``"weights"``, or ``"activations"`` that go into it.
         bits: bits they have now.
         sqnr_db: signal-to-quantization-noise ratio of the output in dB: 10·log10(Σ y² / Σ (y − y_q)²). Infinite if
             nothing changed.
         share: part of all weights that are the layer's (``weights``), or part of all multiply-accumulate operations
-            that are done in it (``activations``), 0 to 1.
+            that are done in the layers tied together (``activations``), 0 to 1.
         quantizers: names of the quantizers concerned: those that the hardware wants at the same bit width.
     """
 
@@ -62,19 +62,17 @@ def layer_sensitivity(
         signal = sum(float(value.double().square().sum()) for value in expected)
         weights = {name: layer.weight.numel() for name, layer in layers.items() if _has_weight(layer)}
         found = []
-        for (name, part), affected in parts.items():
+        for tied, part, affected in parts:
             with quantizers.on(affected):
                 noise = _noise(network, calls, expected)
-            own, total = (
-                (weights, sum(weights.values())) if part == "weights" else (operations, sum(operations.values()))
-            )
+            sizes = weights if part == "weights" else operations
             found.append(
                 LayerSensitivity(
-                    layer=name,
+                    layer=next((name for name in tied if name in weights), tied[0]),
                     part=part,
                     bits=min(quantizer.bitwidth for quantizer in affected),
                     sqnr_db=10 * math.log10(signal / noise) if noise > 0 and signal > 0 else math.inf,
-                    share=own.get(name, 0) / max(total, 1),
+                    share=sum(sizes.get(name, 0) for name in tied) / max(sum(sizes.values()), 1),
                     quantizers=tuple(names[quantizer] for quantizer in affected),
                 )
             )
@@ -88,27 +86,28 @@ def finer(part: str, now: Precision) -> Precision | None:
     return Precision(now.weight_bits, 16) if now.activation_bits < 16 else None
 
 
-def _parts(network: QuantizedNetwork, layers: dict[str, Any]) -> dict[tuple[str, str], list[Any]]:
-    """The quantizers that would get finer if a layer's weights, or activations, were raised by one step.
+def _parts(network: QuantizedNetwork, layers: dict[str, Any]) -> list[tuple[list[str], str, list[Any]]]:
+    """Layers tied together, which part of them, and the quantizers that get finer if one of them is raised by a step.
 
     Asked of AIMET, which knows what the hardware ties together: a layer's input is another one's output.
     """
     snapshot = network.snapshot()
-    parts = {}
+    tied: dict[tuple[Any, ...], list[str]] = {}
     for name, layer in layers.items():
-        now = layer_precision(network, name)
-        if _has_weight(layer):
-            quantizer = layer.param_quantizers["weight"]
-            parts[name, "weights"] = [quantizer] if quantizer is not None and quantizer.bitwidth < 16 else []
-        if (raised := finer("activations", now)) is not None:
-            before = {q: q.bitwidth for q in _quantizers(layers)}
+        weight = layer.param_quantizers["weight"] if _has_weight(layer) else None
+        if weight is not None:
+            tied["weights", weight] = [name]
+        if (raised := finer("activations", layer_precision(network, name))) is not None:
+            before = {quantizer: quantizer.bitwidth for quantizer in _quantizers(layers)}
             with suppress(ConfigurationError):  # then its activations cannot be raised either
                 set_precisions(network, {name: raised})
-                parts[name, "activations"] = [q for q, bits in before.items() if q.bitwidth > bits]
+                group = [quantizer for quantizer, bits in before.items() if quantizer.bitwidth > bits]
+                tied.setdefault(("activations", *group), []).append(name)
             network.restore(snapshot)
-        elif any(q is not None for q in layer.input_quantizers):
-            parts[name, "activations"] = [q for q in layer.input_quantizers if q is not None]
-    return {key: quantizers for key, quantizers in parts.items() if quantizers}
+        else:
+            group = [quantizer for quantizer in layer.input_quantizers if quantizer is not None]
+            tied.setdefault(("activations", *group), []).append(name)
+    return [(names, part, group) for (part, *group), names in tied.items() if group]
 
 
 def _quantizers(layers: dict[str, Any]) -> Iterator[Any]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lightning_quant.errors import ConfigurationError, PreflightError
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.prepare import relative_difference
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.prepare import relative_difference
 from tests.simulation.networks import (
     Body,
     Chain,

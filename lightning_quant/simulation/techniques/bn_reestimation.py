@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -40,15 +41,12 @@ class BatchNormReestimation(Technique):
         per_tensor = [
             name
             for name, layer in quantized_layers(network).items()
-            if isinstance(layer, nn.modules.conv._ConvNd)
-            and (quantizer := layer.param_quantizers["weight"]) is not None  # type: ignore[index]
-            and tuple(quantizer.shape) in ((), (1,))
-            and layer.out_channels > 1
+            if isinstance(layer, nn.modules.conv._ConvNd) and _is_per_tensor(layer)
         ]
         if per_tensor:
             raise ConfigurationError(
                 f"Rung 'bn_reestimation' with hardware={network.recipe.hardware!r}: {per_tensor[0]!r} has one range "
-                "for all its channels; expected a range for each, as the htp_ configs have. Use bias_correction."
+                "for all its channels; expected a range for each, as htp_v68 and later have. Use bias_correction."
             )
 
     @override
@@ -71,7 +69,8 @@ class BatchNormReestimation(Technique):
     @override
     def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
         norms = bench.prepared.batch_norms
-        layers = {name: layer for name, layer in quantized_layers(network).items() if name in norms}
+        known = quantized_layers(network).items()
+        layers = {name: layer for name, layer in known if name in norms and not _is_per_tensor(layer)}
         scales = _scales(network, layers, bench) if network.equalized else {}
         means: dict[str, list[Tensor]] = defaultdict(list)
         variances: dict[str, list[Tensor]] = defaultdict(list)
@@ -94,6 +93,11 @@ class BatchNormReestimation(Technique):
             _rescale(layers[name], factor, mean, _target(norms[name], scales.get(name)))
         calibrate(network, bench.samples(), weights=False)
         return f"re-estimated {len(means)} folded batch norms"
+
+
+def _is_per_tensor(layer: Any) -> bool:
+    quantizer = layer.param_quantizers["weight"]
+    return quantizer is not None and math.prod(quantizer.shape) == 1 and layer.weight.shape[0] > 1
 
 
 def _scales(network: QuantizedNetwork, layers: dict[str, nn.Module], bench: Workbench) -> dict[str, Tensor]:
