@@ -37,7 +37,7 @@ class Distillation:
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook of the quantized network (``with_kwargs=True``)."""
-        if not (network.training and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():  # validation; the mode says nothing, a network may be trained in eval mode
             return output
         with torch.no_grad():
             targets = tensors_in(self.teacher(*args, **kwargs))

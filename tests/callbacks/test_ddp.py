@@ -60,11 +60,16 @@ def lopsided() -> TensorDataset:
 
 
 def run(tmp_path: Path, stage: str, estimator: str) -> list[dict[str, object]]:
-    (tmp_path / "train.py").write_text(SCRIPT)
+    return start(tmp_path, SCRIPT, stage, estimator, str(tmp_path))
+
+
+def start(tmp_path: Path, script: str, *arguments: str) -> list[dict[str, object]]:
+    """Run a script as a user does; what both ranks saved."""
+    (tmp_path / "train.py").write_text(script)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"):
         environment.pop(name, None)
-    command = [sys.executable, str(tmp_path / "train.py"), stage, estimator, str(tmp_path)]
+    command = [sys.executable, str(tmp_path / "train.py"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
@@ -97,3 +102,45 @@ def test_both_ranks_hold_the_network_calibrated_on_all_samples(tmp_path: Path, s
     loaded = load_quantized(SmallModule, tmp_path / "last.ckpt")
     assert_same_tensors(loaded.state_dict(), ranks[0]["state"])  # type: ignore[arg-type]
     assert (tmp_path / "net" / "manifest.json").is_file() == (stage == "qat")
+
+
+LADDER = """
+import os, sys, copy
+import torch
+from lightning.pytorch import Trainer
+from lightning_quant import QuantizationAwareTraining
+from tests.small import SmallModule, small_data, small_loader, small_net
+
+out = sys.argv[1]
+torch.set_num_threads(1)
+rank = int(os.environ.get("LOCAL_RANK", 0))
+
+class Module(SmallModule):
+    def validation_step(self, batch, batch_idx):
+        loss = self._loss(batch)
+        # not synchronised, and alone the second rank would be content with anything
+        self.log("own_loss", loss * (1 if rank == 0 else 0) + rank)
+
+callback = QuantizationAwareTraining("w4a8", monitor="own_loss", mode="min", max_drop=float(sys.argv[2]),
+                                     rungs=("ptq", "bias_correction", "seq_mse"))
+trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, default_root_dir=out, logger=False,
+                  enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+                  callbacks=[callback])
+module = Module(small_net())
+trainer.fit(module, small_loader(), small_loader())
+torch.save({"state": module.state_dict(), "result": callback.result.to_dict(), "steps": trainer.global_step},
+           f"{out}/rank{trainer.global_rank}.pt")
+"""
+
+
+@pytest.mark.parametrize(("max_drop", "trained"), [(-10.0, True), (5.0, False)])
+def test_the_ladder_decides_the_same_on_both_ranks(tmp_path: Path, max_drop: float, trained: bool) -> None:
+    one, two = start(tmp_path, LADDER, str(tmp_path), str(max_drop))
+    assert_same_tensors(one["state"], two["state"])  # type: ignore[arg-type]
+    for result in (one["result"], two["result"]):
+        for rung in result["rungs"]:  # type: ignore[index]
+            del rung["seconds"], rung["peak_memory_bytes"]
+    assert one["result"] == two["result"]
+    assert one["steps"] == two["steps"] == (2 if trained else 0)
+    names = [rung["rung"] for rung in one["result"]["rungs"]]  # type: ignore[index]
+    assert names == (["ptq", "bias_correction", "seq_mse", "qat"] if trained else ["ptq"])

@@ -1,0 +1,161 @@
+"""Learning from the float network: the sum of two losses, without a line of the user's code changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import lightning_quant as lq
+from lightning_quant.callbacks.distillation import Distillation
+from lightning_quant.errors import ConfigurationError
+from tests.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
+
+MakeTrainer = Callable[..., Trainer]
+WEIGHT = 0.7
+
+
+class Gradients(pl.Callback):
+    """Keeps the gradients of the first optimizer step, and the weights they belong to."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+        self.state: dict[str, Any] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: SmallModule, *_: Any) -> None:
+        if not self.state:
+            self.state = pl_module.quantized.snapshot()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: SmallModule, *_: Any) -> None:
+        if not self.found:
+            named = pl_module.quantized.named_parameters()
+            self.found = {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+def sgd(module: SmallModule) -> Any:
+    return SGD(module.parameters(), lr=0.01)
+
+
+def fit(trainer: MakeTrainer, module: SmallModule, *callbacks: Any, **arguments: Any) -> Trainer:
+    one = trainer(*callbacks, **{"max_epochs": 1, **arguments})
+    one.fit(module, small_loader())
+    return one
+
+
+def distillation_loss(answer: Tensor, target: Tensor) -> Tensor:
+    return (answer - target).square().sum() / target.square().sum()
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_the_gradient_is_that_of_the_sum_of_both_losses(trainer: MakeTrainer, batches: int) -> None:
+    network = small_net()
+    module, gradients = SmallModule(copy.deepcopy(network), sgd), Gradients()
+    callback = lq.QuantizationAwareTraining("w4a8", distillation=WEIGHT)
+    fit(trainer, module, callback, gradients, accumulate_grad_batches=batches)
+
+    student, teacher = module.quantized, network.eval()
+    student.restore(gradients.state)
+    student.zero_grad()
+    images, labels = small_data().tensors
+    for index in range(batches):
+        part = slice(8 * index, 8 * index + 8)
+        answer = student(images[part])
+        with torch.no_grad():
+            target = teacher(images[part])
+        loss = F.cross_entropy(answer, labels[part]) + WEIGHT * distillation_loss(answer, target)
+        (loss / batches).backward()
+    expected = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    assert gradients.found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients.found[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_what_the_user_sees_is_unchanged(trainer: MakeTrainer) -> None:
+    losses = []
+    for weight in (0.0, WEIGHT):
+        module = SmallModule(small_net(), sgd)
+        one = fit(trainer, module, lq.QuantizationAwareTraining("w4a8", distillation=weight), limit_train_batches=1)
+        losses.append(float(one.callback_metrics["train_loss"]))
+    assert losses[0] == losses[1]  # the first batch: the forward pass is the same
+
+
+def test_the_student_comes_closer_to_its_teacher(trainer: MakeTrainer) -> None:
+    images, _ = small_data().tensors
+    network = small_net().eval()
+    with torch.no_grad():
+        target = network(images)
+    distances = []
+    for weight in (0.0, 20.0):
+        module = SmallModule(copy.deepcopy(network), sgd)
+        fit(trainer, module, lq.QuantizationAwareTraining("w4a8", distillation=weight), max_epochs=3)
+        with torch.no_grad():
+            distances.append(float(distillation_loss(module.eval().model(images), target)))
+    assert distances[1] < distances[0] / 2
+
+
+def test_the_teacher_stays_as_it_is_and_leaves_no_trace(trainer: MakeTrainer) -> None:
+    network = small_net()
+    before = copy.deepcopy(network.state_dict())
+    module = SmallModule(network, sgd)
+    callback = lq.QuantizationAwareTraining("w4a8", distillation=WEIGHT)
+    fit(trainer, module, callback)
+    assert_same_tensors(network.state_dict(), before)
+    assert not module.quantized._forward_hooks
+    assert {name.partition(".")[0] for name in module.state_dict()} == {"model"}
+
+
+def test_several_outputs_share_the_weight() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"a": 2 * x, "b": x.flatten(1)}
+
+    x = torch.randn(3, 4, requires_grad=True)
+    distillation = Distillation(Two(), WEIGHT, lambda: 3.0)
+    student = nn.Identity().train()
+    answer = {"a": 1.5 * x, "b": 0.5 * x.flatten(1)}
+    taught = distillation(student, (x,), {}, answer)
+    assert taught.keys() == answer.keys()
+    (taught["a"].sum() + taught["b"].sum()).backward()
+    reference = x.detach().clone().requires_grad_()
+    a, b = 1.5 * reference, 0.5 * reference
+    targets = 2 * x.detach(), x.detach()
+    both = (distillation_loss(a, targets[0]) + distillation_loss(b, targets[1])) / 2
+    (a.sum() + b.sum() + 3.0 * WEIGHT * both).backward()
+    torch.testing.assert_close(x.grad, reference.grad)
+
+
+def test_a_step_that_goes_around_the_network_is_refused(trainer: MakeTrainer) -> None:
+    class Around(SmallModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.model.head(self.model.stem(batch[0]).mean((2, 3))).sum()
+
+    with pytest.raises(ConfigurationError, match=r"distillation=0.7: training_step did not call self.model itself"):
+        fit(trainer, Around(small_net(), sgd), lq.QuantizationAwareTraining("w4a8", distillation=WEIGHT))
+
+
+def test_a_resumed_fit_has_the_same_teacher(trainer: MakeTrainer, tmp_path: Path) -> None:
+    whole = SmallModule(small_net(), sgd)
+    fit(trainer, whole, lq.QuantizationAwareTraining("w4a8", distillation=WEIGHT), max_epochs=2)
+
+    first = fit(trainer, SmallModule(small_net(), sgd), lq.QuantizationAwareTraining("w4a8", distillation=WEIGHT))
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = SmallModule(small_net(9), sgd)  # other float weights: teacher and student come from the checkpoint
+    one = trainer(lq.QuantizationAwareTraining("w4a8", distillation=WEIGHT), max_epochs=2)
+    one.fit(resumed, small_loader(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert_same_tensors(resumed.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed"])
+def test_mixed_precision(trainer: MakeTrainer, precision: str) -> None:
+    module = SmallModule(small_net(), sgd)
+    fit(trainer, module, lq.QuantizationAwareTraining("w4a8", distillation=WEIGHT), precision=precision)
+    assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
