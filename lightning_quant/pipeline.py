@@ -150,14 +150,15 @@ class _Run:
         self.data: pl.LightningDataModule = instantiate(config.data)
 
     def execute(self) -> None:
-        with self.stage("data"):  # wrong data is told before a network is built or trained
+        callback = self.quantization()  # wrong arguments are told first, wrong data next
+        with self.stage("data"):
             self.data.prepare_data()
             self.data.setup("fit")
         with self.stage("float"):
             float_task = self.float_task()
             self.measure("float", float_task)
         with self.stage("ladder"):
-            quantized = self.climb(float_task)
+            quantized = self.climb(float_task, callback)
         with self.stage("export"):
             self.export(quantized)
             self.draw(float_task, quantized)
@@ -264,21 +265,23 @@ class _Run:
         self.record.artifacts["float_checkpoint"] = str(path)
         return task
 
-    def climb(self, float_task: pl.LightningModule) -> pl.LightningModule:
-        """The best quantized network: from the rungs before training or, if none is good enough, trained."""
-        config = self.config.qat
-        task = self.task(learning_rate=config.learning_rate)
-        task.load_state_dict(float_task.state_dict())
+    def quantization(self) -> QuantizationAwareTraining:
         values = OmegaConf.to_container(self.config.ladder, resolve=True)
         assert isinstance(values, dict)
-        callback = QuantizationAwareTraining(
+        return QuantizationAwareTraining(
             **self.quantizer(),
             **{str(key): value for key, value in values.items()},
             monitor=self.config.monitor,
             mode=self.config.mode,
-            train_ranges=config.train_ranges,
-            distillation=config.distillation,
+            train_ranges=self.config.qat.train_ranges,
+            distillation=self.config.qat.distillation,
         )
+
+    def climb(self, float_task: pl.LightningModule, callback: QuantizationAwareTraining) -> pl.LightningModule:
+        """The best quantized network: from the rungs before training or, if none is good enough, trained."""
+        config = self.config.qat
+        task = self.task(learning_rate=config.learning_rate)
+        task.load_state_dict(float_task.state_dict())
         trainer = self.trainer(callback, max_epochs=config.epochs, logger=self.logger("ladder"))
         best = Path(trainer.log_dir or self.folder) / "ladder" / "best.ckpt"
         if self.goes_on and best.is_file():
@@ -288,15 +291,17 @@ class _Run:
         trainer.fit(task, datamodule=self.data, ckpt_path=best if best.is_file() else None, weights_only=True)
         result = callback.result
         self.record.ladder = result.to_dict()
-        for rung in result.rungs:
-            if rung.metric is not None:
-                self.record.metric[rung.rung] = rung.metric
-        if result.best is None:
+        self.record.metric |= {rung.rung: rung.metric for rung in result.rungs if rung.metric is not None}
+        if result.best is not None:
+            self.record.exported = result.best.rung
+        elif callback.climbs:
             raise ConfigurationError(
-                f"No rung of {config.rungs} gave a network whose {self.config.monitor} is a number: nothing to export."
+                f"No rung gave a network whose {self.config.monitor} is a number: nothing to export. See "
+                f"{self.folder / RECORD_NAME} for what each did."
             )
-        self.record.exported = result.best.rung
-        self.measure(result.best.rung, task)
+        else:
+            self.record.exported = "qat" if config.epochs > 0 else "ptq"
+        self.measure(self.record.exported, task)
         return task
 
     def export(self, quantized: pl.LightningModule) -> None:

@@ -23,6 +23,8 @@ SMALL = [
     "data.width=128",
     "float.epochs=1",
     "qat.epochs=1",
+    "ladder.rungs=[ptq]",
+    "ladder.max_drop=-10",  # never good enough: what rounding costs a hardly trained network is luck
     "quantizer.calibration_samples=8",
     "overlays=1",
     "target.samples=2",
@@ -64,7 +66,8 @@ def test_a_sweep_ends_with_one_table_and_every_artifact(sweep: tuple[Path, str])
         assert set(record.metric) == {"float", "ptq", "qat"}
         assert record.exported in ("ptq", "qat")
         assert record.parity["tier"] == "onnxruntime"
-        assert set(record.seconds) == {"data", "float", "ptq", "qat", "export"}
+        assert set(record.seconds) == {"data", "float", "ladder", "export"}
+        assert [rung["rung"] for rung in record.ladder["rungs"]] == ["ptq", "qat"]
         bundle = path.parent / record.artifacts["bundle"]
         name = bundle.name
         assert {file.name for file in (bundle / f"{name}.aimet").iterdir()} == {"model.onnx", "model.encodings"}
@@ -75,7 +78,7 @@ def test_a_sweep_ends_with_one_table_and_every_artifact(sweep: tuple[Path, str])
     with (folder / "multirun/tried/summary.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["precision"] for row in rows] == ["w8a8", "w4a16"]
-    assert all(row["miou float"] and row["miou PTQ"] and row["miou QAT"] and row["drop"] for row in rows)
+    assert all(row["miou float"] and row["miou PTQ"] and row["miou exported"] and row["drop"] for row in rows)
     markdown = (folder / "multirun/tried/summary.md").read_text().splitlines()
     assert len(markdown) == 4
     assert markdown[0].count("|") == len(COLUMNS) + 1
@@ -120,6 +123,60 @@ def test_qat_is_the_same_whether_float_was_trained_before_it_or_reused(sweep: tu
     assert reused.metric == trained.metric
 
 
+def test_a_rung_that_suffices_ends_the_climb(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    output = lightning_quant(
+        folder, *SMALL, "ladder.rungs=[ptq,cle]", "ladder.max_drop=1", "qat.distillation=0.5", "hydra.run.dir=enough"
+    )
+    record = RunRecord.read(folder / "enough/results.json")
+    assert "No training: val_miou" in output
+    assert (record.exported, set(record.metric)) == ("ptq", {"float", "ptq"})
+    assert record.ladder["max_drop"] == 1
+
+
+def test_without_a_gate_it_always_trains(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    lightning_quant(folder, *SMALL, "ladder=none", "ladder.max_drop=null", "hydra.run.dir=none")
+    record = RunRecord.read(folder / "none/results.json")
+    assert (record.exported, set(record.metric), record.ladder["rungs"]) == ("qat", {"float", "qat"}, [])
+
+
+def test_a_killed_run_goes_on_where_it_stopped(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    arguments = [
+        *SMALL,
+        "ladder.rungs=[ptq,bias_correction]",
+        "qat.epochs=0",
+        "precision=w8a16",
+        "hydra.run.dir=killed",
+    ]
+    lightning_quant(folder, *arguments)
+    path = folder / "killed/results.json"
+    whole = RunRecord.read(path)
+    values = json.loads(path.read_text()) | {"status": "running"}  # what a kill leaves
+    path.write_text(json.dumps(values))
+    output = lightning_quant(folder, *arguments, "skip_finished=true")
+    assert "Going on from" in output
+    assert "Rung ptq" not in output
+    again = RunRecord.read(path)
+    assert again.status == "finished"
+    assert again.metric == whole.metric
+
+
+def test_sensitivity_draws_and_keeps_nothing(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    output = lightning_quant(folder, "sensitivity", *SMALL, "precision=w4a8", "hydra.run.dir=sensitive")
+    assert "worst first" in output
+    assert {path.name for path in (folder / "sensitive").iterdir()} >= {"sensitivity.png", "sensitivity.csv"}
+    assert not (folder / "sensitive/export").exists()
+    with (folder / "sensitive/sensitivity.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    ratios = [float(row["sqnr_db"]) for row in rows]
+    assert ratios == sorted(ratios)
+    assert {row["part"] for row in rows} == {"weights", "activations"}
+    assert sum(float(row["share"]) for row in rows if row["part"] == "weights") == pytest.approx(1, abs=1e-3)
+
+
 def test_a_float_checkpoint_takes_the_place_of_training(sweep: tuple[Path, str]) -> None:
     folder, _ = sweep
     (checkpoint,) = (folder / "outputs/float").glob("*.ckpt")
@@ -157,7 +214,9 @@ def test_photographs_and_a_network_by_target(camvid: Path, tmp_path: Path) -> No
         ([*SMALL, "float.checkpoint=missing.ckpt"], "CheckpointError.*missing.ckpt"),
         (["qat.epochs=abc"], "ConfigurationError.*qat.epochs='abc'"),
         ([*SMALL, "monitor=val_mouse", "float.epochs=0"], "ConfigurationError.*val_mouse.*val_miou"),
-        ([*SMALL, "quantizer.hardware=htp_v57", "float.epochs=0"], "ConfigurationError.*htp_v57"),
+        (["quantizer.hardware=htp_v57"], "ConfigurationError.*htp_v57"),
+        (["ladder.rungs=[ptq,seqmse]"], "ConfigurationError.*Unknown rung 'seqmse'.*seq_mse"),
+        (["job=dance"], "ConfigurationError.*job='dance': expected one of quantize, sensitivity"),
     ],
 )
 def test_bad_input_ends_with_one_clear_message(tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -37,7 +37,7 @@ def test_drop_is_what_was_lost_whichever_direction_is_better(
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "{}", '{"format_version": 1}', '{"format_version": 1, "surprise": 2}', '"text"', "null"],
+    ["", "{", "[]", "{}", '{"format_version": 2}', '{"format_version": 2, "surprise": 2}', '"text"', "null"],
 )
 def test_a_damaged_record_is_refused_by_name(tmp_path: Path, content: str) -> None:
     path = tmp_path / "results.json"
@@ -48,7 +48,7 @@ def test_a_damaged_record_is_refused_by_name(tmp_path: Path, content: str) -> No
 
 def test_a_record_of_a_later_format_is_refused(tmp_path: Path) -> None:
     path = record().write(tmp_path)
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 9'))
+    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 9'))
     with pytest.raises(DataError, match="format_version=9"):
         RunRecord.read(path)
 
