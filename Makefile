@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo camvid test check clean
+.PHONY: help install demo camvid accuracy test check clean
 
+# Options of the benchmark, e.g. ACCURACY='--networks lraspp --longer 4'. See python -m benchmarks.accuracy --help.
+ACCURACY ?=
 # Photographs in the layout of Cityscapes for `make camvid`.
 CAMVID ?= ../shared/data/camvid
 
@@ -29,6 +31,10 @@ demo: install  ## synthetic scenes → float training → PTQ and QAT at W8A8, W
 camvid: install  ## README's second table: the same on photographs (CAMVID=folder)
 	$(BIN)/lightning-quant -m data=cityscapes data.root=$(CAMVID) float.epochs=40 \
 		precision=w8a8,w8a16,w4a16 hydra.sweep.dir=multirun/camvid
+
+accuracy: install  ## every rung of the ladder on four networks; goes on where it was stopped (about 5 hours on 2 cores)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[bench]'
+	$(BIN)/python -m benchmarks.accuracy --camvid $(CAMVID) $(ACCURACY)
 
 test: install  ## the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -43,6 +43,8 @@ TARGETS = {"w8a8": 0.5, "w8a16": 0.2, "w4a16": 1.0, "w4a8": 1.5}
 QAT_EPOCHS = 1
 # Of the float learning rate.
 QAT_RATE = 1 / 30
+# Besides the ladder: training from its best network, and from plain ranges.
+PARTS: dict[str, dict[str, Any]] = {"qat": {}, "qat_distilled": {"distillation": 1.0}, "plain_qat": {}}
 
 
 def data(name: str, camvid: str) -> CityscapesDataModule:
@@ -76,17 +78,17 @@ def float_task(name: str, source: str, camvid: str, factor: int = 1) -> Segmenta
     return task
 
 
-def climb(task: SegmentationTask, precision: str, folder: Path, dm: pl.LightningDataModule) -> tuple[Ladder, str]:
-    """Every rung before training; the results and the checkpoint of the best network."""
+def climb(task: SegmentationTask, precision: str, folder: Path, dm: pl.LightningDataModule) -> Ladder:
+    """Every rung before training; the best network is left in ``folder``."""
     callback = lq.QuantizationAwareTraining(
         precision, calibration_samples=64, rungs=RUNGS, max_drop=-1.0, monitor="val_miou"
     )
     trainer(callback, max_epochs=0, default_root_dir=folder).fit(copy.deepcopy(task), datamodule=dm)
-    return callback.result, callback.best_model_path
+    return callback.result
 
 
 def train(
-    task: SegmentationTask, precision: str, folder: Path, dm: pl.LightningDataModule, start: str | None, **options: Any
+    task: SegmentationTask, precision: str, folder: Path, dm: pl.LightningDataModule, start: Path | None, **options: Any
 ) -> dict[str, float]:
     """Quantization-aware training from the checkpoint ``start``, or from plain min-max ranges; mIoU and seconds."""
     rungs = RUNGS if start else ("ptq",)
@@ -94,7 +96,6 @@ def train(
         precision, calibration_samples=64, rungs=rungs, max_drop=-1.0 if start else None, **options
     )
     student = copy.deepcopy(task)
-    student.learning_rate = task.learning_rate * QAT_RATE
     began = time.perf_counter()
     fit = trainer(callback, max_epochs=QAT_EPOCHS, default_root_dir=folder, limit_val_batches=1.0 if start else 0)
     fit.fit(student, datamodule=dm, ckpt_path=start, weights_only=False if start else None)
@@ -107,36 +108,44 @@ def train(
     return {"miou": metrics["val_miou"], "seconds": round(seconds, 2)}
 
 
-def cell(name: str, source: str, precision: str, seed: int, camvid: str, factor: int) -> dict[str, Any]:
-    """Everything about one network, data set, precision and seed."""
+def cell(name: str, source: str, precision: str, seed: int, camvid: str, factor: int) -> None:
+    """Everything about one network, data set, precision and seed; what is in its file already is not done again."""
+    path = RESULTS / f"{name}-{source}-{precision}-{seed}.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if result.keys() >= PARTS.keys():
+        return
+    print(f"{name} on {source}, {precision}, seed {seed}", flush=True)
     task = float_task(name, source, camvid, factor)
-    task.learning_rate = NETWORKS[name].learning_rate
-    folder = Path("outputs/accuracy") / f"{name}-{source}-{precision}-{seed}"
-    result: dict[str, Any] = {"network": name, "data": source, "precision": precision, "seed": seed}
-    pl.seed_everything(seed, workers=True, verbose=False)
-    ladder, best = climb(task, precision, folder, data(source, camvid))
-    result["ladder"] = ladder.to_dict()
-    for key, start, options in (
-        ("qat", best, {}),
-        ("qat_distilled", best, {"distillation": 1.0}),
-        ("plain_qat", None, {}),
-    ):
-        pl.seed_everything(seed, workers=True, verbose=False)
-        result[key] = train(task, precision, folder / key, data(source, camvid), start, **options)
+    task.learning_rate = NETWORKS[name].learning_rate * QAT_RATE
+    folder = Path("outputs/accuracy") / path.stem
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return result | {
-        "qat_epochs": QAT_EPOCHS,
-        "float_epochs": NETWORKS[name].epochs * factor,
-        "commit": commit.stdout.strip(),
-        "threads": torch.get_num_threads(),
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
-        "versions": {one: importlib.metadata.version(one) for one in ("aimet-torch", "lightning", "torch")},
-    }
+    best = folder / "ladder" / "best.ckpt"
+    if "ladder" not in result or not best.is_file():
+        pl.seed_everything(seed, workers=True, verbose=False)
+        result = {"network": name, "data": source, "precision": precision, "seed": seed}
+        result["ladder"] = climb(task, precision, folder, data(source, camvid)).to_dict()
+    for part, options in PARTS.items():
+        if part not in result:
+            pl.seed_everything(seed, workers=True, verbose=False)
+            start = None if part == "plain_qat" else best
+            result[part] = train(task, precision, folder / part, data(source, camvid), start, **options)
+        result |= {
+            "qat_epochs": QAT_EPOCHS,
+            "float_epochs": NETWORKS[name].epochs * factor,
+            "commit": commit.stdout.strip(),
+            "threads": torch.get_num_threads(),
+            "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+            "versions": {one: importlib.metadata.version(one) for one in ("aimet-torch", "lightning", "torch")},
+        }
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(partial, path)
 
 
 def finished() -> list[dict[str, Any]]:
-    """The cells that were run."""
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    """The cells that were run to the end."""
+    cells = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    return [one for one in cells if one.keys() >= PARTS.keys()]
 
 
 def chosen(one: dict[str, Any]) -> tuple[str, float, float]:
@@ -202,14 +211,7 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     wanted = product(arguments.networks, arguments.data, arguments.seeds, arguments.precisions)
     for name, source, seed, precision in () if arguments.table else wanted:
-        path = RESULTS / f"{name}-{source}-{precision}-{seed}.json"
-        if path.is_file():
-            continue
-        print(f"{name} on {source}, {precision}, seed {seed}", flush=True)
-        result = cell(name, source, precision, seed, arguments.camvid, arguments.longer)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(partial, path)
+        cell(name, source, precision, seed, arguments.camvid, arguments.longer)
     table = "\n".join(lines(finished()))
     (RESULTS / "table.md").write_text(table + "\n")
     Console(width=240).print(Markdown(table))

@@ -63,7 +63,7 @@ def test_readme_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data = SyntheticScenesDataModule("scenes", train=16, val=8, height=64, width=128, calibration_samples=8)
     names = {"module": MyModule(), "data": data}
-    first, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    first, second, third = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(first, names)
     trainer = names["trainer"]
     assert isinstance(trainer, pl.Trainer)
@@ -71,3 +71,6 @@ def test_readme_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer.save_checkpoint("last.ckpt")
     exec(second, names)
     assert "val_miou" in trainer.callback_metrics
+    names["float_module"] = MyModule()
+    exec(third, names)
+    assert names["quantization"].result.best is not None  # type: ignore[attr-defined]
