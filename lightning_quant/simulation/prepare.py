@@ -160,6 +160,11 @@ def _fold_batch_norms(
     if not any(isinstance(module, _BatchNorm) for module in network.modules()):
         return network, {}, []
     folded = copy.deepcopy(network)
+    for module in folded.modules():
+        if isinstance(module, _BatchNorm) and not module.affine:  # AIMET folds those with parameters only
+            module.weight = nn.Parameter(torch.ones(module.num_features, device=inputs.tensors[0].device))
+            module.bias = nn.Parameter(torch.zeros(module.num_features, device=inputs.tensors[0].device))
+            module.affine = True
     tensors = tuple(inputs.tensors)
     try:
         pairs = fold_all_batch_norms(FlatNetwork(folded, inputs).eval(), None, dummy_input=tensors)

@@ -78,7 +78,8 @@ class BatchNormReestimation(Technique):
         def normalize(name: str, output: Tensor) -> Tensor:
             mean, variance = statistics(output, 1)
             means[name].append(mean)
-            variances[name].append(variance)
+            count = output.numel() / len(variance)
+            variances[name].append(variance * count / max(count - 1, 1))  # unbiased, as PyTorch keeps it
             factor = _correction(norms[name], variance, scales.get(name))
             return (output - per_channel(mean, 1, output)) * per_channel(factor, 1, output) + per_channel(
                 _target(norms[name], scales.get(name)), 1, output
