@@ -43,8 +43,10 @@ TARGETS = {"w8a8": 0.5, "w8a16": 0.2, "w4a16": 1.0, "w4a8": 1.5}
 QAT_EPOCHS = 1
 # Of the float learning rate.
 QAT_RATE = 1 / 30
-# Besides the ladder: training from its best network, and from plain ranges.
+# Besides the ladder: training from its best network, and from plain min-max ranges as an AIMET script would.
 PARTS: dict[str, dict[str, Any]] = {"qat": {}, "qat_distilled": {"distillation": 1.0}, "plain_qat": {}}
+# The float network trained as long again: what training more is worth without any rounding.
+TUNED = "float_tuned"
 
 
 def data(name: str, camvid: str) -> CityscapesDataModule:
@@ -108,27 +110,46 @@ def train(
     return {"miou": metrics["val_miou"], "seconds": round(seconds, 2)}
 
 
+def tune_float(task: SegmentationTask, dm: pl.LightningDataModule) -> dict[str, float]:
+    """The float network after the same further training; mIoU and seconds."""
+    student = copy.deepcopy(task)
+    began = time.perf_counter()
+    fit = trainer(max_epochs=QAT_EPOCHS, limit_val_batches=0)
+    fit.fit(student, datamodule=dm)
+    seconds = time.perf_counter() - began
+    (metrics,) = trainer().validate(student, datamodule=dm, verbose=False)
+    return {"miou": metrics["val_miou"], "seconds": round(seconds, 2)}
+
+
 def cell(name: str, source: str, precision: str, seed: int, camvid: str, factor: int) -> None:
     """Everything about one network, data set, precision and seed; what is in its file already is not done again."""
     path = RESULTS / f"{name}-{source}-{precision}-{seed}.json"
     result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    if result.keys() >= PARTS.keys():
+    if result.keys() >= {*PARTS, TUNED}:
         return
     print(f"{name} on {source}, {precision}, seed {seed}", flush=True)
     task = float_task(name, source, camvid, factor)
     task.learning_rate = NETWORKS[name].learning_rate * QAT_RATE
     folder = Path("outputs/accuracy") / path.stem
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    best = folder / "ladder" / "best.ckpt"
-    if "ladder" not in result or not best.is_file():
-        pl.seed_everything(seed, workers=True, verbose=False)
+    first = RESULTS / f"{name}-{source}-{precision}-0.json"
+    best = Path("outputs/accuracy") / first.stem / "ladder" / "best.ckpt"
+    if not result:
         result = {"network": name, "data": source, "precision": precision, "seed": seed}
-        result["ladder"] = climb(task, precision, folder, data(source, camvid)).to_dict()
-    for part, options in PARTS.items():
-        if part not in result:
-            pl.seed_everything(seed, workers=True, verbose=False)
+    if not best.is_file():
+        pl.seed_everything(0, workers=True, verbose=False)
+        result["ladder"] = climb(task, precision, best.parent.parent, data(source, camvid)).to_dict()
+    elif "ladder" not in result:  # the rungs draw nothing: seeds are for training
+        result["ladder"] = json.loads(first.read_text())["ladder"]
+    for part in (*PARTS, TUNED):
+        if part in result:
+            continue
+        pl.seed_everything(seed, workers=True, verbose=False)
+        if part == TUNED:
+            result[part] = tune_float(task, data(source, camvid))
+        else:
             start = None if part == "plain_qat" else best
-            result[part] = train(task, precision, folder / part, data(source, camvid), start, **options)
+            result[part] = train(task, precision, folder / part, data(source, camvid), start, **PARTS[part])
         result |= {
             "qat_epochs": QAT_EPOCHS,
             "float_epochs": NETWORKS[name].epochs * factor,
@@ -145,7 +166,7 @@ def cell(name: str, source: str, precision: str, seed: int, camvid: str, factor:
 def finished() -> list[dict[str, Any]]:
     """The cells that were run to the end."""
     cells = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    return [one for one in cells if one.keys() >= PARTS.keys()]
+    return [one for one in cells if one.keys() >= {*PARTS, TUNED}]
 
 
 def chosen(one: dict[str, Any]) -> tuple[str, float, float]:
@@ -164,37 +185,36 @@ def chosen(one: dict[str, Any]) -> tuple[str, float, float]:
 
 
 def lines(cells: list[dict[str, Any]]) -> Iterator[str]:
-    """The table as Markdown, mIoU in points, seconds of a rung in brackets."""
-    heads = ["network", "data", "", "float", *RUNGS, "QAT", "distilled", "gate takes", "after s", "drop", "plain QAT"]
+    """The table as Markdown: mIoU in points, mean ± standard deviation over seeds, seconds in brackets."""
+    heads = ["network", "data", "", "float", "re-estimated", "tuned", *RUNGS, "QAT", "distilled", "plain QAT"]
+    heads += ["gate takes", "mIoU", "drop", "after s"]
     yield "| " + " | ".join(heads) + " |"
     yield "|" + "---|" * len(heads)
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for one in cells:
         groups.setdefault((one["network"], one["data"], one["precision"]), []).append(one)
     for key, seeds in sorted(groups.items(), key=lambda item: (*item[0][:2], PRECISIONS.index(item[0][2]))):
-        first = seeds[0]
-        ladder = Ladder.from_dict(first["ladder"])
+        ladder = Ladder.from_dict(seeds[0]["ladder"])
         rungs = {rung.rung: rung for rung in ladder.rungs}
-        shown = []
-        for name in RUNGS:
-            rung = rungs.get(name)
-            missing = rung is None or rung.metric is None
-            shown.append("–" if missing else f"{100 * rung.metric:.1f} ({rung.seconds:.0f})")  # type: ignore[union-attr,operator]
-        trained = [_over_seeds([one[part]["miou"] for one in seeds]) for part in ("qat", "qat_distilled")]
-        plain = _over_seeds([one["plain_qat"]["miou"] for one in seeds])
-        rung_name, miou, seconds = chosen(first)
-        drop = 100 * (ladder.reference if rung_name != "ptq" else ladder.float_metric or 0) - 100 * miou
-        reestimated = ladder.float_reestimated
-        both = f"{100 * (ladder.float_metric or 0):.1f}" + (f" / {100 * reestimated:.1f}" if reestimated else "")
-        plain += f" ({first['plain_qat']['seconds']:.0f})"
-        figures = [both, *shown, f"{trained[0]} ({first['qat']['seconds']:.0f})", trained[1]]
-        yield "| " + " | ".join([*key, *figures, rung_name, f"{seconds:.0f}", f"{drop:.1f}", plain]) + " |"
+        figures = [_points(ladder.float_metric), _points(ladder.float_reestimated), _over_seeds(seeds, TUNED)]
+        figures += [_points(rungs[name].metric, rungs[name].seconds) if name in rungs else "–" for name in RUNGS]
+        figures += [_over_seeds(seeds, part) for part in PARTS]
+        rung_name, miou, seconds = chosen(seeds[0])
+        assert ladder.float_metric is not None
+        figures += [rung_name, _points(miou), f"{100 * (ladder.float_metric - miou):.1f}", f"{seconds:.0f}"]
+        yield "| " + " | ".join([*key, *figures]) + " |"
 
 
-def _over_seeds(values: list[float]) -> str:
-    points = [100 * value for value in values]
+def _points(value: float | None, seconds: float | None = None) -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f}" + ("" if seconds is None else f" ({seconds:.0f})")
+
+
+def _over_seeds(seeds: list[dict[str, Any]], part: str) -> str:
+    points = [100 * one[part]["miou"] for one in seeds]
     spread = f" ± {statistics.stdev(points):.1f}" if len(points) > 1 else ""
-    return f"{statistics.mean(points):.1f}{spread}"
+    return f"{statistics.mean(points):.1f}{spread} ({statistics.mean(one[part]['seconds'] for one in seeds):.0f})"
 
 
 def main() -> None:
