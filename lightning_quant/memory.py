@@ -20,7 +20,8 @@ class PeakMemory:
 
     peak_bytes: int | None = None
 
-    def __enter__(self) -> PeakMemory:
+    def start(self) -> PeakMemory:
+        """Forget the peak until now."""
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         else:
@@ -32,10 +33,18 @@ class PeakMemory:
                 self._known = True
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def stop(self) -> int | None:
+        """The peak since :meth:`start`."""
         if torch.cuda.is_available():
             self.peak_bytes = torch.cuda.max_memory_allocated()
         elif self._known and (found := re.search(r"VmHWM:\s+(\d+) kB", (_PROCESS / "status").read_text())):
             self.peak_bytes = int(found[1]) * 1024
+        return self.peak_bytes
+
+    def __enter__(self) -> PeakMemory:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()

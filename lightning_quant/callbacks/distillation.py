@@ -30,7 +30,7 @@ class Distillation:
     """
 
     def __init__(self, teacher: nn.Module, weight: float, scale: Callable[[], float]) -> None:
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher = teacher.eval()
         self.weight = weight
         self.scale = scale
         self.used = False

@@ -26,16 +26,22 @@ def validate_in_fit(trainer: pl.Trainer) -> None:
         trainer.training = True
 
 
-def measure(trainer: pl.Trainer, monitor: str) -> float:
+def measure(trainer: pl.Trainer, monitor: str, hidden: Callback) -> float:
     """Validate aside and return the metric: nothing is logged, no callback stops or saves because of it.
+
+    Args:
+        trainer: in the midst of a fit.
+        monitor: name of the metric.
+        hidden: the callback that asks; it does not see its own measurement.
 
     Raises:
         ConfigurationError: if the metric was not logged; the message lists those that were.
     """
     loggers = trainer.loggers
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    seeing = [one for one in callbacks if not (isinstance(one, (EarlyStopping, Checkpoint)) or one is hidden)]
     trainer.loggers = [DummyLogger()] if loggers else []
-    trainer.callbacks = [one for one in callbacks if not isinstance(one, (EarlyStopping, Checkpoint))]  # type: ignore[attr-defined]
+    trainer.callbacks = seeing  # type: ignore[attr-defined]
     try:
         validate_in_fit(trainer)
     finally:

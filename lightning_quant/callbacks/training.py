@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_quant.callbacks.data import InputCatcher, calibration_inputs, calibration_loader, undisturbed
+from lightning_quant.callbacks.climbing import Climber
 from lightning_quant.callbacks.distillation import Distillation, loss_scale
-from lightning_quant.callbacks.measuring import check_float_metric, guessing, in_place_of, measure, monitored
+from lightning_quant.callbacks.measuring import measure, monitored
 from lightning_quant.callbacks.quantization import (
     QuantizationCallback,
     averaging,
@@ -27,15 +27,11 @@ from lightning_quant.callbacks.quantization import (
 )
 from lightning_quant.callbacks.range_groups import split_off_all
 from lightning_quant.errors import CheckpointError, ConfigurationError
-from lightning_quant.ladder import Footing, Ladder, RungResult, climb
+from lightning_quant.ladder import Footing, Ladder, RungResult
+from lightning_quant.memory import PeakMemory
 from lightning_quant.precision import Precision
-from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.techniques.registry import Rung, techniques
-from lightning_quant.simulation.techniques.technique import Workbench
-
-# How much better than chance a float network has to be, as a part of chance itself: an untrained one is off by luck.
-_CHANCE_MARGIN = 0.01
 
 
 class QuantizationAwareTraining(QuantizationCallback):
@@ -131,13 +127,18 @@ class QuantizationAwareTraining(QuantizationCallback):
             )
         self.train_ranges = train_ranges
         self.distillation = distillation
-        self.result = Ladder(monitor, mode, max_drop)
+        self._only_rungs = False
+        self._teaching: tuple[Distillation, RemovableHandle] | None = None
+        self._memory = PeakMemory()
+        self._begin(Ladder(monitor, mode, max_drop), None)
+
+    def _begin(self, ladder: Ladder, float_network: nn.Module | None) -> None:
+        """Nothing was measured yet."""
+        self.result = ladder
         self.best_model_path = ""
-        self._float: nn.Module | None = None
+        self._float = float_network
         self._footing = Footing()
         self._climbed = False
-        self._only_rungs = False
-        self._measuring = False
         self._trained_metric: float | None = None
         self._best_state: dict[str, Any] | None = None
         self._started = 0.0
@@ -148,7 +149,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         network = find_network(pl_module, self.network_name)
         fits = trainer.state.fn == "fit"
         if not isinstance(network, QuantizedNetwork) and (self.climbs or self.distillation):
-            self._float = network
+            self._begin(Ladder(self.result.monitor, self.result.mode, self.result.max_drop), network)
         if fits and (self.climbs or self.distillation):
             self._check_fit(trainer)
         super().setup(trainer, pl_module, stage)
@@ -161,8 +162,9 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         start = time.perf_counter()
-        super().on_fit_start(trainer, pl_module)
-        self._calibration_seconds = time.perf_counter() - start
+        with PeakMemory() as memory:
+            super().on_fit_start(trainer, pl_module)
+        self._calibration = time.perf_counter() - start, memory.peak_bytes
         # before Lightning restores the optimizer's state, which was saved with the group split off
         split_off_all(trainer, self.quantized_network(pl_module).range_parameters())
 
@@ -176,6 +178,7 @@ class QuantizationAwareTraining(QuantizationCallback):
                 stop_before_training(trainer)
                 return
         self._started = time.perf_counter()
+        self._memory.start()
         if self.distillation:
             assert self._float is not None
             teacher = Distillation(self._float.to(pl_module.device), self.distillation, partial(loss_scale, trainer))
@@ -185,7 +188,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.distillation and not self._teaching[0].used:
+        if self._teaching is not None and not self._teaching[0].used:
             raise ConfigurationError(
                 f"distillation={self.distillation}: training_step did not call self.{self.network_name} itself, or "
                 "uses nothing of what it returned. Name the attribute that is called in network=..., or set "
@@ -194,26 +197,37 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit" and self.climbs and not (trainer.sanity_checking or self._measuring):
+        if trainer.state.fn == "fit" and self.climbs and not trainer.sanity_checking:
             self._judge_training(trainer, pl_module, monitored(trainer, self.result.monitor))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.distillation and hasattr(self, "_teaching"):
-            self._teaching[1].remove()
+        self._stop_teaching()
         if not self.climbs or trainer.global_step == 0 or trainer.interrupted:
             return
         if self._validated_at != trainer.global_step:
-            self._judge_training(trainer, pl_module, self._measure(trainer))
+            self._judge_training(trainer, pl_module, measure(trainer, self.result.monitor, hidden=self))
         assert self._trained_metric is not None
         seconds = time.perf_counter() - self._started
         self.result.rungs = [rung for rung in self.result.rungs if rung.rung != "qat"]
-        rung = self.result.judge("qat", self._trained_metric, f"trained for {trainer.global_step} steps", seconds, None)
+        changed = f"trained for {trainer.global_step} steps"
+        rung = self.result.judge("qat", self._trained_metric, changed, seconds, self._memory.stop())
         self._log(trainer, rung)
         if self._best_state is None:
             self._best_state = _network_state(self.best_model_path, self.network_name)
         self.quantized_network(pl_module).restore(self._best_state)
+        self._best_state = None
         say(f"Training ended: {self._standing()}.")
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop_teaching()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._only_rungs:
+            trainer.fit_loop.max_epochs = 0
+            self._only_rungs = False
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -252,6 +266,11 @@ class QuantizationAwareTraining(QuantizationCallback):
         if "float" in state_dict and self._float is not None:
             self._float.load_state_dict(state_dict["float"])
 
+    def _stop_teaching(self) -> None:
+        if self._teaching is not None:
+            self._teaching[1].remove()
+            self._teaching = None
+
     def _check_fit(self, trainer: pl.Trainer) -> None:
         if self._float is None:
             raise ConfigurationError(
@@ -277,76 +296,16 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def _climb(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._float is not None
-        network = self.quantized_network(pl_module)
-        modes = {module: module.training for module in pl_module.modules()}
-        self._measure_float(trainer, pl_module)
-        bench = Workbench(
-            float_network=self._float.to(pl_module.device).eval(),
-            inputs=network.inputs,
-            samples=partial(self._samples, trainer, pl_module, network),
-            measure=partial(self._measure, trainer),
-            suffices=self.result.suffices,
-        )
-        done = partial(self._after_rung, trainer, network)
-        pl_module.eval()
-        with torch.no_grad():
-            if not self.result.rungs and self.techniques[0].name == "ptq":  # done already, in on_fit_start
-                start = time.perf_counter()
-                changed = f"{network.range_estimator} ranges"
-                metric = self._measure(trainer)
-                seconds = time.perf_counter() - start + self._calibration_seconds
-                done(self.result.judge("ptq", metric, changed, seconds))
-            climb(
-                self.result,
-                self.techniques,
-                network,
-                bench,
-                measure_float=partial(self._measure_other, trainer, pl_module),
-                footing=self._footing,
-                done=done,
-            )
-        for module, training in modes.items():
-            module.training = training
+        climber = Climber(trainer, pl_module, self, self._float, self.result)
+        done = partial(self._after_rung, trainer, self.quantized_network(pl_module))
+        if self.result.float_metric is None:
+            climber.measure_float()
+        if not self.result.rungs and self.techniques[0].name == "ptq":
+            done(climber.judge_calibrated(*self._calibration))
+        climber.climb(self.techniques, self._footing, done)
         self._climbed = True
         self._footing = Footing()
         self._save(trainer)
-
-    def _samples(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: QuantizedNetwork
-    ) -> Iterator[NetworkInputs]:
-        catcher = InputCatcher(trainer, pl_module, network, self.network_name)
-        with undisturbed():
-            loader = calibration_loader(trainer, pl_module, self.calibration_dataloader)
-            yield from calibration_inputs(trainer, loader, catcher, self.recipe.calibration_samples)
-
-    def _measure(self, trainer: pl.Trainer) -> float:
-        self._measuring = True
-        try:
-            return measure(trainer, self.result.monitor)
-        finally:
-            self._measuring = False
-
-    def _measure_other(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module) -> float:
-        with in_place_of(pl_module, self.network_name, network):
-            return self._measure(trainer)
-
-    def _measure_float(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        ladder = self.result
-        if ladder.float_metric is not None:
-            return
-        assert self._float is not None
-        value = check_float_metric(ladder.monitor, self._measure_other(trainer, pl_module, self._float))
-        ladder.float_metric = value
-        say(f"Float network: {ladder.monitor} {value:.4f}.")
-        with guessing(self._float) as called:
-            chance = self._measure_other(trainer, pl_module, self._float)
-        margin = _CHANCE_MARGIN * abs(chance) * (1 if ladder.mode == "max" else -1)
-        if called and not ladder.is_better(value, chance + margin):
-            rank_zero_warn(
-                f"The float network's {ladder.monitor} ({value:.4f}) is no better than chance ({chance:.4f}, each "
-                "sample given the answer to another): whatever quantization does will look good. Is it "
-                "trained, and are its weights loaded? Is mode right?"
-            )
 
     def _after_rung(self, trainer: pl.Trainer, network: QuantizedNetwork, rung: RungResult) -> None:
         if trainer.world_size > 1:  # GPUs may round differently; the networks must not differ

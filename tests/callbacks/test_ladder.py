@@ -405,3 +405,14 @@ def test_every_parameter_still_trains_after_the_rungs(trainer: MakeTrainer, trai
     assert held == {id(parameter) for parameter in module.parameters()}
     assert all(p.requires_grad == (name in module.quantized._learnable_ranges or "quantizer" not in name)
                for name, p in module.quantized.network.named_parameters())  # fmt: skip
+
+
+def test_another_module_starts_from_nothing(trainer: MakeTrainer, trained: SmallNet) -> None:
+    callback = qat("w8a8", max_drop=1.0)
+    fit(trainer, module_of(trained), callback)
+    first = callback.result
+    other = small_net(5).eval()
+    fit(trainer, module_of(other), callback)
+    assert callback.result is not first
+    assert callback.result.float_metric != first.float_metric
+    assert [rung.rung for rung in callback.result.rungs] == ["ptq"]

@@ -1,0 +1,105 @@
+"""The ladder inside a fit: the user's module, data and validation, handed to :mod:`lightning_quant.ladder`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
+
+from lightning_quant.callbacks.data import InputCatcher, calibration_inputs, calibration_loader, undisturbed
+from lightning_quant.callbacks.measuring import check_float_metric, guessing, in_place_of, measure
+from lightning_quant.callbacks.quantization import QuantizationCallback, say
+from lightning_quant.ladder import Footing, Ladder, RungResult, climb
+from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.techniques.technique import Technique, Workbench
+
+# How much better than chance a float network has to be, as a part of chance itself: an untrained one is off by luck.
+_CHANCE_MARGIN = 0.01
+
+
+class Climber:
+    """What the ladder needs of a fit.
+
+    Args:
+        trainer: the Trainer, in ``on_train_start``.
+        pl_module: the user's module, its network quantized and calibrated.
+        callback: the quantization callback.
+        float_network: the user's network as it was.
+        ladder: gets the results.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        callback: QuantizationCallback,
+        float_network: nn.Module,
+        ladder: Ladder,
+    ) -> None:
+        self.trainer = trainer
+        self.pl_module = pl_module
+        self.callback = callback
+        self.network = callback.quantized_network(pl_module)
+        self.float_network = float_network.to(pl_module.device).eval()
+        self.ladder = ladder
+
+    def measure_float(self) -> None:
+        """Measure the float network, and warn if it is no better than chance."""
+        ladder = self.ladder
+        value = check_float_metric(ladder.monitor, self._measure_other(self.float_network))
+        ladder.float_metric = value
+        say(f"Float network: {ladder.monitor} {value:.4f}.")
+        with guessing(self.float_network) as called:
+            chance = self._measure_other(self.float_network)
+        margin = _CHANCE_MARGIN * abs(chance) * (1 if ladder.mode == "max" else -1)
+        if called and not ladder.is_better(value, chance + margin):
+            rank_zero_warn(
+                f"The float network's {ladder.monitor} ({value:.4f}) is no better than chance ({chance:.4f}, each "
+                "sample given the answer to another): whatever quantization does will look good. Is it "
+                "trained, and are its weights loaded? Is mode right?"
+            )
+
+    def judge_calibrated(self, seconds: float, peak_memory_bytes: int | None) -> RungResult:
+        """Take the network as calibrated before the fit for the first rung: it is what ``ptq`` would make again."""
+        start = time.perf_counter()
+        metric = self._measure()
+        seconds += time.perf_counter() - start
+        changed = f"{self.network.range_estimator} ranges"
+        return self.ladder.judge("ptq", metric, changed, seconds, peak_memory_bytes)
+
+    def climb(self, rungs: Sequence[Technique], footing: Footing, done: Callable[[RungResult], None]) -> None:
+        """Try the rungs that are left, see :func:`~lightning_quant.ladder.climb`."""
+        modes = {module: module.training for module in self.pl_module.modules()}
+        bench = Workbench(
+            float_network=self.float_network,
+            inputs=self.network.inputs,
+            samples=self._samples,
+            measure=self._measure,
+            suffices=self.ladder.suffices,
+        )
+        self.pl_module.eval()
+        with torch.no_grad():
+            climb(
+                self.ladder, rungs, self.network, bench,
+                measure_float=self._measure_other, footing=footing, done=done,
+            )  # fmt: skip
+        for module, training in modes.items():
+            module.training = training
+
+    def _measure(self) -> float:
+        return measure(self.trainer, self.ladder.monitor, hidden=self.callback)
+
+    def _measure_other(self, network: nn.Module) -> float:
+        with in_place_of(self.pl_module, self.callback.network_name, network):
+            return self._measure()
+
+    def _samples(self) -> Iterator[NetworkInputs]:
+        callback = self.callback
+        catcher = InputCatcher(self.trainer, self.pl_module, self.network, callback.network_name)
+        with undisturbed():
+            loader = calibration_loader(self.trainer, self.pl_module, callback.calibration_dataloader)
+            yield from calibration_inputs(self.trainer, loader, catcher, callback.recipe.calibration_samples)
