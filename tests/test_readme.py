@@ -13,6 +13,7 @@ from lightning_quant.segmentation.datamodule import SyntheticScenesDataModule
 from lightning_quant.segmentation.ffnet import ffnet_nano
 from lightning_quant.segmentation.task import SegmentationTask
 
+from .callbacks.rung_cases import Case, fit_case
 from .test_app import SMALL, lightning_quant
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,6 +58,20 @@ def test_the_demo_runs_the_command_of_the_sweep(tmp_path: Path) -> None:
     (line,) = (line for line in done.stdout.splitlines() if "lightning-quant" in line and "pip" not in line)
     lightning_quant(tmp_path, *line.split()[1:], *SMALL)
     assert (tmp_path / "multirun/demo/summary.md").is_file()
+
+
+def test_the_rung_of_the_docs_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/ladder.md").read_text(), re.DOTALL)
+        if block.startswith("# my_rungs.py")
+    )
+    (tmp_path / "my_rungs.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    case = Case(lambda network: None, "w4a16", -100.0, ("ptq", "my_rungs.WiderWeights"))
+    callback, _ = fit_case(case, tmp_path, max_epochs=0)
+    assert [rung.rung for rung in callback.result.rungs] == ["ptq", "wider_weights"]
+    assert callback.result.rungs[1].changed == "weight ranges 5 % wider"
 
 
 def test_readme_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

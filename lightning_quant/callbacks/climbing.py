@@ -1,4 +1,4 @@
-"""The ladder inside a fit: the user's module, data and validation, handed to :mod:`lightning_quant.ladder`."""
+"""The ladder inside a fit: the user's module, data and validation, handed to :mod:`lightning_quant.climb`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import nn
 from lightning_quant.callbacks.data import InputCatcher, calibration_inputs, calibration_loader, undisturbed
 from lightning_quant.callbacks.measuring import check_float_metric, guessing, in_place_of, measure
 from lightning_quant.callbacks.quantization import QuantizationCallback, say
-from lightning_quant.ladder import Footing, Ladder, RungResult, climb
+from lightning_quant.climb import Footing, climb
+from lightning_quant.ladder import Ladder, RungResult
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.techniques.technique import Technique, Workbench
 
@@ -72,7 +73,7 @@ class Climber:
         return self.ladder.judge("ptq", metric, changed, seconds, peak_memory_bytes)
 
     def climb(self, rungs: Sequence[Technique], footing: Footing, done: Callable[[RungResult], None]) -> None:
-        """Try the rungs that are left, see :func:`~lightning_quant.ladder.climb`."""
+        """Try the rungs that are left, see :func:`~lightning_quant.climb.climb`."""
         modes = {module: module.training for module in self.pl_module.modules()}
         bench = Workbench(
             float_network=self.float_network,

@@ -26,8 +26,9 @@ from lightning_quant.callbacks.quantization import (
     stop_before_training,
 )
 from lightning_quant.callbacks.range_groups import split_off_all
+from lightning_quant.climb import Footing
 from lightning_quant.errors import CheckpointError, ConfigurationError
-from lightning_quant.ladder import Footing, Ladder, RungResult
+from lightning_quant.ladder import Ladder, RungResult
 from lightning_quant.memory import PeakMemory
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.network import QuantizedNetwork

@@ -12,6 +12,7 @@ from hydra.experimental.callback import Callback
 from typing_extensions import override
 
 from lightning_quant.errors import DataError
+from lightning_quant.ladder import RungResult
 from lightning_quant.report.record import RECORD_NAME, RunRecord
 
 log = logging.getLogger(__name__)
@@ -57,16 +58,38 @@ def table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
     return header, [[column(record) for column in COLUMNS.values()] for record in records]
 
 
+def rung_table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of what every rung of the runs' ladders brought and cost, as text."""
+    monitor = next((record.monitor for record in records if record.monitor), "metric")
+    header = ["model", "precision", "rung", monitor.removeprefix("val_"), "drop", "seconds", "peak MB", "kept"]
+    rows = []
+    for record in records:
+        for values in record.ladder.get("rungs", []):
+            rung = RungResult(**values)
+            metric = "" if rung.metric is None else f"{rung.metric:.4f}"
+            drop = "" if rung.drop is None else f"{round(rung.drop, 4) + 0:.4f}"
+            peak = "" if rung.peak_memory_bytes is None else f"{rung.peak_memory_bytes / 1e6:.0f}"
+            verdict = f"{'yes' if rung.kept else 'no'}: {rung.reason}"
+            figures = [metric, drop, f"{rung.seconds:.0f}", peak, verdict, rung.changed]
+            rows.append([record.model, record.precision, rung.rung, *figures])
+    return [*header, "what it changed"], rows
+
+
 def write_summary(records: Sequence[RunRecord], folder: str | Path) -> tuple[Path, Path]:
     """Write ``summary.md`` and ``summary.csv`` into ``folder``."""
     header, rows = table(records)
     folder = Path(folder)
-    markdown = [" | ".join(header), " | ".join("---" for _ in header), *(" | ".join(row) for row in rows)]
     path = folder / "summary.md"
-    path.write_text("".join(f"| {line} |\n" for line in markdown))
+    rung_header, rung_rows = rung_table(records)
+    path.write_text(_markdown(header, rows) + ("\n" + _markdown(rung_header, rung_rows) if rung_rows else ""))
     with (folder / "summary.csv").open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     return path, folder / "summary.csv"
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [" | ".join(header), " | ".join("---" for _ in header), *(" | ".join(row) for row in rows)]
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 def print_summary(records: Sequence[RunRecord], title: str) -> None:
@@ -74,16 +97,21 @@ def print_summary(records: Sequence[RunRecord], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    header, rows = table(records)
-    view = Table(title=title, title_justify="left")
-    for index, name in enumerate(header):
-        view.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
-    for row in rows:
-        view.add_row(*row)
     console = Console()
     if not console.is_terminal:  # in a file nothing has to fit a window
         console = Console(width=200)
-    console.print(view)
+    rungs = rung_table(records)
+    what = rungs[0].index("what it changed")  # long, and in summary.md
+    rungs = rungs[0][:what], [row[:what] for row in rungs[1]]
+    for heading, (header, rows) in {title: table(records), "Rungs of the accuracy ladder": rungs}.items():
+        view = Table(title=heading, title_justify="left")
+        for index, name in enumerate(header):
+            text = index < 2 or name in ("rung", "kept")
+            view.add_column(name, justify="left" if text else "right", overflow="fold")
+        for row in rows:
+            view.add_row(*row)
+        if rows:
+            console.print(view)
 
 
 def print_artifacts(record: RunRecord, folder: Path) -> None:

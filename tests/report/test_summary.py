@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_quant.report.summary import gather, print_summary, table, write_summary
+from lightning_quant.ladder import Ladder
+from lightning_quant.report.summary import gather, print_summary, rung_table, table, write_summary
 
 from .test_record import record
 
@@ -70,3 +71,20 @@ def test_the_printed_table_is_not_cut_in_a_file(capsys: pytest.CaptureFixture[st
 def test_a_drop_that_rounds_to_nothing_has_no_sign() -> None:
     header, rows = table([record(metric={"float": 0.62140, "ptq": 0.62142}, exported="ptq")])
     assert dict(zip(header, rows[0], strict=True))["drop"] == "0.0000"
+
+
+def test_the_rungs_have_a_table_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ladder = Ladder("val_miou", max_drop=0.01, float_metric=0.7)
+    ladder.judge("ptq", 0.6, "min_max ranges", 3.2, 123_000_000)
+    ladder.pass_over("seq_mse", "for 4-bit weights")
+    run = record(monitor="val_miou", ladder=ladder.to_dict())
+    header, rows = rung_table([run, record()])
+    assert dict(zip(header, rows[0], strict=True)) == {
+        "model": run.model, "precision": run.precision, "rung": "ptq", "miou": "0.6000", "drop": "0.1000",
+        "seconds": "3", "peak MB": "123", "kept": "yes: best so far", "what it changed": "min_max ranges",
+    }  # fmt: skip
+    assert rows[1][3:8] == ["", "", "0", "", "no: for 4-bit weights"]
+    markdown, _ = write_summary([run], tmp_path)
+    assert "| what it changed |" in markdown.read_text()
+    print_summary([run], "one run")
+    assert "Rungs of the accuracy ladder" in capsys.readouterr().out
