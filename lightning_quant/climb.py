@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -48,8 +48,7 @@ def climb(
         ladder: knows the float metric; gets a result for each rung.
         techniques: the rungs, in order.
         network: changed in place.
-        bench: what the techniques work with. Its ``measure`` is wrapped so that a correction in force is on while
-            they measure.
+        bench: what the techniques work with.
         measure_float: the metric of another float network in the place of the user's.
         footing: where an earlier climb stopped; updated.
         done: called after each rung, with the network as it is to go on.
@@ -69,7 +68,7 @@ def climb(
         finally:
             network.restore(before)
 
-    bench.measure = measure
+    bench = replace(bench, measure=measure)
     for technique in techniques:
         if ladder.satisfied:
             return

@@ -12,17 +12,18 @@ _PROCESS = Path("/proc/self")
 
 
 class PeakMemory:
-    """Measures the peak over a ``with`` block: allocated on the GPU if there is one, else of the process (Linux).
+    """Measures the peak over a ``with`` block: allocated on the GPU if one is in use, else of the process (Linux).
 
     Attributes:
         peak_bytes: the peak, or ``None`` where the system does not tell.
     """
 
     peak_bytes: int | None = None
+    _known = False
 
     def start(self) -> PeakMemory:
         """Forget the peak until now."""
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
         else:
             try:
@@ -35,7 +36,7 @@ class PeakMemory:
 
     def stop(self) -> int | None:
         """The peak since :meth:`start`."""
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             self.peak_bytes = torch.cuda.max_memory_allocated()
         elif self._known and (found := re.search(r"VmHWM:\s+(\d+) kB", (_PROCESS / "status").read_text())):
             self.peak_bytes = int(found[1]) * 1024

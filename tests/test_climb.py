@@ -87,7 +87,7 @@ class Tenth(Noise):
 
 
 def noise(network: QuantizedNetwork, bench: Workbench) -> float:
-    return float((network.get_parameter("network.head.bias") - bench.float_network.head.bias).abs().max())
+    return float((network.get_parameter("network.head.bias") - bench.float_network.head.bias).detach().abs().max())
 
 
 class Climb:

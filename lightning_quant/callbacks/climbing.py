@@ -15,7 +15,7 @@ from lightning_quant.callbacks.measuring import check_float_metric, guessing, in
 from lightning_quant.callbacks.quantization import QuantizationCallback, say
 from lightning_quant.climb import Footing, climb
 from lightning_quant.ladder import Ladder, RungResult
-from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.inputs import NetworkInputs, up_to
 from lightning_quant.simulation.techniques.technique import Technique, Workbench
 
 # How much better than chance a float network has to be, as a part of chance itself: an untrained one is off by luck.
@@ -54,10 +54,10 @@ class Climber:
         value = check_float_metric(ladder.monitor, self._measure_other(self.float_network))
         ladder.float_metric = value
         say(f"Float network: {ladder.monitor} {value:.4f}.")
-        with guessing(self.float_network) as called:
+        with guessing(self.float_network) as exchanged:
             chance = self._measure_other(self.float_network)
         margin = _CHANCE_MARGIN * abs(chance) * (1 if ladder.mode == "max" else -1)
-        if called and not ladder.is_better(value, chance + margin):
+        if exchanged and not ladder.is_better(value, chance + margin):
             rank_zero_warn(
                 f"The float network's {ladder.monitor} ({value:.4f}) is no better than chance ({chance:.4f}, each "
                 "sample given the answer to another): whatever quantization does will look good. Is it "
@@ -80,16 +80,16 @@ class Climber:
             inputs=self.network.inputs,
             samples=self._samples,
             measure=self._measure,
-            suffices=self.ladder.suffices,
+            suffices=None if self.ladder.max_drop is None else self.ladder.suffices,
         )
         self.pl_module.eval()
-        with torch.no_grad():
-            climb(
-                self.ladder, rungs, self.network, bench,
-                measure_float=self._measure_other, footing=footing, done=done,
-            )  # fmt: skip
-        for module, training in modes.items():
-            module.training = training
+        try:
+            with torch.no_grad():
+                measure_float = self._measure_other
+                climb(self.ladder, rungs, self.network, bench, measure_float=measure_float, footing=footing, done=done)
+        finally:
+            for module, training in modes.items():
+                module.training = training
 
     def _measure(self) -> float:
         return measure(self.trainer, self.ladder.monitor, hidden=self.callback)
@@ -103,4 +103,5 @@ class Climber:
         catcher = InputCatcher(self.trainer, self.pl_module, self.network, callback.network_name)
         with undisturbed():
             loader = calibration_loader(self.trainer, self.pl_module, callback.calibration_dataloader)
-            yield from calibration_inputs(self.trainer, loader, catcher, callback.recipe.calibration_samples)
+            samples = callback.recipe.calibration_samples
+            yield from up_to(calibration_inputs(self.trainer, loader, catcher, samples), samples)

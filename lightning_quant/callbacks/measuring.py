@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation.inputs import tensors_in, with_tensors
 
+# Where Lightning keeps what was logged, for callbacks, loggers and the progress bar.
+_SHOWN = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+
 
 def validate_in_fit(trainer: pl.Trainer) -> None:
     """Run the validation loop the way the training loop does."""
@@ -42,12 +45,16 @@ def measure(trainer: pl.Trainer, monitor: str, hidden: Callback) -> float:
     seeing = [one for one in callbacks if not (isinstance(one, (EarlyStopping, Checkpoint)) or one is hidden)]
     trainer.loggers = [DummyLogger()] if loggers else []
     trainer.callbacks = seeing  # type: ignore[attr-defined]
+    shown = trainer._logger_connector
+    known = {name: dict(getattr(shown, name)) for name in _SHOWN}
     try:
         validate_in_fit(trainer)
+        return monitored(trainer, monitor)
     finally:
         trainer.loggers = loggers
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
-    return monitored(trainer, monitor)
+        for name, metrics in known.items():
+            setattr(shown, name, metrics)
 
 
 def monitored(trainer: pl.Trainer, monitor: str) -> float:
@@ -87,24 +94,25 @@ def guessing(network: nn.Module) -> Iterator[list[bool]]:
     """Give every sample the answer to another one: what a metric says then is chance.
 
     Yields:
-        A list that holds ``True`` once the network was called at all.
+        A list that holds ``True`` once an answer was exchanged for another.
     """
     last: list[Tensor] = []
-    called: list[bool] = []
+    exchanged: list[bool] = []
 
     def swap(module: nn.Module, args: Any, output: Any) -> Any:
-        called[:] = [True]
         tensors = tensors_in(output)
         if len(last) == len(tensors) and all(a.shape == b.shape for a, b in zip(last, tensors, strict=True)):
             others = list(last)
         else:
             others = [tensor.roll(1, 0) if tensor.dim() else tensor for tensor in tensors]
+        if any(not torch.equal(a, b) for a, b in zip(others, tensors, strict=True)):
+            exchanged[:] = [True]
         last[:] = tensors
         return with_tensors(output, others)
 
     handle = network.register_forward_hook(swap)
     try:
-        yield called
+        yield exchanged
     finally:
         handle.remove()
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
@@ -32,6 +33,7 @@ from lightning_quant.ladder import Ladder, RungResult
 from lightning_quant.memory import PeakMemory
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.techniques.ptq import CalibratedRanges
 from lightning_quant.simulation.techniques.registry import Rung, techniques
 
 
@@ -113,18 +115,23 @@ class QuantizationAwareTraining(QuantizationCallback):
             overrides=overrides,
             strict=strict,
         )
-        if max_drop is not None and (isinstance(max_drop, str) or math.isnan(max_drop)):
+        if max_drop is not None and (not isinstance(max_drop, int | float) or math.isnan(max_drop)):
             raise ConfigurationError(f"max_drop={max_drop!r}: expected a number in units of the metric, or None.")
         if mode not in ("max", "min"):
             raise ConfigurationError(f"mode={mode!r}: expected 'max' or 'min'.")
         if not isinstance(distillation, int | float) or not 0 <= distillation < math.inf:
             raise ConfigurationError(f"distillation={distillation!r}: expected a weight of at least 0.")
         self.techniques = techniques(list(rungs) if isinstance(rungs, tuple) else rungs)
-        self.climbs = max_drop is not None or [technique.name for technique in self.techniques] != ["ptq"]
+        self.climbs = max_drop is not None or [type(technique) for technique in self.techniques] != [CalibratedRanges]
         if self.climbs and (not isinstance(monitor, str) or not monitor):
             raise ConfigurationError(
                 f"max_drop={max_drop!r} with monitor={monitor!r}: expected the name of the metric that is compared, as "
                 "your validation logs it."
+            )
+        if self.climbs and isinstance(calibration_dataloader, Iterator):
+            raise ConfigurationError(
+                "calibration_dataloader is an iterator, and each rung reads the samples anew: expected a data "
+                "loader, or a function that makes one."
             )
         self.train_ranges = train_ranges
         self.distillation = distillation
@@ -149,7 +156,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         network = find_network(pl_module, self.network_name)
         fits = trainer.state.fn == "fit"
-        if not isinstance(network, QuantizedNetwork) and (self.climbs or self.distillation):
+        if fits and not isinstance(network, QuantizedNetwork) and (self.climbs or self.distillation):
             self._begin(Ladder(self.result.monitor, self.result.mode, self.result.max_drop), network)
         if fits and (self.climbs or self.distillation):
             self._check_fit(trainer)
@@ -174,11 +181,14 @@ class QuantizationAwareTraining(QuantizationCallback):
         if self.climbs:
             if not self._climbed:
                 self._climb(trainer, pl_module)
+            late = {one.name for one in self.techniques} - {rung.rung for rung in self.result.rungs}
+            if late and not self.result.satisfied:
+                rank_zero_warn(f"The climb was over in the checkpoint: {', '.join(sorted(late))} are not tried.")
             if (self.result.satisfied and self._trained_metric is None) or self._only_rungs:
                 self._tell_no_training()
                 stop_before_training(trainer)
                 return
-        self._started = time.perf_counter()
+        self._started, self._validated_at = time.perf_counter(), -1
         self._memory.start()
         if self.distillation:
             assert self._float is not None
@@ -204,25 +214,31 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop_teaching()
-        if not self.climbs or trainer.global_step == 0 or trainer.interrupted:
-            return
-        if self._validated_at != trainer.global_step:
+        if self.climbs and self._started and self._validated_at != trainer.global_step and not trainer.interrupted:
             self._judge_training(trainer, pl_module, measure(trainer, self.result.monitor, hidden=self))
-        assert self._trained_metric is not None
-        seconds = time.perf_counter() - self._started
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # here and not in on_train_end, which does not come when a finished training is resumed
+        if not self.climbs or not (self._started or self._trained_metric is not None):
+            return
+        seconds = time.perf_counter() - self._started if self._started else 0.0
+        metric = math.nan if self._trained_metric is None else self._trained_metric
         self.result.rungs = [rung for rung in self.result.rungs if rung.rung != "qat"]
         changed = f"trained for {trainer.global_step} steps"
-        rung = self.result.judge("qat", self._trained_metric, changed, seconds, self._memory.stop())
+        rung = self.result.judge("qat", metric, changed, seconds, self._memory.stop())
         self._log(trainer, rung)
         if self._best_state is None:
             self._best_state = _network_state(self.best_model_path, self.network_name)
         self.quantized_network(pl_module).restore(self._best_state)
-        self._best_state = None
+        self._best_state, self._started = None, 0.0
         say(f"Training ended: {self._standing()}.")
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._stop_teaching()
+        self._started = 0.0
+        self.teardown(trainer, pl_module, "fit")
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -291,6 +307,11 @@ class QuantizationAwareTraining(QuantizationCallback):
                 f"max_drop or rungs with {type(one).__name__}: it validates averaged weights, while the best of the "
                 "trained ones are kept. Leave one of the two away."
             )
+        if trainer.max_steps == 0 or trainer.limit_train_batches == 0:
+            raise ConfigurationError(
+                f"max_drop or rungs with Trainer(max_steps={trainer.max_steps}, limit_train_batches="
+                f"{trainer.limit_train_batches}): Lightning then leaves out the fit. Use max_epochs=0 for rungs only."
+            )
         if trainer.max_epochs == 0:  # Lightning would skip the whole of fit
             trainer.fit_loop.max_epochs = 1
             self._only_rungs = True
@@ -301,11 +322,12 @@ class QuantizationAwareTraining(QuantizationCallback):
         done = partial(self._after_rung, trainer, self.quantized_network(pl_module))
         if self.result.float_metric is None:
             climber.measure_float()
-        if not self.result.rungs and self.techniques[0].name == "ptq":
+        if not self.result.rungs and type(self.techniques[0]) is CalibratedRanges:
             done(climber.judge_calibrated(*self._calibration))
         climber.climb(self.techniques, self._footing, done)
         self._climbed = True
         self._footing = Footing()
+        self._float.cpu()
         self._save(trainer)
 
     def _after_rung(self, trainer: pl.Trainer, network: QuantizedNetwork, rung: RungResult) -> None:
@@ -336,8 +358,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             trainer.should_stop = True
 
     def _save(self, trainer: pl.Trainer) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "ladder"
-        self.best_model_path = str(folder / "best.ckpt")
+        if not self.best_model_path:
+            self.best_model_path = str(_folder(trainer) / "ladder" / "best.ckpt")
         trainer.save_checkpoint(self.best_model_path, weights_only=False)
 
     def _log(self, trainer: pl.Trainer, rung: RungResult) -> None:
@@ -360,6 +382,16 @@ class QuantizationAwareTraining(QuantizationCallback):
             f"{ladder.monitor} {best.metric:.4f} by {best.rung}, {ladder.drop(best.metric):.4f} below "
             f"float {ladder.reference:.4f}{bound}"
         )
+
+
+def _folder(trainer: pl.Trainer) -> Path:
+    """Where ModelCheckpoint would save: below the first logger's name and version, the same on every rank."""
+    folder = Path(trainer.default_root_dir)
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        folder = Path(logger.save_dir or folder) / str(logger.name) / version
+    return trainer.strategy.broadcast(folder)
 
 
 def _network_state(path: str, name: str) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from types import ModuleType
 
 import torch
 
+from lightning_quant.errors import LightningQuantError
+
 
 @functools.cache
 def load() -> ModuleType:
@@ -44,6 +46,21 @@ def load() -> ModuleType:
         warnings.filters[:] = filters  # type: ignore[index]
         warnings._filters_mutated()  # type: ignore[attr-defined]  # invalidates the per-module caches
     return aimet_torch
+
+
+@contextlib.contextmanager
+def failing_as(what: str) -> Iterator[None]:
+    """Turn whatever AIMET raises in a block (RuntimeError, KeyError, AssertionError …) into this package's error.
+
+    Raises:
+        LightningQuantError: named after ``what`` was being done.
+    """
+    try:
+        yield
+    except LightningQuantError:
+        raise
+    except Exception as error:
+        raise LightningQuantError(f"AIMET failed in {what}: {type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -203,10 +203,11 @@ class QuantizedNetwork(nn.Module):
             network: what :func:`~lightning_quant.simulation.prepare.prepare` made of the same network, or that
                 network with other weights.
         """
-        mine = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
+        mine = self.network.state_dict()
         with torch.no_grad():
             for name, value in network.state_dict().items():
-                mine[name].copy_(value)
+                if isinstance(value, Tensor):
+                    mine[name].copy_(value)
         for name, bits in self._bitwidths.items():
             self.network.get_submodule(name).bitwidth = bits  # type: ignore[assignment]
         self.raised = {}

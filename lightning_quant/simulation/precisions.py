@@ -60,10 +60,15 @@ def set_precisions(network: QuantizedNetwork, precisions: Mapping[str, Precision
         precisions: by the layer's name.
 
     Raises:
-        ConfigurationError: when AIMET does not find the activations that go into a layer.
+        ConfigurationError: when AIMET does not find the activations that go into a layer, and for a copy.
     """
     if not precisions:
         return
+    if network.sim.connected_graph is None:
+        raise ConfigurationError(
+            "This quantized network is a copy, which lacks AIMET's graph of the network: expected the one "
+            "that quantize() or the callback made, to give layers another precision."
+        )
     from aimet_torch.mixed_precision import MixedPrecisionConfigurator
 
     layers = quantized_layers(network)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def layer_sensitivity(
     names = {module: name for name, module in network.network.named_modules()}
     with torch.no_grad(), _all_quantizers_off(layers) as quantizers:
         expected, operations = _float_pass(network, layers, calls)
-        signal = sum(float(value.double().square().sum()) for value in expected)
+        signal = sum(float(value[value.isfinite()].double().square().sum()) for value in expected)
         weights = {name: layer.weight.numel() for name, layer in layers.items() if _has_weight(layer)}
         found = []
         for tied, part, affected in parts:
@@ -71,12 +72,18 @@ def layer_sensitivity(
                     layer=next((name for name in tied if name in weights), tied[0]),
                     part=part,
                     bits=min(quantizer.bitwidth for quantizer in affected),
-                    sqnr_db=10 * math.log10(signal / noise) if noise > 0 and signal > 0 else math.inf,
+                    sqnr_db=_decibels(signal, noise),
                     share=sum(sizes.get(name, 0) for name in tied) / max(sum(sizes.values()), 1),
                     quantizers=tuple(names[quantizer] for quantizer in affected),
                 )
             )
     return sorted(found, key=lambda one: one.sqnr_db)
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 and math.isfinite(noise) else -math.inf
 
 
 def finer(part: str, now: Precision) -> Precision | None:
@@ -165,24 +172,27 @@ def _float_pass(
 ) -> tuple[list[Tensor], dict[str, int]]:
     """The outputs without any rounding, and how many multiply-accumulate operations each layer does."""
     operations: dict[str, int] = {}
-    handles = []
-    for name, layer in layers.items():
-        if _has_weight(layer):
 
-            def count(module: Any, _: Any, output: Any, name: str = name) -> None:
-                channels = module.weight.shape[0]
-                operations[name] = operations.get(name, 0) + output.numel() * module.weight.numel() // channels
+    def count(name: str, layer: Any, args: Any, output: Any) -> None:
+        transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)  # there, each input value meets all weights
+        values = (args[0] if transposed else output).numel()
+        operations[name] = operations.get(name, 0) + values * layer.weight.numel() // layer.weight.shape[0]
 
-            handles.append(layer.register_forward_hook(count))
-    outputs = [value for call in calls for value in _outputs(network, call)]
-    for handle in handles:
-        handle.remove()
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+                hooks.callback(layer.register_forward_hook(partial(count, name)).remove)
+        outputs = [value for call in calls for value in _outputs(network, call)]
     return outputs, operations
 
 
 def _noise(network: QuantizedNetwork, calls: list[NetworkInputs], expected: list[Tensor]) -> float:
     outputs = (value for call in calls for value in _outputs(network, call))
-    return sum(float((a.double() - b.double()).square().sum()) for a, b in zip(outputs, expected, strict=True))
+    noise = 0.0
+    for output, wanted in zip(outputs, expected, strict=True):
+        finite = wanted.isfinite()  # masked scores are -inf in either
+        noise += float((output[finite].double() - wanted[finite].double()).square().sum())
+    return noise if math.isfinite(noise) else math.inf
 
 
 def _outputs(network: QuantizedNetwork, call: NetworkInputs) -> list[Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.optim import SGD, AdamW
 from typing_extensions import override
@@ -416,3 +416,104 @@ def test_another_module_starts_from_nothing(trainer: MakeTrainer, trained: Small
     assert callback.result is not first
     assert callback.result.float_metric != first.float_metric
     assert [rung.rung for rung in callback.result.rungs] == ["ptq"]
+
+
+def test_training_that_diverges_leaves_the_best_rung(trainer: MakeTrainer, trained: SmallNet) -> None:
+    class Diverging(SmallModule):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step(batch, batch_idx) * float("nan")
+
+    module, callback = Diverging(copy.deepcopy(trained)), qat(max_drop=-10.0)
+    fit(trainer, module, callback)
+    ptq, training = callback.result.rungs
+    assert (training.metric, training.kept, training.reason) == (None, False, "val_loss is NaN: rolled back")
+    assert val_loss(trainer, module, callback) == ptq.metric
+
+
+def test_what_is_measured_is_not_taken_for_a_validation_of_the_training(
+    trainer: MakeTrainer, trained: SmallNet
+) -> None:
+    class Seen(Callback):
+        metrics: dict[str, Any]
+
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch == 0:
+                self.metrics = dict(trainer.callback_metrics)
+
+    seen = Seen()
+    fit(trainer, module_of(trained), qat(max_drop=-10.0), seen, check_val_every_n_epoch=2)
+    assert "train_loss" in seen.metrics
+    assert "val_loss" not in seen.metrics
+
+
+def test_resuming_a_finished_training_ends_with_the_best_too(
+    trainer: MakeTrainer, trained: SmallNet, tmp_path: Path
+) -> None:
+    saving = ModelCheckpoint(tmp_path, save_last=True)
+    bad = module_of(trained, learning_rate=1.0)
+    first = qat(max_drop=-10.0)
+    fit(trainer, bad, first, saving, enable_checkpointing=True)
+    module, callback = module_of(small_net(7)), qat(max_drop=-10.0)
+    fit(trainer, module, callback, ckpt_path=tmp_path / "last.ckpt")
+    assert [rung.metric for rung in callback.result.rungs] == [rung.metric for rung in first.result.rungs]
+    assert callback.result.best is not None
+    assert val_loss(trainer, module, callback) == callback.result.best.metric
+
+
+def test_a_second_fit_is_measured_anew(trainer: MakeTrainer, trained: SmallNet) -> None:
+    module, callback = module_of(trained), qat(max_drop=-10.0)
+    fit(trainer, module, callback, max_epochs=1)
+    module.called.clear()
+    fit(trainer, module, callback, max_epochs=1, check_val_every_n_epoch=5)
+    assert module.called.count("validation") == 4
+    assert [rung.rung for rung in callback.result.rungs] == ["ptq", "qat"]
+
+
+def test_a_failed_climb_without_training_does_not_keep_the_next_fit_from_training(
+    trainer: MakeTrainer, trained: SmallNet
+) -> None:
+    callback = qat(max_drop=-10.0, monitor="val_miou")
+    with pytest.raises(ConfigurationError, match="was not logged"):
+        fit(trainer, module_of(trained), callback, max_epochs=0)
+    callback.result.monitor = "val_loss"
+    assert fit(trainer, module_of(trained), callback).global_step == 8
+
+
+def test_validating_another_module_keeps_the_result(trainer: MakeTrainer, trained: SmallNet) -> None:
+    callback = qat("w8a8", max_drop=1.0, calibration_dataloader=small_loader())
+    fit(trainer, module_of(trained), callback)
+    trainer(callback).validate(module_of(trained), small_loader(), verbose=False)
+    assert [rung.rung for rung in callback.result.rungs] == ["ptq"]
+
+
+@pytest.mark.parametrize("arguments", [{"max_steps": 0}, {"limit_train_batches": 0}])
+def test_a_fit_that_lightning_leaves_out_is_refused(
+    trainer: MakeTrainer, trained: SmallNet, arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigurationError, match="Use max_epochs=0 for rungs only"):
+        fit(trainer, module_of(trained), qat(max_drop=0.1), **arguments)
+
+
+def test_samples_that_can_be_read_once_only() -> None:
+    with pytest.raises(ConfigurationError, match="calibration_dataloader is an iterator"):
+        qat(max_drop=0.1, calibration_dataloader=iter(small_loader()))
+
+
+def test_a_rung_that_fails_leaves_the_modes_as_they_were(
+    trainer: MakeTrainer, trained: SmallNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = module_of(trained)
+    module.train()
+    monkeypatch.setattr(Shift, "fails", staticmethod(fail))
+    with pytest.raises(RuntimeError, match="the power went out"):
+        fit(trainer, module, qat(max_drop=-10.0, rungs=RUNGS))
+    assert module.training
+    assert module.model.training
+
+
+def test_rungs_that_come_too_late_are_told(trainer: MakeTrainer, trained: SmallNet) -> None:
+    first = qat(max_drop=-10.0)
+    fit(trainer, module_of(trained), first)
+    with pytest.warns(UserWarning, match="The climb was over in the checkpoint: cle are not tried"):
+        fit(trainer, module_of(trained), qat(max_drop=-10.0, rungs=("ptq", "cle")),
+            ckpt_path=first.best_model_path, max_epochs=3)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.report.sensitivity import print_sensitivity, write_sensitivity
+from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
 from lightning_quant.simulation.sensitivity import layer_sensitivity
-from tests.callbacks.rung_cases import fragile_first, images
+from tests.callbacks.rung_cases import fragile_first, images, unequal
 from tests.simulation.networks import calibrated, call
 from tests.simulation.techniques.benches import batches, bench_of
 from tests.small import assert_same_tensors
@@ -43,6 +45,49 @@ def test_the_ratio_is_that_of_one_layer_alone() -> None:
     assert second.quantizers == ("second.param_quantizers.weight",)
 
 
+@pytest.mark.parametrize("precision", ["w4a8", "w8a8", "w8a16"])
+def test_every_ratio_is_that_of_rounding_by_hand_at_the_places_named(precision: str) -> None:
+    network, bench = bench_of(unequal, precision=precision)
+    found = layer_sensitivity(network, batches(), 32)
+    assert {one.part for one in found} == {"weights", "activations"}
+    with torch.no_grad():
+        expected = bench.prepared.network(images()[:32])
+        for one in found:
+            noise = _rounded(bench.prepared.network, network, one.quantizers)(images()[:32]) - expected
+            ratio = 10 * math.log10(float(expected.square().sum() / noise.square().sum()))
+            assert one.sqnr_db == pytest.approx(ratio, abs=1e-2)
+
+
+def _rounded(network: nn.Module, quantized: QuantizedNetwork, names: tuple[str, ...]) -> nn.Module:
+    """A copy of a float network that rounds where some quantizers are, and nowhere else."""
+    network = copy.deepcopy(network)
+    for name in names:
+        quantizer: Any = quantized.network.get_submodule(name)
+        layer, kind, which = name.rsplit(".", 2)
+        module: Any = network.get_submodule(layer)
+
+        def rounded(value: Tensor, quantizer: Any = quantizer) -> Tensor:
+            return quantizer(value).as_subclass(Tensor)
+
+        if kind == "param_quantizers":
+            setattr(module, which, nn.Parameter(rounded(getattr(module, which))))
+        elif kind == "output_quantizers":
+            module.register_forward_hook(lambda _, __, output, rounded=rounded: rounded(output))
+        else:
+            module.register_forward_pre_hook(lambda _, args, rounded=rounded: (rounded(args[0]), *args[1:]))
+    return network
+
+
+def test_a_layer_that_rounds_nothing_comes_last() -> None:
+    network, _ = bench_of(_on_the_grid, precision="w4a16")
+    last = layer_sensitivity(network, batches(), 8)[-1]
+    assert (last.layer, last.part, last.sqnr_db) == ("second", "weights", math.inf)
+
+
+def _on_the_grid(network: Any) -> None:
+    network.second.weight.zero_()
+
+
 def test_multiply_accumulates_are_counted() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -63,6 +108,13 @@ def test_multiply_accumulates_are_counted() -> None:
         assert shares[layer] == pytest.approx(count / total)
 
 
+def test_multiply_accumulates_of_a_transposed_convolution_are_counted() -> None:
+    network = calibrated(nn.Sequential(nn.Conv2d(3, 6, 1), nn.ConvTranspose2d(6, 2, 2, stride=2)), precision="w8a8")
+    found = layer_sensitivity(network, [call(torch.randn(2, 3, 8, 8))], 2)
+    shares = {one.layer: one.share for one in found if one.part == "activations"}
+    assert shares["0"] == pytest.approx(64 * 6 * 3 / (64 * 6 * 3 + 64 * 6 * 2 * 4))
+
+
 @pytest.mark.parametrize("breaks", [False, True])
 def test_the_network_is_left_as_it_was(breaks: bool) -> None:
     network, _ = bench_of(precision="w4a8")
@@ -77,6 +129,29 @@ def test_the_network_is_left_as_it_was(breaks: bool) -> None:
         layer_sensitivity(network, calls, 64)
     assert_same_tensors(network.state_dict(), snapshot)
     assert _places(network) == places
+
+
+@pytest.mark.parametrize("passes", [1, 3, 5])
+def test_a_pass_that_fails_leaves_no_trace(passes: int) -> None:
+    network, _ = bench_of(precision="w4a8")
+    snapshot, places, answer = network.snapshot(), _places(network), network(images())
+    done = 0
+
+    def fail(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        if done == passes:
+            raise RuntimeError("out of memory")
+
+    handle = network.network.head.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        layer_sensitivity(network, batches(), 32)
+    handle.remove()
+    assert done == passes
+    assert_same_tensors(network.state_dict(), snapshot)
+    assert _places(network) == places
+    assert torch.equal(network(images()), answer)
+    assert not any(module._forward_hooks for module in network.network.modules())
 
 
 def _places(network: Any) -> list[tuple[str, int]]:
@@ -107,3 +182,35 @@ def test_the_picture_and_the_table(tmp_path: Any, capsys: pytest.CaptureFixture[
     assert len(table.read_text().splitlines()) == len(found) + 1
     print_sensitivity(found, "Chain at w4a8", rows=2)
     assert f"2 of {len(found)}, worst first" in capsys.readouterr().out
+
+
+def test_masked_scores_do_not_hide_the_noise() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.second(self.first(x))
+            return y, torch.full_like(y, -math.inf)
+
+    network = calibrated(Masked(), precision="w4a16")
+    found = layer_sensitivity(network, [call(torch.randn(2, 3, 8, 8))], 2)
+    assert all(math.isfinite(one.sqnr_db) for one in found if one.part == "weights")
+
+
+def test_multiply_accumulates_of_a_transposed_convolution() -> None:
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose2d(3, 5, 2, stride=2)
+            self.last = nn.Conv2d(5, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.up(x))
+
+    network = calibrated(Up(), precision="w8a8")
+    found = layer_sensitivity(network, [call(torch.randn(2, 3, 8, 8))], 2)
+    shares = {one.layer: one.share for one in found if one.part == "activations"}
+    operations = {"up": 64 * 3 * 5 * 4, "last": 256 * 5 * 2}
+    assert shares["up"] == pytest.approx(operations["up"] / sum(operations.values()))

@@ -49,7 +49,8 @@ class AdaptiveRounding(Technique):
         from aimet_torch.utils import remove_activation_quantizers
 
         batches = TensorBatches(bench.samples(), self.samples)
-        example = tuple(tensor[:1] if tensor.dim() else tensor for tensor in next(iter(batches)))
+        device = next(iter(batches))[0].device
+        example = tuple(tensor.to(device) for tensor in network.inputs.tensors)
         rounded = copy.deepcopy(network.sim.model)
         original = _without_quantizers(copy.deepcopy(network.sim.model))
         parameters = AdaroundParameters(
@@ -64,6 +65,7 @@ class AdaptiveRounding(Technique):
         simulation.model = rounded
         with (
             aimet.quiet(),
+            aimet.failing_as("AdaRound"),
             remove_activation_quantizers(layers),
             torch.enable_grad(),
             tempfile.TemporaryDirectory() as folder,
@@ -76,7 +78,8 @@ class AdaptiveRounding(Technique):
             for name, value in weights.items():
                 layer: Any = mine.get(name.removesuffix(".weight"))
                 if layer is not None and not torch.equal(layer.weight, value):
-                    layer.weight.copy_(value)
+                    layer.weight.copy_(value)  # decided softly; onto the grid:
+                    layer.weight.copy_(layer.param_quantizers["weight"](layer.weight).as_subclass(torch.Tensor))
                     changed += 1
         calibrate(network, bench.samples(), weights=False)
         return f"rounded the weights of {changed} layers adaptively"

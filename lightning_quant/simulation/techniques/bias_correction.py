@@ -9,15 +9,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_quant.simulation.calibrate import calibrate
-from lightning_quant.simulation.inputs import up_to
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
 from lightning_quant.simulation.techniques.layer_outputs import (
     channel_axis,
+    channel_scales,
     hooked,
     per_channel,
     statistics,
-    unrounded,
     weights_only,
 )
 from lightning_quant.simulation.techniques.technique import Technique, Workbench
@@ -29,7 +28,7 @@ class BiasCorrection(Technique):
     """Move each bias until the mean output of the layer is that of the float layer.
 
     The empirical form of Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction",
-    2019, section 4.2: every batch runs without and with rounded weights.
+    2019, section 4.2: every batch runs through both networks.
     """
 
     name = "bias_correction"
@@ -42,11 +41,15 @@ class BiasCorrection(Technique):
     @override
     def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
         layers = _correctable(network)
+        float_network = bench.prepared.network
+        originals = {name: float_network.get_submodule(name) for name in layers}
+        scales = channel_scales(layers, bench) if network.equalized else {}
         wanted: dict[str, list[Tensor]] = defaultdict(list)
         shifts: dict[str, list[Tensor]] = defaultdict(list)
 
         def remember(name: str, output: Tensor) -> None:
-            wanted[name].append(statistics(output, channel_axis(layers[name], output))[0])
+            mean = statistics(output, channel_axis(layers[name], output))[0]
+            wanted[name].append(mean * scales[name] if name in scales else mean)
 
         def correct(name: str, output: Tensor) -> Tensor:
             axis = channel_axis(layers[name], output)
@@ -55,9 +58,9 @@ class BiasCorrection(Technique):
             shifts[name].append(shift)
             return output + per_channel(shift, axis, output)
 
-        for batch in up_to(bench.samples(), network.recipe.calibration_samples):
-            with unrounded(network), hooked(layers, remember):
-                batch.call(network.network)
+        for batch in bench.samples():
+            with hooked(originals, remember):
+                batch.call(float_network)
             with weights_only(network), hooked(layers, correct):
                 batch.call(network.network)
         for name, values in shifts.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,11 +15,16 @@ from typing_extensions import override
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation.calibrate import calibrate
-from lightning_quant.simulation.inputs import NetworkInputs, up_to
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
 from lightning_quant.simulation.prepare import output_factors
-from lightning_quant.simulation.techniques.layer_outputs import hooked, per_channel, statistics, unrounded, weights_only
+from lightning_quant.simulation.techniques.layer_outputs import (
+    channel_scales,
+    hooked,
+    per_channel,
+    statistics,
+    weights_only,
+)
 from lightning_quant.simulation.techniques.technique import Technique, Workbench
 
 
@@ -51,7 +57,9 @@ class BatchNormReestimation(Technique):
 
     @override
     def unsuitable(self, network: QuantizedNetwork, bench: Workbench) -> str | None:
-        return None if bench.prepared.batch_norms else "no batch norm was folded behind a layer"
+        layers = quantized_layers(network)
+        found = [name for name in bench.prepared.batch_norms if not _is_per_tensor(layers[name])]
+        return None if found else "no batch norm was folded into a layer with a range for each channel"
 
     @override
     def float_reference(self, bench: Workbench) -> nn.Module | None:
@@ -63,7 +71,8 @@ class BatchNormReestimation(Technique):
                 module.momentum = None  # the plain mean over all batches
                 module.train()
         for batch in bench.samples():
-            batch.call(network)
+            with suppress(ValueError):  # one value a channel, of a last batch of one sample: nothing to estimate from
+                batch.call(network)
         return network.eval()
 
     @override
@@ -71,7 +80,7 @@ class BatchNormReestimation(Technique):
         norms = bench.prepared.batch_norms
         known = quantized_layers(network).items()
         layers = {name: layer for name, layer in known if name in norms and not _is_per_tensor(layer)}
-        scales = _scales(network, layers, bench) if network.equalized else {}
+        scales = channel_scales(layers, bench) if network.equalized else {}
         means: dict[str, list[Tensor]] = defaultdict(list)
         variances: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -86,7 +95,7 @@ class BatchNormReestimation(Technique):
             )
 
         with weights_only(network), hooked(layers, normalize):
-            for batch in up_to(bench.samples(), network.recipe.calibration_samples):
+            for batch in bench.samples():
                 batch.call(network.network)
         for name, values in means.items():
             mean, variance = torch.stack(values).mean(0), torch.stack(variances[name]).mean(0)
@@ -99,28 +108,6 @@ class BatchNormReestimation(Technique):
 def _is_per_tensor(layer: Any) -> bool:
     quantizer = layer.param_quantizers["weight"]
     return quantizer is not None and math.prod(quantizer.shape) == 1 and layer.weight.shape[0] > 1
-
-
-def _scales(network: QuantizedNetwork, layers: dict[str, nn.Module], bench: Workbench) -> dict[str, Tensor]:
-    """How much larger equalization made each channel of the layers' outputs, (C,) each."""
-    batch = next(bench.samples())
-    float_network = bench.prepared.network
-    before = _deviations(float_network, {name: float_network.get_submodule(name) for name in layers}, batch)
-    with unrounded(network):
-        now = _deviations(network.network, layers, batch)
-    return {name: torch.where((before[name] > 0) & (now[name] > 0), now[name] / before[name], 1.0) for name in before}
-
-
-def _deviations(network: nn.Module, layers: dict[str, nn.Module], batch: NetworkInputs) -> dict[str, Tensor]:
-    """Standard deviation of each channel of the layers' outputs."""
-    found: dict[str, Tensor] = {}
-
-    def remember(name: str, output: Tensor) -> None:
-        found[name] = statistics(output, 1)[1].sqrt()
-
-    with hooked(layers, remember):
-        batch.call(network)
-    return found
 
 
 def _target(norm: _BatchNorm, scale: Tensor | None) -> Tensor:

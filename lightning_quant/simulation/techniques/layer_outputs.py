@@ -6,15 +6,18 @@ into the weights afterwards is the mean over the batches: one pass, like batch n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
+from lightning_quant.simulation.techniques.cle import equalize
+from lightning_quant.simulation.techniques.technique import Workbench
 
 
 @contextmanager
@@ -67,3 +70,27 @@ def statistics(output: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     others = [dimension for dimension in range(output.dim()) if dimension != axis]
     variance, mean = torch.var_mean(output.as_subclass(Tensor).float(), dim=others, correction=0)
     return mean, variance
+
+
+def channel_scales(layers: Iterable[str], bench: Workbench) -> dict[str, Tensor]:
+    """How much larger equalization makes each channel of the layers' outputs, (C,) each."""
+    batch = next(bench.samples())
+    float_network = bench.prepared.network
+    before = _deviations(float_network, layers, batch)
+    after = _deviations(equalize(bench.prepared)[0], layers, batch)
+    return {
+        name: torch.where((before[name] > 0) & (after[name] > 0), after[name] / before[name], 1.0) for name in before
+    }
+
+
+def _deviations(network: nn.Module, names: Iterable[str], batch: NetworkInputs) -> dict[str, Tensor]:
+    """Standard deviation of each channel of the layers' outputs."""
+    layers = {name: network.get_submodule(name) for name in names}
+    found: dict[str, Tensor] = {}
+
+    def remember(name: str, output: Tensor) -> None:
+        found[name] = statistics(output, channel_axis(layers[name], output))[1].sqrt()
+
+    with hooked(layers, remember):
+        batch.call(network)
+    return found

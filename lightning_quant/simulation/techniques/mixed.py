@@ -52,6 +52,9 @@ class MixedPrecision(Technique):
     def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
         chosen = self._within_budget(network, layer_sensitivity(network, bench.samples(), self.samples))
         start = network.snapshot()
+        if bench.suffices is None:  # there is no enough: all that may be raised
+            self._raise(network, chosen, start, bench)
+            return _told(chosen)
         enough, few = 0, 0  # a number of layers known to suffice, and one known not to
         count = 1
         while chosen:
@@ -90,7 +93,7 @@ class MixedPrecision(Technique):
         self, network: QuantizedNetwork, raised: list[LayerSensitivity], start: dict[str, object], bench: Workbench
     ) -> bool:
         self._raise(network, raised, start, bench)
-        return bench.suffices(bench.measure())
+        return bench.suffices is not None and bench.suffices(bench.measure())
 
     def _raise(
         self, network: QuantizedNetwork, raised: list[LayerSensitivity], start: dict[str, object], bench: Workbench

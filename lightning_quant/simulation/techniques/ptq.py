@@ -21,7 +21,6 @@ class CalibratedRanges(Technique):
     @override
     def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
         estimator = self.estimator or network.recipe.range_estimator
-        network.start_anew(bench.prepared.network)
         network.observe_with(estimator)
         samples = calibrate(network, bench.samples())
         return f"{estimator} ranges from {samples} samples"

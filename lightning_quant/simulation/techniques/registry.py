@@ -55,6 +55,8 @@ def _technique(rung: Rung) -> Technique:
         if len(rung) != 1:
             raise ConfigurationError(f"Rung {dict(rung)!r}: expected one name with its options, {{'mixed': {{…}}}}.")
         ((name, options),) = rung.items()
+        if not isinstance(options or {}, Mapping):
+            raise ConfigurationError(f"Rung {name!r} with options {options!r}: expected a dict, {{'mixed': {{…}}}}.")
     if not isinstance(name, str):
         raise ConfigurationError(f"Rung {name!r}: expected a name, one of {', '.join(TECHNIQUES)}.")
     if name == "qat":
@@ -63,7 +65,7 @@ def _technique(rung: Rung) -> Technique:
     module, _, attribute = path.rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), attribute) if module else None
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigurationError(f"Rung {name!r} cannot be imported: {error}.") from error
     if kind is None:
         near = difflib.get_close_matches(name, TECHNIQUES, n=1)
@@ -74,6 +76,10 @@ def _technique(rung: Rung) -> Technique:
         )
     if not (isinstance(kind, type) and issubclass(kind, Technique)):
         raise ConfigurationError(f"Rung {name!r} is no subclass of {Technique.__module__}.{Technique.__name__}.")
+    if not isinstance(getattr(kind, "name", None), str):
+        raise ConfigurationError(f"Rung {name!r} has no name: expected a class attribute name = '…', for its records.")
+    if kind.name in _HOMES and name not in _HOMES:
+        raise ConfigurationError(f"Rung {name!r} is named {kind.name!r}, as one of this package is: give it its own.")
     try:
         return kind(**dict(options or {}))
     except TypeError as error:

@@ -49,12 +49,18 @@ class SequentialMse(Technique):
         trainable = {p: p.requires_grad for quantizer in quantizers for p in quantizer.parameters()}
         before = [quantizer.get_max().clone() for quantizer in quantizers]
         batches = TensorBatches(bench.samples(), self.samples)
-        with aimet.quiet():
-            apply_seq_mse(network.sim, batches, num_candidates=self.candidates, forward_fn=call_flat)
-        for quantizer in quantizers:  # AIMET leaves them frozen
-            quantizer.allow_overwrite(True)
-        for parameter, requires_grad in trainable.items():
-            parameter.requires_grad_(requires_grad)
+        hooks = {module: set(module._forward_hooks) for module in network.sim.model.modules()}
+        try:
+            with aimet.quiet(), aimet.failing_as("SeqMSE"):
+                apply_seq_mse(network.sim, batches, num_candidates=self.candidates, forward_fn=call_flat)
+        finally:
+            for module, known in hooks.items():  # AIMET leaves the hook of a pass that failed
+                for added in module._forward_hooks.keys() - known:
+                    del module._forward_hooks[added]
+            for quantizer in quantizers:  # and what it chose frozen
+                quantizer.allow_overwrite(True)
+            for parameter, requires_grad in trainable.items():
+                parameter.requires_grad_(requires_grad)
         calibrate(network, bench.samples(), weights=False)
         changed = sum(not q.get_max().equal(old) for q, old in zip(quantizers, before, strict=True))
         return f"narrowed the weight ranges of {changed} layers"

@@ -22,16 +22,17 @@ class Workbench:
     Args:
         float_network: the user's network, in eval mode. Not to be changed.
         inputs: an example call of it.
-        samples: starts another pass over the calibration data, the same calls every time.
-        measure: the user's metric of the quantized network as it is now. Costs a validation.
-        suffices: whether a value of that metric is within what the user allows.
+        samples: starts another pass over the calibration samples, the same calls every time.
+        measure: the user's metric of the quantized network as it is now, with the correction in force, if there is
+            one (see :attr:`Technique.finishing`). Costs a validation.
+        suffices: whether a value of that metric is within what the user allows; ``None`` if there is no bound.
     """
 
     float_network: nn.Module
     inputs: NetworkInputs
     samples: Callable[[], Iterator[NetworkInputs]]
     measure: Callable[[], float]
-    suffices: Callable[[float], bool]
+    suffices: Callable[[float], bool] | None
 
     @cached_property
     def prepared(self) -> PreparedNetwork:

@@ -20,7 +20,7 @@ from tests.callbacks.rung_cases import images, targets_of, trained
 
 def batches() -> list[NetworkInputs]:
     """The calibration data: all images in batches of 32."""
-    return [NetworkInputs((batch,)) for batch in images().split(32)]
+    return [NetworkInputs((batch,)) for batch in images().clone().split(32)]
 
 
 def quality(network: nn.Module, targets: torch.Tensor) -> float:

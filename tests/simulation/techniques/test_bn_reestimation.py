@@ -170,6 +170,7 @@ def test_one_range_for_all_channels_is_refused() -> None:
 def test_a_network_without_batch_norms_is_passed_over() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
     quantized, bench = bench_of(network=network, precision="w4a16")
-    assert BatchNormReestimation().unsuitable(quantized, bench) == "no batch norm was folded behind a layer"
+    told = "no batch norm was folded into a layer with a range for each channel"
+    assert BatchNormReestimation().unsuitable(quantized, bench) == told
     quantized, bench = bench_of(network=trained(), precision="w4a16")
     assert BatchNormReestimation().unsuitable(quantized, bench) is None

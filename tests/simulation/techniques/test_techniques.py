@@ -249,3 +249,53 @@ def test_equalization_that_changes_the_function_is_not_used(monkeypatch: pytest.
         torch.no_grad(),
     ):
         technique("cle").apply(network, bench)
+
+
+def test_tied_weights_can_start_anew() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(192, 192), nn.Linear(192, 192)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.relu(self.a(x.flatten(1))))
+
+    network, bench = bench_of(network=Tied(), precision="w8a8")
+    snapshot = network.snapshot()
+    with torch.no_grad():
+        network.network.a.weight.zero_()
+        network.start_anew(bench.prepared.network)
+    assert_same_tensors(network.state_dict(), snapshot)
+
+
+def test_a_batch_of_one_sample_does_not_end_the_float_reference() -> None:
+    pooled = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Conv2d(4, 4, 1),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+    )
+    _, bench = bench_of(network=pooled, precision="w4a16")
+    calls = [*batches(), batches()[0].first(1)]
+    bench.samples = lambda: iter(calls)
+    with torch.no_grad():
+        assert technique("bn_reestimation").float_reference(bench) is not None
+
+
+def test_names_must_be_ones_own() -> None:
+    with pytest.raises(ConfigurationError, match="is named 'ptq', as one of this package is"):
+        techniques([f"{__name__}.Borrowed"])
+    with pytest.raises(ConfigurationError, match="has no name"):
+        techniques([f"{__name__}.Nameless"])
+
+
+class Borrowed(Mine):
+    name = "ptq"
+
+
+class Nameless(Technique):
+    def apply(self, network: Any, bench: Any) -> str:
+        return "nothing"
