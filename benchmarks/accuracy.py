@@ -146,7 +146,9 @@ def cell(name: str, source: str, precision: str, seed: int, camvid: str, factor:
             continue
         pl.seed_everything(seed, workers=True, verbose=False)
         if part == TUNED:
-            result[part] = tune_float(task, data(source, camvid))
+            others = (json.loads(one.read_text()) for one in RESULTS.glob(f"{name}-{source}-*-{seed}.json"))
+            known = next((one[TUNED] for one in others if TUNED in one), None)  # the same for every precision
+            result[part] = known or tune_float(task, data(source, camvid))
         else:
             start = None if part == "plain_qat" else best
             result[part] = train(task, precision, folder / part, data(source, camvid), start, **PARTS[part])
