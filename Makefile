@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo camvid accuracy test check clean
+.PHONY: help install demo accuracy test check clean
 
 # Options of the benchmark, e.g. ACCURACY='--networks lraspp --longer 4'. See python -m benchmarks.accuracy --help.
 ACCURACY ?=
-# Photographs in the layout of Cityscapes for `make camvid`.
+# Photographs in the layout of Cityscapes for `make accuracy`.
 CAMVID ?= ../shared/data/camvid
 
 help:  ## this list
@@ -25,12 +25,8 @@ $(INSTALLED):
 	rm -f $(VENV)/.installed-*
 	touch $@
 
-demo: install  ## synthetic scenes → float training → PTQ and QAT at W8A8, W8A16, W4A16 → export → one table
+demo: install  ## synthetic scenes → float training → the ladder at W8A8, W8A16, W4A16 → export → one table
 	$(BIN)/lightning-quant -m experiment=demo precision=w8a8,w8a16,w4a16 hydra.sweep.dir=multirun/demo
-
-camvid: install  ## README's second table: the same on photographs (CAMVID=folder)
-	$(BIN)/lightning-quant -m data=cityscapes data.root=$(CAMVID) float.epochs=40 \
-		precision=w8a8,w8a16,w4a16 hydra.sweep.dir=multirun/camvid
 
 accuracy: install  ## every rung of the ladder on four networks; goes on where it was stopped (about 5 hours on 2 cores)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[bench]'
