@@ -28,8 +28,8 @@ $(INSTALLED):
 demo: install  ## synthetic scenes → float training → the ladder at W8A8, W8A16, W4A16 → export → one table
 	$(BIN)/lightning-quant -m experiment=demo precision=w8a8,w8a16,w4a16 hydra.sweep.dir=multirun/demo
 
-accuracy: install  ## every rung of the ladder on four networks; goes on where it was stopped (about 5 hours on 2 cores)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[bench]'
+accuracy: install  ## every rung of the ladder on four networks; goes on where it was stopped (hours on 2 cores)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.accuracy --camvid $(CAMVID) $(ACCURACY)
 
 test: install  ## the tests
