@@ -36,3 +36,19 @@ class ExportError(LightningQuantError, RuntimeError):
 
 class ParityError(ExportError):
     """The exported model computes something else than the simulation it was exported from."""
+
+
+class DeviceError(LightningQuantError, RuntimeError):
+    """A device, its compiler or the service in front of it refused the model or failed."""
+
+
+class DeviceUnavailableError(DeviceError):
+    """A target cannot be reached or is not installed here; what was begun there can be gone on with later."""
+
+
+class DeviceTimeoutError(DeviceUnavailableError, TimeoutError):
+    """A target took longer than the configured limit."""
+
+
+class DeviceBoundError(DeviceError):
+    """The device computes it, but not well enough for the bounds that were asked for."""

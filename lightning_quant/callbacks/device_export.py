@@ -1,13 +1,15 @@
-"""Export at the end of a run, as a Lightning callback."""
+"""Export at the end of a run, and what a device makes of it, as a Lightning callback."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_quant.callbacks.data import (
@@ -17,60 +19,123 @@ from lightning_quant.callbacks.data import (
     stage_loader,
     undisturbed,
 )
+from lightning_quant.callbacks.device_metric import first_batches, metrics_of
 from lightning_quant.callbacks.quantization import QuantizationCallback, say
+from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.deploy.bundle import Bundle, export_bundle, first_samples
-from lightning_quant.errors import ConfigurationError
+from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.push import Push, check_bounds
+from lightning_quant.deploy.samples import Samples
+from lightning_quant.errors import ConfigurationError, DeviceError
+from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 
-TARGETS = ("auto", "onnxruntime")
+POLICIES = ("warn", "raise")
 
 
 class DeviceExport(Callback):
-    """Export the quantized network when a fit, validate or test ends, and check the files.
+    """Export the quantized network when a fit, validate or test ends, and see what a device makes of it.
 
     Writes the bundle ``<dirpath>/<name>/``: ``<name>.aimet/`` (ONNX and encodings, for Qualcomm AI Hub),
     ``<name>.onnx`` (QuantizeLinear/DequantizeLinear with integer weights) and ``manifest.json``. The ONNX file
-    is run on some samples and must compute what the simulation computed. List it after the
-    quantization callback.
+    is run on some samples and must compute what the simulation computed. Then the target compiles the bundle, runs
+    the same samples and reports; the report goes to ``<dirpath>/<name>.device/``. List it after the quantization
+    callback.
+
+    Example:
+        >>> DeviceExport("export", target="aihub", device="Samsung Galaxy S24")  # doctest: +SKIP
 
     Args:
         dirpath: folder for the bundle. Default: ``export`` in the Trainer's log or root folder.
-        target: what to check the files with. ``"onnxruntime"`` runs them on the host's CPU; ``"auto"``
-            takes the best target available, which is that one in this version.
-        device: name of the phone the bundle is meant for. Running on the host's CPU needs none.
-        samples: how many samples (not batches) to compare on: calibration data, or the stage's own without it.
+        target: ``"aihub"`` measures on a real phone in Qualcomm's device farm; ``"htp_emulator"`` compiles for the
+            phone's chip and emulates its NPU, without latency; ``"onnxruntime"`` computes on the host's CPU;
+            ``"auto"`` takes the first of these that is available, and says why not a better one; ``None`` only
+            exports.
+        device: name of the phone, or several of them for AI Hub.
+        samples: how many samples (not batches) to compare on: the stage's own validation data if there is any.
         name: name of the bundle. Default: class of the network and precision, e.g. ``FFNet-w8a8``.
+        monitor: name of the validation metric to compute from the device's outputs, on the same samples. Default:
+            that of ``QuantizationAwareTraining`` if it has a bound on it.
+        mode: ``"max"`` or ``"min"``, whichever is better of ``monitor``.
+        runtime: what AI Hub compiles to, or several: ``qnn_dlc``, ``qnn_context_binary``, ``tflite``, ``onnx``,
+            ``precompiled_qnn_onnx``.
+        options: more options for AI Hub's compile job.
+        profile: name of the client configuration in ``~/.qai_hub``; never a token.
+        source: what AI Hub gets: ``"aimet"`` (ONNX and encodings) or ``"qdq"``.
+        compare_float: let AI Hub measure the float network as well.
+        wait: wait for AI Hub's results; ``False`` submits and returns, ``lightning-quant resume`` goes on.
+        timeout: seconds for the target, queues included.
+        on_failure: ``"warn"`` when the target fails, so that no training run is lost to a service that is down, or
+            ``"raise"``. The bundle is there in either case.
+        min_psnr: fail below this PSNR in dB against the float network.
+        max_metric_drop: fail when ``monitor`` is worse than the float network's by more than this.
 
     Attributes:
         bundle: the :class:`~lightning_quant.deploy.bundle.Bundle` written last, or ``None``.
+        reports: a :class:`~lightning_quant.deploy.device_report.DeviceReport` for each device and runtime.
+        passed_over: why no better target was taken, by its name.
 
     Raises:
-        ConfigurationError: for an unknown target, or without a quantization callback before it.
+        ConfigurationError: for an unknown value, or without a quantization callback before it.
         ExportError, ParityError: see :func:`~lightning_quant.deploy.bundle.export_bundle`.
+        DeviceError: with ``on_failure="raise"``.
+        DeviceBoundError: when a bound is not kept.
     """
 
     def __init__(
         self,
         dirpath: str | Path | None = None,
-        target: str = "auto",
-        device: str = "Samsung Galaxy S24",
+        target: str | None = "auto",
+        device: str | Sequence[str] = "Samsung Galaxy S24",
         samples: int = 8,
         name: str | None = None,
+        monitor: str | None = None,
+        mode: str = "max",
+        runtime: str | Sequence[str] = "qnn_dlc",
+        options: str = "",
+        profile: str | None = None,
+        source: str = "aimet",
+        compare_float: bool = True,
+        wait: bool = True,
+        timeout: float = 3600.0,
+        on_failure: str = "warn",
+        min_psnr: float | None = None,
+        max_metric_drop: float | None = None,
     ) -> None:
-        if target not in TARGETS:
-            raise ConfigurationError(
-                f"Unknown target {target!r}: expected one of {', '.join(TARGETS)} in this version."
-            )
         if not isinstance(samples, int) or samples < 1:
             raise ConfigurationError(f"samples={samples!r}: expected a whole number of at least 1.")
         if name is not None and (not name or Path(name).name != name):
             raise ConfigurationError(f"name={name!r}: expected a plain file name without a folder.")
+        if on_failure not in POLICIES:
+            raise ConfigurationError(f"on_failure={on_failure!r}: expected one of {', '.join(POLICIES)}.")
+        if mode not in ("max", "min"):
+            raise ConfigurationError(f"mode={mode!r}: expected max or min.")
+        self.push = None
+        if target is not None:
+            self.push = Push(
+                target,
+                [device] if isinstance(device, str) else list(device),
+                timeout,
+                {
+                    "runtimes": [runtime] if isinstance(runtime, str) else list(runtime),
+                    "options": options,
+                    "profile": profile,
+                    "source": source,
+                    "compare_float": compare_float,
+                    "wait": wait,
+                },
+            )
         self.dirpath = dirpath
-        self.target = target
-        self.device = device
         self.samples = samples
         self.name = name
+        self.monitor = monitor
+        self.mode = mode
+        self.on_failure = on_failure
+        self.min_psnr = min_psnr
+        self.max_metric_drop = max_metric_drop
         self.bundle: Bundle | None = None
+        self.reports: list[DeviceReport] = []
+        self.passed_over: dict[str, str] = {}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -101,6 +166,22 @@ class DeviceExport(Callback):
         name, network = next(
             (name, module) for name, module in pl_module.named_modules() if isinstance(module, QuantizedNetwork)
         )
+        calls = self._calibration_samples(trainer, pl_module, name, network)
+        if trainer.is_global_zero:
+            root = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "export")
+            stem = self.name or f"{network.float_class.__name__}-{network.recipe.precision}"
+            self.bundle = export_bundle(network, root / stem, calls)
+            parity: dict[str, Any] = self.bundle.manifest["parity"]
+            agreement = "equal to" if parity["psnr_db"] is None else f"{parity['psnr_db']} dB against"
+            samples = f"{parity['samples']} samples in ONNX Runtime"
+            say(f"Exported {self.bundle.path} ({agreement} the simulation on {samples}).")
+            if self.push is not None:
+                self._measure(trainer, pl_module, name, network, calls)
+        trainer.strategy.barrier("lightning_quant_export")
+
+    def _calibration_samples(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, network: QuantizedNetwork
+    ) -> list[NetworkInputs]:
         given = next(
             (c.calibration_dataloader for c in trainer.callbacks if isinstance(c, QuantizationCallback)),  # type: ignore[attr-defined]
             None,
@@ -111,13 +192,43 @@ class DeviceExport(Callback):
                 loader = calibration_loader(trainer, pl_module, given)
             except ConfigurationError:  # nothing is calibrated here: to compare, any data will do
                 loader = stage_loader(trainer)
-            calls = first_samples(calibration_inputs(trainer, loader, catcher, self.samples), self.samples)
-        if trainer.is_global_zero:
-            root = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "export")
-            stem = self.name or f"{network.float_class.__name__}-{network.recipe.precision}"
-            self.bundle = export_bundle(network, root / stem, calls)
-            parity: dict[str, Any] = self.bundle.manifest["parity"]
-            agreement = "equal to" if parity["psnr_db"] is None else f"{parity['psnr_db']} dB against"
-            samples = f"{parity['samples']} samples in ONNX Runtime"
-            say(f"Exported {self.bundle.path} ({agreement} the simulation on {samples}).")
-        trainer.strategy.barrier("lightning_quant_export")
+            return first_samples(calibration_inputs(trainer, loader, catcher, self.samples), self.samples)
+
+    def _measure(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        name: str,
+        network: QuantizedNetwork,
+        calls: list[NetworkInputs],
+    ) -> None:
+        assert self.bundle is not None
+        assert self.push is not None
+        with undisturbed(), torch.inference_mode(False), torch.no_grad():
+            batches = first_batches(trainer, pl_module, network, name, self.samples)
+            if batches:
+                calls = [call for batch in batches for call in batch.calls]
+            samples = Samples.of(network, self.bundle.manifest, calls)
+        try:
+            measured = self.push.run(self.bundle, samples)
+        except DeviceError as error:
+            if self.on_failure == "raise":
+                raise
+            rank_zero_warn(f"The device was not measured: {error} (The bundle {self.bundle.path} is complete.)")
+            return
+        self.passed_over = self.push.passed_over
+        if self.passed_over:
+            say("No better target: " + "; ".join(self.passed_over.values()) + ".")
+        monitor = self.monitor or self._bounded_metric(trainer)
+        self.reports = [one.report for one in measured]
+        for one in measured:
+            if monitor and one.outputs and batches:
+                one.report.metric = metrics_of(pl_module, name, network, monitor, batches, one.outputs)
+                one.write()
+            say(one.report.sentence())
+        check_bounds(self.reports, self.min_psnr, self.max_metric_drop, self.mode)
+
+    def _bounded_metric(self, trainer: pl.Trainer) -> str | None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        bounded = [one for one in callbacks if isinstance(one, QuantizationAwareTraining) and one.climbs]
+        return bounded[0].result.monitor if bounded else None

@@ -85,7 +85,7 @@ def export_bundle(network: QuantizedNetwork, path: str | Path, samples: Iterable
             f"{path} exists and is no bundle (it has no manifest.json): expected a new folder or an earlier "
             "bundle. Give another folder."
         )
-    with _on_cpu_in_eval(network):
+    with on_cpu_in_eval(network):
         calls = [call.to(torch.device("cpu")) for call in samples]
         if not calls:
             raise ExportError("No samples to check the export with: expected at least one.")
@@ -200,16 +200,10 @@ def _outputs(
     network: QuantizedNetwork, qdq: Path, input_names: Sequence[str], calls: Iterable[NetworkInputs]
 ) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
     """Outputs of the simulation and of the QDQ file in ONNX Runtime, sample by sample."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    # The optimized integer kernels saturate on CPUs without VNNI (57 → 35 dB): compute every node as written.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(qdq), options, providers=["CPUExecutionProvider"])
+    session = exact_session(qdq)
     wanted = {value.name for value in session.get_inputs()}
     for call in calls:
-        for sample in _single_samples(call):
+        for sample in single_samples(call):
             feeds = {
                 name: tensor.numpy() for name, tensor in zip(input_names, sample.tensors, strict=True) if name in wanted
             }
@@ -217,7 +211,19 @@ def _outputs(
             yield expected, session.run(None, feeds)
 
 
-def _single_samples(call: NetworkInputs) -> Iterator[NetworkInputs]:
+def exact_session(path: Path) -> Any:
+    """An ONNX Runtime session on the host's CPU that computes every node as it is written."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    # The optimized integer kernels saturate on CPUs without VNNI (57 → 35 dB).
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def single_samples(call: NetworkInputs) -> Iterator[NetworkInputs]:
+    """The samples of a call, one call each."""
     size = call.batch_size
     for index in range(size):
         at = slice(index, index + 1)
@@ -230,7 +236,7 @@ def first_samples(calls: Iterable[NetworkInputs], count: int) -> list[NetworkInp
     Raises:
         CalibrationError: if there is none.
     """
-    found = list(islice((sample for call in calls for sample in _single_samples(call)), count))
+    found = list(islice((sample for call in calls for sample in single_samples(call)), count))
     if not found:
         raise CalibrationError("The data loader gave no batch: expected at least one sample.")
     return found
@@ -265,7 +271,7 @@ def _label(structure: Any, name: str, is_top: bool = False) -> list[str]:
 
 
 @contextmanager
-def _on_cpu_in_eval(network: QuantizedNetwork) -> Iterator[None]:
+def on_cpu_in_eval(network: nn.Module) -> Iterator[None]:
     """Export happens on the CPU in eval mode, without gradients; afterwards all is as it was."""
     modes = {module: module.training for module in network.modules()}
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))

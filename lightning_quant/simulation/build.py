@@ -91,4 +91,38 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
         QuantizationMixin.ignore_unknown_modules(ignored_before)
     if recipe.range_estimator == "percentile":
         sim.set_percentile_value(recipe.percentile)
+    _tie_resizes(sim)
     return sim
+
+
+def _tie_resizes(sim: Any) -> None:
+    """Give both sides of every ``interpolate`` one range, as the NPU resizes integers without another scale.
+
+    With different scales its compiler falls back to float around the resize: a dequantize, the resize and a quantize
+    in float32. AIMET ties ``nn.Upsample`` itself, but not the functional form that tracing turns into a module; its
+    ``propagate_output_encodings`` would also tie the network whose shape gives the size.
+    """
+    from aimet_torch._base.nn.modules.custom import Interpolate
+
+    if sim._hw_version is None or not sim.connected_graph.is_safe():  # as AIMET does for its own
+        return
+    for op in reversed(sim.connected_graph.ordered_ops):  # a resize of a resize gets its range from behind
+        resize = sim._get_qmodule(op)
+        if isinstance(resize, Interpolate) and resize.output_quantizers[0] is not None:
+            _quantize_like(sim, op, resize.output_quantizers[0])
+
+
+def _quantize_like(sim: Any, op: Any, quantizer: nn.Module) -> None:
+    """Let ``quantizer`` round the tensor that comes into ``op``."""
+    source = next((product for product in op.inputs if product.shape), None)  # the others are numbers: its new size
+    if source is None:
+        return
+    if source.producer is None:  # an input of the network
+        sim._get_qmodule(op).input_quantizers[0] = quantizer
+        return
+    producer = sim._get_qmodule(source.producer)
+    quantizers = [] if producer is None else producer.output_quantizers
+    if len(quantizers) == 1 and quantizers[0] is not None:
+        quantizers[0] = quantizer
+    elif source.producer.is_grid_preserving_op():  # a reshape or a fork: no rounding of its own
+        _quantize_like(sim, source.producer, quantizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.metadata
 import inspect
 from functools import partial
@@ -62,6 +63,7 @@ class QuantizedNetwork(nn.Module):
         equalized: whether scale was shifted between channels, so that layers put out other numbers than in float.
         float_class: class of the float network.
         network: the network itself, its modules replaced by AIMET's quantized ones.
+        float_sha256: identifies the weights of the float network it was made of.
         sim: AIMET's ``QuantizationSimModel`` around it, for everything AIMET can do with one.
     """
 
@@ -92,6 +94,8 @@ class QuantizedNetwork(nn.Module):
         self._output = apply_to_collection(output, Tensor, lambda t: t.new_empty((0,) * t.dim()))
         # A traced network has neither the methods nor the plain attributes of the float one.
         self.float_class = type(float_network)
+        self.float_sha256: str | None = _weights_hash(float_network)
+        self._float_network = (float_network,)  # in a tuple: no part of this module
         self._attributes = {name: v for name, v in vars(float_network).items() if name not in vars(nn.Module())}
         self.register_load_state_dict_pre_hook(_refuse_float_weights)
 
@@ -111,7 +115,7 @@ class QuantizedNetwork(nn.Module):
         sim = copy.copy(self.sim)
         sim.connected_graph = None
         sim._onnx_exporter = type(sim.onnx)(sim)
-        return {**self.__dict__, "sim": sim}
+        return {**self.__dict__, "sim": sim, "_float_network": ()}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -129,6 +133,22 @@ class QuantizedNetwork(nn.Module):
             if value is None:
                 raise
             return value.__get__(self) if hasattr(value, "__get__") else value
+
+    @property
+    def float_network(self) -> nn.Module | None:
+        """The float network this one was made of; ``None`` where it is not at hand or was changed since.
+
+        A checkpoint does not hold it: what :func:`~lightning_quant.load_quantized` builds has none.
+        """
+        for network in self._float_network:
+            if self.float_sha256 is not None and _weights_hash(network) == self.float_sha256:
+                return network
+        return None
+
+    @property
+    def output_structure(self) -> Any:
+        """What the network answers with, its tensors empty."""
+        return self._output
 
     def range_parameters(self) -> list[nn.Parameter]:
         """The learnable ends (min, max) of all quantization ranges."""
@@ -153,6 +173,7 @@ class QuantizedNetwork(nn.Module):
             **self.recipe.identity(),
             "range_estimator": self.range_estimator,
             "calibrated": self.calibrated,
+            "float_sha256": self.float_sha256,
             "equalized": self.equalized,
             "raised": {layer: str(precision) for layer, precision in self.raised.items()},
             "inputs": self.inputs.describe(),
@@ -177,6 +198,7 @@ class QuantizedNetwork(nn.Module):
                     f"float weights to quantize with {expected!r}."
                 )
         self.calibrated = bool(state.get("calibrated", False))
+        self.float_sha256 = state.get("float_sha256")
         self.equalized = bool(state.get("equalized", False))
         # the bit widths themselves come with AIMET's state of each quantizer
         self.raised = {str(layer): Precision.parse(value) for layer, value in state.get("raised", {}).items()}
@@ -234,6 +256,15 @@ class QuantizedNetwork(nn.Module):
             if hasattr(module, "encoding_analyzer"):
                 module.encoding_analyzer = kinds[range_estimator](module.encoding_analyzer.observer.shape)
         self.range_estimator = range_estimator
+
+
+def _weights_hash(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _copied(value: Any) -> Any:

@@ -1,0 +1,161 @@
+"""What a target found out about an exported network: one dataclass, written as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_quant.errors import DataError
+
+_FORMAT_VERSION = 1
+
+# The tiers of a device figure, best first, and what may be said of each.
+TIERS = {
+    "aihub": "measured on a real device by Qualcomm AI Hub",
+    "htp_emulator": "compiled for this SoC and emulated; not measured on hardware",
+    "onnxruntime": "computed by ONNX Runtime on the host's CPU; says nothing about a phone's speed",
+}
+
+
+@dataclass
+class DeviceReport:
+    """One network on one device with one runtime. What its tier cannot measure is absent, never filled in.
+
+    Args:
+        tier: ``"aihub"``, ``"htp_emulator"`` or ``"onnxruntime"``, see :data:`TIERS`.
+        device: name of the device, e.g. ``"Samsung Galaxy S24"``, or ``"host CPU"``.
+        precision: e.g. ``"w8a8"``.
+        status: ``"finished"``; ``"pending"`` while jobs are queued; ``"failed"``.
+        soc: the chip, e.g. ``"SM8650"``.
+        runtime: what the network was compiled to, e.g. ``"qnn_dlc"``.
+        versions: of the tools, by name.
+        jobs: links to the jobs of a service, by what they did; ids are the last part.
+        latency_us: every measured inference of the quantized network, in microseconds.
+        float_latency_us: the same of the float network on the same device.
+        load_us: time to load, in microseconds: ``first`` and ``warm``.
+        memory_bytes: lower and upper estimate of the peak during inference.
+        layers: names of the layers by compute unit, ``NPU``, ``GPU`` and ``CPU``.
+        float_islands: layers on the NPU that compute in float between quantized ones.
+        fallen_back: layers that are not on the NPU, with the reason if it is known.
+        samples: on how many samples outputs were compared.
+        against_simulation: agreement of the device's outputs with the simulation's: ``psnr_db`` (``None`` when
+            equal), ``argmax_agreement`` and more, see :class:`~lightning_quant.deploy.parity.Parity`.
+        against_float: the same with the float network's outputs.
+        metric: the user's validation metric on the same samples: of ``float``, ``simulation`` and ``device``.
+        bytes: sizes of the ``float`` and ``quantized`` ONNX file and of the ``compiled`` artifact.
+        seconds: wall time on this machine, by step; nothing of the device.
+        artifacts: files, relative to the report.
+        warnings: what the user should know.
+        error: why it failed.
+    """
+
+    tier: str
+    device: str
+    precision: str
+    status: str = "finished"
+    soc: str | None = None
+    runtime: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    jobs: dict[str, str] = field(default_factory=dict)
+    latency_us: list[int] = field(default_factory=list)
+    float_latency_us: list[int] = field(default_factory=list)
+    load_us: dict[str, int] = field(default_factory=dict)
+    memory_bytes: list[int] | None = None
+    layers: dict[str, list[str]] | None = None
+    float_islands: list[str] | None = None
+    fallen_back: dict[str, str] | None = None
+    samples: int = 0
+    against_simulation: dict[str, Any] | None = None
+    against_float: dict[str, Any] | None = None
+    metric: dict[str, float] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    artifacts: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def median_latency_us(self) -> float | None:
+        """Median over :attr:`latency_us`."""
+        return statistics.median(self.latency_us) if self.latency_us else None
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times faster the quantized network is than the float one on this device, by medians."""
+        if not self.latency_us or not self.float_latency_us:
+            return None
+        return statistics.median(self.float_latency_us) / statistics.median(self.latency_us)
+
+    def sentence(self) -> str:
+        """The report in one line, for a log."""
+        where = f"{self.precision} on {self.device} ({self.tier})"
+        if self.status != "finished":
+            return f"{where}: {self.status}{f', {self.error}' if self.error else ''}"
+        parts = []
+        if self.median_latency_us is not None:
+            times = f", {self.speedup:.1f} times as fast as float" if self.speedup else ""
+            parts.append(f"{self.median_latency_us / 1000:.2f} ms{times}")
+        if self.layers is not None:
+            parts.append(", ".join(f"{len(names)} layers on {unit}" for unit, names in self.layers.items() if names))
+        for name, agreement in {"simulation": self.against_simulation, "float": self.against_float}.items():
+            if agreement is not None:
+                psnr = agreement["psnr_db"]
+                parts.append(f"{'equal to' if psnr is None else f'{psnr:.1f} dB against'} {name}")
+        return f"{where}: {'; '.join(parts)}. {TIERS[self.tier][:1].upper()}{TIERS[self.tier][1:]}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; what is unknown is left out."""
+        values = {name: value for name, value in dataclasses.asdict(self).items() if value not in (None, {}, [])}
+        kept_when_empty = {"layers": self.layers, "float_islands": self.float_islands, "fallen_back": self.fallen_back}
+        values |= {name: value for name, value in kept_when_empty.items() if value is not None}
+        summary = {"median_latency_us": self.median_latency_us, "speedup": self.speedup}
+        return {
+            "format_version": _FORMAT_VERSION,
+            **values,
+            "statement": TIERS[self.tier],
+            **{name: value for name, value in summary.items() if value is not None},
+            **({"min_latency_us": min(self.latency_us)} if self.latency_us else {}),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> DeviceReport:
+        """The report that :meth:`to_dict` wrote.
+
+        Raises:
+            DataError: when it is of another format.
+        """
+        version = values.get("format_version")
+        if version != _FORMAT_VERSION:
+            raise DataError(f"A device report with format_version={version!r}; this version reads {_FORMAT_VERSION}.")
+        names = {one.name for one in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in names})
+
+    def write(self, path: str | Path) -> Path:
+        """Write the report as JSON, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def read(cls, path: str | Path) -> DeviceReport:
+        """Read a report.
+
+        Raises:
+            DataError: when it is missing, damaged or of another format.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is no device report: {error!r}.") from error

@@ -1,0 +1,82 @@
+"""Which chip is in which phone, for targets that compile for a chip without having the phone."""
+
+from __future__ import annotations
+
+import difflib
+
+from lightning_quant.errors import ConfigurationError
+
+# Chips that the NPU's compiler knows (QAIRT 2.51), with the version of their Hexagon NPU.
+# Names and chips of phones: Qualcomm AI Hub's list of devices (attributes chipset:… and hexagon:…).
+HEXAGON = {
+    "SM8350": 68,
+    "SM8450": 69,
+    "SM8475": 69,
+    "SM8550": 73,
+    "SM8635": 73,
+    "SM8650": 75,
+    "SM8750": 79,
+    "SM8850": 81,
+    "SC8380XP": 73,
+    "SC8480XP": 81,
+}
+
+# QNN's number of each chip, which the compiled model's metadata states.
+QNN_SOC_IDS = {
+    "SM8350": 30,
+    "SM8450": 36,
+    "SM8475": 42,
+    "SM8550": 43,
+    "SM8635": 68,
+    "SM8650": 57,
+    "SM8750": 69,
+    "SM8850": 87,
+    "SC8380XP": 60,
+    "SC8480XP": 88,
+}
+
+_DEVICES = {
+    "Samsung Galaxy S21": "SM8350",
+    "Samsung Galaxy S21 Ultra": "SM8350",
+    "Samsung Galaxy S21+": "SM8350",
+    "Samsung Galaxy S22 (Family)": "SM8450",
+    "Samsung Galaxy S22 5G": "SM8450",
+    "Samsung Galaxy S22 Ultra 5G": "SM8450",
+    "Samsung Galaxy S22+ 5G": "SM8450",
+    "Samsung Galaxy Tab S8": "SM8450",
+    "Xiaomi 12": "SM8450",
+    "Xiaomi 12 Pro": "SM8450",
+    "Samsung Galaxy S23": "SM8550",
+    "Samsung Galaxy S23 (Family)": "SM8550",
+    "Samsung Galaxy S23 Ultra": "SM8550",
+    "Samsung Galaxy S23+": "SM8550",
+    "Samsung Galaxy S24": "SM8650",
+    "Samsung Galaxy S24 (Family)": "SM8650",
+    "Samsung Galaxy S24 Ultra": "SM8650",
+    "Samsung Galaxy S24+": "SM8650",
+    "Samsung Galaxy S25": "SM8750",
+    "Samsung Galaxy S25 (Family)": "SM8750",
+    "Samsung Galaxy S25 Ultra": "SM8750",
+    "Samsung Galaxy S25+": "SM8750",
+    "Snapdragon 8 Elite QRD": "SM8750",
+    "Snapdragon 8 Elite Gen 5 QRD": "SM8850",
+    "Snapdragon X Elite CRD": "SC8380XP",
+    "Snapdragon X2 Elite CRD": "SC8480XP",
+}
+
+
+def soc_of(device: str) -> str:
+    """The chip of a device, e.g. ``"SM8650"`` for ``"Samsung Galaxy S24"``; the name of a chip is given back.
+
+    Raises:
+        ConfigurationError: if it is not known, with near names.
+    """
+    known = {name.lower(): soc for name, soc in _DEVICES.items()} | {soc.lower(): soc for soc in HEXAGON}
+    soc = known.get(device.strip().lower())
+    if soc is None:
+        near = difflib.get_close_matches(device, [*_DEVICES, *HEXAGON], n=3, cutoff=0.4)
+        raise ConfigurationError(
+            f"No chip known for device {device!r}: expected one of {', '.join(near or _DEVICES)}, or the name of a "
+            f"chip ({', '.join(HEXAGON)})."
+        )
+    return soc

@@ -1,0 +1,180 @@
+"""An exported network on a target: its outputs compared with simulation and float, the report written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_quant.deploy import parity
+from lightning_quant.deploy.bundle import Bundle, load_bundle
+from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.samples import Samples, Tensors
+from lightning_quant.deploy.targets.aihub import AiHubTarget
+from lightning_quant.deploy.targets.htp_emulator import HtpEmulatorTarget
+from lightning_quant.deploy.targets.onnxruntime import OnnxRuntimeTarget
+from lightning_quant.deploy.targets.target import Measured, Target
+from lightning_quant.errors import ConfigurationError, DeviceBoundError, DeviceUnavailableError
+
+SAMPLES_NAME = "samples.npz"
+REQUEST_NAME = "request.json"
+
+# Best first: what target="auto" tries.
+TARGETS = ("aihub", "htp_emulator", "onnxruntime")
+
+# PSNR in dB above which a quantized network's outputs are typically considered good (AI Hub's own rule of thumb).
+GOOD_PSNR = 30.0
+
+
+class Push:
+    """A bundle's way to a target: what to run it on, kept so that it can be gone on with later.
+
+    Args:
+        target: one of :data:`TARGETS`, or ``"auto"`` for the best that is available.
+        devices: names of the devices.
+        timeout: seconds for everything.
+        options: further arguments of :class:`~lightning_quant.deploy.targets.aihub.AiHubTarget`.
+
+    Attributes:
+        passed_over: after :meth:`run` with ``"auto"``: why each better target was not taken.
+
+    Raises:
+        ConfigurationError: for an unknown target or device, or several devices where one is possible.
+    """
+
+    def __init__(self, target: str, devices: Sequence[str], timeout: float, options: dict[str, Any]) -> None:
+        if target not in (*TARGETS, "auto"):
+            raise ConfigurationError(f"Unknown target {target!r}: expected one of auto, {', '.join(TARGETS)}.")
+        if len(devices) > 1 and target != "aihub":
+            raise ConfigurationError(f"{len(devices)} devices with target={target!r}: only aihub takes several.")
+        self.target = target
+        self.devices = list(devices)
+        self.timeout = timeout
+        self.options = options
+        self.passed_over: dict[str, str] = {}
+        if target != "auto":
+            self._make(target)  # wrong arguments are told now, not after training
+
+    def run(self, bundle: Bundle, samples: Samples) -> list[Measured]:
+        """Run a bundle and write a report for each device and runtime; artifacts are kept beside the bundle.
+
+        Raises:
+            DeviceUnavailableError: if the target cannot be used.
+            DeviceError: when nothing came of it. A device that failed alone says so in its report.
+        """
+        folder = device_folder(bundle)
+        samples.write(folder / SAMPLES_NAME)
+        target = self._choose()
+        request = {"target": target.tier, "devices": self.devices, "timeout": self.timeout, "options": self.options}
+        (folder / REQUEST_NAME).write_text(json.dumps(request, indent=2) + "\n")
+        target.check(bundle)
+        measured = target.run(bundle, samples.inputs, folder / target.tier)
+        for one in measured:
+            _compare(one, samples)
+            one.report.bytes = {**bundle.manifest["bytes"], **one.report.bytes}
+            one.write()
+        return measured
+
+    def _choose(self) -> Target:
+        self.passed_over = {}
+        for name in TARGETS if self.target == "auto" else (self.target,):
+            one = self._make(name)
+            reason = one.unavailable()
+            if reason is None:
+                return one
+            self.passed_over[name] = reason
+        raise DeviceUnavailableError(f"target={self.target!r} cannot be used: {self.passed_over[self.target]}.")
+
+    def _make(self, name: str) -> Target:
+        if name == "aihub":
+            return AiHubTarget(self.devices, timeout=self.timeout, **self.options)
+        if name == "htp_emulator":
+            return HtpEmulatorTarget(self.devices[0], self.timeout)
+        return OnnxRuntimeTarget()
+
+
+def device_folder(bundle: Bundle) -> Path:
+    """Where everything a device brings back is kept: beside the bundle, for an export replaces that whole."""
+    return bundle.path.with_name(f"{bundle.path.name}.device")
+
+
+def resume(path: str | Path) -> list[Measured]:
+    """Go on with a bundle whose jobs were submitted, or whose run was interrupted; wait for the results.
+
+    Args:
+        path: folder of the bundle.
+
+    Raises:
+        ExportError: if there is no such bundle.
+        ConfigurationError: if it was never sent to a target.
+        DeviceError: see :meth:`Push.run`.
+    """
+    bundle = load_bundle(path)
+    folder = device_folder(bundle)
+    try:
+        request = json.loads((folder / REQUEST_NAME).read_text())
+        request["options"]["wait"] = True
+        push = Push(request["target"], request["devices"], request["timeout"], request["options"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"{bundle.path} was not sent to a target yet ({folder / REQUEST_NAME}: {error!r}): expected a bundle that "
+            "DeviceExport pushed."
+        ) from error
+    return push.run(bundle, Samples.read(folder / SAMPLES_NAME))
+
+
+def _compare(measured: Measured, samples: Samples) -> None:
+    report, outputs = measured.report, measured.outputs
+    if not outputs:
+        return
+    report.samples = len(outputs)
+    report.against_simulation = _agreement(samples.simulation, outputs)
+    if samples.float_network is not None:
+        report.against_float = _agreement(samples.float_network, outputs)
+    psnr = (report.against_float or report.against_simulation)["psnr_db"]
+    if psnr is not None and psnr < GOOD_PSNR:
+        report.warnings.append(f"PSNR {psnr:.1f} dB: above {GOOD_PSNR:.0f} dB is typically good.")
+    if report.speedup is not None and report.speedup < 1:
+        report.warnings.append(f"Quantized it is slower than in float: {report.speedup:.2f} times as fast.")
+
+
+def _agreement(reference: Sequence[Tensors], outputs: Sequence[Tensors]) -> dict[str, Any]:
+    pairs = (
+        (list(expected.values()), [actual[name] for name in expected])
+        for expected, actual in zip(reference, outputs, strict=False)  # of large samples a target may take fewer
+    )
+    return parity.compare(pairs).as_dict()
+
+
+def check_bounds(
+    reports: Sequence[DeviceReport], min_psnr: float | None, max_metric_drop: float | None, mode: str = "max"
+) -> None:
+    """Fail when a device falls below what the user asked for.
+
+    Args:
+        reports: of one network.
+        min_psnr: lowest PSNR in dB against the float network, or against the simulation where that is not known.
+        max_metric_drop: how much worse the metric may be on the device than that of the float network.
+        mode: ``"max"`` or ``"min"``, whichever is better of the metric.
+
+    Raises:
+        DeviceBoundError: naming the first device that falls short, with its figure.
+    """
+    for report in reports:
+        agreement = report.against_float or report.against_simulation
+        where = f"{report.precision} on {report.device} ({report.tier})"
+        if min_psnr is not None and agreement is not None:
+            psnr = agreement["psnr_db"]
+            if psnr is not None and psnr < min_psnr:
+                raise DeviceBoundError(
+                    f"{where}: PSNR {psnr:.1f} dB, expected min_psnr={min_psnr:g} dB. Use a finer precision (w8a16), "
+                    "or a ladder with more rungs."
+                )
+        if max_metric_drop is not None and {"float", "device"} <= report.metric.keys():
+            drop = (report.metric["float"] - report.metric["device"]) * (1 if mode == "max" else -1)
+            if drop > max_metric_drop:
+                raise DeviceBoundError(
+                    f"{where}: the metric drops by {drop:.4f} to {report.metric['device']:.4f}, expected at most "
+                    f"max_metric_drop={max_metric_drop:g}. Use a finer precision (w8a16), or a ladder with more rungs."
+                )

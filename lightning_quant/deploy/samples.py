@@ -1,0 +1,108 @@
+"""Samples that a target computes, with what simulation and float network answer to them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_quant.deploy.bundle import on_cpu_in_eval
+from lightning_quant.errors import DataError
+from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
+from lightning_quant.simulation.network import QuantizedNetwork
+
+# One sample: tensors by name, batch axis of length 1 included.
+Tensors = dict[str, np.ndarray]
+
+
+@dataclass
+class Samples:
+    """Inputs, and the outputs to compare a device's with.
+
+    Args:
+        inputs: one entry a sample.
+        simulation: the simulation's outputs for each.
+        float_network: the float network's outputs for each; ``None`` where the float network is not known.
+    """
+
+    inputs: list[Tensors]
+    simulation: list[Tensors]
+    float_network: list[Tensors] | None = None
+
+    @classmethod
+    def of(cls, network: QuantizedNetwork, manifest: dict[str, Any], calls: Iterable[NetworkInputs]) -> Samples:
+        """Run simulation and float network on some calls, each of one sample.
+
+        Args:
+            network: the quantized network.
+            manifest: of the bundle it was exported to, for the names of inputs and outputs.
+            calls: one sample each.
+        """
+        calls = [call.to(torch.device("cpu")) for call in calls]
+        inputs = [_named(manifest["input_names"], call.tensors) for call in calls]
+        simulation = _outputs(network, manifest["output_names"], calls)
+        known = network.float_network
+        float_network = None if known is None else _outputs(known, manifest["output_names"], calls)
+        return cls(inputs, simulation, float_network)
+
+    def write(self, path: Path) -> None:
+        """Write everything to one ``.npz`` file, whole or not at all."""
+        arrays: dict[str, np.ndarray] = {}
+        for part in ("inputs", "simulation", "float_network"):
+            for index, tensors in enumerate(getattr(self, part) or []):
+                arrays |= {f"{part}/{index}/{name}": value for name, value in tensors.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.npz")
+        try:
+            np.savez(partial, **arrays)  # type: ignore[arg-type]
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, path: Path) -> Samples:
+        """Read what :meth:`write` wrote.
+
+        Raises:
+            DataError: when it is missing or damaged.
+        """
+        parts: dict[str, dict[int, Tensors]] = {"inputs": {}, "simulation": {}, "float_network": {}}
+        try:
+            with np.load(path) as file:
+                for key in file.files:
+                    part, index, name = key.split("/", 2)
+                    parts[part].setdefault(int(index), {})[name] = file[key]
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{path} holds no samples: {error}. Export again to write it anew.") from error
+        lists = {part: [found[index] for index in sorted(found)] for part, found in parts.items()}
+        return cls(lists["inputs"], lists["simulation"], lists["float_network"] or None)
+
+    def inputs_hash(self) -> str:
+        """Identifies the inputs by their names and values."""
+        return hash_of(self.inputs)
+
+
+def _outputs(network: nn.Module, names: Sequence[str], calls: Iterable[NetworkInputs]) -> list[Tensors]:
+    with on_cpu_in_eval(network):
+        return [_named(names, tensors_in(call.call(network))) for call in calls]
+
+
+def _named(names: Sequence[str], tensors: Iterable[torch.Tensor]) -> Tensors:
+    return {name: tensor.detach().numpy() for name, tensor in zip(names, tensors, strict=True)}
+
+
+def hash_of(samples: Sequence[Tensors]) -> str:
+    """A hash over names, types, shapes and values of samples."""
+    digest = hashlib.sha256()
+    for tensors in samples:
+        for name, value in tensors.items():
+            digest.update(f"{name} {value.dtype} {value.shape} ".encode())
+            digest.update(np.ascontiguousarray(value).data)
+    return digest.hexdigest()

@@ -1,0 +1,44 @@
+"""The host's CPU: computes what the device should, for checking; says nothing about a phone's speed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+from typing_extensions import override
+
+from lightning_quant.deploy.bundle import Bundle, exact_session
+from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.samples import Tensors
+from lightning_quant.deploy.targets.target import Measured, Target
+
+
+class OnnxRuntimeTarget(Target):
+    """Runs the QDQ file in ONNX Runtime, every node as it is written."""
+
+    tier = "onnxruntime"
+
+    @override
+    def unavailable(self) -> str | None:
+        return None
+
+    @override
+    def check(self, bundle: Bundle) -> None:
+        pass
+
+    @override
+    def run(self, bundle: Bundle, inputs: list[Tensors], folder: Path) -> list[Measured]:
+        session = exact_session(bundle.qdq)
+        names = [value.name for value in session.get_outputs()]
+        wanted = {value.name for value in session.get_inputs()}
+        outputs = []
+        for tensors in inputs:
+            feeds = {name: value for name, value in tensors.items() if name in wanted}
+            outputs.append(dict(zip(names, session.run(None, feeds), strict=True)))
+        report = DeviceReport(
+            tier=self.tier,
+            device="host CPU",
+            precision=bundle.manifest["precision"],
+            versions={"onnxruntime": importlib.metadata.version("onnxruntime")},
+        )
+        return [Measured(report, outputs, folder)]

@@ -1,0 +1,93 @@
+"""Closed libraries and slow services run in a process of their own, which can be killed at a deadline."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning_quant import errors
+from lightning_quant.errors import DeviceError, DeviceTimeoutError, LightningQuantError
+
+JOB, RESULT, ERROR, LOG = "job.json", "result.json", "error.json", "log.txt"
+
+
+def run_worker(module: str, job: dict[str, Any], folder: Path, timeout: float) -> dict[str, Any]:
+    """Run ``python -m module folder`` and return the result it leaves in ``folder``.
+
+    Args:
+        module: name of the worker's module; it calls :func:`serve`.
+        job: what it shall do, in JSON values.
+        folder: for job, result and log; everything the worker prints goes to ``log.txt``.
+        timeout: seconds after which it is killed.
+
+    Raises:
+        LightningQuantError: of the type the worker raised, with its message.
+        DeviceTimeoutError: when it was killed at the deadline.
+        DeviceError: when it died, with the end of its log.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (RESULT, ERROR):
+        (folder / name).unlink(missing_ok=True)
+    (folder / JOB).write_text(json.dumps(job))
+    with (folder / LOG).open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # with all its children it can be killed
+        )
+        try:
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise DeviceTimeoutError(
+                f"{module.rpartition('.')[2]} did not finish within {timeout:g} s and was stopped. Its log: "
+                f"{folder / LOG}. Give it more time or fewer samples."
+            ) from None
+        finally:
+            if process.poll() is None:  # at the deadline, or the user pressed Ctrl+C
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if (folder / ERROR).is_file():
+        error = json.loads((folder / ERROR).read_text())
+        kind = getattr(errors, error["type"], DeviceError)
+        raise kind(error["message"])
+    if status != 0 or not (folder / RESULT).is_file():
+        raise DeviceError(
+            f"{module.rpartition('.')[2]} died with exit status {status}{_signal_name(status)}. The end of its log "
+            f"({folder / LOG}):\n{_tail(folder / LOG)}"
+        )
+    result: dict[str, Any] = json.loads((folder / RESULT).read_text())
+    return result
+
+
+def serve(work: Any) -> None:
+    """The worker's side: ``work(job, folder)`` returns the result; errors of this package reach the parent."""
+    folder = Path(sys.argv[1])
+    try:
+        result = work(json.loads((folder / JOB).read_text()), folder)
+    except LightningQuantError as error:
+        _write(folder / ERROR, {"type": type(error).__name__, "message": str(error)})
+    else:
+        _write(folder / RESULT, result)
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values))
+    os.replace(partial, path)
+
+
+def _signal_name(status: int) -> str:
+    return f" ({signal.Signals(-status).name})" if status < 0 else ""
+
+
+def _tail(path: Path, lines: int = 12) -> str:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", path.read_text(errors="replace"))
+    return "\n".join(text.splitlines()[-lines:])

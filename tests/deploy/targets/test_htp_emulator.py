@@ -1,0 +1,198 @@
+"""The real NPU emulator: what it compiles, how closely it agrees, and that it never computes on the CPU unseen."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from torchvision.models.segmentation import lraspp_mobilenet_v3_large
+
+import lightning_quant as lq
+from lightning_quant.deploy.bundle import Bundle, export_bundle
+from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.devices import HEXAGON, QNN_SOC_IDS, soc_of
+from lightning_quant.deploy.push import Push, device_folder
+from lightning_quant.deploy.samples import Samples
+from lightning_quant.deploy.targets import htp_emulator
+from lightning_quant.deploy.targets.htp_emulator import HtpEmulatorTarget
+from lightning_quant.errors import ConfigurationError, DeviceError, DeviceTimeoutError
+from lightning_quant.segmentation.cityscapes import NUM_CLASSES
+from lightning_quant.segmentation.datamodule import CityscapesDataModule
+from lightning_quant.segmentation.ffnet import ffnet_40s, ffnet_nano
+from lightning_quant.segmentation.task import SegmentationTask
+from lightning_quant.simulation.inputs import NetworkInputs
+from tests.simulation.networks import Body, calibrated, call, images
+
+MakeTrainer = Callable[..., Trainer]
+
+_REASON = HtpEmulatorTarget("SM8650").unavailable()
+pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+
+CHIPS = ("SM8550", "SM8650", "SM8750")
+# PSNR in dB of emulator against simulation that short training reaches; the emulator scales sums back to integers less
+# exactly than the simulation, an error of one step in one of a hundred 8-bit outputs, and each layer hands it on.
+FLOORS = {"w8a8": 38.0, "w8a16": 65.0, "w4a16": 45.0}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle that tests only read."""
+    return export_bundle(calibrated(Body()), tmp_path_factory.mktemp("htp") / "net", [call(images(3, seed=9))])
+
+
+@pytest.fixture
+def inputs(bundle: Bundle) -> list[dict[str, np.ndarray]]:
+    (name,) = bundle.manifest["input_names"]
+    return [{name: images(1, seed=seed).numpy()} for seed in (1, 2)]
+
+
+def run(target: HtpEmulatorTarget, bundle: Bundle, inputs: Any, folder: Path) -> tuple[DeviceReport, Any]:
+    target.check(bundle)
+    (measured,) = target.run(bundle, inputs, folder)
+    return measured.report, measured.outputs
+
+
+def test_report_and_artifacts(bundle: Bundle, inputs: Any, tmp_path: Path) -> None:
+    report, outputs = run(HtpEmulatorTarget("Samsung Galaxy S23"), bundle, inputs, tmp_path)
+    assert (report.tier, report.device, report.soc) == ("htp_emulator", "Samsung Galaxy S23", "SM8550")
+    assert report.layers is not None
+    assert len(report.layers["NPU"]) > 2
+    assert (report.layers["CPU"], report.layers["GPU"], report.float_islands, report.fallen_back) == ([], [], [], {})
+    binary = tmp_path / "samsung-galaxy-s23" / report.artifacts["context_binary"]
+    assert binary.stat().st_size == report.bytes["compiled"] > 1000
+    context = onnx.load(tmp_path / "samsung-galaxy-s23" / report.artifacts["context"], load_external_data=False)
+    assert "EPContext" in {node.op_type for node in context.graph.node}
+    assert len(outputs) == 2
+    # what the emulator cannot know is not there
+    values = report.to_dict()
+    assert values["statement"].endswith("not measured on hardware")
+    assert not {"latency_us", "median_latency_us", "memory_bytes", "load_us", "speedup", "jobs"} & values.keys()
+
+
+def test_large_samples_are_taken_in_part(
+    bundle: Bundle, inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(htp_emulator, "_MOST_NUMBERS", inputs[0][next(iter(inputs[0]))].size)
+    _, outputs = run(HtpEmulatorTarget("SM8650"), bundle, inputs, tmp_path)
+    assert len(outputs) == 1
+
+
+def test_a_graph_without_fixed_shapes_is_no_npu_graph(inputs: Any, tmp_path: Path) -> None:
+    mine = export_bundle(calibrated(Body()), tmp_path / "net", [call(images(1))])
+    model = onnx.load(mine.qdq)
+    for value in model.graph.input:
+        for axis in value.type.tensor_type.shape.dim:
+            axis.dim_param = "unknown"
+    del model.graph.value_info[:]
+    for value in model.graph.output:
+        for axis in value.type.tensor_type.shape.dim:
+            axis.dim_param = "unknown"
+    onnx.save(model, mine.qdq)
+    with pytest.raises(DeviceError, match=r"No layer of net\.onnx was compiled for the NPU"):
+        HtpEmulatorTarget("SM8650").run(mine, inputs, tmp_path)
+
+
+@pytest.mark.parametrize("chip", ["SM0000", "57"])
+def test_a_chip_the_compiler_does_not_know(bundle: Bundle, inputs: Any, tmp_path: Path, chip: str) -> None:
+    target = HtpEmulatorTarget("SM8650")
+    target.soc = chip
+    with pytest.raises(DeviceError, match=r"compiled for chip number|No layer of"):
+        target.run(bundle, inputs, tmp_path)
+
+
+def test_an_error_while_running_is_not_retried_on_the_cpu(bundle: Bundle, inputs: Any, tmp_path: Path) -> None:
+    (name,) = bundle.manifest["input_names"]
+    wrong = [{name: inputs[0][name][..., :-1]}]
+    with pytest.raises(DeviceError, match="emulator failed in sample 0"):
+        HtpEmulatorTarget("SM8650").run(bundle, wrong, tmp_path)
+
+
+def test_limits_on_time_and_memory(bundle: Bundle, inputs: Any, tmp_path: Path) -> None:
+    with pytest.raises(DeviceTimeoutError, match=r"did not finish within 0\.01 s and was stopped"):
+        HtpEmulatorTarget("SM8650", timeout=0.01).run(bundle, inputs, tmp_path)
+    with pytest.raises(DeviceError, match=r"died with exit status|MemoryError|refused the network|bad_alloc"):
+        HtpEmulatorTarget("SM8650", memory_gb=0.3).run(bundle, inputs, tmp_path)
+
+
+def test_16_bit_activations_where_there_are_none(tmp_path: Path) -> None:
+    mine = export_bundle(calibrated(Body(), precision="w8a16"), tmp_path / "net", [call(images(1))])
+    with pytest.raises(ConfigurationError, match=r"Hexagon v68 of SM8350 has 8-bit ones only"):
+        HtpEmulatorTarget("Samsung Galaxy S21").check(mine)
+    HtpEmulatorTarget("Samsung Galaxy S22 5G").check(mine)
+
+
+def test_every_device_has_a_chip_that_the_compiler_knows() -> None:
+    assert HEXAGON.keys() == QNN_SOC_IDS.keys()
+    assert soc_of("samsung galaxy s24 ") == soc_of("sm8650") == "SM8650"
+    with pytest.raises(ConfigurationError, match=r"expected one of Samsung Galaxy S2.*or the name of a chip"):
+        soc_of("Samsung Galaxy S2")
+
+
+@pytest.fixture(scope="module", params=["ffnet_nano", "lraspp"])
+def trained(request: pytest.FixtureRequest, camvid: Path) -> tuple[str, SegmentationTask, CityscapesDataModule]:
+    """A network trained on photographs for long enough to have ranges worth quantizing."""
+    make: dict[str, Callable[[], nn.Module]] = {
+        "ffnet_nano": ffnet_nano,
+        "lraspp": lambda: lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=NUM_CLASSES),
+    }
+    data = CityscapesDataModule(camvid, batch_size=4, calibration_samples=16)
+    torch.manual_seed(0)
+    task = SegmentationTask(make[request.param](), learning_rate=3e-3)
+    trainer = Trainer(
+        max_epochs=1,
+        limit_train_batches=60,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    trainer.fit(task, datamodule=data)
+    return request.param, task, data
+
+
+@pytest.mark.parametrize("precision", list(FLOORS))
+def test_emulator_and_simulation_agree(trained: Any, trainer: MakeTrainer, tmp_path: Path, precision: str) -> None:
+    name, float_task, data = trained
+    task = SegmentationTask(copy.deepcopy(float_task.model))
+    export = lq.DeviceExport(
+        tmp_path, target="htp_emulator", device=CHIPS[0], samples=20, monitor="val_miou", name=name
+    )
+    quantization = lq.PostTrainingQuantization(precision, calibration_samples=16)
+    trainer(quantization, export, limit_val_batches=5).validate(task, datamodule=data, verbose=False)
+    assert export.bundle is not None
+    (report,) = export.reports
+    assert report.samples == 20
+    assert abs(report.metric["device"] - report.metric["simulation"]) <= 0.002
+    assert report.metric["float"] > 0.03
+    samples = Samples.read(device_folder(export.bundle) / "samples.npz")
+    few = Samples(samples.inputs[:1], samples.simulation[:1], samples.float_network and samples.float_network[:1])
+    for chip in CHIPS:
+        if chip != CHIPS[0]:
+            (measured,) = Push("htp_emulator", [chip], 600, {}).run(export.bundle, few)
+            report = measured.report
+        assert report.soc == chip
+        assert report.against_simulation is not None
+        assert report.against_simulation["psnr_db"] >= FLOORS[precision]
+        assert (report.float_islands, report.fallen_back) == ([], {})
+
+
+def test_ffnet_40s_has_no_float_islands(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = NetworkInputs((torch.rand(1, 3, 64, 128),))
+    network = calibrated(ffnet_40s(), inputs)
+    mine = export_bundle(network, tmp_path / "net", [inputs])
+    given = {mine.manifest["input_names"][0]: inputs.args[0].numpy()}
+    (measured,) = HtpEmulatorTarget("SM8650").run(mine, [given], tmp_path)
+    assert measured.report.float_islands == []
+    assert json.loads(json.dumps(measured.report.to_dict()))["float_islands"] == []
