@@ -358,8 +358,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             trainer.should_stop = True
 
     def _save(self, trainer: pl.Trainer) -> None:
-        if not self.best_model_path:
-            self.best_model_path = str(_folder(trainer) / "ladder" / "best.ckpt")
+        # below this run's folder, even if it resumed from another's: what that kept stays as it is
+        self.best_model_path = str(_folder(trainer) / "ladder" / "best.ckpt")
         trainer.save_checkpoint(self.best_model_path, weights_only=False)
 
     def _log(self, trainer: pl.Trainer, rung: RungResult) -> None:

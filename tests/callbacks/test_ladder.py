@@ -328,6 +328,22 @@ def test_a_fit_that_was_stopped_within_the_ladder_goes_on(
     assert_same_tensors(fresh.state_dict(), whole.state_dict())
 
 
+def test_what_a_run_resumes_from_stays_as_it_is(trainer: MakeTrainer, trained: SmallNet, tmp_path: Path) -> None:
+    first = qat(max_drop=-10.0)
+    fit(trainer, module_of(trained), first, max_epochs=0, default_root_dir=tmp_path / "first")
+    kept = Path(first.best_model_path).read_bytes()
+    for name in ("second", "third"):  # both train, and from the same network
+        callback = qat(max_drop=-10.0)
+        fit(
+            trainer, module_of(trained), callback,
+            ckpt_path=first.best_model_path, max_epochs=2, default_root_dir=tmp_path / name,
+        )  # fmt: skip
+        assert [rung.rung for rung in callback.result.rungs] == ["ptq", "qat"]
+        assert callback.result.rungs[-1].kept  # it improved, and so was written
+        assert callback.best_model_path == str(tmp_path / name / "ladder" / "best.ckpt")
+        assert Path(first.best_model_path).read_bytes() == kept
+
+
 def test_a_kill_in_a_rung_leaves_a_checkpoint_to_go_on_from(
     trainer: MakeTrainer, trained: SmallNet, tmp_path: Path
 ) -> None:
