@@ -65,9 +65,9 @@ class Push:
         """
         folder = device_folder(bundle)
         samples.write(folder / SAMPLES_NAME)
+        self._note(folder, self.target)
         target = self._choose()
-        request = {"target": target.tier, "devices": self.devices, "timeout": self.timeout, "options": self.options}
-        (folder / REQUEST_NAME).write_text(json.dumps(request, indent=2) + "\n")
+        self._note(folder, target.tier)  # what was begun at one target is not gone on with at another
         target.check(bundle)
         measured = target.run(bundle, samples.inputs, folder / target.tier)
         for one in measured:
@@ -75,6 +75,10 @@ class Push:
             one.report.bytes = {**bundle.manifest["bytes"], **one.report.bytes}
             one.write()
         return measured
+
+    def _note(self, folder: Path, target: str) -> None:
+        request = {"target": target, "devices": self.devices, "timeout": self.timeout, "options": self.options}
+        (folder / REQUEST_NAME).write_text(json.dumps(request, indent=2) + "\n")
 
     def _choose(self) -> Target:
         self.passed_over = {}

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from lightning_quant.deploy.targets.journal import Journal
 from lightning_quant.deploy.targets.target import folder_name
@@ -42,6 +43,10 @@ _HEXAGON_WITH_INT16 = 69
 
 class _Failed(Exception):
     """A job that the service says has failed."""
+
+
+class _Gone(DeviceError):
+    """What the journal knows is not at the service any more."""
 
 
 class _Service:
@@ -94,6 +99,8 @@ class _Service:
                     return found
                 return request()
             except UserError as error:
+                if "could not be found" in str(error):
+                    raise _Gone(f"AI Hub does not know {what} any more: {self._without_token(error)}") from None
                 raise DeviceError(f"AI Hub refused {what}: {self._without_token(error)}") from None
             except LightningQuantError:
                 raise
@@ -155,7 +162,6 @@ class _Push:
         for step in (_Run.submit_compile, _Run.submit_inference, _Run.collect):  # all queue before one is waited for
             for run in runs:
                 run.attempt(step)
-        self.journal.note("devices", names=self.job["devices"])
         results = []
         for name, runtime in pairs:
             mine = {run.variant: run for run in runs if (run.name, run.runtime) == (name, runtime)}
@@ -192,11 +198,12 @@ class _Push:
                     f"runtime={runtime!r} on {name}: it needs {framework}, the device offers "
                     f"{', '.join(offered) or 'nothing'}. Choose another runtime."
                 )
-        hexagon = next((int(one[9:]) for one in device.attributes if one.startswith("hexagon:v")), None)
-        if self.job["precision"].endswith("a16") and hexagon is not None and hexagon < _HEXAGON_WITH_INT16:
+        hexagon = next((int(one[9:]) for one in device.attributes if one.startswith("hexagon:v")), 0)
+        if self.job["precision"].endswith("a16") and hexagon < _HEXAGON_WITH_INT16:
+            chip = f"its Hexagon v{hexagon}" if hexagon else "its chip (no Hexagon NPU is named for it)"
             raise ConfigurationError(
-                f"{self.job['precision']} on {name}: expected an NPU with 16-bit activations, its Hexagon v{hexagon} "
-                "has 8-bit ones only. Use w8a8 or w4a8, or a newer device."
+                f"{self.job['precision']} on {name}: expected an NPU with 16-bit activations, {chip} has 8-bit ones at "
+                "most. Use w8a8 or w4a8, or a newer device."
             )
         return device
 
@@ -217,12 +224,11 @@ class _Push:
         def is_complete() -> bool:
             return service.api.get_model(service.config, identity).file_upload_complete
 
-        if not self.journal.entry(key).get("complete"):
+        with self._forgetting_what_is_gone(key):
             if not service.read("the uploaded model", is_complete):  # killed between its record and its last byte
                 service.read(
                     "uploading the model", lambda: service.api.upload_model(service.config, source["path"], identity)
                 )
-            self.journal.note(key, complete=True)
         return identity
 
     def upload_inputs(self, path: Path) -> str:
@@ -239,22 +245,31 @@ class _Push:
             )
             return found and found.dataset_id
 
-        if (known := self.journal.entry(key).get("id")) and self._is_gone(known):
+        if (known := self.journal.entry(key).get("id")) and self._is_expired(key, known):
             self.journal.begin_again(key)
         identity = self._make_once(key, "uploading the samples", upload, find)
 
         def is_complete() -> bool:
             return service.api.get_dataset(service.config, identity).file_upload_complete
 
-        if not self.journal.entry(key).get("complete"):
+        with self._forgetting_what_is_gone(key):
             if not service.read("the uploaded samples", is_complete):
                 service.read("uploading the samples", lambda: self._finish_dataset(identity, path))
-            self.journal.note(key, complete=True)
         return identity
 
-    def _is_gone(self, dataset_id: str) -> bool:
+    @contextlib.contextmanager
+    def _forgetting_what_is_gone(self, key: str) -> Iterator[None]:
+        """The next run makes anew what somebody deleted at the service."""
+        try:
+            yield
+        except _Gone as error:
+            self.journal.begin_again(key)
+            raise DeviceError(f"{error} Run again to make it anew.") from None
+
+    def _is_expired(self, key: str, dataset_id: str) -> bool:
         """Data sets expire after 30 days."""
-        dataset = self.service.read("the uploaded samples", lambda: self.service.client.get_dataset(dataset_id))
+        with self._forgetting_what_is_gone(key):
+            dataset = self.service.read("the uploaded samples", lambda: self.service.client.get_dataset(dataset_id))
         return dataset.is_expired()
 
     def _finish_dataset(self, identity: str, path: Path) -> None:
@@ -313,7 +328,8 @@ class _Push:
         """
         identity = self.journal.entry(key)["id"]
         client = self.service.client
-        job = self.service.read(what, lambda: client.get_job(identity))
+        with self._forgetting_what_is_gone(key):
+            job = self.service.read(what, lambda: client.get_job(identity))
         pause = 0.25
         while not (status := self.service.read(what, job.get_status)).finished:
             pause = min(2 * pause, self.job["poll_seconds"])
@@ -532,8 +548,15 @@ def _leaving_nothing(folder: Path) -> Iterator[None]:
 
 def work(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Push a bundle to its devices and bring back what came of it."""
-    with _leaving_nothing(folder):
-        return _Push(job, folder).run()
+    journal = Path(job["journal"])
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{journal}.lock", timeout=5), _leaving_nothing(folder):
+            return _Push(job, folder).run()
+    except Timeout:
+        raise DeviceError(
+            f"Another process is sending this bundle to AI Hub (it holds {journal}.lock): wait for it, then run again."
+        ) from None
 
 
 if __name__ == "__main__":

@@ -57,7 +57,9 @@ def work(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         try:
             outputs = session.run(None, feeds)
         except Exception as error:  # of classes of the library's own
-            raise DeviceError(f"The NPU's emulator failed in sample {index}: {type(error).__name__}: {error}") from error
+            raise DeviceError(
+                f"The NPU's emulator failed in sample {index}: {type(error).__name__}: {error}"
+            ) from error
         np.savez(folder / f"output-{index}.npz", **dict(zip(names, outputs, strict=True)))
     npu, fallen_back = _placement(folder)
     return {

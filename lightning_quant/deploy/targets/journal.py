@@ -45,9 +45,11 @@ class Journal:
         return dict(self._entries.get(key, {}))
 
     def note(self, key: str, **values: Any) -> None:
-        """Add values to an entry and write the file."""
-        self._entries[key] = {**self._entries.get(key, {}), **values}
-        self._write()
+        """Add values to an entry and write the file, if they are new."""
+        entry = {**self._entries.get(key, {}), **values}
+        if entry != self._entries.get(key):
+            self._entries[key] = entry
+            self._write()
 
     def begin_again(self, key: str) -> None:
         """Forget an entry whose job failed or vanished; the next attempt gets a name of its own."""

@@ -8,6 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def run_worker(module: str, job: dict[str, Any], folder: Path, timeout: float) -
     with (folder / LOG).open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", module, str(folder)],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # closes when this process ends, however it ends: see serve()
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # with all its children it can be killed
@@ -47,8 +49,8 @@ def run_worker(module: str, job: dict[str, Any], folder: Path, timeout: float) -
             status = process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise DeviceTimeoutError(
-                f"{module.rpartition('.')[2]} did not finish within {timeout:g} s and was stopped. Its log: "
-                f"{folder / LOG}. Give it more time or fewer samples."
+                f"{module.rpartition('.')[2]} did not finish within {timeout:g} s and was stopped. Give it more time "
+                f"or fewer samples. The end of its log:\n{_tail(folder / LOG)}"
             ) from None
         finally:
             if process.poll() is None:  # at the deadline, or the user pressed Ctrl+C
@@ -60,15 +62,24 @@ def run_worker(module: str, job: dict[str, Any], folder: Path, timeout: float) -
         raise kind(error["message"])
     if status != 0 or not (folder / RESULT).is_file():
         raise DeviceError(
-            f"{module.rpartition('.')[2]} died with exit status {status}{_signal_name(status)}. The end of its log "
-            f"({folder / LOG}):\n{_tail(folder / LOG)}"
+            f"{module.rpartition('.')[2]} died with exit status {status}{_signal_name(status)}. The end of its log:\n"
+            f"{_tail(folder / LOG)}"
         )
     result: dict[str, Any] = json.loads((folder / RESULT).read_text())
     return result
 
 
-def serve(work: Any) -> None:
-    """The worker's side: ``work(job, folder)`` returns the result; errors of this package reach the parent."""
+def serve(work: Callable[[dict[str, Any], Path], dict[str, Any]]) -> None:
+    """The worker's side: ``work(job, folder)`` returns the result; errors of this package reach the parent.
+
+    The worker ends with its parent: an orphan would go on uploading while the next run does the same.
+    """
+
+    def end_with_the_parent() -> None:
+        os.read(sys.stdin.fileno(), 1)
+        os._exit(1)
+
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
     folder = Path(sys.argv[1])
     try:
         result = work(json.loads((folder / JOB).read_text()), folder)
