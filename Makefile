@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo accuracy test check clean
+.PHONY: help install demo accuracy devices test check clean
 
 # Options of the benchmark, e.g. ACCURACY='--networks lraspp --longer 4'. See python -m benchmarks.accuracy --help.
 ACCURACY ?=
-# Photographs in the layout of Cityscapes for `make accuracy`.
+# Photographs in the layout of Cityscapes for `make accuracy` and `make devices`.
 CAMVID ?= ../shared/data/camvid
 
 help:  ## this list
@@ -21,7 +21,7 @@ install: $(INSTALLED)  ## set up .venv with the tested versions
 $(INSTALLED):
 	@echo "Installing into $(VENV) (about 4 minutes and 7 GB the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,datasets]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,datasets,qnn]'
 	rm -f $(VENV)/.installed-*
 	touch $@
 
@@ -31,6 +31,10 @@ demo: install  ## synthetic scenes → float training → the ladder at W8A8, W8
 accuracy: install  ## every rung of the ladder on four networks; goes on where it was stopped (hours on 2 cores)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.accuracy --camvid $(CAMVID) $(ACCURACY)
+
+devices: install  ## what the NPU's emulator makes of the four networks, compared with simulation and float
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,qnn]'
+	$(BIN)/python -m benchmarks.devices --camvid $(CAMVID)
 
 test: install  ## the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -38,8 +38,38 @@ def _job(config: DictConfig) -> None:
         summary.failures.append(str(error))
 
 
+def _resume(folder: Path) -> None:
+    """Fetch what became of the bundles below a folder whose jobs were queued or interrupted."""
+    from lightning_quant.deploy.push import REQUEST_NAME, Measured, resume
+    from lightning_quant.report.record import RECORD_NAME, RunRecord
+
+    requests = sorted(folder.rglob(REQUEST_NAME))
+    if not requests:
+        log.error("Nothing below %s was sent to a device: expected the folder of a run or of a bundle.", folder)
+        summary.failures.append(str(folder))
+    for request in requests:
+        bundle = request.parent.with_suffix("")  # <name>.device beside <name>
+        try:
+            found: list[Measured] = resume(bundle)
+        except LightningQuantError as error:
+            log.error("%s: %s: %s", bundle, type(error).__name__, error)
+            summary.failures.append(str(error))
+            continue
+        for one in found:
+            print(f"{bundle.name}: {one.report.sentence()}")
+        run = bundle.parent.parent
+        if (run / RECORD_NAME).is_file():
+            record = RunRecord.read(run / RECORD_NAME)
+            record.device = [one.report.to_dict() for one in found]
+            record.write(run)
+
+
 def main() -> None:
     """Run the app; the exit status is 1 if a run failed."""
+    if sys.argv[1:2] == ["resume"]:
+        logging.basicConfig(format="%(message)s")
+        _resume(Path(sys.argv[2] if len(sys.argv) > 2 else "."))
+        sys.exit(1 if summary.failures else 0)
     if "sensitivity" in sys.argv[1:]:  # a word of its own is no override to Hydra
         sys.argv[sys.argv.index("sensitivity", 1)] = "job=sensitivity"
     _job()

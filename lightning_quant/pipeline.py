@@ -28,6 +28,7 @@ from lightning_quant.callbacks.data import InputCatcher, calibration_inputs, cal
 from lightning_quant.callbacks.device_export import DeviceExport
 from lightning_quant.callbacks.post_training import PostTrainingQuantization
 from lightning_quant.callbacks.training import QuantizationAwareTraining
+from lightning_quant.deploy.push import device_folder
 from lightning_quant.errors import CheckpointError, ConfigurationError, DataError, LightningQuantError
 from lightning_quant.precision import Precision
 from lightning_quant.report.record import RECORD_NAME, RunRecord, config_hash
@@ -151,6 +152,7 @@ class _Run:
 
     def execute(self) -> None:
         callback = self.quantization()  # wrong arguments are told first, wrong data next
+        self.device_export("checked")
         with self.stage("data"):
             self.data.prepare_data()
             self.data.setup("fit")
@@ -306,18 +308,32 @@ class _Run:
 
     def export(self, quantized: pl.LightningModule) -> None:
         name = f"{self.record.model}_{self.record.precision}"
-        export: DeviceExport = instantiate(self.config.target, dirpath=str(self.folder / "export"), name=name)
+        export = self.device_export(name)
         callback = PostTrainingQuantization(**self.quantizer())  # finds the network quantized already
-        trainer = self.trainer(callback, export, enable_progress_bar=False, logger=False, limit_val_batches=1)
-        trainer.validate(quantized, datamodule=self.data, verbose=False)
-        assert export.bundle is not None
-        checkpoint = self.folder / f"{name}.ckpt"
-        trainer.save_checkpoint(checkpoint, weights_only=True)
-        manifest = export.bundle.manifest
-        self.record.bytes = manifest["bytes"]
-        self.record.parity = manifest["parity"]
-        self.record.artifacts["bundle"] = str(export.bundle.path.relative_to(self.folder))
-        self.record.artifacts["checkpoint"] = checkpoint.name
+        logger = self.logger("device")
+        trainer = self.trainer(callback, export, enable_progress_bar=False, logger=logger, limit_val_batches=1)
+        try:
+            trainer.validate(quantized, datamodule=self.data, verbose=False)
+        finally:  # of a network that falls below a bound, too, everything made is kept
+            if export.bundle is not None:
+                checkpoint = self.folder / f"{name}.ckpt"
+                trainer.save_checkpoint(checkpoint, weights_only=True)
+                manifest = export.bundle.manifest
+                self.record.bytes = manifest["bytes"]
+                self.record.parity = manifest["parity"]
+                self.record.artifacts["bundle"] = str(export.bundle.path.relative_to(self.folder))
+                self.record.artifacts["checkpoint"] = checkpoint.name
+                self.record.device = [report.to_dict() for report in export.reports]
+                if export.reports:
+                    self.record.artifacts["device"] = str(device_folder(export.bundle).relative_to(self.folder))
+
+    def device_export(self, name: str) -> DeviceExport:
+        """The configured target, for a bundle of this name."""
+        folder, config = str(self.folder / "export"), self.config
+        export: DeviceExport = instantiate(
+            config.target, dirpath=folder, name=name, monitor=config.monitor, mode=config.mode, _convert_="all"
+        )
+        return export
 
     def draw(self, float_task: pl.LightningModule, quantized: pl.LightningModule) -> None:
         """Float and quantized predictions of the first validation images, side by side, as PNG."""

@@ -75,12 +75,18 @@ def test_a_sweep_ends_with_one_table_and_every_artifact(sweep: tuple[Path, str])
         assert (path.parent / record.artifacts["checkpoint"]).is_file()
         assert [file.name for file in (path.parent / "overlays").iterdir()] == ["overlay_0000.png"]
         assert record.bytes["quantized"] < record.bytes["float"] / 2
+        (device,) = record.device
+        assert device["tier"] in ("htp_emulator", "onnxruntime")
+        assert device["metric"].keys() == {"float", "simulation", "device"}
+        assert (path.parent / record.artifacts["device"] / "request.json").is_file()
     with (folder / "multirun/tried/summary.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["precision"] for row in rows] == ["w8a8", "w4a16"]
     assert all(row["miou float"] and row["miou PTQ"] and row["miou exported"] and row["drop"] for row in rows)
     markdown = (folder / "multirun/tried/summary.md").read_text().splitlines()
-    assert len([line for line in markdown if line]) == 4 + 2 + 2 * 2  # two runs, and the two rungs of each
+    # three tables with their heads: of two runs, of the device of each, and of the two rungs of each
+    assert len([line for line in markdown if line.startswith("|")]) == 3 * 2 + 2 + 2 + 2 * 2
+    assert "On the device" in output
     assert markdown[0].count("|") == len(COLUMNS) + 1
     assert "summary.md" in output
     for path in runs:  # the place of every artifact

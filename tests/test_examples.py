@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,3 +17,16 @@ def test_the_example_learns_and_exports(tmp_path: Path) -> None:
     accuracy = float(done.stdout.strip().splitlines()[-1].rpartition(":")[2])
     assert accuracy > 0.8
     assert (tmp_path / "export/classifier/classifier.aimet/model.encodings").is_file()
+
+
+def test_the_push_ends_on_the_best_target_that_is_there(tmp_path: Path) -> None:
+    example = EXAMPLES / "push_to_ai_hub.py"
+    environment = {**os.environ, "QAIHUB_CLIENT_INI": str(tmp_path / "none.ini")}  # not on anybody's account
+    done = subprocess.run(
+        [sys.executable, str(example)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    report = json.loads(done.stdout[done.stdout.index("\n{\n") :])
+    assert report["tier"] in ("htp_emulator", "onnxruntime")
+    assert report["against_float"]["psnr_db"] > 25
+    assert report["metric"].keys() == {"float", "simulation", "device"}
+    assert (tmp_path / "export/ffnet_nano/ffnet_nano.onnx").is_file()

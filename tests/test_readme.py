@@ -78,7 +78,7 @@ def test_readme_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data = SyntheticScenesDataModule("scenes", train=16, val=8, height=64, width=128, calibration_samples=8)
     names = {"module": MyModule(), "data": data}
-    first, second, third = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    first, second, third, fourth = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(first, names)
     trainer = names["trainer"]
     assert isinstance(trainer, pl.Trainer)
@@ -89,3 +89,7 @@ def test_readme_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names["float_module"] = MyModule()
     exec(third, names)
     assert names["quantization"].result.best is not None  # type: ignore[attr-defined]
+    names["float_module"] = MyModule()
+    exec(fourth, names)
+    (report,) = names["export"].reports  # type: ignore[attr-defined]
+    assert report.metric.keys() == {"float", "simulation", "device"}

@@ -55,7 +55,7 @@ class DeviceExport(Callback):
         samples: how many samples (not batches) to compare on: the stage's own validation data if there is any.
         name: name of the bundle. Default: class of the network and precision, e.g. ``FFNet-w8a8``.
         monitor: name of the validation metric to compute from the device's outputs, on the same samples. Default:
-            that of ``QuantizationAwareTraining`` if it has a bound on it.
+            that of ``QuantizationAwareTraining`` if it has a bound on it. Not under DDP.
         mode: ``"max"`` or ``"min"``, whichever is better of ``monitor``.
         runtime: what AI Hub compiles to, or several: ``qnn_dlc``, ``qnn_context_binary``, ``tflite``, ``onnx``,
             ``precompiled_qnn_onnx``.
@@ -219,13 +219,16 @@ class DeviceExport(Callback):
         self.passed_over = self.push.passed_over
         if self.passed_over:
             say("No better target: " + "; ".join(self.passed_over.values()) + ".")
-        monitor = self.monitor or self._bounded_metric(trainer)
+        # with several processes its metric would wait for the others, which validate nothing now
+        monitor = (self.monitor or self._bounded_metric(trainer)) if trainer.world_size == 1 else None
         self.reports = [one.report for one in measured]
         for one in measured:
             if monitor and one.outputs and batches:
                 one.report.metric = metrics_of(pl_module, name, network, monitor, batches, one.outputs)
                 one.write()
             say(one.report.sentence())
+            for logger in trainer.loggers:
+                logger.log_metrics(one.report.scalars(), step=trainer.global_step)
         check_bounds(self.reports, self.min_psnr, self.max_metric_drop, self.mode)
 
     def _bounded_metric(self, trainer: pl.Trainer) -> str | None:

@@ -109,6 +109,20 @@ class DeviceReport:
                 parts.append(f"{'equal to' if psnr is None else f'{psnr:.1f} dB against'} {name}")
         return f"{where}: {'; '.join(parts)}. {TIERS[self.tier][:1].upper()}{TIERS[self.tier][1:]}."
 
+    def scalars(self) -> dict[str, float]:
+        """The figures by which runs are compared, for a logger; what is unknown is left out."""
+        values: dict[str, float | None] = {
+            "latency_ms": None if self.median_latency_us is None else self.median_latency_us / 1000,
+            "speedup": self.speedup,
+            "peak_memory_mb": None if self.memory_bytes is None else self.memory_bytes[-1] / 2**20,
+            "psnr_db_against_float": (self.against_float or {}).get("psnr_db"),
+            "psnr_db_against_simulation": (self.against_simulation or {}).get("psnr_db"),
+            **{f"layers_{unit}": float(len(names)) for unit, names in (self.layers or {}).items()},
+            **{f"metric_{what}": value for what, value in self.metric.items()},
+        }
+        prefix = f"device/{self.tier}/{self.device}"
+        return {f"{prefix}/{name}": float(value) for name, value in values.items() if value is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values; what is unknown is left out."""
         values = {name: value for name, value in dataclasses.asdict(self).items() if value not in (None, {}, [])}

@@ -34,6 +34,7 @@ class RunRecord:
         seconds: wall time of each stage.
         bytes: size of the ``float`` and the ``quantized`` ONNX file.
         parity: agreement of the exported file with the simulation, and the tier it was run on.
+        device: what each device reported, see :class:`~lightning_quant.deploy.device_report.DeviceReport`.
         per_class_iou: intersection over union by class, of ``float`` and of what was exported.
         artifacts: where things are, relative to the record.
         error: the message, if it failed.
@@ -54,6 +55,7 @@ class RunRecord:
     ladder: dict[str, Any] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
+    device: list[dict[str, Any]] = field(default_factory=list)
     per_class_iou: dict[str, dict[str, float]] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
     error: str | None = None

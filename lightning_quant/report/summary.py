@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_quant.errors import DataError
 from lightning_quant.ladder import RungResult
+from lightning_quant.report.devices import device_notes, device_table
 from lightning_quant.report.record import RECORD_NAME, RunRecord
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,13 @@ def write_summary(records: Sequence[RunRecord], folder: str | Path) -> tuple[Pat
     folder = Path(folder)
     path = folder / "summary.md"
     rung_header, rung_rows = rung_table(records)
-    path.write_text(_markdown(header, rows) + ("\n" + _markdown(rung_header, rung_rows) if rung_rows else ""))
+    parts = [_markdown(header, rows)]
+    device_header, device_rows = device_table(records)
+    if device_rows:
+        parts += [_markdown(device_header, device_rows), "".join(f"- {note}\n" for note in device_notes(records))]
+    if rung_rows:
+        parts.append(_markdown(rung_header, rung_rows))
+    path.write_text("\n".join(parts))
     with (folder / "summary.csv").open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     return path, folder / "summary.csv"
@@ -103,15 +110,18 @@ def print_summary(records: Sequence[RunRecord], title: str) -> None:
     rungs = rung_table(records)
     what = rungs[0].index("what it changed")  # long, and in summary.md
     rungs = rungs[0][:what], [row[:what] for row in rungs[1]]
-    for heading, (header, rows) in {title: table(records), "Rungs of the accuracy ladder": rungs}.items():
+    tables = {title: table(records), "Rungs of the accuracy ladder": rungs, "On the device": device_table(records)}
+    for heading, (header, rows) in tables.items():
         view = Table(title=heading, title_justify="left")
         for index, name in enumerate(header):
-            text = index < 2 or name in ("rung", "kept")
+            text = index < 2 or name in ("rung", "kept", "device", "tier", "runtime", "Pareto")
             view.add_column(name, justify="left" if text else "right", overflow="fold")
         for row in rows:
             view.add_row(*row)
         if rows:
             console.print(view)
+    for note in device_notes(records):
+        console.print(f"  {note}", markup=False, highlight=False)
 
 
 def print_artifacts(record: RunRecord, folder: Path) -> None:

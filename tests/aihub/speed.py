@@ -18,7 +18,7 @@ from qai_hub.util import session
 
 @contextmanager
 def speed_up(
-    *, retries: int = 6, timeout: float = 5.0, poll: float = 0.125, longest_sleep: float = 0.125
+    *, retries: int = 6, timeout: float = 5.0, poll: float = 2**-5, longest_sleep: float = 0.125
 ) -> Iterator[None]:
     """Shorten the delays between the client's retries, and keep the machine's settings from it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -119,6 +120,7 @@ def test_own_hardware_config(trainer: MakeTrainer, tmp_path: Path) -> None:
 
 def test_manifest_says_how_it_was_quantized(checkpoint: tuple[Path, SmallModule]) -> None:
     manifest = lq.read_manifest(checkpoint[0])
+    assert re.fullmatch(r"[0-9a-f]{64}", manifest.pop("float_sha256"))
     assert manifest == {
         "lightning_quant": version("lightning-quant"),
         "format_version": 1,

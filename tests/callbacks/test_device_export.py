@@ -11,12 +11,16 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
 
 import lightning_quant as lq
 from lightning_quant.deploy.bundle import load_bundle
-from lightning_quant.errors import ConfigurationError, ParityError
-from tests.small import SmallModule, assert_same_tensors, small_data, small_loader
+from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.targets.htp_emulator import HtpEmulatorTarget
+from lightning_quant.errors import ConfigurationError, DeviceBoundError, ParityError
+from lightning_quant.simulation.network import QuantizedNetwork
+from tests.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -29,7 +33,7 @@ def files_below(path: Path) -> set[str]:
 def test_bundle_of_each_stage(trainer: MakeTrainer, tmp_path: Path, stage: str) -> None:
     module = SmallModule()
     quantizer = lq.PostTrainingQuantization("w8a8", calibration_dataloader=small_loader())
-    export = lq.DeviceExport(tmp_path / "out", name="net")
+    export = lq.DeviceExport(tmp_path / "out", target=None, name="net")
     one = trainer(quantizer, export)
     if stage == "fit":
         one.fit(module, small_loader(), small_loader())
@@ -114,7 +118,7 @@ def test_export_changes_nothing_in_the_module(trainer: MakeTrainer, tmp_path: Pa
 
 
 def test_earlier_bundle_is_replaced(trainer: MakeTrainer, tmp_path: Path) -> None:
-    export = lq.DeviceExport(tmp_path, name="net")
+    export = lq.DeviceExport(tmp_path, target=None, name="net")
     callback = lq.QuantizationAwareTraining()
     module = SmallModule()
     for epochs in (1, 2):
@@ -157,7 +161,11 @@ def test_listed_before_the_quantization_callback(trainer: MakeTrainer, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target": "iphone"}, r"Unknown target 'iphone': expected one of auto, onnxruntime"),
+        ({"on_failure": "cry"}, r"on_failure='cry': expected one of warn, raise"),
+        ({"mode": "best"}, r"mode='best': expected max or min"),
+        ({"target": "htp_emulator", "device": "Nokia 3310"}, r"No chip known for device 'Nokia 3310'"),
+        ({"target": "aihub", "runtime": "coreml"}, r"Unknown runtime 'coreml'"),
+        ({"target": "iphone"}, r"Unknown target 'iphone': expected one of auto, aihub, htp_emulator, onnxruntime"),
         ({"samples": 0}, r"samples=0: expected a whole number of at least 1"),
         ({"name": "../net"}, r"name='\.\./net': expected a plain file name"),
         ({"name": ""}, r"name='': expected a plain file name"),
@@ -179,3 +187,58 @@ def test_files_that_compute_something_else_are_not_kept(
             SmallModule(), small_loader()
         )
     assert files_below(tmp_path / "out") == set()
+
+
+def test_by_default_the_best_target_that_is_there(
+    trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QAIHUB_CLIENT_INI", str(tmp_path / "none.ini"))
+    monkeypatch.setattr(HtpEmulatorTarget, "unavailable", lambda self: "the NPU emulator is not installed")
+    export = lq.DeviceExport(tmp_path / "out", name="net", monitor="val_loss", mode="min", samples=5)
+    module = SmallModule()
+    quantizer = lq.PostTrainingQuantization("w8a8", calibration_dataloader=small_loader())
+    trainer(quantizer, export).validate(module, small_loader(batch_size=4), verbose=False)
+    (report,) = export.reports
+    assert list(export.passed_over) == ["aihub", "htp_emulator"]
+    assert "no AI Hub token" in export.passed_over["aihub"]
+    assert (report.tier, report.device, report.samples) == ("onnxruntime", "host CPU", 5)
+    assert report.metric.keys() == {"float", "simulation", "device"}
+    # the metric is that of the user's validation on the first five samples, of each network
+    images, labels = small_data()[:5]
+    expected = F.cross_entropy(module.quantized.eval()(images), labels)
+    assert report.metric["simulation"] == pytest.approx(float(expected), rel=1e-5)
+    assert report.metric["float"] == pytest.approx(float(F.cross_entropy(small_net().eval()(images), labels)), rel=1e-5)
+    assert report.metric["device"] == pytest.approx(report.metric["simulation"], rel=0.02)
+    assert DeviceReport.read(tmp_path / "out/net.device/onnxruntime/report.json") == report
+    assert report.against_float is not None
+    # the module is as it was: with its Trainer, on its device, in its mode
+    assert isinstance(module.model, QuantizedNetwork)
+
+
+def test_without_the_float_network_nothing_is_compared_with_it(trainer: MakeTrainer, tmp_path: Path) -> None:
+    one = trainer(lq.PostTrainingQuantization("w8a8"))
+    one.fit(SmallModule(), small_loader())
+    one.save_checkpoint(tmp_path / "last.ckpt")
+    module = lq.load_quantized(SmallModule, tmp_path / "last.ckpt")
+    export = lq.DeviceExport(tmp_path / "out", target="onnxruntime", monitor="val_loss", mode="min")
+    trainer(export).validate(module, small_loader(), verbose=False)
+    (report,) = export.reports
+    assert report.against_float is None
+    assert report.against_simulation is not None
+    assert report.metric.keys() == {"simulation", "device"}
+
+
+def test_a_metric_that_is_not_there_costs_only_itself(trainer: MakeTrainer, tmp_path: Path) -> None:
+    export = lq.DeviceExport(tmp_path / "out", target="onnxruntime", monitor="val_wrong")
+    trainer(lq.PostTrainingQuantization("w8a8"), export).fit(SmallModule(), small_loader(), small_loader())
+    (report,) = export.reports
+    assert report.metric == {}
+    assert report.against_float is not None
+
+
+def test_a_bound_that_is_not_kept_fails_the_run_and_keeps_the_files(trainer: MakeTrainer, tmp_path: Path) -> None:
+    export = lq.DeviceExport(tmp_path / "out", target="onnxruntime", name="net", min_psnr=200.0)
+    with pytest.raises(DeviceBoundError, match=r"expected min_psnr=200 dB"):
+        trainer(lq.PostTrainingQuantization("w8a8"), export).fit(SmallModule(), small_loader(), small_loader())
+    assert load_bundle(tmp_path / "out/net").manifest["name"] == "net"
+    assert (tmp_path / "out/net.device/onnxruntime/report.json").is_file()

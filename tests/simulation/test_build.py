@@ -350,3 +350,40 @@ def testrelative_difference() -> None:
     assert relative_difference(torch.zeros(2), torch.zeros(2)) == 0
     with pytest.raises(ValueError, match="zip"):
         relative_difference((a, a), (a,))
+
+
+class _Resizing(nn.Module):
+    """Nearest and bilinear, to the size of another tensor and by a factor; two of them into a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Conv2d(3, 4, 3, stride=stride, padding=1) for stride in (1, 2, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, two, three = self.one(x), self.two(x), self.three(x).relu()
+        two = nn.functional.interpolate(two, size=one.shape[-2:], mode="nearest")
+        three = nn.functional.interpolate(three, scale_factor=2.0, mode="bilinear")
+        three = nn.functional.interpolate(three, size=one.shape[-2:], mode="bilinear")
+        return torch.cat([one, two], 1).sum(1, keepdim=True) + three
+
+
+def test_both_sides_of_a_resize_have_one_range() -> None:
+    network = calibrated(_Resizing(), call(images(4)))
+    modules = dict(network.network.named_modules())
+    resizes = [module for module in modules.values() if type(module).__name__ == "QuantizedInterpolate"]
+    assert len(resizes) == 3
+    nearest, first, second = (resize.output_quantizers[0] for resize in resizes)
+    assert modules["two"].output_quantizers[0] is nearest is modules["one"].output_quantizers[0]  # by the concatenation
+    assert first is second  # of a resize of a resize
+    # the tensor whose shape gives the size is none of a bilinear resize's business
+    assert second is not modules["one"].output_quantizers[0]
+    relu = next(module for module in modules.values() if type(module).__name__ == "QuantizedReLU")
+    assert relu.output_quantizers[0] is second
+
+
+def test_without_a_hardware_config_of_the_npu_ranges_are_not_tied() -> None:
+    network = calibrated(_Resizing(), call(images(4)), hardware="default")
+    modules = dict(network.network.named_modules())
+    resize = [module for module in modules.values() if type(module).__name__ == "QuantizedInterpolate"][-1]
+    relu = next(module for module in modules.values() if type(module).__name__ == "QuantizedReLU")
+    assert relu.output_quantizers[0] is not resize.output_quantizers[0]

@@ -372,7 +372,8 @@ class _Run:
         names = ",".join(self.push.job["output_names"])
         options = [f"--target_runtime {self.runtime}", f"--output_names {names}"]
         if self.variant == "quantized":
-            options.append("--quantize_io" + (" --quantize_io_type uint8" if self.runtime == "tflite" else ""))
+            as_bytes = self.runtime == "tflite" and self.push.job["precision"].endswith("a8")
+            options.append("--quantize_io" + (" --quantize_io_type uint8" if as_bytes else ""))
         return " ".join([*options, self.push.job["options"]]).strip()
 
     def attempt(self, step: Callable[[_Run], None]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +34,7 @@ from lightning_quant.errors import (
     DeviceUnavailableError,
     LightningQuantError,
 )
+from lightning_quant.report.record import RunRecord
 from lightning_quant.simulation.calibrate import calibrate
 from tests.aihub import faults
 from tests.aihub.standin import StandIn
@@ -179,6 +182,26 @@ def test_submit_now_and_fetch_later(hub: StandIn, exported: Any) -> None:
     (one,) = resume(exported[0].path)
     assert one.report.status == "finished"
     assert hub.duplicates() == []
+
+
+def test_the_command_line_fetches_what_was_queued(hub: StandIn, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    exported = samples_and_bundle(run / "export" / "net")
+    hub.hold()
+    push(exported, wait=False)
+    record = RunRecord("finished", "net", "scenes", "w8a8", "0", metric={"float": 0.7, "ptq": 0.69}, exported="ptq")
+    record.write(run)
+    hub.release()
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_quant", "resume", str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert "net: w8a8 on Samsung Galaxy S24 (aihub): 0.42 ms" in done.stdout
+    (values,) = RunRecord.read(run / "results.json").device
+    assert values["median_latency_us"] == 416
+    nothing = subprocess.run(
+        [sys.executable, "-m", "lightning_quant", "resume", str(hub._store.folder)], capture_output=True, text=True
+    )
+    assert (nothing.returncode, "was sent to a device" in nothing.stderr) == (1, True)
 
 
 def test_resume_says_what_is_missing(exported: Any, tmp_path: Path) -> None:
