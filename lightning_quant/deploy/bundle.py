@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lightning_quant.deploy import audit, parity
+from lightning_quant.deploy.biases import rescale_biases
 from lightning_quant.errors import CalibrationError, ExportError
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
@@ -158,6 +159,9 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
             dynamo=False,
             **names,
         )
+        quantized = onnx.load(qdq)
+        if rescale_biases(quantized):
+            onnx.save(quantized, qdq)
         # tracing leaves the quantizers' own constants behind, used by nothing
         model = onnx.load(float_onnx)
         _remove_dangling_nodes_and_initializers(model)

@@ -217,7 +217,7 @@ def test_by_default_the_best_target_that_is_there(
 
 def test_without_the_float_network_nothing_is_compared_with_it(trainer: MakeTrainer, tmp_path: Path) -> None:
     one = trainer(lq.PostTrainingQuantization("w8a8"))
-    one.fit(SmallModule(), small_loader())
+    one.fit(SmallModule(small_net(3)), small_loader())  # other weights than those the class begins with
     one.save_checkpoint(tmp_path / "last.ckpt")
     module = lq.load_quantized(SmallModule, tmp_path / "last.ckpt")
     export = lq.DeviceExport(tmp_path / "out", target="onnxruntime", monitor="val_loss", mode="min")
