@@ -277,6 +277,8 @@ ROWS: dict[str, tuple[faults.Fault, str, int | None, tuple[type[LightningQuantEr
     "hung GET": (faults.hang(), faults.DEVICES, None, (DeviceUnavailableError,)),
     "hung POST": (faults.hang(), faults.CREATE_COMPILE_JOB, None, (DeviceUnavailableError,)),
     "upload cut once": (faults.cut(), faults.UPLOAD_MODEL, 1, FINISHED),
+    "upload stalled once": (faults.hang(), faults.UPLOAD_MODEL, 1, FINISHED),
+    "storage answers late": (faults.late(2), faults.UPLOAD_MODEL, 1, FINISHED),
     "storage refuses": (faults.answer(403), faults.UPLOAD_MODEL, None, (DeviceError,)),
     "no ETag": (faults.no_etag(), faults.UPLOAD_MODEL, 1, FINISHED),
     "download truncated": (faults.truncate(), faults.DOWNLOAD_MODEL, None, (DeviceUnavailableError,)),
