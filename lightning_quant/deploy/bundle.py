@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from lightning_quant.deploy import audit, parity
-from lightning_quant.deploy.biases import rescale_biases
+from lightning_quant.deploy.biases import rescale_biases, update_encodings
 from lightning_quant.errors import CalibrationError, ExportError
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
@@ -160,13 +160,18 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
             **names,
         )
         quantized = onnx.load(qdq)
-        if rescale_biases(quantized):
-            onnx.save(quantized, qdq)
+        parameters = network.sim.model.named_parameters()
+        biases = {name: value.detach().numpy() for name, value in parameters if name.endswith("bias")}
+        coarser = rescale_biases(quantized, biases)
+        onnx.save(quantized, qdq)
         # tracing leaves the quantizers' own constants behind, used by nothing
         model = onnx.load(float_onnx)
         _remove_dangling_nodes_and_initializers(model)
         onnx.save(model, float_onnx)
     encodings = json.loads(encodings_file.read_text())
+    if coarser:
+        update_encodings(encodings, coarser)
+        encodings_file.write_text(json.dumps(encodings, indent=2) + "\n")
     encoded = [e["name"] for part in ("activation_encodings", "param_encodings") for e in encodings[part]]
     reasons, missing = audit.unexplained(model, encoded, network.findings)
     if missing:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -67,14 +69,52 @@ def test_scale_of_a_bias_is_that_of_input_times_weight(
     assert len(scales(fixed)) == 2
     for of_input, of_weight, of_bias in scales(fixed):
         np.testing.assert_allclose(of_bias, of_input * of_weight, rtol=1e-6)
-    monkeypatch.setattr(module, "rescale_biases", lambda model: [])
+    monkeypatch.setattr(module, "rescale_biases", lambda model, biases: {})
     plain = onnx.load(export_bundle(padded, tmp_path / "plain", SAMPLES).qdq)
     assert any(not np.allclose(b, i * w, rtol=1e-3) for i, w, b in scales(plain))  # else there is nothing to do here
     for (of_input, of_weight, _), mine, theirs in zip(scales(fixed), biases(fixed), biases(plain), strict=True):
         assert np.abs(mine - theirs).max() <= (of_input * of_weight).max() / 2 * 1.001
-    assert len(rescale_biases(plain)) == 2
-    assert rescale_biases(plain) == []
+    floats = {name: value.detach().numpy() for name, value in padded.sim.model.named_parameters()}
+    assert rescale_biases(plain, floats) == {}  # no weight needed another scale
     assert plain.SerializeToString() == fixed.SerializeToString()
+
+
+@pytest.fixture
+def dead() -> QuantizedNetwork:
+    """A network with channels of all but zero weights, as training with weight decay leaves them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    with torch.no_grad():
+        for channel, bias in ((1, -5.5), (2, 3.0)):
+            network[0].weight[channel] = 1e-12
+            network[0].bias[channel] = bias
+    return calibrated(network, call(images(8)))
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w4a16"])
+def test_a_bias_that_overflows_gets_room(dead: QuantizedNetwork, tmp_path: Path, precision: str) -> None:
+    if precision != "w8a8":
+        dead = calibrated(nn.Sequential(*copy.deepcopy(dead.float_network)), call(images(8)), precision=precision)  # type: ignore[arg-type]
+    bundle = export_bundle(dead, tmp_path / "net", SAMPLES)
+    model = onnx.load(bundle.qdq)
+    values = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
+    (first, *_) = [name for name in values if name.endswith("bias_q")]
+    assert np.abs(values[first].astype(np.int64)).max() <= 2**30
+    for of_input, of_weight, of_bias in scales(model):
+        np.testing.assert_allclose(of_bias, of_input * of_weight, rtol=1e-6)
+    (scale, *_) = [values[name] for name in values if name.endswith("weight_scale")]
+    encodings = json.loads((bundle.aimet / "model.encodings").read_text())["param_encodings"]
+    (entry,) = [entry for entry in encodings if entry["name"] + "_q" == first.replace("bias", "weight")]
+    np.testing.assert_allclose(entry["scale"], scale, rtol=1e-6)
+
+
+@pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+def test_the_npu_does_not_overflow(dead: QuantizedNetwork, tmp_path: Path) -> None:
+    bundle = export_bundle(dead, tmp_path / "net", SAMPLES)
+    (measured,) = Push("htp_emulator", ["SM8650"], 60, {}).run(bundle, Samples.of(dead, bundle.manifest, SAMPLES))
+    assert measured.report.against_simulation is not None
+    assert (measured.report.against_simulation["psnr_db"] or 99) > 45
 
 
 @pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
