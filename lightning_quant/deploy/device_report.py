@@ -22,6 +22,9 @@ TIERS = {
     "onnxruntime": "computed by ONNX Runtime on the host's CPU; says nothing about a phone's speed",
 }
 
+# PSNR in dB above which a quantized network's outputs are typically considered good (AI Hub's own rule of thumb).
+GOOD_PSNR = 30.0
+
 
 @dataclass
 class DeviceReport:

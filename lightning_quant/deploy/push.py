@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_quant.deploy import parity
 from lightning_quant.deploy.bundle import Bundle, load_bundle
-from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.device_report import GOOD_PSNR, DeviceReport
 from lightning_quant.deploy.samples import Samples, Tensors
 from lightning_quant.deploy.targets.aihub import AiHubTarget
 from lightning_quant.deploy.targets.htp_emulator import HtpEmulatorTarget
@@ -22,9 +22,6 @@ REQUEST_NAME = "request.json"
 
 # Best first: what target="auto" tries.
 TARGETS = ("aihub", "htp_emulator", "onnxruntime")
-
-# PSNR in dB above which a quantized network's outputs are typically considered good (AI Hub's own rule of thumb).
-GOOD_PSNR = 30.0
 
 
 class Push:

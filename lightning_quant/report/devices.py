@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_quant.deploy.device_report import DeviceReport
-from lightning_quant.deploy.push import GOOD_PSNR
+from lightning_quant.deploy.device_report import GOOD_PSNR, DeviceReport
 from lightning_quant.report.record import RunRecord
 
 

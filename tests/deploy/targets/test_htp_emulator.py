@@ -119,7 +119,7 @@ def test_an_error_while_running_is_not_retried_on_the_cpu(bundle: Bundle, inputs
 def test_limits_on_time_and_memory(bundle: Bundle, inputs: Any, tmp_path: Path) -> None:
     with pytest.raises(DeviceTimeoutError, match=r"did not finish within 0\.01 s and was stopped"):
         HtpEmulatorTarget("SM8650", timeout=0.01).run(bundle, inputs, tmp_path)
-    with pytest.raises(DeviceError, match=r"died with exit status|MemoryError|refused the network|bad_alloc"):
+    with pytest.raises(DeviceError, match=r"died with exit status|refused the network|No layer of net\.onnx"):
         HtpEmulatorTarget("SM8650", memory_gb=0.3).run(bundle, inputs, tmp_path)
 
 
