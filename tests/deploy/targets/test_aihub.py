@@ -75,7 +75,7 @@ def exported(tmp_path: Path) -> tuple[Bundle, Samples]:
 
 
 def push(
-    exported: tuple[Bundle, Samples], devices: Any = (S24,), timeout: float = 60, **options: Any
+    exported: tuple[Bundle, Samples], devices: Any = (S24,), timeout: float = 120, **options: Any
 ) -> list[Measured]:
     options = {"compare_float": False, "patience": 2.0, "poll_seconds": 0.5, **options}
     return Push("aihub", list(devices), timeout, options).run(*exported)
@@ -299,7 +299,7 @@ def test_every_fault_ends_well(
     fault, where, times, expected = ROWS[row]
     number = hub.inject(fault, where, times)
     began = time.monotonic()
-    timeout = 8 if row == "stuck" else 60
+    timeout = 20 if row == "stuck" else 120
     if expected:
         with pytest.raises(expected) as raised:
             push(exported, timeout=timeout)
@@ -310,7 +310,7 @@ def test_every_fault_ends_well(
     else:
         assert push(exported, timeout=timeout)[0].report.status == "finished"
     assert hub.fired(number) >= 1
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 90  # a single call of the client can block for minutes
     hub.clear_faults()
     if row == "stuck":
         (job,) = hub.jobs("inference")
