@@ -26,6 +26,14 @@ TIERS = {
 GOOD_PSNR = 30.0
 
 
+def closeness(agreement: Mapping[str, Any]) -> str:
+    """An agreement in a few characters: its PSNR, or for outputs that are classes already the share of equal ones."""
+    if agreement["psnr_db"] is not None:
+        return f"{agreement['psnr_db']:.1f} dB"
+    share = agreement["argmax_agreement"]
+    return "equal" if share in (None, 1.0) else f"{100 * share:.1f} % same"
+
+
 @dataclass
 class DeviceReport:
     """One network on one device with one runtime. What its tier cannot measure is absent, never filled in.
@@ -108,8 +116,7 @@ class DeviceReport:
             parts.append(", ".join(f"{len(names)} layers on {unit}" for unit, names in self.layers.items() if names))
         for name, agreement in {"simulation": self.against_simulation, "float": self.against_float}.items():
             if agreement is not None:
-                psnr = agreement["psnr_db"]
-                parts.append(f"{'equal to' if psnr is None else f'{psnr:.1f} dB against'} {name}")
+                parts.append(f"{closeness(agreement)} against {name}")
         return f"{where}: {'; '.join(parts)}. {TIERS[self.tier][:1].upper()}{TIERS[self.tier][1:]}."
 
     def scalars(self) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_quant.deploy.device_report import GOOD_PSNR, DeviceReport
+from lightning_quant.deploy.device_report import GOOD_PSNR, DeviceReport, closeness
 from lightning_quant.report.record import RunRecord
 
 
@@ -71,8 +71,7 @@ def _figures(record: RunRecord, report: DeviceReport) -> list[str]:
     latency = "" if report.median_latency_us is None else f"{report.median_latency_us / 1000:.2f}"
     memory = "" if report.memory_bytes is None else "–".join(f"{value / 2**20:.0f}" for value in report.memory_bytes)
     layers = "" if report.layers is None else "/".join(str(len(report.layers[u])) for u in ("NPU", "GPU", "CPU"))
-    agreement = report.against_float or {}
-    psnr = "" if not agreement else "equal" if agreement["psnr_db"] is None else f"{agreement['psnr_db']:.1f}"
+    psnr = "" if report.against_float is None else closeness(report.against_float).removesuffix(" dB")
     metric = f"{report.metric['device']:.4f} of {report.samples}" if "device" in report.metric else ""
     size = " → ".join(f"{report.bytes[name] / 1e6:.2f}" for name in ("float", "quantized") if name in report.bytes)
     return [

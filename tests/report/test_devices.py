@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.device_report import DeviceReport, closeness
 from lightning_quant.errors import DataError
 from lightning_quant.report.devices import Candidate, device_notes, device_table, dominated
 from lightning_quant.report.record import RunRecord
@@ -146,3 +146,10 @@ def test_a_report_in_one_sentence() -> None:
     )
     failed = DeviceReport(tier="aihub", device="S24", precision="w8a8", status="failed", error="No device.")
     assert failed.sentence() == "w8a8 on S24 (aihub): failed, No device."
+
+
+def test_outputs_that_are_classes_are_compared_by_their_share() -> None:
+    assert closeness({"psnr_db": 31.27, "argmax_agreement": 0.9}) == "31.3 dB"
+    assert closeness({"psnr_db": None, "argmax_agreement": None}) == "equal"
+    assert closeness({"psnr_db": None, "argmax_agreement": 1.0}) == "equal"
+    assert closeness({"psnr_db": None, "argmax_agreement": 0.984}) == "98.4 % same"
