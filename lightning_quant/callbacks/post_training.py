@@ -33,6 +33,8 @@ class PostTrainingQuantization(QuantizationCallback):
         range_estimator: ``"min_max"``, ``"tf_enhanced"`` or ``"percentile"``.
         overrides: precision of single layers, as glob on the network's module names → precision.
         strict: make the warnings of the preflight errors.
+        statistics_cache: folder that keeps what calibration saw, so that other precisions with the same width of
+            weights, network and data need no pass of their own; their ranges are exactly the same. Not used under DDP.
 
     Raises:
         ConfigurationError: for an unknown value here, a Trainer that cannot work with quantization, or a

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -36,8 +37,10 @@ from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate, uncalibrated
+from lightning_quant.simulation.inputs import NetworkInputs, up_to
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.preflight import refuse, sharing_siblings
+from lightning_quant.simulation.statistics_cache import StatisticsCache
 
 # Below Lightning's own logger, so that what a run says appears where Lightning's messages do.
 log = logging.getLogger(f"lightning.pytorch.{__name__}")
@@ -86,6 +89,7 @@ class QuantizationCallback(Callback):
         range_estimator: str = "min_max",
         overrides: Mapping[str, str] | None = None,
         strict: bool = False,
+        statistics_cache: str | None = None,
     ) -> None:
         self.recipe = QuantRecipe(
             precision=Precision.parse(precision),
@@ -102,6 +106,8 @@ class QuantizationCallback(Callback):
             )
         self.network_name = network
         self.calibration_dataloader = calibration_dataloader
+        self.statistics_cache = statistics_cache
+        self._held = ExitStack()
 
     def quantized_network(self, pl_module: pl.LightningModule) -> QuantizedNetwork:
         """The quantized network inside ``pl_module``."""
@@ -128,6 +134,8 @@ class QuantizationCallback(Callback):
             rank_zero_warn(f"{finding.module} {finding.problem}; {finding.remedy}.")
         quantized = quantize(network, self._example(trainer, pl_module, network), self.recipe)
         quantized.findings[:0] = siblings
+        if self.statistics_cache is not None and trainer.world_size == 1:
+            quantized.statistics_cache = StatisticsCache(self.statistics_cache)
         parent, _, name = self.network_name.rpartition(".")
         setattr(pl_module.get_submodule(parent), name, quantized)
         say(f"Quantized {type(pl_module).__name__}.{self.network_name} to {self.recipe.precision}.")
@@ -140,14 +148,33 @@ class QuantizationCallback(Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "validate":  # a fit may be validating another network
             self._calibrate_once(trainer, pl_module)
+        self._hold_weights(pl_module)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._held.close()
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._calibrate_once(trainer, pl_module)
+        self._hold_weights(pl_module)
+
+    @override
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._held.close()
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._calibrate_once(trainer, pl_module)
+        self._hold_weights(pl_module)
+
+    @override
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._held.close()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._held.close()
 
     def _example(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module) -> Any:
         """One call of the network with one sample, from the data of the running stage."""
@@ -161,16 +188,27 @@ class QuantizationCallback(Callback):
                 )
             return catcher.catch(batch, 0).first(1)
 
+    def _hold_weights(self, pl_module: pl.LightningModule) -> None:
+        """Quantize each weight once until the loop that starts is over."""
+        network = pl_module.get_submodule(self.network_name)
+        if isinstance(network, QuantizedNetwork):
+            self._held.enter_context(network.weights_held())
+
     def _calibrate_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         network = self.quantized_network(pl_module)
         if network.calibrated:
             return
         catcher = InputCatcher(trainer, pl_module, network, self.network_name)
         # validation runs under inference_mode, whose tensors would break training later
-        with undisturbed(), torch.inference_mode(False), torch.no_grad():
-            loader = calibration_loader(trainer, pl_module, self.calibration_dataloader)
+        with torch.inference_mode(False), torch.no_grad():
             samples = self.recipe.calibration_samples
-            used = calibrate(network, calibration_inputs(trainer, loader, catcher, samples))
+
+            def inputs() -> Iterator[NetworkInputs]:
+                with undisturbed():
+                    loader = calibration_loader(trainer, pl_module, self.calibration_dataloader)
+                    yield from up_to(calibration_inputs(trainer, loader, catcher, samples), samples)
+
+            used = calibrate(network, inputs() if isinstance(self.calibration_dataloader, Iterator) else inputs)
             if trainer.world_size > 1:  # GPUs may round differently; the ranges must not
                 for parameter in network.range_parameters():
                     torch.distributed.broadcast(parameter.data, src=0)

@@ -104,6 +104,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         rungs: Sequence[Rung] = ("ptq",),
         train_ranges: bool = True,
         distillation: float = 0.0,
+        statistics_cache: str | None = None,
     ) -> None:
         super().__init__(
             precision=precision,
@@ -114,6 +115,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             range_estimator=range_estimator,
             overrides=overrides,
             strict=strict,
+            statistics_cache=statistics_cache,
         )
         if max_drop is not None and (not isinstance(max_drop, int | float) or math.isnan(max_drop)):
             raise ConfigurationError(f"max_drop={max_drop!r}: expected a number in units of the metric, or None.")
@@ -208,6 +210,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == "fit" and self.climbs and not trainer.sanity_checking:
             self._judge_training(trainer, pl_module, monitored(trainer, self.result.monitor))
 
@@ -236,6 +239,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
         self._stop_teaching()
         self._started = 0.0
         self.teardown(trainer, pl_module, "fit")

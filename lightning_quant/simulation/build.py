@@ -11,6 +11,7 @@ from torch import nn
 from lightning_quant.errors import PreflightError
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet, preflight
+from lightning_quant.simulation.fast import kernels
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork
 from lightning_quant.simulation.precisions import matching, set_precisions
@@ -48,6 +49,7 @@ def quantize(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> 
     quantized = QuantizedNetwork(sim, recipe, inputs.to(torch.device("cpu")), prepared.output, findings, network)
     set_precisions(quantized, matching(quantized, recipe.overrides))
     quantized.remember_bitwidths()
+    _accelerate(quantized.network)
     if findings:
         log.warning("Preflight of %s:\n%s", type(network).__name__, preflight.table(findings))
     quantized.train(modes[""])
@@ -93,6 +95,15 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
         sim.set_percentile_value(recipe.percentile)
     _tie_resizes(sim)
     return sim
+
+
+def _accelerate(network: nn.Module) -> None:
+    """Put a simulation on the short path, see :mod:`lightning_quant.simulation.fast`."""
+    from lightning_quant.simulation.fast.layers import accelerate
+
+    if reason := kernels.unavailable():
+        log.info("Fake quantization runs on AIMET's own kernels, which is slower on a CPU: %s.", reason)
+    accelerate(network)
 
 
 def _tie_resizes(sim: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_quant.errors import CalibrationError
-from lightning_quant.simulation import aimet
+from lightning_quant.simulation import aimet, statistics_cache
 from lightning_quant.simulation.inputs import NetworkInputs, up_to
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
@@ -19,13 +19,19 @@ from lightning_quant.simulation.precisions import quantized_layers
 log = logging.getLogger(__name__)
 
 
-def calibrate(network: QuantizedNetwork, batches: Iterable[NetworkInputs], *, weights: bool = True) -> int:
+def calibrate(
+    network: QuantizedNetwork,
+    batches: Iterable[NetworkInputs] | Callable[[], Iterable[NetworkInputs]],
+    *,
+    weights: bool = True,
+) -> int:
     """Set the ranges of all weights and activations; marks the network as calibrated.
 
     Args:
         network: the quantized network.
         batches: calls of the network with representative samples. They are consumed until
-            ``network.recipe.calibration_samples`` samples were seen; the last one is cut to fit.
+            ``network.recipe.calibration_samples`` samples were seen; the last one is cut to fit. A function that
+            starts over with the same ones lets ``network.statistics_cache`` be used, if there is one.
         weights: ``False`` keeps the ranges of the weights as they are.
 
     Returns:
@@ -40,26 +46,25 @@ def calibrate(network: QuantizedNetwork, batches: Iterable[NetworkInputs], *, we
 
     def run(_: object) -> None:
         nonlocal seen
-        for index, batch in enumerate(up_to(batches, wanted)):
-            for tensor in batch.tensors:
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    what = "NaN" if torch.isnan(tensor).any() else "Inf"
-                    raise CalibrationError(
-                        f"Calibration batch {index} holds {what}: expected finite numbers. One such value "
-                        "would stretch a range over all others; find the sample and fix or remove it."
-                    )
-            batch.call(network.network)
-            seen += batch.batch_size
-        if seen == 0:
-            # AIMET itself would go on with ranges for the weights only, and fail at the first use.
-            raise CalibrationError(
-                "The calibration data loader gave no batch: expected at least one. Check its data set, its "
-                "sampler and drop_last (a data set smaller than the batch size leaves nothing)."
-            )
+        if network.statistics_cache is None or not callable(batches):
+            seen = _observe(network, batches() if callable(batches) else batches)
+            return
+        with network.statistics_cache.locked(network) as path:
+            known = statistics_cache.read(path)
+            if known is not None and known.data == _hash(up_to(batches(), wanted)):
+                # layers learn in a forward pass whose outputs they read, see AIMET's protection against overflow
+                next(iter(batches())).first(1).call(network.network)
+                known.give(network)
+                seen = known.samples
+                log.info("Calibrated with what was seen of the same %d samples before.", seen)
+                return
+            digest = statistics_cache.DataHash()
+            seen = _observe(network, batches(), digest)
+            statistics_cache.write(path, statistics_cache.Statistics.of(network, str(digest), seen))
 
     # ranges must be ordinary tensors: made under inference_mode they would break training later
     kept = nullcontext() if weights else _kept(weight_quantizers(network))
-    with torch.inference_mode(False), aimet.quiet(), kept:
+    with torch.inference_mode(False), aimet.quiet(), kept, network.weights_held():
         network.sim.compute_encodings(run)
     if endless := [name for name, quantizer in _quantizers(network) if not _finite(quantizer)]:
         raise CalibrationError(
@@ -71,6 +76,39 @@ def calibrate(network: QuantizedNetwork, batches: Iterable[NetworkInputs], *, we
         log.info("Calibrated with %d samples; %d were asked for.", seen, wanted)
     network.calibrated = True
     return seen
+
+
+def _observe(
+    network: QuantizedNetwork, batches: Iterable[NetworkInputs], digest: statistics_cache.DataHash | None = None
+) -> int:
+    """Run the samples through the network; how many there were."""
+    seen = 0
+    for index, batch in enumerate(up_to(batches, network.recipe.calibration_samples)):
+        for tensor in batch.tensors:
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                what = "NaN" if torch.isnan(tensor).any() else "Inf"
+                raise CalibrationError(
+                    f"Calibration batch {index} holds {what}: expected finite numbers. One such value "
+                    "would stretch a range over all others; find the sample and fix or remove it."
+                )
+        if digest is not None:
+            digest.add(batch)
+        batch.call(network.network)
+        seen += batch.batch_size
+    if seen == 0:
+        # AIMET itself would go on with ranges for the weights only, and fail at the first use.
+        raise CalibrationError(
+            "The calibration data loader gave no batch: expected at least one. Check its data set, its "
+            "sampler and drop_last (a data set smaller than the batch size leaves nothing)."
+        )
+    return seen
+
+
+def _hash(batches: Iterable[NetworkInputs]) -> str:
+    digest = statistics_cache.DataHash()
+    for batch in batches:
+        digest.add(batch)
+    return str(digest)
 
 
 def uncalibrated(network: QuantizedNetwork) -> list[str]:

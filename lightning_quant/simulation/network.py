@@ -6,6 +6,7 @@ import copy
 import hashlib
 import importlib.metadata
 import inspect
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
 from lightning_quant.simulation.preflight import Finding
+from lightning_quant.simulation.statistics_cache import StatisticsCache
 
 if TYPE_CHECKING:
     from aimet_torch import QuantizationSimModel
@@ -60,6 +62,7 @@ class QuantizedNetwork(nn.Module):
             only thing to ask: AIMET's own ``is_initialized()`` turns true under DDP without calibration.
         raised: layers that were given a finer precision than the recipe says, to win accuracy back.
         range_estimator: how ranges are calibrated, see :meth:`observe_with`.
+        statistics_cache: where calibration keeps what it saw, for other precisions; ``None``: nowhere.
         equalized: whether scale was shifted between channels, so that layers put out other numbers than in float.
         float_class: class of the float network.
         network: the network itself, its modules replaced by AIMET's quantized ones.
@@ -86,6 +89,7 @@ class QuantizedNetwork(nn.Module):
         self.raised: dict[str, Precision] = {}
         self.range_estimator = recipe.range_estimator
         self.equalized = False
+        self.statistics_cache: StatisticsCache | None = None
         self._bitwidths: dict[str, int] = {}
         ranges = {id(parameter) for parameter in self.range_parameters() if parameter.requires_grad}
         self._learnable_ranges = {name for name, value in self.network.named_parameters() if id(value) in ranges}
@@ -156,6 +160,15 @@ class QuantizedNetwork(nn.Module):
 
         quantizers = (module for module in self.network.modules() if isinstance(module, QuantizerBase))
         return [parameter for quantizer in quantizers for parameter in quantizer.parameters()]
+
+    def weights_held(self) -> AbstractContextManager[None]:
+        """Quantize every weight once for the length of a block, in which no gradient is computed.
+
+        Weights that change in it are quantized anew, except where they are written to through ``.data``.
+        """
+        from lightning_quant.simulation.fast.layers import weights_held
+
+        return weights_held(self.network)
 
     def learn_ranges(self, learn: bool) -> None:
         """Let training change the ranges, or keep them as they are. Ends pinned by the hardware stay pinned."""

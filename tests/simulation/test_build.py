@@ -303,7 +303,7 @@ def test_overridden_layers_keep_the_range_estimator(estimator: str) -> None:
     plain = observers(quantized(Chain(), range_estimator=estimator))
     assert observers(quantized(Chain(), range_estimator=estimator, overrides={"*": "w4a16"})) == plain
     expected = {"min_max": "MinMax", "tf_enhanced": "TfEnhanced", "percentile": "Percentile"}[estimator]
-    assert plain["first.input_quantizers.0"] == f"{expected}EncodingAnalyzer"
+    assert plain["first.input_quantizers.0"].removeprefix("Fast") == f"{expected}EncodingAnalyzer"
 
 
 def test_override_that_matches_nothing() -> None:

@@ -81,7 +81,7 @@ class AdaptiveRounding(Technique):
                     layer.weight.copy_(value)  # decided softly; onto the grid:
                     layer.weight.copy_(layer.param_quantizers["weight"](layer.weight).as_subclass(torch.Tensor))
                     changed += 1
-        calibrate(network, bench.samples(), weights=False)
+        calibrate(network, bench.samples, weights=False)
         return f"rounded the weights of {changed} layers adaptively"
 
 

@@ -67,7 +67,7 @@ class BiasCorrection(Technique):
             bias = layers[name].bias
             assert isinstance(bias, Tensor)
             bias.add_(torch.stack(values).mean(0))
-        calibrate(network, bench.samples(), weights=False)
+        calibrate(network, bench.samples, weights=False)
         return f"corrected {len(shifts)} biases"
 
 

@@ -101,7 +101,7 @@ class BatchNormReestimation(Technique):
             mean, variance = torch.stack(values).mean(0), torch.stack(variances[name]).mean(0)
             factor = _correction(norms[name], variance, scales.get(name))
             _rescale(layers[name], factor, mean, _target(norms[name], scales.get(name)))
-        calibrate(network, bench.samples(), weights=False)
+        calibrate(network, bench.samples, weights=False)
         return f"re-estimated {len(means)} folded batch norms"
 
 

@@ -33,7 +33,7 @@ class CrossLayerEqualization(Technique):
         equalized, groups = equalize(bench.prepared)
         network.start_anew(equalized)
         network.equalized = True
-        calibrate(network, bench.samples())
+        calibrate(network, bench.samples)
         return f"equalized {groups} groups of layers"
 
 

@@ -109,7 +109,7 @@ class MixedPrecision(Technique):
                 network.network.get_submodule(name).bitwidth = _FINER[one.part]  # type: ignore[assignment]
         network.raised = {**network.raised, **precisions}
         calibrate_weights(network, [one.layer for one in raised if one.part == "weights"])
-        calibrate(network, bench.samples(), weights=False)
+        calibrate(network, bench.samples, weights=False)
 
 
 def _told(raised: list[LayerSensitivity]) -> str:

@@ -22,7 +22,7 @@ class CalibratedRanges(Technique):
     def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
         estimator = self.estimator or network.recipe.range_estimator
         network.observe_with(estimator)
-        samples = calibrate(network, bench.samples())
+        samples = calibrate(network, bench.samples)
         return f"{estimator} ranges from {samples} samples"
 
 

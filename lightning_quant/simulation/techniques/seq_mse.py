@@ -61,7 +61,7 @@ class SequentialMse(Technique):
                 quantizer.allow_overwrite(True)
             for parameter, requires_grad in trainable.items():
                 parameter.requires_grad_(requires_grad)
-        calibrate(network, bench.samples(), weights=False)
+        calibrate(network, bench.samples, weights=False)
         changed = sum(not q.get_max().equal(old) for q, old in zip(quantizers, before, strict=True))
         return f"narrowed the weight ranges of {changed} layers"
 
