@@ -7,14 +7,18 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -25,6 +29,15 @@ enum Activation : int64_t { NONE = 0, RELU = 1, HARDSWISH = 2 };
 
 constexpr int64_t GRAIN = 32768;  // numbers a thread takes at least, as in ATen
 constexpr int64_t BLOCK = 2048;   // numbers summed in float before they are added to a double
+
+// What a forward pass keeps for its backward pass. Weights are kept anyway, and so is what goes into a hardswish; of
+// other activations two bytes a number say all that the gradients need, or one bit where the range does not learn.
+enum Kept : int64_t { INPUT = 0, CODES = 1, BITS = 2 };
+
+constexpr int16_t ABOVE = 32767, BELOW = -32768;  // codes of numbers outside the range
+constexpr int16_t CUT_OFF = 32766;                // code of a number inside that a ReLU gives no gradient
+// Codes of the others: their rounding error, half a step and a little more at most, times this.
+constexpr float CODE_SCALE = 64000.f;
 
 struct Grid {
   float qmin, qmax;
@@ -75,26 +88,22 @@ inline float activation_gradient(float grad, float x, Activation activation) {
   }
 }
 
-template <Activation activation, bool learned>
-void forward_run(const float* __restrict x, float* __restrict y, int64_t n, const Encoding& e, const Grid& grid) {
-  const float scale = e.scale, inverse = e.inverse, offset = e.offset, qmin = grid.qmin, qmax = grid.qmax;
-  for (int64_t i = 0; i < n; ++i) {
-    const float value = activate(x[i], activation);
-    float q = std::nearbyint(learned ? value / scale : value * inverse) - offset;
-    q = q < qmin ? qmin : q;
-    q = q > qmax ? qmax : q;
-    y[i] = (q + offset) * scale;
+// Eight bytes of 0 and 1 to the bits of one byte, and back: the multiplications put each bit where it belongs.
+inline void pack(const uint8_t* __restrict passes, uint8_t* __restrict bits, int64_t n) {
+  for (int64_t i = 0; i < n; i += 8) {
+    uint64_t eight;
+    std::memcpy(&eight, passes + i, 8);
+    bits[i / 8] = uint8_t((eight * 0x0102040810204080ULL) >> 56);
   }
 }
 
-struct Sums {
-  double scale = 0, offset = 0;
-
-  void operator+=(const Sums& other) {
-    scale += other.scale;
-    offset += other.offset;
+inline void unpack(const uint8_t* __restrict bits, uint8_t* __restrict passes, int64_t n) {
+  for (int64_t i = 0; i < n; i += 8) {
+    const uint64_t eight = ((bits[i / 8] * 0x0101010101010101ULL) & 0x8040201008040201ULL);
+    const uint64_t ones = ((eight + 0x7F7F7F7F7F7F7F7FULL) | eight) >> 7 & 0x0101010101010101ULL;
+    std::memcpy(passes + i, &ones, 8);
   }
-};
+}
 
 // How far rounding went, in steps. The 65,535 steps of 16 bits leave the difference of two floats three digits; the
 // product in full precision keeps them all, where the processor has it.
@@ -106,6 +115,44 @@ inline float rounding_error(float rounded, [[maybe_unused]] float scaled, [[mayb
   return rounded - scaled;
 #endif
 }
+
+template <Activation activation, bool learned, Kept kept>
+void forward_run(const float* __restrict x, float* __restrict y, void* __restrict keep, int64_t n, const Encoding& e,
+                 const Grid& grid) {
+  const float scale = e.scale, inverse = e.inverse, offset = e.offset, qmin = grid.qmin, qmax = grid.qmax;
+  auto* __restrict codes = static_cast<int16_t*>(keep);
+  auto* __restrict bits = static_cast<uint8_t*>(keep);
+  alignas(64) uint8_t passes[BLOCK + 8] = {};
+  for (int64_t start = 0; start < n; start += BLOCK) {
+    const int64_t end = std::min(start + BLOCK, n);
+    for (int64_t i = start; i < end; ++i) {
+      const float value = activate(x[i], activation);
+      const float scaled = learned ? value / scale : value * inverse;
+      const float rounded = std::nearbyint(scaled);
+      float q = rounded - offset;
+      const bool above = q > qmax, inside = q >= qmin && q <= qmax;
+      if constexpr (kept == CODES) {
+        const float error = rounding_error(rounded, scaled, value, scale, inverse) * CODE_SCALE;
+        const int16_t code = activation == RELU && x[i] <= 0.f ? CUT_OFF : int16_t(int32_t(std::nearbyint(error)));
+        codes[i] = inside ? code : above ? ABOVE : BELOW;
+      }
+      if constexpr (kept == BITS) passes[i - start] = inside && !(activation == RELU && x[i] <= 0.f);
+      q = q < qmin ? qmin : q;
+      q = above ? qmax : q;
+      y[i] = (q + offset) * scale;
+    }
+    if constexpr (kept == BITS) pack(passes, bits + start / 8, end - start);
+  }
+}
+
+struct Sums {
+  double scale = 0, offset = 0;
+
+  void operator+=(const Sums& other) {
+    scale += other.scale;
+    offset += other.offset;
+  }
+};
 
 template <Activation activation, bool learned>
 Sums backward_run(const float* __restrict grad, const float* __restrict x, float* __restrict out, int64_t n,
@@ -136,6 +183,38 @@ Sums backward_run(const float* __restrict grad, const float* __restrict x, float
   }
   sums.offset *= scale;
   return sums;
+}
+
+Sums backward_of_codes(const float* __restrict grad, const int16_t* __restrict codes, float* __restrict out, int64_t n,
+                       const Encoding& e, const Grid& grid) {
+  const float lowest = grid.qmin + e.offset, highest = grid.qmax + e.offset;
+  Sums sums;
+  for (int64_t start = 0; start < n; start += BLOCK) {
+    const int64_t end = std::min(start + BLOCK, n);
+    float by_scale = 0, by_offset = 0;
+#pragma omp simd reduction(+ : by_scale, by_offset)
+    for (int64_t i = start; i < end; ++i) {
+      const int32_t code = codes[i];
+      const bool inside = code != ABOVE && code != BELOW, cut_off = code == CUT_OFF;
+      const float error = cut_off ? 0.f : float(code) * (1.f / CODE_SCALE);
+      out[i] = inside && !cut_off ? grad[i] : 0.f;
+      by_scale += grad[i] * (inside ? error : code == ABOVE ? highest : lowest);
+      by_offset += inside ? 0.f : grad[i];
+    }
+    sums.scale += by_scale;
+    sums.offset += by_offset;
+  }
+  sums.offset *= e.scale;
+  return sums;
+}
+
+void backward_of_bits(const float* __restrict grad, const uint8_t* __restrict bits, float* __restrict out, int64_t n) {
+  alignas(64) uint8_t passes[BLOCK + 8];
+  for (int64_t start = 0; start < n; start += BLOCK) {
+    const int64_t end = std::min(start + BLOCK, n);
+    unpack(bits + start / 8, passes, end - start);
+    for (int64_t i = start; i < end; ++i) out[i] = passes[i - start] ? grad[i] : 0.f;
+  }
 }
 
 // A tensor as [outer, channels, inner]: channel c holds the numbers [o, c, :].
@@ -211,77 +290,115 @@ Tensor readable(const Tensor& x, const Tensor& low) {
   return low.numel() == 1 && x.is_non_overlapping_and_dense() ? x : x.contiguous();
 }
 
-Tensor forward_pass(const Tensor& x, const Tensor& low, const Tensor& high, const Grid& grid, double smallest,
-                    int64_t activation, bool learned) {
-  Tensor y = at::empty_like(x);
+// The output, and what its backward pass needs if `kept` says that it is not the input.
+std::pair<Tensor, Tensor> forward_pass(const Tensor& x, const Tensor& low, const Tensor& high, const Grid& grid,
+                                       double smallest, int64_t activation, bool learned, Kept kept) {
+  Tensor y = at::empty_like(x), keep;
   const Layout layout(x, low);
   const auto all = encodings(low, high, grid, smallest);
   const float* from = x.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
-  with_activation(activation, learned, [&](auto kind, auto learns) {
+  auto run = [&](auto kind, auto learns, auto keeps) {
+    if constexpr (keeps.value == CODES) keep = at::empty_like(x, x.options().dtype(at::kShort));
+    if constexpr (keeps.value == BITS) keep = at::empty({(x.numel() + 7) / 8}, x.options().dtype(at::kByte));
+    char* kept_at = keep.defined() ? static_cast<char*>(keep.mutable_data_ptr()) : nullptr;
     for_each_stretch(layout, [&](int64_t channel, int64_t start, int64_t length) {
-      forward_run<kind.value, learns.value>(from + start, to + start, length, all[channel], grid);
+      // stretches of a tensor with one range start at multiples of 8
+      char* own = keeps.value == CODES ? kept_at + 2 * start : keeps.value == BITS ? kept_at + start / 8 : nullptr;
+      forward_run<kind.value, learns.value, keeps.value>(from + start, to + start, own, length, all[channel], grid);
       return Sums();
     });
+  };
+  with_activation(activation, learned, [&](auto kind, auto learns) {
+    if constexpr (kind.value != HARDSWISH && learns.value) {
+      if (kept == CODES) return run(kind, learns, std::integral_constant<Kept, CODES>{});
+    }
+    if constexpr (kind.value != HARDSWISH && !learns.value) {
+      if (kept == BITS) return run(kind, learns, std::integral_constant<Kept, BITS>{});
+    }
+    run(kind, learns, std::integral_constant<Kept, INPUT>{});
   });
-  return y;
+  return {y, keep};
 }
 
 class FakeQuantize : public torch::autograd::Function<FakeQuantize> {
  public:
   static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& x, const Tensor& low,
                         const Tensor& high, int64_t qmin, int64_t qmax, bool symmetric, double smallest,
-                        int64_t activation, bool learned) {
+                        int64_t activation, bool learned, int64_t kept) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    context->save_for_backward({x, low, high});
-    context->saved_data["qmin"] = qmin;
-    context->saved_data["qmax"] = qmax;
-    context->saved_data["symmetric"] = symmetric;
-    context->saved_data["smallest"] = smallest;
-    context->saved_data["activation"] = activation;
-    context->saved_data["learned"] = learned;
-    return forward_pass(x, low, high, {float(qmin), float(qmax), symmetric}, smallest, activation, learned);
+    auto [y, keep] = forward_pass(x, low, high, {float(qmin), float(qmax), symmetric}, smallest, activation, learned,
+                                  Kept(kept));
+    context->save_for_backward({keep.defined() ? keep : x, low, high});
+    auto& data = context->saved_data;
+    data["qmin"] = qmin;
+    data["qmax"] = qmax;
+    data["symmetric"] = symmetric;
+    data["smallest"] = smallest;
+    data["activation"] = activation;
+    data["learned"] = learned;
+    data["kept"] = kept;
+    data["strides"] = x.strides();
+    return y;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list grads) {
+    auto& data = context->saved_data;
     const auto saved = context->get_saved_variables();
-    const Tensor &x = saved[0], &low = saved[1], &high = saved[2];
-    const Grid grid{float(context->saved_data["qmin"].toInt()), float(context->saved_data["qmax"].toInt()),
-                    context->saved_data["symmetric"].toBool()};
-    const bool learned = context->saved_data["learned"].toBool();
-    // the order of x in memory, so that both are walked together
+    const Tensor &keep = saved[0], &low = saved[1], &high = saved[2];
+    const Grid grid{float(data["qmin"].toInt()), float(data["qmax"].toInt()), data["symmetric"].toBool()};
+    const bool learned = data["learned"].toBool();
+    const auto kept = Kept(data["kept"].toInt());
+    const std::vector<int64_t> strides = data["strides"].toIntVector();
+    // the order of x in memory, so that all are walked together
     Tensor grad = grads[0];
-    if (grad.strides() != x.strides()) {
-      grad = at::empty_like(x);
+    if (grad.strides() != at::IntArrayRef(strides)) {
+      grad = at::empty_strided(grad.sizes(), strides, grad.options());
       grad.copy_(grads[0]);
     }
-    Tensor out = at::empty_like(x);
-    const Layout layout(x, low);
-    const auto all = encodings(low, high, grid, context->saved_data["smallest"].toDouble());
+    Tensor out = at::empty_like(grad);
+    const Layout layout(grad, low);
+    const auto all = encodings(low, high, grid, data["smallest"].toDouble());
     std::vector<Sums> sums;
-    const float *given = grad.const_data_ptr<float>(), *from = x.const_data_ptr<float>();
+    const float* given = grad.const_data_ptr<float>();
     float* to = out.mutable_data_ptr<float>();
-    with_activation(context->saved_data["activation"].toInt(), learned, [&](auto kind, auto learns) {
+    if (kept == CODES) {
+      const int16_t* codes = keep.const_data_ptr<int16_t>();
       sums = for_each_stretch(layout, [&](int64_t channel, int64_t start, int64_t length) {
-        return backward_run<kind.value, learns.value>(given + start, from + start, to + start, length, all[channel],
-                                                      grid);
+        return backward_of_codes(given + start, codes + start, to + start, length, all[channel], grid);
       });
-    });
-    if (!learned) return {out, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+    } else if (kept == BITS) {
+      const uint8_t* bits = keep.const_data_ptr<uint8_t>();
+      for_each_stretch(layout, [&](int64_t, int64_t start, int64_t length) {
+        backward_of_bits(given + start, bits + start / 8, to + start, length);
+        return Sums();
+      });
+    } else {
+      const float* from = keep.const_data_ptr<float>();
+      with_activation(data["activation"].toInt(), learned, [&](auto kind, auto learns) {
+        sums = for_each_stretch(layout, [&](int64_t channel, int64_t start, int64_t length) {
+          return backward_run<kind.value, learns.value>(given + start, from + start, to + start, length, all[channel],
+                                                        grid);
+        });
+      });
+    }
+    torch::autograd::variable_list result(10);
+    result[0] = out;
+    if (!learned) return result;
     // scale = |max - min| / steps; offset = round(min / scale) - qmin, straight through the rounding
-    Tensor low_grad = at::empty_like(low, at::MemoryFormat::Contiguous);
-    Tensor high_grad = at::empty_like(high, at::MemoryFormat::Contiguous);
+    result[1] = at::empty_like(low, at::MemoryFormat::Contiguous);
+    result[2] = at::empty_like(high, at::MemoryFormat::Contiguous);
     const Tensor lows = low.contiguous();
     for (size_t c = 0; c < all.size(); ++c) {
       const Encoding& e = all[c];
       const double by_offset = e.offset_learns ? sums[c].offset : 0;
       const double by_scale = sums[c].scale - by_offset * lows.const_data_ptr<float>()[c] / (double(e.scale) * e.scale);
       const double by_high = by_scale * e.sign / grid.steps();
-      high_grad.mutable_data_ptr<float>()[c] = float(by_high);
-      low_grad.mutable_data_ptr<float>()[c] = float(by_offset / e.scale - by_high);
+      result[1].mutable_data_ptr<float>()[c] = float(by_offset / e.scale - by_high);
+      result[2].mutable_data_ptr<float>()[c] = float(by_high);
     }
-    return {out, low_grad, high_grad, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+    return result;
   }
 };
 
@@ -290,9 +407,12 @@ Tensor fake_quantize(const Tensor& given, const Tensor& low, const Tensor& high,
   const bool records = at::GradMode::is_enabled();
   const bool learned = records && (low.requires_grad() || high.requires_grad());
   const Tensor x = readable(given, low);
-  if (records && (learned || x.requires_grad()))
-    return FakeQuantize::apply(x, low, high, qmin, qmax, symmetric, smallest, activation, learned);
-  return forward_pass(x, low, high, {float(qmin), float(qmax), symmetric}, smallest, activation, learned);
+  if (records && (learned || x.requires_grad())) {
+    const bool stays = x.is_leaf() || low.numel() != 1 || activation == HARDSWISH;
+    const Kept kept = stays ? INPUT : learned ? CODES : BITS;
+    return FakeQuantize::apply(x, low, high, qmin, qmax, symmetric, smallest, activation, learned, int64_t(kept));
+  }
+  return forward_pass(x, low, high, {float(qmin), float(qmax), symmetric}, smallest, activation, learned, INPUT).first;
 }
 
 // Counts of x in equal bins between low and high, one row for each range; what lies outside counts for the bin at that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -53,12 +54,17 @@ def cases(draw: Any) -> tuple[QuantizeDequantize, Tensor, Tensor]:
     return quantizer, numbers, torch.randn(shape, generator=generator)
 
 
-def run(module: nn.Module, numbers: Tensor, grad: Tensor, learned: bool, quantizer: Any = None) -> tuple[Tensor, ...]:
-    """Output, gradient of the input and, if they learn, of the ends of the range."""
+def run(
+    module: nn.Module, numbers: Tensor, grad: Tensor, learned: bool, quantizer: Any = None, *, leaf: bool = False
+) -> tuple[Tensor, ...]:
+    """Output, gradient of the input and, if they learn, of the ends of the range.
+
+    Of leaves, such as weights, the kernel keeps the numbers themselves for the backward pass; of others codes or bits.
+    """
     quantizer = module if quantizer is None else quantizer
     quantizer.requires_grad_(learned).zero_grad()
     numbers = numbers.clone().requires_grad_()
-    output = module(numbers).as_subclass(Tensor)
+    output = module(numbers if leaf else numbers.clone()).as_subclass(Tensor)
     output.backward(grad)
     gradients = (quantizer.min.grad, quantizer.max.grad)
     assert numbers.grad is not None
@@ -69,11 +75,11 @@ def run(module: nn.Module, numbers: Tensor, grad: Tensor, learned: bool, quantiz
 @given(cases())
 def test_outputs_and_gradients_are_those_of_aimet(case: Any) -> None:
     quantizer, numbers, grad = case
-    for learned in (True, False):
+    for learned, leaf in itertools.product((True, False), (True, False)):
         slow_down(quantizer)
-        theirs = run(quantizer, numbers, grad, learned)
+        theirs = run(quantizer, numbers, grad, learned, leaf=leaf)
         accelerate(quantizer)
-        ours = run(quantizer, numbers, grad, learned)
+        ours = run(quantizer, numbers, grad, learned, leaf=leaf)
         assert len(ours) == len(theirs) == (4 if learned else 2)
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
@@ -85,12 +91,12 @@ def test_outputs_and_gradients_are_those_of_aimet(case: Any) -> None:
 
 
 @SETTINGS
-@given(cases())
-def test_gradients_of_ranges(case: Any) -> None:
+@given(cases(), st.booleans())
+def test_gradients_of_ranges(case: Any, leaf: bool) -> None:
     """Against the formula in float64; sums of numbers that cancel are compared to what was added up."""
     quantizer, numbers, grad = case
     accelerate(quantizer)
-    *_, low_grad, high_grad = run(quantizer, numbers, grad, True)
+    *_, low_grad, high_grad = run(quantizer, numbers, grad, True, leaf=leaf)
     low, x, g = (t.detach().double() for t in (quantizer.min, numbers, grad))
     qmin, qmax = quantizer.qmin, quantizer.qmax
     with torch.no_grad():  # the whole numbers, decided in float32
@@ -125,6 +131,27 @@ def _smallest(quantizer: QuantizeDequantize) -> float:
     return torch.tensor(_get_minimum_scale(quantizer.qmax - quantizer.qmin), dtype=torch.float32).item()
 
 
+def test_what_is_kept_for_the_backward_pass() -> None:
+    """Two bytes a number, or a bit where the range does not learn; nothing for a weight."""
+    quantizer = QuantizeDequantize((), 8, False)
+    quantizer.set_range(torch.tensor(-1.0), torch.tensor(1.0))
+    accelerate(quantizer)
+    kept: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    weight = torch.randn(64, 125, requires_grad=True)
+    numbers = weight.clone()
+    for learned, expected in ((True, 2 * 8000), (False, 1000)):
+        quantizer.requires_grad_(learned)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            quantizer(numbers)
+        assert kept == [expected, 4, 4]
+
+
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize("module", [nn.ReLU(), nn.Hardswish()])
 def test_activations_in_the_same_pass(module: nn.Module, learned: bool) -> None:
@@ -141,8 +168,9 @@ def test_activations_in_the_same_pass(module: nn.Module, learned: bool) -> None:
             return quantizer.after(x, kind)
 
     actual = run(Fused(), numbers, grad, learned, quantizer)
-    for mine, theirs in zip(actual, expected, strict=True):
+    for mine, theirs in zip(actual[:2], expected[:2], strict=True):
         assert torch.equal(mine, theirs)
+    torch.testing.assert_close(actual[2:], expected[2:], rtol=1e-3, atol=1e-5)
 
 
 def test_nan_stays_nan() -> None:
