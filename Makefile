@@ -6,15 +6,15 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo accuracy devices test check clean
+.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson test check clean
 
 # Options of the benchmark, e.g. ACCURACY='--networks lraspp --longer 4'. See python -m benchmarks.accuracy --help.
 ACCURACY ?=
-# Photographs in the layout of Cityscapes for `make accuracy` and `make devices`.
+# Photographs in the layout of Cityscapes for the benchmarks.
 CAMVID ?= ../shared/data/camvid
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: $(INSTALLED)  ## set up .venv with the tested versions
 
@@ -35,6 +35,24 @@ accuracy: install  ## every rung of the ladder on four networks; goes on where i
 devices: install  ## what the NPU's emulator makes of the four networks, compared with simulation and float
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,qnn]'
 	$(BIN)/python -m benchmarks.devices --camvid $(CAMVID)
+
+bench: install  ## speed and memory beside float and stock AIMET, in one run on one thread (under 20 minutes)
+	$(BIN)/python -m benchmarks.startup
+	for question in callback qat_step growth calibration; do \
+		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$question --camvid $(CAMVID) || exit 1; done
+
+bench-gpu: install  ## the same steps on a CUDA GPU, where AIMET has a kernel of its own
+	$(BIN)/python -m benchmarks.qat_step --device cuda --camvid $(CAMVID)
+
+bench-peers: install  ## the same steps with ModelOpt and NNCF, in environments of their own (5 minutes each to install)
+	for library in 'modelopt nvidia-modelopt requests huggingface_hub safetensors' 'nncf nncf torchao'; do \
+		set -- $$library; \
+		test -x .venv-peers/$$1/bin/python || $(PYTHON) -m venv .venv-peers/$$1; \
+		.venv-peers/$$1/bin/python -m pip install --quiet $$(grep -E '^(torch|torchvision)==' constraints.txt) "$${@:2}" || exit 1; \
+		OMP_NUM_THREADS=1 .venv-peers/$$1/bin/python -m benchmarks.peers $$1 || exit 1; done
+
+bench-lesson: install  ## calibration of FFNet-40S with 100 images of 1024×2048, ours beside stock (an hour)
+	$(BIN)/python -m benchmarks.lesson --camvid $(CAMVID)
 
 test: install  ## the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile

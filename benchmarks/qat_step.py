@@ -8,6 +8,7 @@ keeps between the two passes, parameters left out, each memory counted once.
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -32,8 +33,15 @@ def trainer(network: nn.Module, images: Tensor, targets: Tensor) -> Callable[[],
         optimizer.zero_grad()
         loss(network, images, targets).backward()
         optimizer.step()
+        wait(images)
 
     return step
+
+
+def wait(tensor: Tensor) -> None:
+    """For the work that a GPU was given."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
 
 
 def loss(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
@@ -50,6 +58,7 @@ def validator(network: nn.Module, images: Tensor) -> Callable[[], None]:
     def step() -> None:
         with torch.no_grad():
             network(images)
+        wait(images)
 
     return step
 
@@ -83,12 +92,14 @@ def measure(name: str, precision: str, learned: bool, images: Tensor, rounds: in
     """Float, stock and ours in turns."""
     from lightning_quant.simulation.fast.layers import slow_down
 
-    float_network, ours = float_and_simulated(name, precision, images)
+    float_network, ours = float_and_simulated(name, precision, images.cpu())
+    float_network, ours = float_network.to(images.device), ours.to(images.device)
     calibrate(ours, [NetworkInputs((images,))])
     ours.learn_ranges(learned)
-    stock: QuantizedNetwork = copy_of(ours)
+    stock: QuantizedNetwork = copy.deepcopy(ours)
     slow_down(stock)
     targets = torch.randint(0, 5, (len(images), *images.shape[-2:]), generator=torch.Generator().manual_seed(0))
+    targets = targets.to(images.device)
     variants = {"float": float_network, "stock": stock, "ours": ours}
     steps = {key: trainer(network, images, targets) for key, network in variants.items()}
     training = interleaved(steps, rounds)
@@ -100,13 +111,6 @@ def measure(name: str, precision: str, learned: bool, images: Tensor, rounds: in
         "network": name, "precision": precision, "learned": learned, "shape": list(images.shape),
         "train_s": training, "eval_s": validation, "saved_bytes": saved, "peak_bytes": peak,
     }  # fmt: skip
-
-
-def copy_of(network: QuantizedNetwork) -> QuantizedNetwork:
-    """Another with weights of its own."""
-    import copy
-
-    return copy.deepcopy(network)
 
 
 def rows(results: list[dict[str, Any]]) -> list[list[str]]:
@@ -137,15 +141,21 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu", help="cuda: AIMET's kernel there on both sides, ours is for the CPU")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("Skipped: this machine has no CUDA GPU.")
+        return
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)
     results = []
     for name in arguments.networks:
         # the deep one by fours: the ratio is what counts, and all of it should take minutes
         images = photographs(arguments.camvid, arguments.batch // 4 if name == "ffnet_40s" else arguments.batch)
+        images = images.to(arguments.device)
         for precision, learned in CASES:
             results.append(measure(name, precision, learned, images, arguments.rounds))
-    publish("qat_step", table(HEADS, rows(results)), results)
+    publish("qat_step" if arguments.device == "cpu" else "qat_step_gpu", table(HEADS, rows(results)), results)
 
 
 if __name__ == "__main__":

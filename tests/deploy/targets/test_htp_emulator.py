@@ -38,9 +38,13 @@ _REASON = HtpEmulatorTarget("SM8650").unavailable()
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 
 CHIPS = ("SM8550", "SM8650", "SM8750")
-# PSNR in dB of emulator against simulation that short training reaches; the emulator scales sums back to integers less
-# exactly than the simulation, an error of one step in one of a hundred 8-bit outputs, and each layer hands it on.
-FLOORS = {"w8a8": 38.0, "w8a16": 65.0, "w4a16": 45.0}
+# PSNR in dB of emulator against simulation. The emulator scales sums back to integers less exactly than the simulation,
+# an error of one step in one of a hundred 8-bit outputs, and each layer hands it on. Measured after the training below:
+# FFNet-nano 47.5 / 87.4 / 60.2, LRASPP 50.3 / 92.4 / 79.8.
+FLOORS = {
+    "ffnet_nano": {"w8a8": 45.0, "w8a16": 75.0, "w4a16": 57.0},
+    "lraspp": {"w8a8": 48.0, "w8a16": 75.0, "w4a16": 65.0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +165,7 @@ def trained(request: pytest.FixtureRequest, camvid: Path) -> tuple[str, Segmenta
     return request.param, task, data
 
 
-@pytest.mark.parametrize("precision", list(FLOORS))
+@pytest.mark.parametrize("precision", ["w8a8", "w8a16", "w4a16"])
 def test_emulator_and_simulation_agree(trained: Any, trainer: MakeTrainer, tmp_path: Path, precision: str) -> None:
     name, float_task, data = trained
     task = SegmentationTask(copy.deepcopy(float_task.model))
@@ -183,7 +187,7 @@ def test_emulator_and_simulation_agree(trained: Any, trainer: MakeTrainer, tmp_p
             report = measured.report
         assert report.soc == chip
         assert report.against_simulation is not None
-        assert report.against_simulation["psnr_db"] >= FLOORS[precision]
+        assert report.against_simulation["psnr_db"] >= FLOORS[name][precision]
         assert (report.float_islands, report.fallen_back) == ([], {})
 
 
