@@ -19,14 +19,15 @@ from lightning_quant.callbacks.data import (
     stage_loader,
     undisturbed,
 )
-from lightning_quant.callbacks.device_metric import first_batches, metrics_of
+from lightning_quant.callbacks.device_metric import LabelledBatch, first_batches, metrics_of
 from lightning_quant.callbacks.quantization import QuantizationCallback, say
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.deploy.bundle import Bundle, export_bundle, first_samples
 from lightning_quant.deploy.device_report import DeviceReport
-from lightning_quant.deploy.push import Push, check_bounds
+from lightning_quant.deploy.push import Push, check_bounds, device_folder
 from lightning_quant.deploy.samples import Samples
-from lightning_quant.errors import ConfigurationError, DeviceError
+from lightning_quant.deploy.targets.target import REPORT_NAME
+from lightning_quant.errors import ConfigurationError, DeviceBoundError, LightningQuantError
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 
@@ -166,18 +167,32 @@ class DeviceExport(Callback):
         name, network = next(
             (name, module) for name, module in pl_module.named_modules() if isinstance(module, QuantizedNetwork)
         )
+        self.reports, self.passed_over = [], {}
         calls = self._calibration_samples(trainer, pl_module, name, network)
+        log_dir = trainer.log_dir  # asks rank 0, so every rank has to ask
         if trainer.is_global_zero:
-            root = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "export")
+            root = Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "export")
             stem = self.name or f"{network.float_class.__name__}-{network.recipe.precision}"
             self.bundle = export_bundle(network, root / stem, calls)
             parity: dict[str, Any] = self.bundle.manifest["parity"]
             agreement = "equal to" if parity["psnr_db"] is None else f"{parity['psnr_db']} dB against"
             samples = f"{parity['samples']} samples in ONNX Runtime"
             say(f"Exported {self.bundle.path} ({agreement} the simulation on {samples}).")
-            if self.push is not None:
-                self._measure(trainer, pl_module, name, network, calls)
+            for report in device_folder(self.bundle).rglob(REPORT_NAME):
+                report.unlink()  # of the network that the bundle held before
+        # before the device: jobs can queue for longer than processes wait for each other
         trainer.strategy.barrier("lightning_quant_export")
+        if trainer.is_global_zero and self.push is not None:
+            try:
+                self._measure(trainer, pl_module, name, network, calls)
+            except DeviceBoundError:
+                raise
+            except Exception as error:  # whatever it is, a training run is not lost to it
+                if self.on_failure == "raise":
+                    raise
+                assert self.bundle is not None
+                reason = str(error) if isinstance(error, LightningQuantError) else f"{type(error).__name__}: {error}"
+                rank_zero_warn(f"The device was not measured: {reason} (The bundle {self.bundle.path} is complete.)")
 
     def _calibration_samples(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, network: QuantizedNetwork
@@ -206,16 +221,17 @@ class DeviceExport(Callback):
         assert self.push is not None
         with undisturbed(), torch.inference_mode(False), torch.no_grad():
             batches = first_batches(trainer, pl_module, network, name, self.samples)
+            if batches and not _fits(batches, calls):
+                rank_zero_warn(
+                    "The validation samples have another size than the exported network's inputs: the device is "
+                    "compared with the simulation on calibration samples, without your metric. Validate at the size "
+                    "that the device is given."
+                )
+                batches = []
             if batches:
                 calls = [call for batch in batches for call in batch.calls]
             samples = Samples.of(network, self.bundle.manifest, calls)
-        try:
-            measured = self.push.run(self.bundle, samples)
-        except DeviceError as error:
-            if self.on_failure == "raise":
-                raise
-            rank_zero_warn(f"The device was not measured: {error} (The bundle {self.bundle.path} is complete.)")
-            return
+        measured = self.push.run(self.bundle, samples)
         self.passed_over = self.push.passed_over
         if self.passed_over:
             say("No better target: " + "; ".join(self.passed_over.values()) + ".")
@@ -235,3 +251,9 @@ class DeviceExport(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         bounded = [one for one in callbacks if isinstance(one, QuantizationAwareTraining) and one.climbs]
         return bounded[0].result.monitor if bounded else None
+
+
+def _fits(batches: list[LabelledBatch], calls: list[NetworkInputs]) -> bool:
+    """Whether the samples of all batches have the shapes that the network was exported with."""
+    shapes = [tensor.shape[1:] for tensor in calls[0].tensors]
+    return all([t.shape[1:] for t in call.tensors] == shapes for batch in batches for call in batch.calls)

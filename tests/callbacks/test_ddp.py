@@ -38,7 +38,7 @@ if stage == "qat":
     class Qat(QuantizationAwareTraining):
         def on_train_start(self, trainer, pl_module):
             before.update(encodings(pl_module.quantized))
-    trainer = Trainer(callbacks=[Qat(range_estimator=estimator), DeviceExport(out, name="net", samples=2)], **arguments)
+    trainer = Trainer(callbacks=[Qat(range_estimator=estimator), DeviceExport(name="net", samples=2)], **arguments)
     trainer.fit(module, loader, loader)
 else:
     callback = PostTrainingQuantization(range_estimator=estimator, calibration_dataloader=loader)
@@ -101,7 +101,7 @@ def test_both_ranks_hold_the_network_calibrated_on_all_samples(tmp_path: Path, s
     # what the ranks saved together is an ordinary checkpoint, and rank 0 alone exported
     loaded = load_quantized(SmallModule, tmp_path / "last.ckpt")
     assert_same_tensors(loaded.state_dict(), ranks[0]["state"])  # type: ignore[arg-type]
-    assert (tmp_path / "net" / "manifest.json").is_file() == (stage == "qat")
+    assert (tmp_path / "export/net" / "manifest.json").is_file() == (stage == "qat")
 
 
 LADDER = """

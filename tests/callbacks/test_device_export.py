@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
+from torch.utils.data import TensorDataset
 
 import lightning_quant as lq
 from lightning_quant.deploy.bundle import load_bundle
@@ -242,3 +243,41 @@ def test_a_bound_that_is_not_kept_fails_the_run_and_keeps_the_files(trainer: Mak
         trainer(lq.PostTrainingQuantization("w8a8"), export).fit(SmallModule(), small_loader(), small_loader())
     assert load_bundle(tmp_path / "out/net").manifest["name"] == "net"
     assert (tmp_path / "out/net.device/onnxruntime/report.json").is_file()
+
+
+def test_validation_images_of_another_size(trainer: MakeTrainer, tmp_path: Path) -> None:
+    """Crops for training and whole images for validation: the exported graph has the shape of what calibrated."""
+    images, labels = small_data().tensors
+    larger = small_loader(TensorDataset(F.interpolate(images, scale_factor=2), labels))
+    export = lq.DeviceExport(tmp_path / "out", target="onnxruntime", monitor="val_loss", on_failure="raise")
+    with pytest.warns(UserWarning, match="validation samples have another size"):
+        trainer(lq.PostTrainingQuantization("w8a8"), export).fit(SmallModule(), small_loader(), larger)
+    (report,) = export.reports
+    assert (report.status, report.metric) == ("finished", {})
+    assert report.against_simulation is not None
+
+
+def test_whatever_fails_on_the_device_a_run_is_not_lost_to_it(
+    trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reports of the export before do not stand for the new network."""
+    module, out = SmallModule(), tmp_path / "out"
+    export = lq.DeviceExport(out, target="onnxruntime", name="net")
+    one = trainer(lq.PostTrainingQuantization("w8a8"), export)
+    one.fit(module, small_loader(), small_loader())
+    report = out / "net.device/onnxruntime/report.json"
+    assert report.is_file()
+    assert len(export.reports) == 1
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    assert export.push is not None
+    monkeypatch.setattr(export.push, "run", full)
+    with pytest.warns(UserWarning, match=r"not measured: OSError: .*No space left.*net is complete"):
+        one.validate(module, small_loader(), verbose=False)
+    assert export.reports == []
+    assert not report.is_file()
+    export.on_failure = "raise"
+    with pytest.raises(OSError, match="No space"):
+        one.validate(module, small_loader(), verbose=False)

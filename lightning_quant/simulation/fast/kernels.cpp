@@ -344,6 +344,9 @@ class FakeQuantize : public torch::autograd::Function<FakeQuantize> {
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  torch::autograd::variable_list grads) {
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "The fake quantization of lightning_quant has no second derivative: expected backward() without "
+                "create_graph=True. Set LIGHTNING_QUANT_STOCK=1 to use AIMET's.");
     auto& data = context->saved_data;
     const auto saved = context->get_saved_variables();
     const Tensor &keep = saved[0], &low = saved[1], &high = saved[2];

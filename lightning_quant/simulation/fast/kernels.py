@@ -7,7 +7,6 @@ import logging
 import os
 import platform
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -15,14 +14,17 @@ from pathlib import Path
 
 import ninja
 import torch
+from filelock import FileLock
 
 log = logging.getLogger(__name__)
 
-# as PyTorch builds its own kernels, so that a folder shared by several machines has a build for each
+# by the start of the name that PyTorch gives what a processor can do; a folder that several machines share has a build
+# for each
 _INSTRUCTIONS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
     "AVX2": ["-mavx2", "-mfma"],
 }
+_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
 
 
 class Activation(IntEnum):
@@ -37,33 +39,42 @@ class Activation(IntEnum):
 def unavailable() -> str | None:
     """Build and load the kernels, once a process; the reason why there are none, or ``None``.
 
-    The build takes some 15 seconds and is kept where PyTorch keeps extensions (``TORCH_EXTENSIONS_DIR``), by version
+    The build takes some 20 seconds and is kept below ``TORCH_EXTENSIONS_DIR`` or the user's cache folder, by version
     of PyTorch and instruction set. Setting ``LIGHTNING_QUANT_STOCK=1`` turns the kernels off.
     """
     if os.environ.get("LIGHTNING_QUANT_STOCK") == "1":
         return "LIGHTNING_QUANT_STOCK=1 is set"
     if platform.system() != "Linux":
         return f"they are built on Linux only, this is {platform.system()}"
-    capability = torch.backends.cpu.get_cpu_capability()
-    flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
-    name = re.sub(r"\W", "_", f"lightning_quant_{torch.__version__}_{capability}").lower()
-    started = time.monotonic()
     try:
-        with _silent("torch.utils.cpp_extension"), _on_path(ninja.BIN_DIR):
-            from torch.utils import cpp_extension
-
-            cpp_extension.load(
-                name,
-                [str(Path(__file__).with_name("kernels.cpp"))],
-                extra_cflags=flags + _INSTRUCTIONS.get(capability, []),
-                extra_ldflags=["-fopenmp"],
-                is_python_module=False,
-            )
+        _load()
     except Exception as error:  # no compiler, no headers, no room: whatever it is, AIMET's own kernels do the work
         return f"building them failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    if (seconds := time.monotonic() - started) > 2:
-        log.info("Built the kernels of fake quantization in %.0f s; the next process finds them built.", seconds)
     return None
+
+
+def _load() -> None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    name = re.sub(r"\W", "_", f"lightning_quant_{torch.__version__}_{capability}").lower()
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(cache) / "lightning_quant" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    instructions = [flag for key, flags in _INSTRUCTIONS.items() if capability.startswith(key) for flag in flags]
+    # PyTorch waits for ever for a lock file that a killed process left; under this one, it is a left one
+    with FileLock(folder.with_suffix(".lock")), _silent("torch.utils.cpp_extension"), _on_path(ninja.BIN_DIR):
+        (folder / "lock").unlink(missing_ok=True)
+        if not list(folder.glob("*.so")):
+            log.info("Building the kernels of fake quantization, once on this machine: about 20 s.")
+        from torch.utils import cpp_extension
+
+        cpp_extension.load(
+            name,
+            [str(Path(__file__).with_name("kernels.cpp"))],
+            extra_cflags=_FLAGS + instructions,
+            extra_ldflags=["-fopenmp"],
+            build_directory=str(folder),
+            is_python_module=False,
+        )
 
 
 @contextmanager

@@ -36,6 +36,8 @@ class FastHistogramObserver(_HistogramObserver):
         if not _is_covered(self, input_tensor):
             return super().collect_stats(input_tensor)
         low, high = _range(input_tensor, self.shape)
+        if not (low.isfinite().all() and high.isfinite().all()):
+            return super().collect_stats(input_tensor)
         if self.stats[0].histogram is not None:
             return [_Histogram(min=low.view(()), max=high.view(()))]
         # as AIMET's _create_bin_edges does for one channel
@@ -52,7 +54,7 @@ class FastHistogramObserver(_HistogramObserver):
     def merge_stats(self, new_stats_list: Any, input_tensor: Tensor) -> None:
         """Add a batch; numbers beyond the bins count for the outermost ones."""
         (*others, new) = new_stats_list
-        if self.stats[0].histogram is None or others or not _is_covered(self, input_tensor):
+        if self.stats[0].histogram is None or others or new.histogram is not None:
             super().merge_stats(new_stats_list, input_tensor)
             return
         now = self.stats[0]
@@ -151,7 +153,6 @@ def _is_covered(observer: Any, tensor: Tensor) -> bool:
         and tensor.is_cpu
         and type(tensor) is Tensor
         and kernels.unavailable() is None
-        and bool(torch.isfinite(tensor.sum()))  # the sum of a tensor with Inf or NaN in it is not finite
     )
 
 

@@ -6,6 +6,8 @@ import itertools
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -199,6 +201,41 @@ def test_numbers_beyond_integers_are_clipped() -> None:
         assert torch.equal(
             quantizer(torch.tensor([1e30, -1e30])), torch.stack([quantizer.get_max(), quantizer.get_min()])
         )
+
+
+def test_second_derivatives_are_refused() -> None:
+    """Rather than zero, which is what would come out."""
+    quantizer = QuantizeDequantize((), 8, False)
+    quantizer.set_range(torch.tensor(-1.0), torch.tensor(1.0))
+    accelerate(quantizer)
+    numbers = torch.randn(9, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"no second derivative.*LIGHTNING_QUANT_STOCK=1"):
+        torch.autograd.grad(quantizer(numbers).square().sum(), numbers, create_graph=True)
+
+
+def test_a_build_that_was_killed_is_done_again(tmp_path: Path) -> None:
+    """PyTorch would wait for ever for the process that held its lock file."""
+    code = "from lightning_quant.simulation.fast import kernels; print(kernels.unavailable())"
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    first = subprocess.Popen(command, env=environment)
+    while not list(tmp_path.rglob("build.ninja")):
+        assert first.poll() is None
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    assert not list(tmp_path.rglob("*.so"))
+    (left,) = tmp_path.rglob("build.ninja")
+    (left.parent / "lock").touch()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.strip() == "None"
+
+
+def test_without_a_compiler_the_reason_is_told(tmp_path: Path) -> None:
+    code = "from lightning_quant.simulation.fast import kernels; print(kernels.unavailable())"
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "no-such-compiler"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "building them failed" in done.stdout
 
 
 def test_sums_do_not_depend_on_threads() -> None:
