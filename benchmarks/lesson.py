@@ -1,7 +1,7 @@
 """The lesson's own case: FFNet-40S calibrated with images of 1024×2048. Seconds and peak memory, ours beside stock.
 
 Each runs in a process of its own, so that the peak is its own. The time is linear in the images (see `calibration`);
-`--images 100` is the lesson's number and takes about half an hour on 2 cores.
+`--images 100`, the default, is the lesson's number.
 """
 
 from __future__ import annotations

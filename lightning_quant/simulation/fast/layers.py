@@ -24,6 +24,7 @@ from aimet_torch.nn.modules import custom
 from aimet_torch.nn.true_quant import _DispatchMixin
 from aimet_torch.quantization.affine import AffineEncoding, QuantizeDequantize
 from aimet_torch.quantization.encoding_analyzer import _flag_extreme_min_max, _MinMaxObserver, _MinMaxRange
+from aimet_torch.quantization.tensor import QuantizedTensorBase
 from aimet_torch.utils import StatisticsNotFoundError
 from torch import Tensor, nn
 
@@ -161,7 +162,7 @@ class _FastLayer(_Fast):
         modules = self._modules
         quantizers = modules["input_quantizers"]._modules.values()
         args = tuple(
-            argument if quantizer is None or not _is_float(argument) else quantizer(argument)
+            _plain(argument) if quantizer is None or not _is_float(argument) else quantizer(argument)
             for argument, quantizer in itertools.zip_longest(args, itertools.islice(quantizers, len(args)))
         )
         return self._computed(modules["output_quantizers"]._modules["0"], *args, **kwargs)
@@ -190,15 +191,14 @@ class _FastWeighted(_FastLayer):
 
     def _computed(self: Any, quantizer: Any, input: Tensor) -> Any:
         weight = self._quantized_weight()
-        bias = self._parameters["bias"]
         if isinstance(self, nn.Linear):
-            output = nn.functional.linear(input, weight, bias)
+            output = nn.functional.linear(input, weight, self.bias)
         else:
-            output = self._conv_forward(input, weight, bias)
+            output = self._conv_forward(input, weight, self.bias)
         return output if quantizer is None else quantizer(output)
 
     def _quantized_weight(self: Any) -> Tensor:
-        weight = self._parameters["weight"]
+        weight = self.weight
         quantizer = self._modules["param_quantizers"]._modules["weight"]
         held = self.__dict__.get("_held_weight")
         if quantizer is None or held is None or torch.is_grad_enabled() or weight.is_inference():
@@ -242,6 +242,11 @@ def _is_fast(module: Any) -> bool:
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _plain(value: Any) -> Any:
+    """Without AIMET's tensor subclass, which slows every operation on it."""
+    return value.as_subclass(Tensor) if isinstance(value, QuantizedTensorBase) else value
 
 
 def _is_traced() -> bool:
