@@ -101,9 +101,11 @@ def _accelerate(network: nn.Module) -> None:
     """Put a simulation on the short path, see :mod:`lightning_quant.simulation.fast`."""
     from lightning_quant.simulation.fast.layers import accelerate
 
+    left = accelerate(network)
     if reason := kernels.unavailable():
         log.info("Fake quantization runs on AIMET's own kernels, which is slower on a CPU: %s.", reason)
-    accelerate(network)
+    elif left:
+        log.info("%d quantizers, e.g. %s, run on AIMET's own kernels: block sizes or other kinds.", len(left), left[0])
 
 
 def _tie_resizes(sim: Any) -> None:

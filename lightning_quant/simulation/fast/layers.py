@@ -23,6 +23,7 @@ from aimet_torch.nn import QuantizationMixin
 from aimet_torch.nn.modules import custom
 from aimet_torch.nn.true_quant import _DispatchMixin
 from aimet_torch.quantization.affine import AffineEncoding, QuantizeDequantize
+from aimet_torch.quantization.base import QuantizerBase
 from aimet_torch.quantization.encoding_analyzer import _flag_extreme_min_max, _MinMaxObserver, _MinMaxRange
 from aimet_torch.quantization.tensor import QuantizedTensorBase
 from aimet_torch.utils import StatisticsNotFoundError
@@ -38,18 +39,26 @@ _FUSED = {nn.ReLU: Activation.RELU, nn.Hardswish: Activation.HARDSWISH}
 _PLAIN = (nn.Hardsigmoid, nn.Hardswish, nn.ConstantPad2d, nn.ZeroPad2d, nn.ReflectionPad2d, custom.Concat)
 
 
-def accelerate(network: nn.Module) -> None:
+def accelerate(network: nn.Module) -> list[str]:
     """Put the quantizers and layers of a simulated network on the short path, in place.
 
     Weights, ranges, names and states stay what they are; :func:`slow_down` is the way back.
+
+    Returns:
+        The names of the quantizers that stay with AIMET: other kinds, block sizes, shifted grids.
     """
+    left = []
     module: Any
-    for module in network.modules():
+    for name, module in network.named_modules():
         fast = _fast_class(type(module))  # type: ignore[arg-type]
         if fast is not None:
             module.__class__ = fast
-        if hasattr(module, "encoding_analyzer"):
-            accelerate_analyzer(module.encoding_analyzer)
+        if isinstance(module, QuantizerBase):
+            if not _is_fast(module) or module.block_size or module.zero_point_shift:
+                left.append(name)
+            if hasattr(module, "encoding_analyzer"):
+                accelerate_analyzer(module.encoding_analyzer)
+    return left
 
 
 def slow_down(network: nn.Module) -> None:
@@ -293,6 +302,8 @@ def _fast_class(aimet_class: Any) -> Any:
     """The class on the short path for one of AIMET's, if there is one."""
     float_class = QuantizationMixin.qcls_to_cls.get(aimet_class)
     kind: type[_Fast]
+    if "aimet_class" in vars(aimet_class):  # on it already
+        return None
     if aimet_class is QuantizeDequantize:
         kind = _FastQuantizer
     elif float_class in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear):

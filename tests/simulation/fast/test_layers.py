@@ -157,6 +157,23 @@ def test_copies_and_pickles_are_on_the_short_path() -> None:
         assert torch.equal(other(images()), network(images()))
 
 
+def test_quantizers_with_blocks_stay_with_aimet() -> None:
+    from aimet_torch.quantsim.config_utils import set_blockwise_quantization_for_weights
+
+    network = quantized(Body(), precision="w4a16")
+    assert accelerate(network) == []
+    set_blockwise_quantization_for_weights(
+        network.sim, [network.network.get_submodule("head")], bitwidth=4, symmetric=True, block_size=3
+    )
+    assert accelerate(network) == ["network.head.param_quantizers.weight"]
+    calibrate(network, [NetworkInputs((images(4),))])
+    fast = step(network, NetworkInputs((images(),)))
+    slow_down(network)
+    slow = step(network, NetworkInputs((images(),)))
+    assert torch.equal(fast[0], slow[0])
+    assert torch.equal(fast[2], slow[2])
+
+
 def test_hooks_are_called() -> None:
     network = calibrated(Body())
     relu = next(module for module in network.modules() if isinstance(module, nn.ReLU))
