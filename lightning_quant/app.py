@@ -40,28 +40,32 @@ def _job(config: DictConfig) -> None:
 
 def _resume(folder: Path) -> None:
     """Fetch what became of the bundles below a folder whose jobs were queued or interrupted."""
-    from lightning_quant.deploy.push import REQUEST_NAME, Measured, resume
+    from lightning_quant.deploy.push import REQUEST_NAME, finished, resume
     from lightning_quant.report.record import RECORD_NAME, RunRecord
 
-    requests = sorted(folder.rglob(REQUEST_NAME))
+    own = folder.with_name(f"{folder.name}.device") / REQUEST_NAME  # of a bundle, what devices make lies beside it
+    requests = sorted(folder.rglob(REQUEST_NAME)) + ([own] if own.is_file() else [])
     if not requests:
         log.error("Nothing below %s was sent to a device: expected the folder of a run or of a bundle.", folder)
         summary.failures.append(str(folder))
     for request in requests:
         bundle = request.parent.with_suffix("")  # <name>.device beside <name>
+        if finished(request.parent):
+            print(f"{bundle.name}: finished already, see {request.parent}")
+            continue
         try:
-            found: list[Measured] = resume(bundle)
+            found = resume(bundle)
+            run = bundle.parent.parent
+            if (run / RECORD_NAME).is_file():
+                record = RunRecord.read(run / RECORD_NAME)
+                record.device = [one.report.to_dict() for one in found]
+                record.write(run)
         except LightningQuantError as error:
             log.error("%s: %s: %s", bundle, type(error).__name__, error)
             summary.failures.append(str(error))
             continue
         for one in found:
             print(f"{bundle.name}: {one.report.sentence()}")
-        run = bundle.parent.parent
-        if (run / RECORD_NAME).is_file():
-            record = RunRecord.read(run / RECORD_NAME)
-            record.device = [one.report.to_dict() for one in found]
-            record.write(run)
 
 
 def main() -> None:

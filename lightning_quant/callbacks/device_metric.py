@@ -111,9 +111,10 @@ def metrics_of(
     kept = []
     left = len(outputs)
     for one in labelled:  # whole batches only: the labels of half a batch belong to nothing
-        if len(one.calls) <= left:
-            kept.append(one.batch)
-            left -= len(one.calls)
+        if len(one.calls) > left:
+            break  # a smaller one after it would be given the outputs of this one
+        kept.append(one.batch)
+        left -= len(one.calls)
     if not kept:
         return {}
     candidates = {"float": network.float_network, "simulation": network, "device": _Playback(outputs, network)}

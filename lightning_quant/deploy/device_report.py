@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_quant.deploy.parity import LOWEST_PSNR
 from lightning_quant.errors import DataError
 
 _FORMAT_VERSION = 1
@@ -28,6 +29,8 @@ GOOD_PSNR = 30.0
 
 def closeness(agreement: Mapping[str, Any]) -> str:
     """An agreement in a few characters: its PSNR, or for outputs that are classes already the share of equal ones."""
+    if agreement["psnr_db"] == LOWEST_PSNR:
+        return "not comparable"
     if agreement["psnr_db"] is not None:
         return f"{agreement['psnr_db']:.1f} dB"
     share = agreement["argmax_agreement"]

@@ -11,6 +11,8 @@ import numpy as np
 from lightning_quant.errors import ParityError
 from lightning_quant.precision import Precision
 
+# What stands for NaN and minus infinity where a PSNR is written down: noise beyond any measure.
+LOWEST_PSNR = -200.0
 # PSNR in dB that an export must reach against its simulation, with 16-bit and with 8-bit activations.
 FINE_BAR, COARSE_BAR = 60.0, 35.0
 
@@ -38,9 +40,12 @@ class Parity:
     samples: int
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """JSON values; an infinite PSNR becomes ``None``."""
+        """JSON values; an infinite PSNR becomes ``None``, one of NaN or Inf in the outputs :data:`LOWEST_PSNR`."""
         values = asdict(self)
-        values["psnr_db"] = None if math.isinf(self.psnr_db) else round(self.psnr_db, 2)
+        if self.psnr_db == math.inf:
+            values["psnr_db"] = None
+        else:
+            values["psnr_db"] = round(self.psnr_db, 2) if self.psnr_db > LOWEST_PSNR else LOWEST_PSNR
         return values
 
 

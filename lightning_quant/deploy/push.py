@@ -14,8 +14,8 @@ from lightning_quant.deploy.samples import Samples, Tensors
 from lightning_quant.deploy.targets.aihub import AiHubTarget
 from lightning_quant.deploy.targets.htp_emulator import HtpEmulatorTarget
 from lightning_quant.deploy.targets.onnxruntime import OnnxRuntimeTarget
-from lightning_quant.deploy.targets.target import Measured, Target
-from lightning_quant.errors import ConfigurationError, DeviceBoundError, DeviceUnavailableError
+from lightning_quant.deploy.targets.target import REPORT_NAME, Measured, Target
+from lightning_quant.errors import ConfigurationError, DataError, DeviceBoundError, DeviceUnavailableError
 
 SAMPLES_NAME = "samples.npz"
 REQUEST_NAME = "request.json"
@@ -62,10 +62,9 @@ class Push:
         """
         folder = device_folder(bundle)
         samples.write(folder / SAMPLES_NAME)
-        self._note(folder, self.target)
-        target = self._choose()
-        self._note(folder, target.tier)  # what was begun at one target is not gone on with at another
-        target.check(bundle)
+        self._note(bundle, self.target)
+        target = self._choose(bundle)
+        self._note(bundle, target.tier)  # what was begun at one target is not gone on with at another
         measured = target.run(bundle, samples.inputs, folder / target.tier)
         for one in measured:
             _compare(one, samples)
@@ -73,19 +72,30 @@ class Push:
             one.write()
         return measured
 
-    def _note(self, folder: Path, target: str) -> None:
+    def _note(self, bundle: Bundle, target: str) -> None:
         request = {"target": target, "devices": self.devices, "timeout": self.timeout, "options": self.options}
-        (folder / REQUEST_NAME).write_text(json.dumps(request, indent=2) + "\n")
+        request["bundle"] = bundle.manifest["files"]
+        (device_folder(bundle) / REQUEST_NAME).write_text(json.dumps(request, indent=2) + "\n")
 
-    def _choose(self) -> Target:
+    def _choose(self, bundle: Bundle) -> Target:
+        """The target, or the best one that takes the bundle; why not the better ones is kept."""
         self.passed_over = {}
-        for name in TARGETS if self.target == "auto" else (self.target,):
-            one = self._make(name)
-            reason = one.unavailable()
-            if reason is None:
-                return one
+        if self.target != "auto":
+            target = self._make(self.target)
+            if reason := target.unavailable():
+                raise DeviceUnavailableError(f"target={self.target!r} cannot be used: {reason}.")
+            target.check(bundle)
+            return target
+        for name in TARGETS:
+            try:
+                target = self._make(name)
+                if (reason := target.unavailable()) is None:
+                    target.check(bundle)
+                    return target
+            except ConfigurationError as error:  # such as a phone whose chip only AI Hub knows
+                reason = str(error).rstrip(".")
             self.passed_over[name] = reason
-        raise DeviceUnavailableError(f"target={self.target!r} cannot be used: {self.passed_over[self.target]}.")
+        raise DeviceUnavailableError("No target can be used: " + "; ".join(self.passed_over.values()) + ".")
 
     def _make(self, name: str) -> Target:
         if name == "aihub":
@@ -100,6 +110,15 @@ def device_folder(bundle: Bundle) -> Path:
     return bundle.path.with_name(f"{bundle.path.name}.device")
 
 
+def finished(folder: Path) -> bool:
+    """Whether every report in a :func:`device_folder` is there and whole."""
+    try:
+        states = [json.loads(path.read_text())["status"] for path in folder.rglob(REPORT_NAME)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return bool(states) and set(states) == {"finished"}
+
+
 def resume(path: str | Path) -> list[Measured]:
     """Go on with a bundle whose jobs were submitted, or whose run was interrupted; wait for the results.
 
@@ -109,6 +128,7 @@ def resume(path: str | Path) -> list[Measured]:
     Raises:
         ExportError: if there is no such bundle.
         ConfigurationError: if it was never sent to a target.
+        DataError: if the bundle was exported anew since, or the samples are damaged.
         DeviceError: see :meth:`Push.run`.
     """
     bundle = load_bundle(path)
@@ -122,6 +142,11 @@ def resume(path: str | Path) -> list[Measured]:
             f"{bundle.path} was not sent to a target yet ({folder / REQUEST_NAME}: {error!r}): expected a bundle that "
             "DeviceExport pushed."
         ) from error
+    if request.get("bundle") != bundle.manifest["files"]:
+        raise DataError(
+            f"{bundle.path} was exported anew after it was sent to {request['target']}: expected the files that were "
+            "sent, since the samples kept beside it are compared with those. Push the new one with DeviceExport."
+        )
     return push.run(bundle, Samples.read(folder / SAMPLES_NAME))
 
 
@@ -134,7 +159,9 @@ def _compare(measured: Measured, samples: Samples) -> None:
     if samples.float_network is not None:
         report.against_float = _agreement(samples.float_network, outputs)
     psnr = (report.against_float or report.against_simulation)["psnr_db"]
-    if psnr is not None and psnr < GOOD_PSNR:
+    if psnr == parity.LOWEST_PSNR:
+        report.warnings.append("Outputs hold NaN or Inf, or what they are compared with is zero.")
+    elif psnr is not None and psnr < GOOD_PSNR:
         report.warnings.append(f"PSNR {psnr:.1f} dB: above {GOOD_PSNR:.0f} dB is typically good.")
     if report.speedup is not None and report.speedup < 1:
         report.warnings.append(f"Quantized it is slower than in float: {report.speedup:.2f} times as fast.")
@@ -166,7 +193,12 @@ def check_bounds(
         agreement = report.against_float or report.against_simulation
         where = f"{report.precision} on {report.device} ({report.tier})"
         if min_psnr is not None and agreement is not None:
-            psnr = agreement["psnr_db"]
+            psnr, share = agreement["psnr_db"], agreement["argmax_agreement"]
+            if psnr is None and share is not None and share < 1:
+                raise DeviceBoundError(
+                    f"{where}: its outputs are classes, {share:.2%} of them the same, of which there is no PSNR, but "
+                    f"min_psnr={min_psnr:g} dB was asked for. Use max_metric_drop."
+                )
             if psnr is not None and psnr < min_psnr:
                 raise DeviceBoundError(
                     f"{where}: PSNR {psnr:.1f} dB, expected min_psnr={min_psnr:g} dB. Use a finer precision (w8a16), "

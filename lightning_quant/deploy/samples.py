@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ class Samples:
                 for key in file.files:
                     part, index, name = key.split("/", 2)
                     parts[part].setdefault(int(index), {})[name] = file[key]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} holds no samples: {error}. Export again to write it anew.") from error
         lists = {part: [found[index] for index in sorted(found)] for part, found in parts.items()}
         return cls(lists["inputs"], lists["simulation"], lists["float_network"] or None)

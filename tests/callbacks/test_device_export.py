@@ -16,10 +16,12 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import TensorDataset
 
 import lightning_quant as lq
+from lightning_quant.callbacks.device_metric import LabelledBatch, metrics_of
 from lightning_quant.deploy.bundle import load_bundle
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.targets.htp_emulator import HtpEmulatorTarget
 from lightning_quant.errors import ConfigurationError, DeviceBoundError, ParityError
+from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
 
@@ -281,3 +283,36 @@ def test_whatever_fails_on_the_device_a_run_is_not_lost_to_it(
     export.on_failure = "raise"
     with pytest.raises(OSError, match="No space"):
         one.validate(module, small_loader(), verbose=False)
+
+
+def test_the_metric_ends_where_the_outputs_end(trainer: MakeTrainer, tmp_path: Path) -> None:
+    """A large batch that the device computed in part is left out, and so is a small one after it."""
+    export = lq.DeviceExport(tmp_path / "out", target=None, name="net")
+    module = SmallModule()
+    trainer(lq.PostTrainingQuantization("w8a8"), export).fit(module, small_loader(), small_loader())
+    images, labels = small_data(8).tensors
+    network = module.quantized.eval()
+    labelled, outputs = [], []
+    for start, stop in ((0, 4), (4, 7), (7, 8)):
+        calls = [NetworkInputs((images[i : i + 1],)) for i in range(start, stop)]
+        labelled.append(LabelledBatch((images[start:stop], labels[start:stop]), calls))
+        with torch.no_grad():
+            outputs += [{"output": network(*call.args).numpy()} for call in calls]
+    for computed in (4, 5, 6, 7, 8):
+        found = metrics_of(module, "model", network, "val_loss", labelled, outputs[:computed])
+        assert found["device"] == pytest.approx(found["simulation"], rel=1e-4), computed
+
+
+def test_auto_passes_over_a_target_that_does_not_know_the_device(
+    trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QAIHUB_CLIENT_INI", str(tmp_path / "none.ini"))
+    export = lq.DeviceExport(tmp_path / "out", target="auto", device="Google Pixel 8", on_failure="raise")
+    trainer(lq.PostTrainingQuantization("w8a8"), export).fit(SmallModule(), small_loader(), small_loader())
+    (report,) = export.reports
+    assert report.tier == "onnxruntime"
+    assert "no AI Hub token" in export.passed_over["aihub"]
+    assert (
+        "Google Pixel 8" in export.passed_over["htp_emulator"]
+        or "onnxruntime-qnn" in export.passed_over["htp_emulator"]
+    )

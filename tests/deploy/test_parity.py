@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_quant.deploy.parity import Parity, check, compare
-from lightning_quant.errors import ExportError, ParityError
+from lightning_quant.deploy.device_report import DeviceReport, closeness
+from lightning_quant.deploy.parity import LOWEST_PSNR, Parity, check, compare
+from lightning_quant.deploy.push import check_bounds
+from lightning_quant.deploy.targets.target import folder_name
+from lightning_quant.errors import DeviceBoundError, ExportError, ParityError
 from lightning_quant.precision import Precision
 
 
@@ -131,3 +134,30 @@ def test_integer_outputs_are_compared_as_classes() -> None:
     parity = compare([([expected], [np.array([[0, 1, 2, 9]])])])
     assert parity.argmax_agreement == 0.75
     assert math.isinf(parity.psnr_db)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_noise_beyond_measure_is_not_taken_for_equal(wrong: float) -> None:
+    """In JSON neither NaN nor infinity has a place, and None means equal."""
+    values = compare([([np.ones((1, 1, 4))], [np.full((1, 1, 4), wrong)])]).as_dict()
+    assert values["psnr_db"] == LOWEST_PSNR
+    assert closeness(values) == "not comparable"
+    report = DeviceReport("aihub", "phone", "w8a8", against_float=values)
+    with pytest.raises(DeviceBoundError, match="min_psnr=40"):
+        check_bounds([report], min_psnr=40, max_metric_drop=None)
+
+
+def test_a_bound_in_db_for_outputs_that_are_classes() -> None:
+    values = compare([([np.array([[1, 2]])], [np.array([[1, 3]])])]).as_dict()
+    report = DeviceReport("aihub", "phone", "w8a8", against_float=values)
+    with pytest.raises(DeviceBoundError, match=r"outputs are classes, 50\.00% of them the same.*max_metric_drop"):
+        check_bounds([report], min_psnr=40, max_metric_drop=None)
+    same = compare([([np.array([[1, 2]])], [np.array([[1, 2]])])]).as_dict()
+    check_bounds([DeviceReport("aihub", "phone", "w8a8", against_float=same)], min_psnr=40, max_metric_drop=None)
+
+
+def test_two_phones_have_two_folders() -> None:
+    names = ("Samsung Galaxy S24", "Samsung Galaxy S24+", "Samsung Galaxy S24 Ultra")
+    assert [folder_name(name) for name in names] == [
+        "samsung-galaxy-s24", "samsung-galaxy-s24-plus", "samsung-galaxy-s24-ultra"
+    ]  # fmt: skip

@@ -75,6 +75,13 @@ class _Service:
                 f"{path} is no valid configuration of AI Hub (not shown here, for it holds the token): expected "
                 "[api] with api_token, api_url and web_url. Run `qai-hub configure --api_token <token>`."
             ) from None
+        token = self.config.api_token
+        if not token.isascii() or not token.isprintable() or " " in token:
+            # an indented line after it belongs to it for configparser; requests would quote it in an error
+            raise ConfigurationError(
+                f"api_token in {path} holds spaces, line breaks or letters no token has (not shown here): expected one "
+                "word. Run `qai-hub configure --api_token <token>` to write it anew."
+            )
         self.config.verbose = False
         self.client = qai_hub.Client(config=self.config)
         self.hub = qai_hub
@@ -130,7 +137,10 @@ class _Service:
         ) from None
 
     def _without_token(self, error: Exception) -> str:
-        return (str(error).strip() or "no reason given").replace(self.config.api_token, "***")
+        text, token = str(error).strip() or "no reason given", self.config.api_token
+        for secret in (token, repr(token)[1:-1]):  # some messages quote what was sent
+            text = text.replace(secret, "***")
+        return text
 
     def find_by_name(self, name: str, page: Callable[[int], list[Any]]) -> Any | None:
         """The newest thing of that name among the newest ones; ``page`` gives those from an offset on."""

@@ -36,7 +36,8 @@ class Measured:
 
 def folder_name(*parts: str) -> str:
     """A name for a folder made of free text: ``("Samsung Galaxy S24", "tflite")`` → ``samsung-galaxy-s24-tflite``."""
-    return re.sub(r"[^a-z0-9_]+", "-", " ".join(parts).lower()).strip("-")
+    plain = " ".join(parts).lower().replace("+", "-plus")  # Galaxy S24 and S24+ are two phones
+    return re.sub(r"[^a-z0-9_]+", "-", plain).strip("-")
 
 
 class Target(ABC):

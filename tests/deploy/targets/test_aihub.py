@@ -28,6 +28,7 @@ from lightning_quant.deploy.targets.journal import Journal
 from lightning_quant.deploy.targets.target import Measured
 from lightning_quant.errors import (
     ConfigurationError,
+    DataError,
     DeviceBoundError,
     DeviceError,
     DeviceTimeoutError,
@@ -198,6 +199,18 @@ def test_the_command_line_fetches_what_was_queued(hub: StandIn, tmp_path: Path) 
     assert "net: w8a8 on Samsung Galaxy S24 (aihub): 0.42 ms" in done.stdout
     (values,) = RunRecord.read(run / "results.json").device
     assert values["median_latency_us"] == 416
+    # finished: neither asked for again nor written over; found by the bundle's own folder as well
+    record = RunRecord.read(run / "results.json")
+    record.device[0]["metric"] = {"device": 0.5}
+    record.write(run)
+    requests = len(hub.requests())
+    bundle_folder = str(run / "export" / "net")
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_quant", "resume", bundle_folder], capture_output=True, text=True, check=True
+    )
+    assert "net: finished already" in done.stdout
+    assert len(hub.requests()) == requests
+    assert RunRecord.read(run / "results.json").device[0]["metric"] == {"device": 0.5}
     nothing = subprocess.run(
         [sys.executable, "-m", "lightning_quant", "resume", str(hub._store.folder)], capture_output=True, text=True
     )
@@ -207,6 +220,32 @@ def test_the_command_line_fetches_what_was_queued(hub: StandIn, tmp_path: Path) 
 def test_resume_says_what_is_missing(exported: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="was not sent to a target yet"):
         resume(exported[0].path)
+
+
+def test_samples_of_another_export_are_not_compared(hub: StandIn, exported: Any) -> None:
+    push(exported)
+    bundle = exported[0]
+    request = device_folder(bundle) / "request.json"
+    values = json.loads(request.read_text())
+    values["bundle"][next(iter(values["bundle"]))]["sha256"] = "0" * 64
+    request.write_text(json.dumps(values))
+    with pytest.raises(DataError, match="was exported anew after it was sent to aihub"):
+        resume(bundle.path)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut"])
+def test_one_damaged_bundle_does_not_keep_the_others(hub: StandIn, tmp_path: Path, content: bytes) -> None:
+    hub.hold()
+    for name in ("a", "b"):
+        push(samples_and_bundle(tmp_path / "run" / "export" / name), wait=False)
+    (tmp_path / "run/export/a.device/samples.npz").write_bytes(content)
+    hub.release()
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_quant", "resume", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "samples.npz holds no samples" in done.stderr
+    assert "b: w8a8 on Samsung Galaxy S24 (aihub)" in done.stdout
 
 
 def test_killed_after_every_step_of_the_journal(hub: StandIn, exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,6 +423,8 @@ def test_a_bundle_that_was_changed_is_not_uploaded(hub: StandIn, exported: Any) 
         (f"[api]\napi_url = URL\napi_token = {TOKEN}\n", "no valid configuration"),
         (f"[api]\napi_token = {TOKEN}\n", "has no api_url"),
         (None, "there is no AI Hub token"),
+        # an indented line goes on with the one before it, and requests would quote both
+        (f"[api]\napi_token = {TOKEN}\n  verbose = False\napi_url = URL\nweb_url = URL\n", "letters no token has"),
     ],
 )
 def test_configurations_that_cannot_be_read(hub: StandIn, exported: Any, content: str | None, message: str) -> None:
