@@ -106,13 +106,15 @@ class _Service:
                     return found
                 return request()
             except UserError as error:
-                if "could not be found" in str(error):
+                if "could not be found" in str(error) or "expired dataset" in str(error):
                     raise _Gone(f"AI Hub does not know {what} any more: {self._without_token(error)}") from None
                 raise DeviceError(f"AI Hub refused {what}: {self._without_token(error)}") from None
             except LightningQuantError:
                 raise
             except Exception as error:  # the client raises what its parts raise: AssertionError, DecodeError …
                 wait = min(0.5 * 2**attempt, 20.0)
+                if self._status(error) == 404:
+                    raise _Gone(f"AI Hub does not know {what} any more: {self._without_token(error)}") from None
                 if self._is_final(error):
                     raise DeviceError(f"AI Hub refused {what}: {self._without_token(error)}") from None
                 if time.monotonic() + wait > give_up:
@@ -120,8 +122,11 @@ class _Service:
                 time.sleep(wait)
         raise AssertionError
 
+    def _status(self, error: Exception) -> int | None:
+        return getattr(error, "status_code", None) or getattr(error.__cause__, "status_code", None)
+
     def _is_final(self, error: Exception) -> bool:
-        status = getattr(error, "status_code", None) or getattr(error.__cause__, "status_code", None)
+        status = self._status(error)
         return isinstance(status, int) and 400 <= status < 500 and status != 429
 
     def _give_up(self, what: str, error: Exception) -> NoReturn:
@@ -172,6 +177,9 @@ class _Push:
         for step in (_Run.submit_compile, _Run.submit_inference, _Run.collect):  # all queue before one is waited for
             for run in runs:
                 run.attempt(step)
+        stopped = [run.stopped for run in runs if run.stopped]
+        if stopped and not any(run.profile for run in runs if run.variant == "quantized"):
+            raise stopped[0]
         results = []
         for name, runtime in pairs:
             mine = {run.variant: run for run in runs if (run.name, run.runtime) == (name, runtime)}
@@ -183,8 +191,8 @@ class _Push:
         if float_run is not None:
             result["jobs"] |= {f"float {what}": url for what, url in float_run.links.items()}
             result["float_profile"] = float_run.profile
-            if float_run.error:
-                result["warnings"].append(f"The float network could not be measured: {float_run.error}")
+            if reason := float_run.error or float_run.stopped:
+                result["warnings"].append(f"The float network could not be measured: {reason}")
         return result
 
     def _device(self, name: str) -> Any:
@@ -234,7 +242,7 @@ class _Push:
         def is_complete() -> bool:
             return service.api.get_model(service.config, identity).file_upload_complete
 
-        with self._forgetting_what_is_gone(key):
+        with self.forgetting_what_is_gone(key):
             if not service.read("the uploaded model", is_complete):  # killed between its record and its last byte
                 service.read(
                     "uploading the model", lambda: service.api.upload_model(service.config, source["path"], identity)
@@ -262,13 +270,13 @@ class _Push:
         def is_complete() -> bool:
             return service.api.get_dataset(service.config, identity).file_upload_complete
 
-        with self._forgetting_what_is_gone(key):
+        with self.forgetting_what_is_gone(key):
             if not service.read("the uploaded samples", is_complete):
                 service.read("uploading the samples", lambda: self._finish_dataset(identity, path))
         return identity
 
     @contextlib.contextmanager
-    def _forgetting_what_is_gone(self, key: str) -> Iterator[None]:
+    def forgetting_what_is_gone(self, key: str) -> Iterator[None]:
         """The next run makes anew what somebody deleted at the service."""
         try:
             yield
@@ -278,7 +286,7 @@ class _Push:
 
     def _is_expired(self, key: str, dataset_id: str) -> bool:
         """Data sets expire after 30 days."""
-        with self._forgetting_what_is_gone(key):
+        with self.forgetting_what_is_gone(key):
             dataset = self.service.read("the uploaded samples", lambda: self.service.client.get_dataset(dataset_id))
         return dataset.is_expired()
 
@@ -338,7 +346,7 @@ class _Push:
         """
         identity = self.journal.entry(key)["id"]
         client = self.service.client
-        with self._forgetting_what_is_gone(key):
+        with self.forgetting_what_is_gone(key):
             job = self.service.read(what, lambda: client.get_job(identity))
         pause = 0.25
         while not (status := self.service.read(what, job.get_status)).finished:
@@ -366,6 +374,7 @@ class _Run:
         self.variant = variant
         self.source: dict[str, str] = push.job[variant]
         self.error: str | None = None
+        self.stopped: DeviceError | None = None
         self.profile: dict[str, Any] | None = None
         self.versions: dict[str, str] = {}
         self.artifacts: dict[str, str] = {}
@@ -387,12 +396,18 @@ class _Run:
         return " ".join([*options, self.push.job["options"]]).strip()
 
     def attempt(self, step: Callable[[_Run], None]) -> None:
-        """Take a step unless an earlier one failed; a failed job ends this run, not the others."""
-        if self.error is None:
+        """Take a step unless an earlier one failed; what one device or network fails at does not end the others."""
+        if self.error is None and self.stopped is None:
             try:
                 step(self)
             except _Failed as error:
                 self.error = str(error)
+            except DeviceTimeoutError as error:  # still queued: others may have finished
+                self.stopped = error
+            except DeviceUnavailableError:
+                raise
+            except DeviceError as error:  # refused
+                self.stopped = error
 
     def submit_compile(self) -> None:
         model_id = self.push.upload_model(self.source)
@@ -412,9 +427,11 @@ class _Run:
         client, service = self.push.service.client, self.push.service
         target_id = job.get_target_model().model_id
         self.push.journal.note(self.compile_key, target_model_id=target_id)
-        target = service.read("the compiled model", lambda: client.get_model(target_id))
-        inputs = self._inputs_for(target)
-        dataset_id = self.push.upload_inputs(inputs)
+        dataset_id = ""
+        if "id" not in self.push.journal.entry(self.inference_key):  # else the samples have done their duty
+            with self.push.forgetting_what_is_gone(self.compile_key):
+                target = service.read("the compiled model", lambda: client.get_model(target_id))
+            dataset_id = self.push.upload_inputs(self._inputs_for(target))
 
         def request(name: str) -> Any:
             dataset = client.get_dataset(dataset_id)
@@ -437,12 +454,14 @@ class _Run:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         target_id = self.push.journal.entry(self.compile_key)["target_model_id"]
-        target = service.read("the compiled model", lambda: service.client.get_model(target_id))
+        with self.push.forgetting_what_is_gone(self.compile_key):
+            target = service.read("the compiled model", lambda: service.client.get_model(target_id))
         partial = self.push.scratch / self.compile_key
         partial.mkdir(exist_ok=True)
         compiled = Path(service.read("downloading the compiled model", lambda: target.download(str(partial))))
         compiled = Path(shutil.move(compiled, self.folder / f"compiled{''.join(compiled.suffixes)}"))
-        data = service.read("downloading the outputs", lambda: job.download_output_data())
+        with self.push.forgetting_what_is_gone(key):
+            data = service.read("downloading the outputs", lambda: job.download_output_data())
         outputs = self._outputs_of(data, target)
         np.savez(self.folder / "outputs.partial.npz", **outputs)  # type: ignore[arg-type]
         (self.folder / "outputs.partial.npz").replace(self.folder / "outputs.npz")
@@ -493,7 +512,9 @@ class _Run:
         return found
 
     def result(self) -> dict[str, Any]:
-        status = "failed" if self.error else "finished" if self.profile is not None else "pending"
+        late = isinstance(self.stopped, DeviceTimeoutError)
+        error = self.error or (str(self.stopped) if self.stopped and not late else None)
+        status = "failed" if error else "finished" if self.profile is not None else "pending"
         chips = [one.removeprefix("chipset:") for one in self.device.attributes if one.startswith("chipset:")]
         soc = [chip.upper() for chip in chips if not chip.startswith("qualcomm-")]  # sm8650, not its trade name
         return {
@@ -505,8 +526,8 @@ class _Run:
             "profile": self.profile,
             "versions": self.versions,
             "artifacts": self.artifacts,
-            "warnings": self.warnings,
-            "error": self.error,
+            "warnings": [*self.warnings, str(self.stopped)] if late else self.warnings,
+            "error": error,
         }
 
 

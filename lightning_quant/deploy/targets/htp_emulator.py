@@ -64,9 +64,13 @@ class HtpEmulatorTarget(Target):
 
     @override
     def check(self, bundle: Bundle) -> None:
-        if bundle.manifest["precision"].endswith("a16") and HEXAGON[self.soc] < 69:
+        layers = {**bundle.manifest["overrides"], **bundle.manifest["raised"]}
+        fine = [f"{name} in {value}" for name, value in layers.items() if value.endswith("a16")]
+        what = bundle.manifest["precision"]
+        if (what.endswith("a16") or fine) and HEXAGON[self.soc] < 69:
+            what = what if what.endswith("a16") else f"{what} with {', '.join(fine)}"
             raise ConfigurationError(
-                f"{bundle.manifest['precision']} on {self.device}: expected a chip with 16-bit activations, but the "
+                f"{what} on {self.device}: expected a chip with 16-bit activations, but the "
                 f"Hexagon v{HEXAGON[self.soc]} of {self.soc} has 8-bit ones only. Use w8a8 or w4a8, or a newer device."
             )
 

@@ -382,6 +382,48 @@ def test_records_that_vanished_are_made_again(hub: StandIn, exported: Any) -> No
     assert (len(hub.posts("models")), len(hub.posts("datasets")), len(hub.posts("jobs"))) == (1, 2, 3)
 
 
+def test_outputs_that_expired_are_computed_again(hub: StandIn, exported: Any) -> None:
+    """After 30 days; the compiled model is still there, the samples are uploaded once more: they expired too."""
+    push(exported)
+    hub.expire_datasets()
+    with pytest.raises(DeviceError, match=r"expired dataset.*Run again to make it anew"):
+        push(exported)
+    assert len(hub.posts("datasets")) == 1  # what was computed already needs no samples
+    assert push(exported)[0].report.status == "finished"
+    assert (len(hub.posts("models")), len(hub.posts("datasets")), len(hub.jobs("compile"))) == (1, 2, 1)
+
+
+def test_a_model_that_was_deleted_is_uploaded_again(hub: StandIn, exported: Any) -> None:
+    """By somebody at the service, or another account's: each thing that is gone costs one more run."""
+    push(exported)
+    for entry in journal_of(exported).values():
+        hub.forget(entry["id"])
+    runs = 0
+    while not (told := _pushed_or_told(exported)) and runs < 5:
+        runs += 1
+    assert told == "finished"
+    assert len(hub.posts("models")) == 2
+
+
+def _pushed_or_told(exported: Any) -> str:
+    """How a push ended; nothing where it has to be run again."""
+    try:
+        return push(exported)[0].report.status
+    except DeviceError as error:
+        return "" if "Run again to make it anew" in str(error) else str(error)
+
+
+@pytest.mark.parametrize(("fault", "status"), [(faults.stuck(), "pending"), (faults.answer(400), "failed")])
+def test_what_one_device_is_late_with_or_refuses_does_not_cost_the_others(
+    hub: StandIn, exported: Any, fault: Any, status: str
+) -> None:
+    hub.inject(fault, faults.CREATE_INFERENCE_JOB, times=1)
+    first, second = push(exported, devices=["Samsung Galaxy S23", S24], timeout=25)
+    assert (first.report.status, second.report.status) == (status, "finished")
+    assert second.outputs
+    assert first.report.error or "was still" in " ".join(first.report.warnings)
+
+
 def test_devices_are_checked_before_anything_is_uploaded(hub: StandIn, exported: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"no device 'Samsung Galaxy S42'.*Samsung Galaxy S2"):
         push(exported, devices=["Samsung Galaxy S42"])

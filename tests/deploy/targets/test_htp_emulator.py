@@ -25,6 +25,7 @@ from lightning_quant.deploy.samples import Samples
 from lightning_quant.deploy.targets import htp_emulator
 from lightning_quant.deploy.targets.htp_emulator import HtpEmulatorTarget
 from lightning_quant.errors import ConfigurationError, DeviceError, DeviceTimeoutError
+from lightning_quant.precision import Precision
 from lightning_quant.segmentation.cityscapes import NUM_CLASSES
 from lightning_quant.segmentation.datamodule import CityscapesDataModule
 from lightning_quant.segmentation.ffnet import ffnet_40s, ffnet_nano
@@ -132,6 +133,10 @@ def test_16_bit_activations_where_there_are_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"Hexagon v68 of SM8350 has 8-bit ones only"):
         HtpEmulatorTarget("Samsung Galaxy S21").check(mine)
     HtpEmulatorTarget("Samsung Galaxy S22 5G").check(mine)
+    network = calibrated(Body(), overrides={"head": Precision.parse("w8a16")})
+    mine = export_bundle(network, tmp_path / "one layer", [call(images(1))])
+    with pytest.raises(ConfigurationError, match=r"w8a8 with head in w8a16 on Samsung Galaxy S21"):
+        HtpEmulatorTarget("Samsung Galaxy S21").check(mine)
 
 
 def test_every_device_has_a_chip_that_the_compiler_knows() -> None:
