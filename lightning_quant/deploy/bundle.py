@@ -56,6 +56,16 @@ class Bundle:
         """ONNX file with integer weights and QuantizeLinear/DequantizeLinear: what ONNX Runtime takes."""
         return self.path / f"{self.path.name}.onnx"
 
+    @property
+    def needs_int16(self) -> str | None:
+        """What in the network has 16-bit activations, which not every chip computes; ``None`` if nothing has."""
+        precision = self.manifest["precision"]
+        if precision.endswith("a16"):
+            return precision
+        layers = {**self.manifest["overrides"], **self.manifest["raised"]}
+        fine = [f"{name} in {value}" for name, value in layers.items() if value.endswith("a16")]
+        return f"{precision} with {', '.join(fine)}" if fine else None
+
 
 def export_bundle(network: QuantizedNetwork, path: str | Path, samples: Iterable[NetworkInputs]) -> Bundle:
     """Export a calibrated network, check the files against the simulation, and put them in place.

@@ -133,7 +133,7 @@ class DeviceReport:
             **{f"layers_{unit}": float(len(names)) for unit, names in (self.layers or {}).items()},
             **{f"metric_{what}": value for what, value in self.metric.items()},
         }
-        prefix = f"device/{self.tier}/{self.device}"
+        prefix = "/".join(filter(None, ("device", self.tier, self.device, self.runtime)))
         return {f"{prefix}/{name}": float(value) for name, value in values.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,11 +26,11 @@ class Candidate:
     latency_ms: float | None = None
 
 
-def dominated(candidates: Sequence[Candidate]) -> dict[str, str]:
+def dominated(candidates: Sequence[Candidate]) -> dict[Candidate, Candidate]:
     """The candidates that another one beats: at least as good in everything, and better in something.
 
     Returns:
-        For each dominated candidate the name of one that dominates it. The others are the Pareto front.
+        For each dominated candidate one that dominates it. The others are the Pareto front.
     """
     found = {}
     for one in candidates:
@@ -39,7 +39,7 @@ def dominated(candidates: Sequence[Candidate]) -> dict[str, str]:
             if other.latency_ms is not None and one.latency_ms is not None:
                 pairs.append((-other.latency_ms, -one.latency_ms))
             if all(a >= b for a, b in pairs) and any(a > b for a, b in pairs):
-                found[one.name] = other.name
+                found[one] = other
                 break
     return found
 
@@ -92,17 +92,20 @@ def _figures(record: RunRecord, report: DeviceReport) -> list[str]:
 
 def _standing(record: RunRecord, report: DeviceReport, reports: Sequence[tuple[RunRecord, DeviceReport]]) -> str:
     """Whether a network is on the Pareto front of those of the same model on the same device and runtime."""
-    same = [
-        (other_record, other)
+    this = _candidate(record, report)
+    candidates = [
+        candidate
         for other_record, other in reports
         if (other_record.model, other.tier, other.device, other.runtime)
         == (record.model, report.tier, report.device, report.runtime)
+        and (candidate := _candidate(other_record, other)) is not None
     ]
-    candidates = [one for pair in same if (one := _candidate(*pair)) is not None]
-    if len(candidates) < 2 or _candidate(record, report) is None:
+    if len(candidates) < 2 or this is None:
         return ""
-    by = dominated(candidates).get(record.precision)
-    return f"dominated by {by}" if by else "on the front"
+    by = dominated(candidates).get(this)
+    if by is None:
+        return "on the front"
+    return f"dominated by {by.name if by.name != this.name else 'another ' + by.name}"
 
 
 def _candidate(record: RunRecord, report: DeviceReport) -> Candidate | None:

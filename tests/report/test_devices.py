@@ -50,14 +50,13 @@ def record(precision: str, metric: float, *reports: DeviceReport, mode: str = "m
 def test_a_network_is_dominated_by_one_that_is_nowhere_worse() -> None:
     best = Candidate("best", 0.7, 1.0, 2.0)
     assert dominated([best, Candidate("same", 0.7, 1.0, 2.0)]) == {}
-    assert dominated([best, Candidate("slower", 0.7, 1.0, 2.1)]) == {"slower": "best"}
+    assert dominated([best, slower := Candidate("slower", 0.7, 1.0, 2.1)]) == {slower: best}
     assert dominated([best, Candidate("smaller", 0.6, 0.5, 2.1)]) == {}
-    assert dominated([best, Candidate("worse", 0.6, 1.0, 2.0), Candidate("large", 0.7, 1.5, 2.0)]) == {
-        "worse": "best",
-        "large": "best",
-    }
+    worse, large = Candidate("worse", 0.6, 1.0, 2.0), Candidate("large", 0.7, 1.5, 2.0)
+    assert dominated([best, worse, large]) == {worse: best, large: best}
     # latency counts only where both were measured
-    assert dominated([best, Candidate("unmeasured", 0.6, 1.0)]) == {"unmeasured": "best"}
+    unmeasured = Candidate("unmeasured", 0.6, 1.0)
+    assert dominated([best, unmeasured]) == {unmeasured: best}
 
 
 def test_rows_of_a_phone() -> None:
@@ -86,6 +85,11 @@ def test_rows_of_a_phone() -> None:
         "Pareto": "on the front",
     }
     assert [row[-1] for row in rows] == ["on the front", "on the front", "dominated by w8a8"]
+
+
+def test_two_runs_of_one_precision_are_told_apart() -> None:
+    runs = [record("w8a8", 0.69, phone("w8a8", 1000, 1)), record("w8a8", 0.68, phone("w8a8", 1000, 1))]
+    assert [row[-1] for row in device_table(runs)[1]] == ["on the front", "dominated by another w8a8"]
 
 
 def test_where_lower_is_better_the_higher_metric_is_dominated() -> None:
@@ -130,8 +134,8 @@ def test_a_report_survives_its_file(tmp_path: Path) -> None:
     values = report.to_dict()
     assert (values["median_latency_us"], values["min_latency_us"], values["speedup"]) == (1000, 900, 4)
     assert "float_islands" not in values
-    assert report.scalars()["device/aihub/Samsung Galaxy S24/latency_ms"] == 1
-    assert "device/aihub/Samsung Galaxy S24/psnr_db_against_simulation" not in report.scalars()
+    assert report.scalars()["device/aihub/Samsung Galaxy S24/qnn_dlc/latency_ms"] == 1
+    assert "device/aihub/Samsung Galaxy S24/qnn_dlc/psnr_db_against_simulation" not in report.scalars()
     (tmp_path / "old.json").write_text('{"format_version": 0}')
     with pytest.raises(DataError, match="format_version=0; this version reads 1"):
         DeviceReport.read(tmp_path / "old.json")

@@ -144,6 +144,7 @@ class AiHubTarget(Target):
                 "output_names": names,
                 "output_shapes": _shapes(bundle),
                 "precision": bundle.manifest["precision"],
+                "needs_int16": bundle.needs_int16,
                 "devices": self.devices,
                 "runtimes": {name: RUNTIMES[name] for name in self.runtimes},
                 "options": self.options,

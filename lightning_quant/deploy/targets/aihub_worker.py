@@ -217,11 +217,11 @@ class _Push:
                     f"{', '.join(offered) or 'nothing'}. Choose another runtime."
                 )
         hexagon = next((int(one[9:]) for one in device.attributes if one.startswith("hexagon:v")), 0)
-        if self.job["precision"].endswith("a16") and hexagon < _HEXAGON_WITH_INT16:
+        if self.job["needs_int16"] and hexagon < _HEXAGON_WITH_INT16:
             chip = f"its Hexagon v{hexagon}" if hexagon else "its chip (no Hexagon NPU is named for it)"
             raise ConfigurationError(
-                f"{self.job['precision']} on {name}: expected an NPU with 16-bit activations, {chip} has 8-bit ones at "
-                "most. Use w8a8 or w4a8, or a newer device."
+                f"{self.job['needs_int16']} on {name}: expected an NPU with 16-bit activations, {chip} has 8-bit ones "
+                "at most. Use w8a8 or w4a8, or a newer device."
             )
         return device
 

@@ -64,11 +64,8 @@ class HtpEmulatorTarget(Target):
 
     @override
     def check(self, bundle: Bundle) -> None:
-        layers = {**bundle.manifest["overrides"], **bundle.manifest["raised"]}
-        fine = [f"{name} in {value}" for name, value in layers.items() if value.endswith("a16")]
-        what = bundle.manifest["precision"]
-        if (what.endswith("a16") or fine) and HEXAGON[self.soc] < 69:
-            what = what if what.endswith("a16") else f"{what} with {', '.join(fine)}"
+        what = bundle.needs_int16
+        if what and HEXAGON[self.soc] < 69:
             raise ConfigurationError(
                 f"{what} on {self.device}: expected a chip with 16-bit activations, but the "
                 f"Hexagon v{HEXAGON[self.soc]} of {self.soc} has 8-bit ones only. Use w8a8 or w4a8, or a newer device."

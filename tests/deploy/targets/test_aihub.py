@@ -35,6 +35,7 @@ from lightning_quant.errors import (
     DeviceUnavailableError,
     LightningQuantError,
 )
+from lightning_quant.precision import Precision
 from lightning_quant.report.record import RunRecord
 from lightning_quant.simulation.calibrate import calibrate
 from tests.aihub import faults
@@ -62,8 +63,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         yield hub
 
 
-def samples_and_bundle(path: Path, precision: str = "w8a8") -> tuple[Bundle, Samples]:
-    network = quantized(Body(), precision=precision).eval()
+def samples_and_bundle(path: Path, precision: str = "w8a8", **recipe: Any) -> tuple[Bundle, Samples]:
+    network = quantized(Body(), precision=precision, **recipe).eval()
     calibrate(network, [call(images(8))])
     calls = [call(images(1, seed=seed)) for seed in (1, 2, 3)]
     bundle = export_bundle(network, path, calls)
@@ -430,6 +431,9 @@ def test_devices_are_checked_before_anything_is_uploaded(hub: StandIn, exported:
     fine = samples_and_bundle(tmp_path / "fine" / "net", "w8a16")
     with pytest.raises(ConfigurationError, match=r"w8a16 on Google Pixel 3: expected an NPU with 16-bit activations"):
         push(fine, devices=["Google Pixel 3"], runtimes=["tflite"])
+    one_layer = samples_and_bundle(tmp_path / "one layer" / "net", overrides={"head": Precision.parse("w8a16")})
+    with pytest.raises(ConfigurationError, match=r"w8a8 with head in w8a16 on Google Pixel 3: expected an NPU"):
+        push(one_layer, devices=["Google Pixel 3"], runtimes=["tflite"])
     with pytest.raises(
         ConfigurationError, match=r"runtime='qnn_dlc' on Google Pixel 3: it needs qnn, the device offers tflite"
     ):
