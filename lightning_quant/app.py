@@ -41,6 +41,7 @@ def _job(config: DictConfig) -> None:
 def _resume(folder: Path) -> None:
     """Fetch what became of the bundles below a folder whose jobs were queued or interrupted."""
     from lightning_quant.deploy.push import REQUEST_NAME, finished, resume
+    from lightning_quant.report.page import write_report
     from lightning_quant.report.record import RECORD_NAME, RunRecord
 
     own = folder.with_name(f"{folder.name}.device") / REQUEST_NAME  # of a bundle, what devices make lies beside it
@@ -60,6 +61,7 @@ def _resume(folder: Path) -> None:
                 record = RunRecord.read(run / RECORD_NAME)
                 record.device = [one.report.to_dict() for one in found]
                 record.write(run)
+                write_report(run)
         except LightningQuantError as error:
             log.error("%s: %s: %s", bundle, type(error).__name__, error)
             summary.failures.append(str(error))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Iterator
@@ -28,14 +29,19 @@ from lightning_quant.callbacks.data import InputCatcher, calibration_inputs, cal
 from lightning_quant.callbacks.device_export import DeviceExport
 from lightning_quant.callbacks.post_training import PostTrainingQuantization
 from lightning_quant.callbacks.training import QuantizationAwareTraining
+from lightning_quant.deploy.bundle import first_samples
 from lightning_quant.deploy.push import device_folder
 from lightning_quant.errors import CheckpointError, ConfigurationError, DataError, LightningQuantError
 from lightning_quant.precision import Precision
+from lightning_quant.report.layers import LayerFigures
+from lightning_quant.report.page import REPORT_NAME, write_report
 from lightning_quant.report.record import RECORD_NAME, RunRecord, config_hash
 from lightning_quant.report.sensitivity import print_sensitivity, write_sensitivity
 from lightning_quant.report.summary import print_artifacts, print_summary
 from lightning_quant.segmentation.overlay import save_overlays
 from lightning_quant.segmentation.task import SegmentationTask
+from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.sensitivity import layer_sensitivity
 
 log = logging.getLogger(__name__)
@@ -62,7 +68,7 @@ def run(config: DictConfig) -> RunRecord:
         )
     if config.job not in JOBS:
         raise ConfigurationError(f"job={config.job!r}: expected one of {', '.join(JOBS)}.")
-    for key in ("seed", "float.epochs", "qat.epochs", "overlays"):
+    for key in ("seed", "float.epochs", "qat.epochs", "overlays", "report.samples", "report.sensitivity_samples"):
         value = OmegaConf.select(config, key)
         if not isinstance(value, int) or value < 0:
             raise ConfigurationError(f"{key}={value!r}: expected a whole number of at least 0.")
@@ -82,9 +88,15 @@ def run(config: DictConfig) -> RunRecord:
     except LightningQuantError as error:  # what was measured until then stays known
         record.status, record.error = "failed", f"{type(error).__name__}: {error}"
         record.write(folder)
+        if config.job == "quantize":
+            write_report(folder)
         raise
     record.status = "finished"
+    if config.job == "quantize":
+        record.artifacts["report"] = REPORT_NAME
     path = record.write(folder)
+    if config.job == "quantize":
+        write_report(folder)
     if HydraConfig.get().mode.name == "RUN" and config.job == "quantize":
         print_summary([record], f"Results: {path}")
         print_artifacts(record, folder)
@@ -126,6 +138,7 @@ def _new_record(config: DictConfig) -> RunRecord:
         mode=config.mode,
         versions={name: importlib.metadata.version(name) for name in packages},
         config=plain,
+        reproduce=shlex.join(["lightning-quant", *HydraConfig.get().overrides.task]),
     )
 
 
@@ -176,11 +189,8 @@ class _Run:
             callback = PostTrainingQuantization(**self.quantizer())
             trainer = self.trainer(callback, enable_progress_bar=False, logger=False, limit_val_batches=1)
             trainer.validate(task, datamodule=self.data, verbose=False)
-            network = callback.quantized_network(task)
-            catcher = InputCatcher(trainer, task, network, callback.network_name)
-            loader = calibration_loader(trainer, task, None)
             samples = self.config.sensitivity.samples
-            found = layer_sensitivity(network, calibration_inputs(trainer, loader, catcher, samples), samples)
+            found = layer_sensitivity(callback.quantized_network(task), self.samples(trainer, task, samples), samples)
         title = f"{self.record.model} at {self.record.precision}"
         picture, table = write_sensitivity(found, self.folder, title)
         self.record.artifacts |= {"sensitivity": picture.name, "sensitivity_table": table.name}
@@ -326,6 +336,23 @@ class _Run:
                 self.record.device = [report.to_dict() for report in export.reports]
                 if export.reports:
                     self.record.artifacts["device"] = str(device_folder(export.bundle).relative_to(self.folder))
+                self.look_inside(trainer, quantized)
+
+    def samples(self, trainer: pl.Trainer, task: pl.LightningModule, count: int) -> list[NetworkInputs]:
+        """The first calibration samples, each a call of the quantized network."""
+        name = PostTrainingQuantization(**self.quantizer()).network_name
+        catcher = InputCatcher(trainer, task, task.get_submodule(name), name)
+        inputs = calibration_inputs(trainer, calibration_loader(trainer, task, None), catcher, count)
+        return first_samples(inputs, count)
+
+    def look_inside(self, trainer: pl.Trainer, quantized: pl.LightningModule) -> None:
+        """Histograms and sensitivity of every layer, for the report."""
+        config = self.config.report
+        if config.samples:
+            samples = self.samples(trainer, quantized, config.samples)
+            network = next(one for one in quantized.modules() if isinstance(one, QuantizedNetwork))
+            figures = LayerFigures.of(network, samples, config.sensitivity_samples)
+            self.record.artifacts["layers"] = figures.write(self.folder).name
 
     def device_export(self, name: str) -> DeviceExport:
         """The configured target, for a bundle of this name."""

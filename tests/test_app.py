@@ -73,7 +73,11 @@ def test_a_sweep_ends_with_one_table_and_every_artifact(sweep: tuple[Path, str])
         assert {file.name for file in (bundle / f"{name}.aimet").iterdir()} == {"model.onnx", "model.encodings"}
         onnx.checker.check_model(onnx.load(bundle / f"{name}.onnx"))
         assert (path.parent / record.artifacts["checkpoint"]).is_file()
-        assert [file.name for file in (path.parent / "overlays").iterdir()] == ["overlay_0000.png"]
+        assert [file.name for file in (path.parent / "overlays").glob("*.png")] == ["overlay_0000.png"]
+        report = (path.parent / record.artifacts["report"]).read_text()
+        assert f"{record.precision.upper()} " in report
+        assert "float.epochs=1" in report  # how to run it again
+        assert all(f'id="{part}"' in report for part in ("pictures", "device", "layers"))
         assert record.bytes["quantized"] < record.bytes["float"] / 2
         (device,) = record.device
         assert device["tier"] in ("htp_emulator", "onnxruntime")
@@ -91,6 +95,14 @@ def test_a_sweep_ends_with_one_table_and_every_artifact(sweep: tuple[Path, str])
     assert "summary.md" in output
     for path in runs:  # the place of every artifact
         assert all(str(path.parent.relative_to(folder) / place) in output for place in ("results.json", "overlays"))
+
+
+def test_a_sweep_has_a_report_that_leads_to_those_of_its_runs(sweep: tuple[Path, str]) -> None:
+    folder, output = sweep
+    page = (folder / "multirun/tried/report.html").read_text()
+    assert "Report: multirun/tried/report.html" in output
+    for run in ("0-ffnet_nano-w8a8", "1-ffnet_nano-w4a16"):
+        assert f'href="{run}/report.html"' in page
 
 
 def test_a_sweep_trains_the_float_network_once(sweep: tuple[Path, str]) -> None:

@@ -40,6 +40,7 @@ class RunRecord:
         error: the message, if it failed.
         versions: packages the run used.
         config: the whole configuration.
+        reproduce: what to type to run the same again.
     """
 
     status: str
@@ -61,6 +62,7 @@ class RunRecord:
     error: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    reproduce: str = ""
 
     @property
     def drop(self) -> float | None:

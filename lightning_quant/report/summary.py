@@ -159,7 +159,11 @@ class SweepSummary(Callback):
             return
         markdown, table_file = write_summary(records, folder)
         failures.extend(f"{record.precision}: {record.error}" for record in records if record.status != "finished")
+        from lightning_quant.report.page import write_sweep_report  # after the runs: --help stays instant
+
         print_summary(records, f"{len(records)} runs in {folder}")
         for run, record in runs.items():
             print_artifacts(record, run)
+        report = write_sweep_report(folder, runs)
         print(f"Table: {markdown} and {table_file}")
+        print(f"Report: {report}")

@@ -13,14 +13,20 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.segmentation.cityscapes import IGNORE_INDEX, IMAGE_MEAN, IMAGE_STD, NUM_CLASSES, PALETTE
+from lightning_quant.segmentation.cityscapes import CLASSES, IGNORE_INDEX, IMAGE_MEAN, IMAGE_STD, NUM_CLASSES, PALETTE
 
 Picture = NDArray[np.uint8]
 ClassMap = NDArray[np.integer] | Tensor
 
 _DIFFERENCE = np.array((255, 0, 0), dtype=np.uint8)
 _CAPTION_HEIGHT = 18
+_TEXT = 12
 _GAP = 4
+_ENTRY_WIDTH = 110
+_NARROWEST = 256
+
+PANELS = ("photo", "float", "quantized", "difference")
+"""What is drawn of an image: as it is, both networks' classes over it, and where these differ."""
 
 
 def denormalize(image: Tensor) -> Picture:
@@ -81,28 +87,45 @@ def difference(image: Picture, float_map: ClassMap, quantized_map: ClassMap) -> 
     return np.where((first != second)[..., None], _DIFFERENCE, faded)
 
 
-def comparison(image: Picture, float_map: ClassMap, quantized_map: ClassMap, alpha: float = 0.5) -> Picture:
-    """Four captioned panels in a row: photo, float, quantized, difference (with its share of the pixels).
+def panels(image: Picture, float_map: ClassMap, quantized_map: ClassMap, alpha: float = 0.5) -> dict[str, Picture]:
+    """The pictures of :data:`PANELS`, each as large as the photograph. Arguments as in :func:`overlay`."""
+    pictures = (
+        image,
+        overlay(image, float_map, alpha),
+        overlay(image, quantized_map, alpha),
+        difference(image, float_map, quantized_map),
+    )
+    return dict(zip(PANELS, pictures, strict=True))
 
-    Arguments as in :func:`overlay` and :func:`difference`. The result is uint8, 18 pixels taller than the
-    photograph and four times as wide, plus gaps of 4 pixels.
+
+def comparison(image: Picture, float_map: ClassMap, quantized_map: ClassMap, alpha: float = 0.5) -> Picture:
+    """Four captioned panels in a row, and the colours of the classes that occur below them.
+
+    Photo, float, quantized, and the difference with its share of the pixels. Arguments as in :func:`overlay` and
+    :func:`difference`. Photographs narrower than 256 pixels are enlarged by a whole number.
     """
-    changed = difference(image, float_map, quantized_map)
+    drawn = panels(image, float_map, quantized_map, alpha)
     share = float(np.mean(_classes(float_map) != _classes(quantized_map)))
-    panels = {
-        "photo": image,
-        "float": overlay(image, float_map, alpha),
-        "quantized": overlay(image, quantized_map, alpha),
-        f"difference: {share:.2%} of pixels": changed,
-    }
-    height, width = image.shape[:2]
-    canvas = Image.new("RGB", (4 * width + 3 * _GAP, height + _CAPTION_HEIGHT), "white")
+    captions = {"difference": f"difference: {share:.2%} of pixels"}
+    times = -(-_NARROWEST // image.shape[1])
+    height, width = (times * side for side in image.shape[:2])
+    total = 4 * width + 3 * _GAP
+    occurring = np.union1d(_classes(float_map), _classes(quantized_map))
+    entries = [one for one in CLASSES if one.train_id in occurring]
+    font = ImageFont.load_default(size=_TEXT)
+    a_row = max(1, total // _ENTRY_WIDTH)
+    rows = -(-len(entries) // a_row)
+    canvas = Image.new("RGB", (total, _CAPTION_HEIGHT + height + rows * _CAPTION_HEIGHT), "white")
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default()
-    for column, (caption, panel) in enumerate(panels.items()):
+    for column, (name, panel) in enumerate(drawn.items()):
         left = column * (width + _GAP)
-        draw.text((left + 2, 2), caption, fill="black", font=font)
-        canvas.paste(Image.fromarray(panel), (left, _CAPTION_HEIGHT))
+        draw.text((left + 2, 2), captions.get(name, name), fill="black", font=font)
+        enlarged = Image.fromarray(panel).resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(enlarged, (left, _CAPTION_HEIGHT))
+    for index, entry in enumerate(entries):
+        left, top = index % a_row * _ENTRY_WIDTH, _CAPTION_HEIGHT * (1 + index // a_row) + height
+        draw.rectangle((left + 2, top + 3, left + 2 + _TEXT, top + 3 + _TEXT), fill=entry.colour)
+        draw.text((left + _TEXT + 8, top + 2), entry.name, fill="black", font=font)
     return np.asarray(canvas)
 
 
@@ -114,8 +137,9 @@ def save_overlays(
     alpha: float = 0.5,
     start: int = 0,
 ) -> list[Path]:
-    """Write one :func:`comparison` an image, as ``<directory>/overlay_<number>.png``.
+    """Write one :func:`comparison` an image, as ``<directory>/overlay_<number>.png``, and its panels beside it.
 
+    The panels are ``photo.png``, ``float.png``, ``quantized.png`` and ``difference.png`` in a folder of the same name.
     The number has four digits and counts from ``start``: ``overlay_0000.png``, ``overlay_0001.png`` and so
     on. Files of the same name are overwritten.
 
@@ -144,9 +168,18 @@ def save_overlays(
     paths = []
     for number, (photo, one, other) in enumerate(zip(photos, floats, quantized, strict=True), start):
         path = directory / f"overlay_{number:04d}.png"
-        Image.fromarray(comparison(denormalize(photo), one, other, alpha)).save(path)
+        image = denormalize(photo)
+        Image.fromarray(comparison(image, one, other, alpha)).save(path)
+        path.with_suffix("").mkdir(exist_ok=True)
+        for name, panel in panels(image, one, other, alpha).items():
+            Image.fromarray(panel).save(path.with_suffix("") / f"{name}.png")
         paths.append(path)
     return paths
+
+
+def overlay_folders(directory: str | Path) -> list[Path]:
+    """The folders with panels that :func:`save_overlays` wrote into a directory, in order."""
+    return sorted(path for path in Path(directory).glob("overlay_*") if path.is_dir())
 
 
 def _classes(class_map: ClassMap) -> NDArray[np.integer]:

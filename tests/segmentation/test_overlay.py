@@ -16,6 +16,7 @@ from lightning_quant.segmentation.overlay import (
     denormalize,
     difference,
     overlay,
+    overlay_folders,
     save_overlays,
 )
 
@@ -78,17 +79,25 @@ def test_save_overlays_writes_four_panels_a_numbered_file(tmp_path: Path) -> Non
     with Image.open(paths[1]) as file:
         assert file.mode == "RGB"
         picture = np.asarray(file)
-    assert picture.shape == (48 + 18, 4 * 64 + 3 * 4, 3)
+    # four times as large, for a photograph of 64 pixels is too small to be looked at; a row of legend below
+    assert picture.shape == (18 + 4 * 48 + 18, 4 * 256 + 3 * 4, 3)
     assert np.array_equal(picture, comparison(photos[1], floats[1], quantized[1]))
-    expected = (
-        photos[1],
-        overlay(photos[1], floats[1]),
-        overlay(photos[1], quantized[1]),
-        difference(photos[1], floats[1], quantized[1]),
-    )
-    for column, panel in enumerate(expected):
-        assert np.array_equal(picture[18:, 68 * column : 68 * column + 64], panel)
-        assert (picture[:18, 68 * column : 68 * column + 64] < 128).any()  # a caption
+    expected = {
+        "photo": photos[1],
+        "float": overlay(photos[1], floats[1]),
+        "quantized": overlay(photos[1], quantized[1]),
+        "difference": difference(photos[1], floats[1], quantized[1]),
+    }
+    for column, (name, panel) in enumerate(expected.items()):
+        left = 260 * column
+        assert np.array_equal(picture[18:-18, left : left + 256], panel.repeat(4, axis=0).repeat(4, axis=1))
+        assert (picture[:18, left : left + 256] < 128).any()  # a caption
+        with Image.open(tmp_path / "new" / "folder" / "overlay_0008" / f"{name}.png") as file:
+            assert np.array_equal(np.asarray(file), panel)
+    legend = {tuple(colour) for colour in picture[-18:].reshape(-1, 3).tolist()}
+    assert {tuple(PALETTE[ROAD]), tuple(PALETTE[CAR])} <= legend
+    assert tuple(PALETTE[8]) not in legend  # vegetation does not occur
+    assert [folder.name for folder in overlay_folders(tmp_path / "new" / "folder")] == ["overlay_0007", "overlay_0008"]
 
 
 def test_a_batch_where_one_image_belongs_is_refused() -> None:

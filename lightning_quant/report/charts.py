@@ -1,0 +1,238 @@
+"""The charts of the reports, as Bokeh figures; ``report.js`` gives them the colours of the page's scheme."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from bokeh.models import BoxAnnotation, ColumnDataSource, FactorRange, HoverTool, LabelSet, Span
+from bokeh.plotting import figure
+from bokeh.transform import dodge
+
+from lightning_quant.ladder import Ladder
+from lightning_quant.report.layers import LayerFigures
+from lightning_quant.report.record import RunRecord
+from lightning_quant.report.sensitivity import SHOWN
+from lightning_quant.simulation.quantized_tensors import QuantizedTensor
+from lightning_quant.simulation.sensitivity import LayerSensitivity
+
+# Between light and dark enough to be seen on white and on black.
+BLUE, ORANGE, GREY, GREEN = "#3d8bd4", "#de7f26", "#8a8a8a", "#3fa35b"
+_HISTOGRAM = "histogram"
+_LABEL = 22
+# Curves of more quantizers than these cannot be told apart.
+_CURVES = 8
+
+
+def ladder(record: RunRecord) -> figure | None:
+    """The metric after each rung, with float and the bound; what was rolled back is hollow."""
+    if not record.ladder.get("rungs"):
+        return None
+    found = Ladder.from_dict(record.ladder)
+    rungs = [rung for rung in found.rungs if rung.metric is not None]
+    if not rungs or found.float_metric is None:
+        return None
+    names = ["float", *(rung.rung for rung in rungs)]
+    source = ColumnDataSource(
+        {
+            "rung": names,
+            "metric": [found.float_metric, *(rung.metric for rung in rungs)],
+            "fill": [GREY, *(BLUE if rung.kept else "rgba(0,0,0,0)" for rung in rungs)],
+            "line": [GREY, *(BLUE for _ in rungs)],
+            "seconds": ["", *(f"{rung.seconds:.0f} s" for rung in rungs)],
+            "reason": ["the network as it was trained", *(rung.reason for rung in rungs)],
+            "changed": ["", *(rung.changed for rung in rungs)],
+        }
+    )
+    chart = _figure("Accuracy ladder", x_range=FactorRange(*names), height=300)
+    reference = found.reference
+    if found.max_drop is not None:
+        end = reference - found.max_drop if found.mode == "max" else reference + found.max_drop
+        chart.add_layout(
+            BoxAnnotation(bottom=min(reference, end), top=max(reference, end), fill_color=GREEN, fill_alpha=0.15)
+        )
+    chart.add_layout(Span(location=reference, dimension="width", line_color=GREY, line_dash="dashed"))
+    chart.line("rung", "metric", source=source, line_color=BLUE, line_alpha=0.5)
+    dots = chart.scatter("rung", "metric", source=source, size=13, fill_color="fill", line_color="line", line_width=2)
+    tips = [
+        ("", "@rung"),
+        (record.monitor, "@metric{0.0000}"),
+        ("", "@reason"),
+        ("changed", "@changed"),
+        ("took", "@seconds"),
+    ]
+    chart.add_tools(HoverTool(renderers=[dots], tooltips=tips))
+    chart.yaxis.axis_label = record.monitor
+    return chart
+
+
+def class_iou(record: RunRecord) -> figure | None:
+    """Intersection over union of each class, float beside exported."""
+    exported = record.per_class_iou.get(record.exported or "")
+    before = record.per_class_iou.get("float")
+    if not before or not exported:
+        return None
+    names = [name for name in before if name in exported]
+    source = ColumnDataSource(
+        {"class": names, "float": [before[name] for name in names], "quantized": [exported[name] for name in names]}
+    )
+    chart = _figure(
+        "IoU of each class", y_range=FactorRange(*reversed(names)), height=80 + 30 * len(names), x_range=(0, 1)
+    )
+    for name, place, color in (("float", 0.19, GREY), ("quantized", -0.19, BLUE)):
+        chart.hbar(
+            y=dodge("class", place, range=chart.y_range),
+            right=name,
+            height=0.34,
+            source=source,
+            color=color,
+            legend_label=name,
+        )
+    chart.add_tools(
+        HoverTool(tooltips=[("", "@class"), ("float", "@float{0.000}"), ("quantized", "@quantized{0.000}")])
+    )
+    chart.xaxis.axis_label = "IoU"
+    _legend_above(chart)
+    return chart
+
+
+def sensitivity(found: Sequence[LayerSensitivity], shown: int = SHOWN) -> figure | None:
+    """The most sensitive layers: the output's noise with that part alone quantized."""
+    finite = [one for one in found if math.isfinite(one.sqnr_db)][:shown]
+    if not finite:
+        return None
+    rows = list(range(len(finite), 0, -1))  # most sensitive on top
+    source = ColumnDataSource(
+        {
+            "row": rows,
+            "name": [f"{one.layer} · {one.part}" for one in finite],
+            "sqnr": [one.sqnr_db for one in finite],
+            "bits": [one.bits for one in finite],
+            "share": [f"{one.share:.1%}" for one in finite],
+            "part": [one.part for one in finite],
+            "color": [ORANGE if one.part == "weights" else BLUE for one in finite],
+        }
+    )
+    chart = _figure("Sensitivity of layers", height=110 + 19 * len(finite))
+    chart.hbar(y="row", right="sqnr", height=0.7, source=source, color="color", legend_group="part")
+    tips = [("", "@name"), ("SQNR", "@sqnr{0.0} dB"), ("bits", "@bits"), ("of all weights or operations", "@share")]
+    chart.add_tools(HoverTool(tooltips=tips))
+    chart.xaxis.axis_label = "SQNR of the output, dB (less is worse)"
+    chart.x_range.start = min(0.0, finite[0].sqnr_db)
+    chart.yaxis.ticker = rows
+    # the ends of the names tell layers apart, and a phone has no room for more
+    chart.yaxis.major_label_overrides = {
+        row: one.layer if len(one.layer) <= _LABEL else f"…{one.layer[-_LABEL:]}"
+        for row, one in zip(rows, finite, strict=True)
+    }
+    chart.yaxis.major_label_text_font_size = "11px"
+    chart.ygrid.visible = False
+    _legend_above(chart)
+    return chart
+
+
+def histogram(tensors: Sequence[QuantizedTensor]) -> figure | None:
+    """The values of one tensor on its integer grid; ``report.js`` changes the tensor that is shown."""
+    if not tensors:
+        return None
+    columns = histogram_columns(tensors[0])
+    source = ColumnDataSource(columns, name=_HISTOGRAM)
+    chart = _figure(None, height=320, name="histogram_figure")
+    chart.quad(left="left", right="right", bottom=0, top="share", source=source, fill_color="color", line_color=None)
+    for end in (tensors[0].qmin - 0.5, tensors[0].qmax + 0.5):
+        chart.add_layout(
+            Span(location=end, dimension="height", line_color=ORANGE, line_width=2, tags=["end of the grid"])
+        )
+    chart.add_tools(
+        HoverTool(tooltips=[("integers", "@left{0.0} to @right{0.0}"), ("of the values", "@share{0.000} %")])
+    )
+    chart.xaxis.axis_label = "integer"
+    chart.yaxis.axis_label = "of the values, %"
+    chart.y_range.start = 0
+    return chart
+
+
+def histogram_columns(tensor: QuantizedTensor) -> dict[str, list[float] | list[str]]:
+    """The columns of :func:`histogram` for one tensor: edges in integers, shares in percent, colours."""
+    first, last = tensor.bins
+    width = (last - first) / len(tensor.counts)
+    left = [first + index * width for index in range(len(tensor.counts))]
+    total = max(sum(tensor.counts), 1)
+    middle = [edge + width / 2 for edge in left]
+    inside = [tensor.qmin - 0.5 <= place <= tensor.qmax + 0.5 for place in middle]
+    return {
+        "left": left,
+        "right": [edge + width for edge in left],
+        "share": [100 * count / total for count in tensor.counts],
+        "color": [BLUE if within else ORANGE for within in inside],
+    }
+
+
+def drift(figures: LayerFigures) -> figure | None:
+    """How the ranges that moved most did so during training."""
+    moved = sorted(figures.drift.items(), key=lambda item: -max(map(abs, item[1]), default=0))[:_CURVES]
+    if not moved or len(figures.drift_steps) < 2:
+        return None
+    source = ColumnDataSource(
+        {
+            "steps": [figures.drift_steps for _ in moved],
+            "values": [values for _, values in moved],
+            "name": [name for name, _ in moved],
+            "color": [BLUE, ORANGE, GREEN, "#b56bd0", "#c9a227", "#d9534f", "#35a7a7", GREY][: len(moved)],
+        }
+    )
+    chart = _figure("Drift of ranges in training", height=320)
+    chart.multi_line("steps", "values", source=source, color="color", line_width=2)
+    chart.add_tools(HoverTool(tooltips=[("", "@name")], line_policy="nearest"))
+    chart.xaxis.axis_label = "training step"
+    chart.yaxis.axis_label = "log2 of the step length, relative to calibration"
+    return chart
+
+
+def pareto(title: str, x_label: str, y_label: str, points: Sequence[tuple[str, float, float, bool]]) -> figure | None:
+    """Runs of a sweep by what is traded off; those that no other one beats are joined by a line.
+
+    Args:
+        title: of the chart.
+        x_label: less is better.
+        y_label: of the metric.
+        points: name, x, y, and whether it is on the front.
+    """
+    if not points:
+        return None
+    source = ColumnDataSource(
+        {
+            "name": [name for name, *_ in points],
+            "x": [x for _, x, _, _ in points],
+            "y": [y for _, _, y, _ in points],
+            "color": [BLUE if front else GREY for *_, front in points],
+        }
+    )
+    chart = _figure(title, height=340)
+    front = sorted((x, y) for _, x, y, is_front in points if is_front)
+    chart.line([x for x, _ in front], [y for _, y in front], line_color=BLUE, line_alpha=0.5)
+    dots = chart.scatter("x", "y", source=source, size=13, color="color")
+    chart.add_tools(
+        HoverTool(renderers=[dots], tooltips=[("", "@name"), (x_label, "@x{0.00}"), (y_label, "@y{0.0000}")])
+    )
+    chart.add_layout(LabelSet(x="x", y="y", text="name", source=source, x_offset=9, y_offset=6, text_font_size="12px"))
+    chart.x_range.range_padding = chart.y_range.range_padding = 0.25
+    chart.xaxis.axis_label, chart.yaxis.axis_label = x_label, y_label
+    return chart
+
+
+def _figure(title: str | None, **options: object) -> figure:
+    chart = figure(title=title, sizing_mode="stretch_width", toolbar_location=None, tools="", **options)
+    # the page shows through, and scrolling it on a phone must not zoom a chart
+    chart.background_fill_color = chart.border_fill_color = None
+    chart.outline_line_color = None
+    chart.grid.grid_line_alpha = 0.35
+    return chart
+
+
+def _legend_above(chart: figure) -> None:
+    legend = chart.legend[0]
+    legend.orientation = "horizontal"
+    legend.background_fill_alpha = 0
+    legend.border_line_alpha = 0
+    chart.add_layout(legend, "above")

@@ -1,0 +1,227 @@
+"""Reports as one HTML file each, which opens from disk without a network: of a run, and of a sweep."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lightning_quant.deploy.device_report import TIERS, DeviceReport
+from lightning_quant.errors import DataError
+from lightning_quant.report import charts
+from lightning_quant.report.devices import Candidate, device_notes, device_table, dominated
+from lightning_quant.report.layers import LAYERS_NAME, LayerFigures
+from lightning_quant.report.record import RECORD_NAME, RunRecord
+from lightning_quant.report.summary import rung_table, table
+from lightning_quant.report.verdict import sweep_verdict, verdict
+from lightning_quant.segmentation.cityscapes import CLASSES
+from lightning_quant.segmentation.overlay import PANELS, overlay_folders
+from lightning_quant.simulation.quantized_tensors import QuantizedTensor
+
+REPORT_NAME = "report.html"
+
+# Widest a picture is embedded: wider than a phone or a column of the page, and a few dozen kB.
+_WIDEST = 640
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write ``report.html`` of a run from what is in its folder; what the run has not made is left out.
+
+    Args:
+        folder: with ``results.json``, and if they were made ``layers.json`` and ``overlays/``.
+
+    Raises:
+        DataError: if one of these files is damaged, or there is no ``results.json``.
+    """
+    folder = Path(folder)
+    record = RunRecord.read(folder / RECORD_NAME)
+    figures = LayerFigures.read(folder) if (folder / LAYERS_NAME).is_file() else LayerFigures()
+    devices = [DeviceReport.from_dict(values) for values in record.device]
+    header, (row,) = _filled(*table([record]))
+    drawn = {
+        "ladder": charts.ladder(record),
+        "classes": charts.class_iou(record),
+        "sensitivity": charts.sensitivity(figures.sensitivity),
+        "histogram": charts.histogram(figures.tensors),
+        "drift": charts.drift(figures),
+    }
+    return _write(
+        folder,
+        "run.html",
+        drawn,
+        title=f"{record.model} in {record.precision.upper()}",
+        verdict=verdict(record),
+        record=record,
+        summary=list(zip(header, row, strict=True)),
+        rungs=rung_table([record]),
+        devices=devices,
+        device_table=_filled(*device_table([record])),
+        device_notes=device_notes([record]),
+        tiers=TIERS,
+        pictures=_pictures(folder),
+        legend=[(one.name, "#{:02x}{:02x}{:02x}".format(*one.colour)) for one in CLASSES],
+        tensors=[_described(one) for one in figures.tensors],
+        histograms=[_histogram(one) for one in figures.tensors],
+        configuration=_yaml(record.config),
+    )
+
+
+def write_sweep_report(folder: str | Path, runs: Mapping[Path, RunRecord]) -> Path:
+    """Write ``report.html`` that compares the runs of a sweep.
+
+    Args:
+        folder: of the sweep.
+        runs: the records by the folders of the runs, whose own reports are linked if they are there.
+    """
+    folder, records = Path(folder), list(runs.values())
+    header, rows = table(records)
+    places = [run / REPORT_NAME for run in runs]
+    links = [os.path.relpath(place, folder) if place.is_file() else "" for place in places]
+    drawn: dict[str, Any] = {"size": _by_size(records)}
+    drawn |= {f"latency{index}": chart for index, chart in enumerate(_by_latency(records))}
+    return _write(
+        folder,
+        "sweep.html",
+        drawn,
+        title=f"Sweep of {len(records)} runs",
+        verdict=sweep_verdict(records),
+        header=header,
+        rows=list(zip(links, rows, strict=True)),
+        verdicts=[verdict(record) for record in records],
+        rungs=rung_table(records),
+        device_table=_filled(*device_table(records)),
+        device_notes=device_notes(records),
+    )
+
+
+def _write(folder: Path, template: str, drawn: Mapping[str, Any], **values: Any) -> Path:
+    from bokeh.embed import components
+    from bokeh.resources import Resources
+    from jinja2 import Environment, PackageLoader
+
+    shown = {name: chart for name, chart in drawn.items() if chart is not None}
+    script, places = components(shown) if shown else ("", {})
+    environment = Environment(loader=PackageLoader("lightning_quant.report"), autoescape=True, trim_blocks=True)
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # columns stay in their order
+    files = resources.files("lightning_quant.report") / "templates"
+    page = environment.get_template(template).render(
+        **values,
+        charts=places,
+        bokeh=Resources(mode="inline", components=["bokeh"]).render() if shown else "",
+        chart_script=script,
+        style=(files / "report.css").read_text(),
+        script=(files / "report.js").read_text(),
+    )
+    path = folder / REPORT_NAME
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _filled(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns in which nothing stands."""
+    kept = [index for index in range(len(header)) if any(row[index] for row in rows)]
+    return [header[index] for index in kept], [[row[index] for index in kept] for row in rows]
+
+
+def _pictures(folder: Path) -> list[dict[str, str]]:
+    """For each sample the panels as data URLs, by name."""
+    return [
+        {panel: _data_url(place / f"{panel}.png") for panel in PANELS} for place in overlay_folders(folder / "overlays")
+    ]
+
+
+def _data_url(path: Path) -> str:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            picture.thumbnail((_WIDEST, picture.height))
+            data = io.BytesIO()
+            picture.convert("RGB").save(data, "WEBP", quality=85)
+    except OSError as error:
+        raise DataError(f"{path} is no picture: {error}. Run again to draw it anew.") from error
+    return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def _described(tensor: QuantizedTensor) -> dict[str, str]:
+    """One row of the table of encodings."""
+
+    def span(values: Sequence[float], form: str) -> str:
+        return " … ".join(dict.fromkeys(format(value, form) for value in values))
+
+    return {
+        "layer": tensor.layer,
+        "tensor": tensor.tensor,
+        "bits": str(tensor.bits),
+        "grid": f"{tensor.qmin} … {tensor.qmax}{', symmetric' if tensor.symmetric else ''}",
+        "scales": "1" if tensor.channels == 1 else f"{tensor.channels}, one a channel",
+        "scale": span(tensor.scale, ".4g"),
+        "zero point": span(sorted(-value for value in tensor.offset), "d"),
+        "range": f"{tensor.low:.4g} … {tensor.high:.4g}",
+        "clipped": f"{tensor.clipped:.3%}",
+        "SQNR dB": "" if tensor.sqnr_db is None else f"{tensor.sqnr_db:.1f}",
+    }
+
+
+def _histogram(tensor: QuantizedTensor) -> dict[str, Any]:
+    columns = charts.histogram_columns(tensor)
+    rounded = {
+        name: [round(value, 5) if isinstance(value, float) else value for value in values]
+        for name, values in columns.items()
+    }
+    return {"ends": [tensor.qmin - 0.5, tensor.qmax + 0.5], "data": rounded}
+
+
+def _by_size(records: Sequence[RunRecord]) -> Any:
+    sized = [(one, Candidate(one.precision, 0.0, one.bytes["quantized"] / 1e6)) for one in records if one.bytes]
+    return _tradeoff("size", "quantized model, MB", sized)
+
+
+def _by_latency(records: Sequence[RunRecord]) -> list[Any]:
+    """One chart for each device and runtime whose latency was measured."""
+    timed: dict[str, list[tuple[RunRecord, Candidate]]] = {}
+    for record in records:
+        for report in map(DeviceReport.from_dict, record.device):
+            if report.median_latency_us is not None:
+                where = f"latency: {report.device}, {report.runtime}"
+                candidate = Candidate(record.precision, 0.0, 0.0, report.median_latency_us / 1000)
+                timed.setdefault(where, []).append((record, candidate))
+    return [_tradeoff(where, "median latency, ms", pairs) for where, pairs in timed.items()]
+
+
+def _tradeoff(what: str, label: str, pairs: Sequence[tuple[RunRecord, Candidate]]) -> Any:
+    """The metric against one thing of which less is better."""
+    measured = [(record, one) for record, one in pairs if record.exported in record.metric]
+    several = len({record.model for record, _ in measured}) > 1
+    sign = {"max": 1.0, "min": -1.0}
+    candidates = [
+        dataclasses.replace(
+            one,
+            name=f"{record.model} {one.name}" if several else one.name,
+            metric=sign[record.mode] * record.metric[str(record.exported)],
+        )
+        for record, one in measured
+    ]
+    beaten = dominated(candidates)
+    points = [
+        (one.name, one.megabytes or one.latency_ms or 0.0, sign[record.mode] * one.metric, one not in beaten)
+        for (record, _), one in zip(measured, candidates, strict=True)
+    ]
+    metric = next((record.monitor for record, _ in measured if record.monitor), "metric")
+    return charts.pareto(f"{metric} against {what}", label, metric, points)
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(dict(values))) if values else ""

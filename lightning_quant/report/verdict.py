@@ -1,0 +1,90 @@
+"""What a run found out, in one sentence for people whom numbers do not tell anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.report.record import RunRecord
+
+
+def verdict(record: RunRecord) -> str:
+    """One sentence: what the precision needs, what it loses, how much smaller and faster it makes the network.
+
+    For example ``"W4A16 needs QAT: 3.1 points lost by PTQ, 0.4 after it; 7.4x smaller."`` A point is a hundredth of a
+    metric between 0 and 1.
+    """
+    name = record.precision.upper()
+    if record.status != "finished":
+        return f"{name} {record.status}: {record.error}" if record.error else f"{name}: {record.status}."
+    parts = [f"{name} {_needs(record)}{_losses(record)}"]
+    if {"float", "quantized"} <= record.bytes.keys():
+        parts.append(f"{record.bytes['float'] / record.bytes['quantized']:.1f}x smaller")
+    parts += [_speed(report) for report in map(DeviceReport.from_dict, record.device) if report.speedup]
+    return "; ".join(parts) + "."
+
+
+def sweep_verdict(records: Sequence[RunRecord]) -> str:
+    """One sentence on a sweep: which network loses least, and which is smallest."""
+    finished = [one for one in records if one.status == "finished" and one.drop is not None]
+    if not finished:
+        return f"None of {len(records)} runs finished."
+    best = min(finished, key=lambda one: (one.drop or 0.0, one.bytes.get("quantized", 0)))
+    parts = [f"{_label(best, finished)} is closest to float ({amount(best, best.drop)})"]
+    sized = [one for one in finished if "quantized" in one.bytes]
+    if sized and (small := min(sized, key=lambda one: one.bytes["quantized"])) is not best:
+        ratio = small.bytes["float"] / small.bytes["quantized"]
+        parts.append(f"{_label(small, finished)} is smallest ({ratio:.1f}x smaller, {amount(small, small.drop)})")
+    if failed := len(records) - len(finished):
+        parts.append(f"{failed} of {len(records)} runs did not finish")
+    return "; ".join(parts) + "."
+
+
+def amount(record: RunRecord, drop: float | None) -> str:
+    """A drop of the metric in words, e.g. ``"0.4 points lost"``."""
+    if drop is None:
+        return ""
+    reference = record.metric.get("float", 0.0)
+    if record.mode == "max" and 0 <= reference <= 1:
+        points = round(100 * drop, 1) + 0.0
+        unit = "point" if abs(points) == 1 else "points"
+        return f"{abs(points):.1f} {unit} {'gained' if points < 0 else 'lost'}"
+    return f"{record.monitor} {'better' if drop < 0 else 'worse'} by {abs(drop):.4g}"
+
+
+def _needs(record: RunRecord) -> str:
+    exported, bound = record.exported, record.ladder.get("max_drop")
+    if exported is None:
+        return "was not exported"
+    short = bound is not None and record.drop is not None and record.drop > bound
+    if short:
+        return f"falls short of the {amount(record, bound).replace(' lost', '')} it may lose"
+    if exported == "ptq":
+        return "needs no training"
+    if exported == "qat":
+        return "needs QAT" if bound is not None else "is best after QAT"
+    return f"needs {exported}, no training"
+
+
+def _losses(record: RunRecord) -> str:
+    def lost(rung: str) -> str:
+        sign = 1 if record.mode == "max" else -1
+        return amount(record, sign * (record.metric["float"] - record.metric[rung]))
+
+    exported = record.exported
+    if exported is None or "float" not in record.metric or exported not in record.metric:
+        return ""
+    if exported == "ptq" or "ptq" not in record.metric:
+        return f": {lost(exported)}"
+    return f": {lost('ptq')} by PTQ, {lost(exported)} after {exported.upper() if exported == 'qat' else exported}"
+
+
+def _speed(report: DeviceReport) -> str:
+    assert report.speedup is not None
+    how = f"{report.speedup:.1f}x faster" if report.speedup >= 1 else f"{1 / report.speedup:.1f}x slower"
+    return f"{how} on {report.device}"
+
+
+def _label(record: RunRecord, records: Sequence[RunRecord]) -> str:
+    several = len({one.model for one in records}) > 1
+    return f"{record.model} in {record.precision.upper()}" if several else record.precision.upper()

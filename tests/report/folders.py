@@ -1,0 +1,85 @@
+"""Folders as runs leave them: real layers of a real network, pictures, and a record with everything in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.ladder import Ladder
+from lightning_quant.report.layers import LayerFigures
+from lightning_quant.report.record import RunRecord
+from lightning_quant.segmentation.cityscapes import CLASS_NAMES
+from lightning_quant.segmentation.images import normalise_images
+from lightning_quant.segmentation.overlay import save_overlays
+from lightning_quant.segmentation.scenes import draw_scene
+from lightning_quant.simulation.inputs import NetworkInputs
+from tests.report.test_record import record
+from tests.simulation.networks import calibrated, call
+
+DEVICE = DeviceReport(
+    tier="aihub",
+    device="Samsung Galaxy S24",
+    precision="w4a16",
+    runtime="qnn_dlc",
+    latency_us=[2100, 2000, 2200],
+    float_latency_us=[8000],
+    memory_bytes=[1 << 20, 24 << 20],
+    layers={"NPU": ["conv_1", "conv_2"], "GPU": [], "CPU": ["resize"]},
+    fallen_back={"resize": "not said by AI Hub"},
+    samples=8,
+    against_simulation={"psnr_db": 66.0, "argmax_agreement": 1.0},
+    against_float={"psnr_db": 31.25, "argmax_agreement": 0.98},
+    bytes={"float": 55_600_000, "quantized": 7_500_000, "compiled": 7_600_000},
+    jobs={"compile": "https://hub.example/jobs/j1/"},
+)
+
+
+def full_record(**values: Any) -> RunRecord:
+    """A run that climbed three rungs, trained and was measured on a phone."""
+    ladder = Ladder("val_miou", "max", 0.01, 0.7)
+    ladder.judge("ptq", 0.66, "min_max ranges", 12.0)
+    ladder.judge("cle", 0.61, "4 pairs of layers equalized", 9.0)
+    ladder.judge("qat", 0.696, "trained for 300 steps", 240.0)
+    given = {
+        "model": "ffnet_40s",
+        "precision": "w4a16",
+        "monitor": "val_miou",
+        "metric": {"float": 0.7, "ptq": 0.66, "cle": 0.61, "qat": 0.696},
+        "exported": "qat",
+        "ladder": ladder.to_dict(),
+        "bytes": {"float": 55_600_000, "quantized": 7_500_000},
+        "parity": {"tier": "onnxruntime", "psnr_db": 101.5},
+        "device": [DEVICE.to_dict()],
+        "per_class_iou": {
+            "float": dict.fromkeys(CLASS_NAMES[:5], 0.7),
+            "qat": dict.fromkeys(CLASS_NAMES[:5], 0.69),
+        },
+        "versions": {"torch": "2.14.1"},
+        "config": {"model": {"name": "<b>not bold</b> & </script>"}, "seed": 3},
+        "reproduce": "lightning-quant precision=w4a16 'ladder.rungs=[ptq,cle]'",
+    }
+    return record(**{**given, **values})
+
+
+def run_folder(
+    folder: Path, network: nn.Module, image: torch.Tensor, size: tuple[int, int] = (64, 128), **values: Any
+) -> Path:
+    """Fill a folder: record, figures of the layers of ``network`` in W4A16, overlays of drawn scenes of that size."""
+    full_record(**values).write(folder)
+    samples = [call(image)] * 2
+    figures = LayerFigures.of(calibrated(network.eval(), NetworkInputs((image,)), precision="w4a16").eval(), samples, 1)
+    figures.drift = {"a.weight": [0.0, 0.1, 0.3], "b.output": [0.0, -0.2, -0.1]}
+    figures.drift_steps = [0, 50, 100]
+    figures.write(folder)
+    scenes = [draw_scene(*size, seed=1, split="val", index=index)[0] for index in range(4)]
+    photos = torch.stack([torch.from_numpy(np.asarray(scene).copy()).permute(2, 0, 1) for scene in scenes])
+    maps = torch.zeros(4, *size, dtype=torch.uint8)
+    other = maps.clone()
+    other[:, : size[0] // 4] = 13
+    save_overlays(folder / "overlays", normalise_images()(photos), maps, other)
+    return folder
