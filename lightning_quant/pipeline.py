@@ -27,7 +27,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_quant.callbacks.data import InputCatcher, calibration_inputs, calibration_loader
 from lightning_quant.callbacks.device_export import DeviceExport
+from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.post_training import PostTrainingQuantization
+from lightning_quant.callbacks.reporting import log_pictures
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.deploy.bundle import first_samples
 from lightning_quant.deploy.push import device_folder
@@ -161,6 +163,7 @@ class _Run:
         self.folder = folder
         self.record = record
         self.goes_on = goes_on
+        self.drift: RangeDrift | None = None
         self.data: pl.LightningDataModule = instantiate(config.data)
 
     def execute(self) -> None:
@@ -301,6 +304,7 @@ class _Run:
         else:
             best.unlink(missing_ok=True)
         trainer.fit(task, datamodule=self.data, ckpt_path=best if best.is_file() else None, weights_only=True)
+        self.drift = callback.drift
         result = callback.result
         self.record.ladder = result.to_dict()
         self.record.metric |= {rung.rung: rung.metric for rung in result.rungs if rung.metric is not None}
@@ -352,13 +356,21 @@ class _Run:
             samples = self.samples(trainer, quantized, config.samples)
             network = next(one for one in quantized.modules() if isinstance(one, QuantizedNetwork))
             figures = LayerFigures.of(network, samples, config.sensitivity_samples)
+            if self.drift is not None:
+                figures.drift, figures.drift_steps = self.drift.values, self.drift.steps
             self.record.artifacts["layers"] = figures.write(self.folder).name
 
     def device_export(self, name: str) -> DeviceExport:
         """The configured target, for a bundle of this name."""
         folder, config = str(self.folder / "export"), self.config
         export: DeviceExport = instantiate(
-            config.target, dirpath=folder, name=name, monitor=config.monitor, mode=config.mode, _convert_="all"
+            config.target,
+            dirpath=folder,
+            name=name,
+            monitor=config.monitor,
+            mode=config.mode,
+            report=False,  # the app's own knows more
+            _convert_="all",
         )
         return export
 
@@ -375,7 +387,9 @@ class _Run:
         pictures = torch.stack(images[:count])
         with torch.no_grad():
             float_maps, maps = (task.eval().cpu().predict_step(pictures, 0).numpy() for task in (float_task, quantized))
-        save_overlays(self.folder / "overlays", pictures, float_maps, maps)
+        drawn = save_overlays(self.folder / "overlays", pictures, float_maps, maps)
+        if logger := self.logger("device"):
+            log_pictures([logger], {f"overlay/{index}": path for index, path in enumerate(drawn)}, 0)
         self.record.artifacts["overlays"] = "overlays"
 
 

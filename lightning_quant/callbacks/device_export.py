@@ -21,6 +21,7 @@ from lightning_quant.callbacks.data import (
 )
 from lightning_quant.callbacks.device_metric import LabelledBatch, first_batches, metrics_of
 from lightning_quant.callbacks.quantization import QuantizationCallback, say
+from lightning_quant.callbacks.reporting import write_callback_report
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.deploy.bundle import Bundle, export_bundle, first_samples
 from lightning_quant.deploy.device_report import DeviceReport
@@ -70,6 +71,8 @@ class DeviceExport(Callback):
             ``"raise"``. The bundle is there in either case.
         min_psnr: fail below this PSNR in dB against the float network.
         max_metric_drop: fail when ``monitor`` is worse than the float network's by more than this.
+        report: write ``<dirpath>/<name>.report/report.html``, one page for everything that was found out, and give
+            its pictures to the Trainer's loggers. Costs some forward passes for each layer.
 
     Attributes:
         bundle: the :class:`~lightning_quant.deploy.bundle.Bundle` written last, or ``None``.
@@ -102,6 +105,7 @@ class DeviceExport(Callback):
         on_failure: str = "warn",
         min_psnr: float | None = None,
         max_metric_drop: float | None = None,
+        report: bool = True,
     ) -> None:
         if not isinstance(samples, int) or samples < 1:
             raise ConfigurationError(f"samples={samples!r}: expected a whole number of at least 1.")
@@ -134,6 +138,7 @@ class DeviceExport(Callback):
         self.on_failure = on_failure
         self.min_psnr = min_psnr
         self.max_metric_drop = max_metric_drop
+        self.report = report
         self.bundle: Bundle | None = None
         self.reports: list[DeviceReport] = []
         self.passed_over: dict[str, str] = {}
@@ -182,17 +187,42 @@ class DeviceExport(Callback):
                 report.unlink()  # of the network that the bundle held before
         # before the device: jobs can queue for longer than processes wait for each other
         trainer.strategy.barrier("lightning_quant_export")
-        if trainer.is_global_zero and self.push is not None:
+        if trainer.is_global_zero:
             try:
-                self._measure(trainer, pl_module, name, network, calls)
-            except DeviceBoundError:
+                self._push(trainer, pl_module, name, network, calls)
+            finally:
+                if self.report:
+                    self._report(trainer, network, calls)
+
+    def _report(self, trainer: pl.Trainer, network: QuantizedNetwork, calls: list[NetworkInputs]) -> None:
+        assert self.bundle is not None
+        try:
+            with undisturbed(), torch.inference_mode(False), torch.no_grad():
+                say(f"Report: {write_callback_report(trainer, network, self.bundle, self.reports, calls)}")
+        except Exception as error:  # nor is a training run lost to a picture
+            rank_zero_warn(f"The report was not written: {type(error).__name__}: {error}")
+
+    def _push(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        name: str,
+        network: QuantizedNetwork,
+        calls: list[NetworkInputs],
+    ) -> None:
+        """Let the target measure the bundle, and deal with its failure as asked."""
+        if self.push is None:
+            return
+        try:
+            self._measure(trainer, pl_module, name, network, calls)
+        except DeviceBoundError:
+            raise
+        except Exception as error:  # whatever it is, a training run is not lost to it
+            if self.on_failure == "raise":
                 raise
-            except Exception as error:  # whatever it is, a training run is not lost to it
-                if self.on_failure == "raise":
-                    raise
-                assert self.bundle is not None
-                reason = str(error) if isinstance(error, LightningQuantError) else f"{type(error).__name__}: {error}"
-                rank_zero_warn(f"The device was not measured: {reason} (The bundle {self.bundle.path} is complete.)")
+            assert self.bundle is not None
+            reason = str(error) if isinstance(error, LightningQuantError) else f"{type(error).__name__}: {error}"
+            rank_zero_warn(f"The device was not measured: {reason} (The bundle {self.bundle.path} is complete.)")
 
     def _calibration_samples(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, network: QuantizedNetwork

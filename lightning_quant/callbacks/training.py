@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_quant.callbacks.climbing import Climber
 from lightning_quant.callbacks.distillation import Distillation, loss_scale
+from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.measuring import measure, monitored
 from lightning_quant.callbacks.quantization import (
     QuantizationCallback,
@@ -83,6 +84,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         result: what was measured, a :class:`~lightning_quant.ladder.Ladder`.
         best_model_path: the checkpoint of the best network so far, written after every rung and validation that
             improved on it. ``fit(ckpt_path=…)`` goes on from there.
+        drift: how far the ranges moved in training, a :class:`~lightning_quant.callbacks.drift.RangeDrift`, noted every
+            ``Trainer(log_every_n_steps=…)``; ``None`` before training, and where they do not learn.
 
     Raises:
         ConfigurationError, PreflightError, CalibrationError: as there.
@@ -153,6 +156,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._best_state: dict[str, Any] | None = None
         self._started = 0.0
         self._validated_at = -1
+        self.drift: RangeDrift | None = None
+        self._drift_before: dict[str, Any] | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -192,6 +197,11 @@ class QuantizationAwareTraining(QuantizationCallback):
                 return
         self._started, self._validated_at = time.perf_counter(), -1
         self._memory.start()
+        if self.train_ranges:
+            drift = RangeDrift(self.quantized_network(pl_module))
+            if self._drift_before is not None:
+                drift.load_state_dict(self._drift_before)
+            self.drift, self._drift_before = drift, None
         if self.distillation:
             assert self._float is not None
             teacher = Distillation(self._float.to(pl_module.device), self.distillation, partial(loss_scale, trainer))
@@ -207,6 +217,11 @@ class QuantizationAwareTraining(QuantizationCallback):
                 "uses nothing of what it returned. Name the attribute that is called in network=..., or set "
                 "distillation=0."
             )
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.drift is not None and trainer.is_global_zero and every and step % every == 0:
+            scalars = self.drift.note(self.quantized_network(pl_module), step)
+            for logger in trainer.loggers if scalars else ():
+                logger.log_metrics(scalars, step=step)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -252,9 +267,11 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        drift = {} if self.drift is None else {"drift": self.drift.state_dict()}
         if not (self.climbs or self.distillation):
-            return {}
+            return drift
         state = {
+            **drift,
             "ladder": self.result.to_dict(),
             "climbed": self._climbed,
             "finishing": self._footing.finishing,
@@ -269,6 +286,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._drift_before = state_dict.get("drift")
         if "ladder" not in state_dict:
             return
         known = Ladder.from_dict(state_dict["ladder"])

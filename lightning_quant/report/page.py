@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 
 from lightning_quant.deploy.device_report import TIERS, DeviceReport
 from lightning_quant.errors import DataError
-from lightning_quant.report import charts
 from lightning_quant.report.devices import Candidate, device_notes, device_table, dominated
 from lightning_quant.report.layers import LAYERS_NAME, LayerFigures
 from lightning_quant.report.record import RECORD_NAME, RunRecord
@@ -22,6 +22,9 @@ from lightning_quant.report.verdict import sweep_verdict, verdict
 from lightning_quant.segmentation.cityscapes import CLASSES
 from lightning_quant.segmentation.overlay import PANELS, overlay_folders
 from lightning_quant.simulation.quantized_tensors import QuantizedTensor
+
+with warnings.catch_warnings():  # Bokeh adds filters to a program's own
+    from lightning_quant.report import charts
 
 REPORT_NAME = "report.html"
 

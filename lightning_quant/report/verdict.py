@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.device_report import DeviceReport, closeness
 from lightning_quant.report.record import RunRecord
 
 
@@ -17,10 +17,14 @@ def verdict(record: RunRecord) -> str:
     name = record.precision.upper()
     if record.status != "finished":
         return f"{name} {record.status}: {record.error}" if record.error else f"{name}: {record.status}."
-    parts = [f"{name} {_needs(record)}{_losses(record)}"]
+    measured = "float" in record.metric and record.exported in record.metric
+    parts = [f"{name} {_needs(record)}{_losses(record)}" if measured else f"{name} {_after(record)}"]
     if {"float", "quantized"} <= record.bytes.keys():
         parts.append(f"{record.bytes['float'] / record.bytes['quantized']:.1f}x smaller")
-    parts += [_speed(report) for report in map(DeviceReport.from_dict, record.device) if report.speedup]
+    devices = [DeviceReport.from_dict(values) for values in record.device]
+    parts += [_speed(report) for report in devices if report.speedup]
+    if not measured:  # then the outputs have to do
+        parts += [f"{closeness(one.against_float)} to float on {one.device}" for one in devices if one.against_float]
     return "; ".join(parts) + "."
 
 
@@ -54,8 +58,6 @@ def amount(record: RunRecord, drop: float | None) -> str:
 
 def _needs(record: RunRecord) -> str:
     exported, bound = record.exported, record.ladder.get("max_drop")
-    if exported is None:
-        return "was not exported"
     short = bound is not None and record.drop is not None and record.drop > bound
     if short:
         return f"falls short of the {amount(record, bound).replace(' lost', '')} it may lose"
@@ -66,14 +68,18 @@ def _needs(record: RunRecord) -> str:
     return f"needs {exported}, no training"
 
 
+def _after(record: RunRecord) -> str:
+    if record.exported is None:
+        return "was not exported"
+    return f"after {record.exported.upper() if record.exported in ('ptq', 'qat') else record.exported}"
+
+
 def _losses(record: RunRecord) -> str:
     def lost(rung: str) -> str:
         sign = 1 if record.mode == "max" else -1
         return amount(record, sign * (record.metric["float"] - record.metric[rung]))
 
-    exported = record.exported
-    if exported is None or "float" not in record.metric or exported not in record.metric:
-        return ""
+    exported = str(record.exported)
     if exported == "ptq" or "ptq" not in record.metric:
         return f": {lost(exported)}"
     return f": {lost('ptq')} by PTQ, {lost(exported)} after {exported.upper() if exported == 'qat' else exported}"

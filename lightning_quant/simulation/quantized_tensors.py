@@ -79,7 +79,7 @@ def quantized_tensors(
     watched: dict[Any, _Watched] = {}
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as hooks:
         for name, layer in quantized_layers(network).items():
-            for tensor, quantizer in _places(layer):
+            for tensor, quantizer in quantizers_of(layer):
                 if quantizer is not None and quantizer.is_initialized() and quantizer not in watched:
                     watched[quantizer] = _Watched(name, tensor, quantizer)
                     hooks.callback(quantizer.register_forward_hook(partial(_see, watched[quantizer])).remove)
@@ -88,7 +88,8 @@ def quantized_tensors(
     return [one.result() for one in watched.values() if one.seen]
 
 
-def _places(layer: Any) -> list[tuple[str, Any]]:
+def quantizers_of(layer: Any) -> list[tuple[str, Any]]:
+    """The quantizers of a layer by the tensors they round: ``"weight"``, ``"input"``, ``"output 1"``; some ``None``."""
     parameters = list(layer.param_quantizers.items())
     for what, quantizers in (("input", layer.input_quantizers), ("output", layer.output_quantizers)):
         alone = len(quantizers) == 1
