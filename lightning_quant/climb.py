@@ -37,6 +37,7 @@ def climb(
     *,
     measure_float: Callable[[nn.Module], float],
     footing: Footing,
+    begin: Callable[[str], None],
     done: Callable[[RungResult], None],
 ) -> None:
     """Try the techniques that are not in the ladder's results yet, until it is satisfied or there is none left.
@@ -51,6 +52,7 @@ def climb(
         bench: what the techniques work with.
         measure_float: the metric of another float network in the place of the user's.
         footing: where an earlier climb stopped; updated.
+        begin: called before each rung with its name.
         done: called after each rung, with the network as it is to go on.
     """
     tried = {rung.rung for rung in ladder.rungs}
@@ -77,6 +79,7 @@ def climb(
         if (reason := technique.unsuitable(network, bench)) is not None:
             done(ladder.pass_over(technique.name, reason))
             continue
+        begin(technique.name)
         before = network.snapshot()
         kept = False
         start = time.perf_counter()

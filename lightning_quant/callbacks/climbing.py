@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_quant.callbacks.data import InputCatcher, calibration_inputs, calibration_loader, undisturbed
 from lightning_quant.callbacks.measuring import check_float_metric, guessing, in_place_of, measure
+from lightning_quant.callbacks.progress import progress
 from lightning_quant.callbacks.quantization import QuantizationCallback, say
 from lightning_quant.climb import Footing, climb
 from lightning_quant.ladder import Ladder, RungResult
@@ -47,6 +48,7 @@ class Climber:
         self.network = callback.quantized_network(pl_module)
         self.float_network = float_network.to(pl_module.device).eval()
         self.ladder = ladder
+        self.rung = ""
 
     def measure_float(self) -> None:
         """Measure the float network, and warn if it is no better than chance."""
@@ -74,6 +76,10 @@ class Climber:
 
     def climb(self, rungs: Sequence[Technique], footing: Footing, done: Callable[[RungResult], None]) -> None:
         """Try the rungs that are left, see :func:`~lightning_quant.climb.climb`."""
+
+        def begin(name: str) -> None:
+            self.rung = name
+
         modes = {module: module.training for module in self.pl_module.modules()}
         bench = Workbench(
             float_network=self.float_network,
@@ -86,7 +92,16 @@ class Climber:
         try:
             with torch.no_grad():
                 measure_float = self._measure_other
-                climb(self.ladder, rungs, self.network, bench, measure_float=measure_float, footing=footing, done=done)
+                climb(
+                    self.ladder,
+                    rungs,
+                    self.network,
+                    bench,
+                    measure_float=measure_float,
+                    footing=footing,
+                    begin=begin,
+                    done=done,
+                )
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -101,7 +116,9 @@ class Climber:
     def _samples(self) -> Iterator[NetworkInputs]:
         callback = self.callback
         catcher = InputCatcher(self.trainer, self.pl_module, self.network, callback.network_name)
-        with undisturbed():
+        samples = callback.recipe.calibration_samples
+        with undisturbed(), progress(self.trainer, f"Rung {self.rung}", samples) as advance:
             loader = calibration_loader(self.trainer, self.pl_module, callback.calibration_dataloader)
-            samples = callback.recipe.calibration_samples
-            yield from up_to(calibration_inputs(self.trainer, loader, catcher, samples), samples)
+            for call in up_to(calibration_inputs(self.trainer, loader, catcher, samples), samples):
+                yield call
+                advance(call.batch_size)

@@ -20,6 +20,7 @@ from lightning_quant.callbacks.data import (
     undisturbed,
 )
 from lightning_quant.callbacks.device_metric import LabelledBatch, first_batches, metrics_of
+from lightning_quant.callbacks.progress import progress
 from lightning_quant.callbacks.quantization import QuantizationCallback, say
 from lightning_quant.callbacks.reporting import write_callback_report
 from lightning_quant.callbacks.training import QuantizationAwareTraining
@@ -178,7 +179,8 @@ class DeviceExport(Callback):
         if trainer.is_global_zero:
             root = Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "export")
             stem = self.name or f"{network.float_class.__name__}-{network.recipe.precision}"
-            self.bundle = export_bundle(network, root / stem, calls)
+            with progress(trainer, f"Exporting {stem}"):
+                self.bundle = export_bundle(network, root / stem, calls)
             parity: dict[str, Any] = self.bundle.manifest["parity"]
             agreement = "equal to" if parity["psnr_db"] is None else f"{parity['psnr_db']} dB against"
             samples = f"{parity['samples']} samples in ONNX Runtime"
@@ -197,8 +199,9 @@ class DeviceExport(Callback):
     def _report(self, trainer: pl.Trainer, network: QuantizedNetwork, calls: list[NetworkInputs]) -> None:
         assert self.bundle is not None
         try:
-            with undisturbed(), torch.inference_mode(False), torch.no_grad():
-                say(f"Report: {write_callback_report(trainer, network, self.bundle, self.reports, calls)}")
+            with undisturbed(), torch.inference_mode(False), torch.no_grad(), progress(trainer, "Writing the report"):
+                path = write_callback_report(trainer, network, self.bundle, self.reports, calls)
+            say(f"Report: {path}")
         except Exception as error:  # nor is a training run lost to a picture
             rank_zero_warn(f"The report was not written: {type(error).__name__}: {error}")
 
@@ -261,7 +264,9 @@ class DeviceExport(Callback):
             if batches:
                 calls = [call for batch in batches for call in batch.calls]
             samples = Samples.of(network, self.bundle.manifest, calls)
-        measured = self.push.run(self.bundle, samples)
+        at_most = f"at most {self.push.timeout / 60:.0f} min"
+        with progress(trainer, f"Waiting for {', '.join(self.push.devices)} ({at_most})"):
+            measured = self.push.run(self.bundle, samples)
         self.passed_over = self.push.passed_over
         if self.passed_over:
             say("No better target: " + "; ".join(self.passed_over.values()) + ".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -138,20 +139,24 @@ def _validate(pl_module: pl.LightningModule, name: str, network: nn.Module, kept
     owner = pl_module._trainer
     modes = {module: module.training for module in pl_module.modules()}
     device = pl_module.device
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    greetings = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = greetings.level
+    greetings.setLevel(logging.WARNING)  # the user's own Trainer has said it all
     try:
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
         with torch.inference_mode(False), in_place_of(pl_module, name, network.cpu().eval()):
             trainer.validate(pl_module, DataLoader(kept, batch_size=None), verbose=False)  # type: ignore[arg-type]
         return dict(trainer.callback_metrics)
     finally:
+        greetings.setLevel(level)
         pl_module.to(device)
         pl_module._trainer = owner
         for module, training in modes.items():

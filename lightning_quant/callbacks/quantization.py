@@ -32,6 +32,7 @@ from lightning_quant.callbacks.data import (
     stage_name,
     undisturbed,
 )
+from lightning_quant.callbacks.progress import progress
 from lightning_quant.errors import CalibrationError, ConfigurationError
 from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
@@ -204,9 +205,11 @@ class QuantizationCallback(Callback):
             samples = self.recipe.calibration_samples
 
             def inputs() -> Iterator[NetworkInputs]:
-                with undisturbed():
+                with undisturbed(), progress(trainer, "Calibrating", samples) as advance:
                     loader = calibration_loader(trainer, pl_module, self.calibration_dataloader)
-                    yield from up_to(calibration_inputs(trainer, loader, catcher, samples), samples)
+                    for call in up_to(calibration_inputs(trainer, loader, catcher, samples), samples):
+                        yield call
+                        advance(call.batch_size)
 
             used = calibrate(network, inputs() if isinstance(self.calibration_dataloader, Iterator) else inputs)
             if trainer.world_size > 1:  # GPUs may round differently; the ranges must not
