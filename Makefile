@@ -21,7 +21,7 @@ install: $(INSTALLED)  ## set up .venv with the tested versions
 $(INSTALLED):
 	@echo "Installing into $(VENV) (about 4 minutes and 7 GB the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,datasets,qnn]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,launchers,datasets,qnn]'
 	rm -f $(VENV)/.installed-*
 	touch $@
 

@@ -26,16 +26,18 @@ def config_dir() -> Path:
 
 
 @hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")
-def _job(config: DictConfig) -> None:
-    from lightning_quant.pipeline import record_failure, run
+def _job(config: DictConfig) -> float | tuple[float, ...]:
+    """Run one job; its objectives, for sweepers that search by them."""
+    from lightning_quant.pipeline import objectives, record_failure, run
 
     try:
-        run(config)
+        return objectives(config, run(config))
     except LightningQuantError as error:
         # The next job of a sweep may well succeed, so it gets its chance.
         record_failure(config, error)
         log.error("%s: %s", type(error).__name__, error)
         summary.failures.append(str(error))
+        return objectives(config, None)
 
 
 def _resume(folder: Path) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 import os
 import shlex
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,18 @@ log = logging.getLogger(__name__)
 
 JOBS = ("quantize", "sensitivity")
 
+_OBJECTIVES: dict[str, Callable[[RunRecord], float]] = {
+    "metric": lambda record: record.metric.get(record.exported or "", math.nan),
+    "drop": lambda record: math.nan if record.drop is None else record.drop,
+    "megabytes": lambda record: record.bytes.get("quantized", math.nan) / 1e6,
+    "latency_ms": lambda record: (
+        record.device[0].get("median_latency_us", math.nan) / 1000 if record.device else math.nan
+    ),
+    "seconds": lambda record: sum(record.seconds.values()),
+}
+
 # Values that say where or whether to run, not what comes out.
-_NOT_THE_RESULT = ("skip_finished",)
+_NOT_THE_RESULT = ("skip_finished", "objectives")
 
 
 def run(config: DictConfig) -> RunRecord:
@@ -70,6 +81,8 @@ def run(config: DictConfig) -> RunRecord:
         )
     if config.job not in JOBS:
         raise ConfigurationError(f"job={config.job!r}: expected one of {', '.join(JOBS)}.")
+    if unknown := [name for name in config.objectives if name not in _OBJECTIVES]:
+        raise ConfigurationError(f"objectives has {unknown[0]!r}: expected some of {', '.join(_OBJECTIVES)}.")
     for key in ("seed", "float.epochs", "qat.epochs", "overlays", "report.samples", "report.sensitivity_samples"):
         value = OmegaConf.select(config, key)
         if not isinstance(value, int) or value < 0:
@@ -103,6 +116,12 @@ def run(config: DictConfig) -> RunRecord:
         print_summary([record], f"Results: {path}")
         print_artifacts(record, folder)
     return record
+
+
+def objectives(config: DictConfig, record: RunRecord | None) -> float | tuple[float, ...]:
+    """What a sweeper such as Optuna searches by: the configured figures of a run; NaN where one was not measured."""
+    values = tuple(math.nan if record is None else _OBJECTIVES[name](record) for name in config.objectives)
+    return values[0] if len(values) == 1 else values
 
 
 def record_failure(config: DictConfig, error: Exception) -> None:
