@@ -60,14 +60,16 @@ class QuantizationAwareTraining(QuantizationCallback):
         >>> quantization.result.rungs  # doctest: +SKIP
 
     Args:
-        precision: see :class:`PostTrainingQuantization`, likewise up to ``strict``.
-        network: see there.
-        hardware: see there.
-        calibration_samples: see there.
-        calibration_dataloader: see there.
-        range_estimator: see there.
-        overrides: see there.
-        strict: see there.
+        precision: bit widths, ``"w8a8"``, ``"w8a16"``, ``"w4a16"`` or ``"w4a8"``.
+        network: dotted attribute of the LightningModule that holds the float ``nn.Module``.
+        hardware: AIMET hardware config: an alias such as ``"htp_v75"`` (Snapdragon 8 Gen 3) or the path of
+            a JSON file.
+        calibration_samples: how many samples (images, not batches) the ranges are taken from.
+        calibration_dataloader: the data to take them from. Default: ``datamodule.calibration_dataloader()``
+            if it has one, else the training data.
+        range_estimator: ``"min_max"``, ``"tf_enhanced"`` or ``"percentile"``.
+        overrides: precision of single layers, as glob on the network's module names → precision.
+        strict: make the warnings of the preflight errors.
         max_drop: how far ``monitor`` may fall below the float network, in units of the metric (0.01 of an mIoU
             between 0 and 1 is a point). ``None``: every rung is tried and training always follows.
         monitor: the metric, as your validation logs it.
@@ -75,10 +77,12 @@ class QuantizationAwareTraining(QuantizationCallback):
         rungs: repairs to try before training, cheapest first: ``"ptq"``, ``"min_max"``, ``"tf_enhanced"``,
             ``"percentile"``, ``"cle"``, ``"bn_reestimation"``, ``"bias_correction"``, ``"seq_mse"``, ``"adaround"``,
             ``"mixed"``; with options as ``{"mixed": {"budget": 0.05}}``; or the dotted path of a
-            :class:`~lightning_quant.simulation.techniques.technique.Technique` of your own.
+            ``lightning_quant.simulation.techniques.technique.Technique`` of your own.
         train_ranges: learn the ranges too. ``False`` keeps them as calibrated.
         distillation: weight of a second loss, the squared difference from the float network's output relative to
             its power, beside your own. 0: none.
+        statistics_cache: folder that keeps what calibration saw, so that other precisions with the same width of
+            weights, network and data need no pass of their own; their ranges are exactly the same. Not used under DDP.
 
     Attributes:
         result: what was measured, a :class:`~lightning_quant.ladder.Ladder`.
