@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,36 @@ def test_both_ranks_hold_the_network_calibrated_on_all_samples(tmp_path: Path, s
     loaded = load_quantized(SmallModule, tmp_path / "last.ckpt")
     assert_same_tensors(loaded.state_dict(), ranks[0]["state"])  # type: ignore[arg-type]
     assert (tmp_path / "export/net" / "manifest.json").is_file() == (stage == "qat")
+
+
+def test_two_nodes_started_by_torchrun(tmp_path: Path) -> None:
+    """One process for each of two nodes, as a cluster starts them; both nodes are this machine."""
+    (tmp_path / "train.py").write_text(SCRIPT.replace("devices=2", "devices=1, num_nodes=2"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    command += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = [str(tmp_path / "train.py"), "qat", "min_max", str(tmp_path)]
+    with ExitStack() as running:
+        nodes = [
+            running.enter_context(
+                subprocess.Popen(
+                    [*command, f"--node-rank={rank}", *arguments], env=environment, stderr=subprocess.PIPE, text=True
+                )
+            )
+            for rank in range(2)
+        ]
+        errors = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors[0][-3000:]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert_same_tensors(ranks[0]["state"], ranks[1]["state"])
+    assert_same_tensors(ranks[0]["calibrated"], ranks[1]["calibrated"])
+    assert ranks[0]["batches"] == 2 + 2 * (2 + 2)  # each saw its half
+    largest = float(lopsided().tensors[0].abs().max())  # which the second node alone has
+    assert float(ranks[0]["calibrated"]["stem.input_quantizers.0.max"]) == pytest.approx(largest, rel=0.2)
+    assert (tmp_path / "export/net/manifest.json").is_file()
 
 
 LADDER = """
