@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson test check clean
+.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson screenshots test check clean
 
 # Options of the benchmark, e.g. ACCURACY='--networks lraspp --longer 4'. See python -m benchmarks.accuracy --help.
 ACCURACY ?=
@@ -53,6 +53,9 @@ bench-peers: install  ## the same steps with ModelOpt and NNCF, in environments 
 
 bench-lesson: install  ## calibration of FFNet-40S with 100 images of 1024×2048, ours beside stock (an hour)
 	$(BIN)/python -m benchmarks.lesson --camvid $(CAMVID)
+
+screenshots: demo  ## the pictures in README, of the demo's reports (needs Chromium)
+	$(BIN)/python -m benchmarks.screenshots multirun/demo
 
 test: install  ## the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -14,7 +14,7 @@ from lightning_quant.simulation import aimet, preflight
 from lightning_quant.simulation.fast import kernels
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork
-from lightning_quant.simulation.precisions import matching, set_precisions
+from lightning_quant.simulation.precisions import matching, quantized_layers, set_precisions
 from lightning_quant.simulation.prepare import prepare
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,10 @@ def quantize(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> 
         sim = _simulate(prepared.network, inputs, recipe)
     quantized = QuantizedNetwork(sim, recipe, inputs.to(torch.device("cpu")), prepared.output, findings, network)
     set_precisions(quantized, matching(quantized, recipe.overrides))
+    narrow = preflight.single_channels(quantized_layers(quantized))
+    if recipe.strict:
+        preflight.refuse(narrow)
+    findings += narrow
     quantized.remember_bitwidths()
     _accelerate(quantized.network)
     if findings:

@@ -7,7 +7,7 @@ or speed on the device, so each becomes a row that names the module, the problem
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +105,25 @@ def inspect(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
                     "build it from nn modules, or register it with QuantizationMixin.implements",
                 )
             )
+    return findings
+
+
+def single_channels(layers: Mapping[str, Any]) -> list[Finding]:
+    """Convolutions with one output channel and weights below 8 bits, which the NPU's compiler does not take.
+
+    Seen with QAIRT 2.51: the one scale of such a weight is taken for that of a whole tensor.
+
+    Args:
+        layers: the quantized layers by name, at the precision they are to have.
+    """
+    findings = []
+    for name, layer in layers.items():
+        is_narrow = isinstance(layer, nn.modules.conv._ConvNd) and layer.out_channels == 1
+        quantizer: Any = layer.param_quantizers["weight"] if is_narrow else None  # type: ignore[index]
+        if quantizer is not None and quantizer.bitwidth < 8:
+            problem = f"one output channel with {quantizer.bitwidth}-bit weights: the NPU's compiler refuses it"
+            remedy = f'give it 8-bit weights, which costs few bytes: overrides={{"{name}": "w8a8"}}'
+            findings.append(Finding(name, problem, remedy))
     return findings
 
 

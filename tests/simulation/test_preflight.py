@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_quant.errors import PreflightError
+from lightning_quant.precision import Precision
 from lightning_quant.simulation import preflight
 from lightning_quant.simulation.preflight import Finding
 from tests.simulation.networks import (
@@ -122,6 +125,20 @@ def test_shared_convolution_is_told_to_have_become_two() -> None:
     (finding,) = quantized(SharedConv()).findings
     assert finding.module == "conv"
     assert "called more than once: each call got a copy of its own" in finding.problem
+
+
+@pytest.mark.parametrize("last", [nn.Conv2d(4, 1, 3), nn.ConvTranspose2d(4, 1, 2)])
+def test_one_output_channel_in_4_bits(last: nn.Module) -> None:
+    def found(precision: str, **recipe: Any) -> list[Finding]:
+        network = nn.Sequential(nn.Conv2d(3, 4, 1), copy.deepcopy(last))
+        return quantized(network, call(images(1)), precision=precision, **recipe).findings
+
+    (finding,) = found("w4a8")
+    assert (finding.module, finding.problem[:41]) == ("1", "one output channel with 4-bit weights: th")
+    assert 'overrides={"1": "w8a8"}' in finding.remedy
+    assert found("w8a8") == found("w4a8", overrides={"1": Precision.parse("w8a8")}) == []
+    with pytest.raises(PreflightError, match="one output channel"):
+        found("w4a16", strict=True)
 
 
 def test_table_is_aligned_and_strict_raises_with_it(caplog: pytest.LogCaptureFixture) -> None:

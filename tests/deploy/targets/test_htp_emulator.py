@@ -139,6 +139,19 @@ def test_16_bit_activations_where_there_are_none(tmp_path: Path) -> None:
         HtpEmulatorTarget("Samsung Galaxy S21").check(mine)
 
 
+def test_what_the_preflight_says_of_one_output_channel_is_so(tmp_path: Path) -> None:
+    def emulated(name: str, **recipe: Any) -> Any:
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3))
+        network = calibrated(network.eval(), call(images(1)), precision="w4a8", **recipe)
+        mine = export_bundle(network.eval(), tmp_path / name, [call(images(1))])
+        return HtpEmulatorTarget("SM8650").run(mine, [{mine.manifest["input_names"][0]: images(1).numpy()}], tmp_path)
+
+    with pytest.raises(DeviceError, match="compiler refused the network"):
+        emulated("narrow")
+    (wide,) = emulated("wide", overrides={"2": Precision.parse("w8a8")})
+    assert wide.report.fallen_back == {}
+
+
 def test_every_device_has_a_chip_that_the_compiler_knows() -> None:
     assert HEXAGON.keys() == QNN_SOC_IDS.keys()
     assert soc_of("samsung galaxy s24 ") == soc_of("sm8650") == "SM8650"
