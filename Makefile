@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson screenshots test check clean
+.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson screenshots docs test check clean
 
 # Options of the benchmark, e.g. ACCURACY='--networks lraspp --longer 4'. See python -m benchmarks.accuracy --help.
 ACCURACY ?=
@@ -21,7 +21,7 @@ install: $(INSTALLED)  ## set up .venv with the tested versions
 $(INSTALLED):
 	@echo "Installing into $(VENV) (about 4 minutes and 7 GB the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,launchers,datasets,qnn]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,launchers,datasets,qnn]'
 	rm -f $(VENV)/.installed-*
 	touch $@
 
@@ -60,10 +60,13 @@ screenshots: demo  ## the pictures in README, of the demo's reports (needs Chrom
 test: install  ## the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+docs: install  ## the documentation site, in site/; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 check: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:  ## remove what runs and builds left, not the virtual environment or data
-	rm -rf build dist outputs multirun lightning_logs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site outputs multirun lightning_logs .pytest_cache .mypy_cache .ruff_cache

@@ -119,7 +119,7 @@ def single_channels(layers: Mapping[str, Any]) -> list[Finding]:
     findings = []
     for name, layer in layers.items():
         is_narrow = isinstance(layer, nn.modules.conv._ConvNd) and layer.out_channels == 1
-        quantizer: Any = layer.param_quantizers["weight"] if is_narrow else None  # type: ignore[index]
+        quantizer: Any = layer.param_quantizers["weight"] if is_narrow else None
         if quantizer is not None and quantizer.bitwidth < 8:
             problem = f"one output channel with {quantizer.bitwidth}-bit weights: the NPU's compiler refuses it"
             remedy = f'give it 8-bit weights, which costs few bytes: overrides={{"{name}": "w8a8"}}'
