@@ -18,7 +18,7 @@ class Precision:
 
     Ordered from coarse to fine by the size of the weights first, then of the activations.
 
-    Example:
+    Examples:
         >>> Precision.parse("W4A16")
         Precision(weight_bits=4, activation_bits=16)
         >>> str(Precision(8, 8))

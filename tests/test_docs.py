@@ -67,6 +67,7 @@ def test_every_public_name_has_an_entry(site: Path) -> None:
     for name in lightning_quant.__all__:
         assert f'id="lightning_quant.{name}"' in reference, name
     assert "calibration_samples" in reference
+    assert not re.search(r":(class|func|meth|data|mod|attr):", reference)
 
 
 def messages() -> str:

@@ -39,7 +39,7 @@ def load_quantized(
 ) -> Module:
     """Rebuild a quantized LightningModule from a checkpoint: structure, weights and ranges.
 
-    Example:
+    Examples:
         >>> module = load_quantized(MyModule, "last.ckpt")  # doctest: +SKIP
         >>> trainer.validate(module, datamodule=data)  # doctest: +SKIP
 

@@ -45,7 +45,7 @@ class DeviceExport(Callback):
     the same samples and reports; the report goes to ``<dirpath>/<name>.device/``. List it after the quantization
     callback.
 
-    Example:
+    Examples:
         >>> DeviceExport("export", target="aihub", device="Samsung Galaxy S24")  # doctest: +SKIP
 
     Args:

@@ -17,7 +17,7 @@ class PostTrainingQuantization(QuantizationCallback):
     :class:`QuantizationAwareTraining`. The module stays quantized afterwards: save it with
     ``trainer.save_checkpoint`` and load it with :func:`load_quantized`.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> trainer = Trainer(callbacks=[PostTrainingQuantization("w8a8")])  # doctest: +SKIP
         >>> trainer.validate(module, datamodule=data)  # doctest: +SKIP

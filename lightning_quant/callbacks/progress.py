@@ -18,7 +18,7 @@ Advance = Callable[[int], None]
 def progress(trainer: pl.Trainer, description: str, total: int | None = None) -> Iterator[Advance]:
     """Show a bar for the length of a block; nothing where the Trainer shows none, or the output is no terminal.
 
-    Example:
+    Examples:
         >>> with progress(trainer, "Calibrating", total=256) as advance:  # doctest: +SKIP
         ...     for batch in batches:
         ...         advance(len(batch))

@@ -52,7 +52,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     the bound and no longer improving, and ends with the best weights it saw. ``Trainer(max_epochs=0)`` climbs without
     training.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> quantization = QuantizationAwareTraining("w4a16", max_drop=0.01, rungs=("ptq", "bn_reestimation"))
         >>> trainer = Trainer(max_epochs=2, callbacks=[quantization])  # doctest: +SKIP
