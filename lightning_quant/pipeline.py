@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import math
-import os
 import shlex
 import time
 import warnings
@@ -35,6 +34,7 @@ from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.deploy.bundle import first_samples
 from lightning_quant.deploy.push import device_folder
 from lightning_quant.errors import CheckpointError, ConfigurationError, DataError, LightningQuantError
+from lightning_quant.files import replacing
 from lightning_quant.precision import Precision
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.page import REPORT_NAME, write_report
@@ -292,9 +292,8 @@ class _Run:
             else:
                 trainer = self.trainer(max_epochs=config.epochs, limit_val_batches=0, logger=self.logger("float"))
                 trainer.fit(task, datamodule=self.data)
-                partial = path.with_suffix(".partial")
-                trainer.save_checkpoint(partial, weights_only=True)
-                os.replace(partial, path)
+                with replacing(path) as partial:
+                    trainer.save_checkpoint(partial, weights_only=True)
                 log.info("Float network trained and kept as %s", path)
         self.record.artifacts["float_checkpoint"] = str(path)
         return task

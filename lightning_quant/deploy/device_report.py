@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 
 from lightning_quant.deploy.parity import LOWEST_PSNR
 from lightning_quant.errors import DataError
+from lightning_quant.files import replacing
 
 _FORMAT_VERSION = 1
 
@@ -166,13 +166,8 @@ class DeviceReport:
     def write(self, path: str | Path) -> Path:
         """Write the report as JSON, whole or not at all."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(path) as partial:
             partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
         return path
 
     @classmethod

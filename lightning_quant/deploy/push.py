@@ -16,6 +16,7 @@ from lightning_quant.deploy.targets.htp_emulator import HtpEmulatorTarget
 from lightning_quant.deploy.targets.onnxruntime import OnnxRuntimeTarget
 from lightning_quant.deploy.targets.target import REPORT_NAME, Measured, Target
 from lightning_quant.errors import ConfigurationError, DataError, DeviceBoundError, DeviceUnavailableError
+from lightning_quant.files import replacing
 
 SAMPLES_NAME = "samples.npz"
 REQUEST_NAME = "request.json"
@@ -75,7 +76,8 @@ class Push:
     def _note(self, bundle: Bundle, target: str) -> None:
         request = {"target": target, "devices": self.devices, "timeout": self.timeout, "options": self.options}
         request["bundle"] = bundle.manifest["files"]
-        (device_folder(bundle) / REQUEST_NAME).write_text(json.dumps(request, indent=2) + "\n")
+        with replacing(device_folder(bundle) / REQUEST_NAME) as partial:
+            partial.write_text(json.dumps(request, indent=2) + "\n")
 
     def _choose(self, bundle: Bundle) -> Target:
         """The target, or the best one that takes the bundle; why not the better ones is kept."""

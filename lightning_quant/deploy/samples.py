@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import nn
 
 from lightning_quant.deploy.bundle import on_cpu_in_eval
 from lightning_quant.errors import DataError
+from lightning_quant.files import replacing
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
 
@@ -59,13 +59,8 @@ class Samples:
         for part in ("inputs", "simulation", "float_network"):
             for index, tensors in enumerate(getattr(self, part) or []):
                 arrays |= {f"{part}/{index}/{name}": value for name, value in tensors.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.npz")
-        try:
+        with replacing(path) as partial:
             np.savez(partial, **arrays)  # type: ignore[arg-type]
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, path: Path) -> Samples:

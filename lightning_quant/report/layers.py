@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lightning_quant.errors import DataError
+from lightning_quant.files import replacing
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.quantized_tensors import QuantizedTensor, quantized_tensors
@@ -54,16 +54,11 @@ class LayerFigures:
     def write(self, folder: str | Path) -> Path:
         """Write ``layers.json`` into ``folder``, whole or not at all."""
         path = Path(folder) / LAYERS_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
         values = asdict(self)
         for one in values["sensitivity"]:  # JSON has no infinity: nothing changed, or nothing was left
             one["sqnr_db"] = one["sqnr_db"] if math.isfinite(one["sqnr_db"]) else str(one["sqnr_db"])
-        try:
+        with replacing(path) as partial:
             partial.write_text(json.dumps({"format_version": _FORMAT_VERSION, **values}, allow_nan=False) + "\n")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
         return path
 
     @classmethod

@@ -6,14 +6,16 @@ import base64
 import dataclasses
 import io
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lightning_quant.deploy.device_report import TIERS, DeviceReport
+from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.errors import DataError
+from lightning_quant.files import replacing
 from lightning_quant.report.devices import Candidate, device_notes, device_table, dominated
 from lightning_quant.report.layers import LAYERS_NAME, LayerFigures
 from lightning_quant.report.record import RECORD_NAME, RunRecord
@@ -30,6 +32,8 @@ REPORT_NAME = "report.html"
 
 # Widest a picture is embedded: wider than a phone or a column of the page, and a few dozen kB.
 _WIDEST = 640
+# Of a model, counted over the process; of documents and elements, random.
+_BOKEH_ID = re.compile(r"\bp\d{4,}\b|\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b")
 
 
 def write_report(folder: str | Path) -> Path:
@@ -65,7 +69,6 @@ def write_report(folder: str | Path) -> Path:
         devices=devices,
         device_table=_filled(*device_table([record])),
         device_notes=device_notes([record]),
-        tiers=TIERS,
         pictures=_pictures(folder),
         legend=[(one.name, "#{:02x}{:02x}{:02x}".format(*one.colour)) for one in CLASSES],
         tensors=[_described(one) for one in figures.tensors],
@@ -108,7 +111,7 @@ def _write(folder: Path, template: str, drawn: Mapping[str, Any], **values: Any)
     from jinja2 import Environment, PackageLoader
 
     shown = {name: chart for name, chart in drawn.items() if chart is not None}
-    script, places = components(shown) if shown else ("", {})
+    script, places = _renumbered(*components(shown)) if shown else ("", {})
     environment = Environment(loader=PackageLoader("lightning_quant.report"), autoescape=True, trim_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # columns stay in their order
     files = resources.files("lightning_quant.report") / "templates"
@@ -121,13 +124,19 @@ def _write(folder: Path, template: str, drawn: Mapping[str, Any], **values: Any)
         script=(files / "report.js").read_text(),
     )
     path = folder / REPORT_NAME
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as partial:
         partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
+
+
+def _renumbered(script: str, places: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """Bokeh's output with ids counted from 1: the same figures make the same file, byte for byte."""
+    known: dict[str, str] = {}
+
+    def number(found: re.Match[str]) -> str:
+        return known.setdefault(found[0], f"lq{len(known) + 1}")
+
+    return _BOKEH_ID.sub(number, script), {name: _BOKEH_ID.sub(number, place) for name, place in places.items()}
 
 
 def _filled(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_quant.errors import DataError
+from lightning_quant.files import replacing
 
 RECORD_NAME = "results.json"
 _FORMAT_VERSION = 2
@@ -75,14 +75,9 @@ class RunRecord:
     def write(self, folder: str | Path) -> Path:
         """Write ``results.json`` into ``folder``, whole or not at all."""
         path = Path(folder) / RECORD_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
         values = {"format_version": _FORMAT_VERSION, **dataclasses.asdict(self), "drop": self.drop}
-        try:
+        with replacing(path) as partial:
             partial.write_text(json.dumps(values, indent=2) + "\n")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
         return path
 
     @classmethod

@@ -12,6 +12,7 @@ from hydra.experimental.callback import Callback
 from typing_extensions import override
 
 from lightning_quant.errors import DataError
+from lightning_quant.files import replacing
 from lightning_quant.ladder import RungResult
 from lightning_quant.report.devices import device_notes, device_table
 from lightning_quant.report.record import RECORD_NAME, RunRecord
@@ -88,8 +89,9 @@ def write_summary(records: Sequence[RunRecord], folder: str | Path) -> tuple[Pat
         parts += [_markdown(device_header, device_rows), "".join(f"- {note}\n" for note in device_notes(records))]
     if rung_rows:
         parts.append(_markdown(rung_header, rung_rows))
-    path.write_text("\n".join(parts))
-    with (folder / "summary.csv").open("w", newline="") as file:
+    with replacing(path) as partial:
+        partial.write_text("\n".join(parts))
+    with replacing(folder / "summary.csv") as partial, partial.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     return path, folder / "summary.csv"
 

@@ -236,6 +236,13 @@ def test_a_large_network_stays_below_five_megabytes(tmp_path: Path) -> None:
     assert path.read_text().count("<option") > 100  # all its tensors are there
 
 
+def test_the_same_run_makes_the_same_file(report: Path, sweep: Path) -> None:
+    before = report.read_bytes(), sweep.read_bytes()
+    write_report(report.parent)
+    write_sweep_report(sweep.parent, gather(sweep.parent))
+    assert (report.read_bytes(), sweep.read_bytes()) == before
+
+
 def test_a_run_that_failed_early_still_says_why(tmp_path: Path) -> None:
     record(status="failed", error="DataError: <no images>").write(tmp_path)
     text = write_report(tmp_path).read_text()

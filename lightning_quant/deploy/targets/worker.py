@@ -15,6 +15,7 @@ from typing import Any
 
 from lightning_quant import errors
 from lightning_quant.errors import DeviceError, DeviceTimeoutError, LightningQuantError
+from lightning_quant.files import replacing
 
 JOB, RESULT, ERROR, LOG = "job.json", "result.json", "error.json", "log.txt"
 
@@ -90,9 +91,8 @@ def serve(work: Callable[[dict[str, Any], Path], dict[str, Any]]) -> None:
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values))
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(values))
 
 
 def _signal_name(status: int) -> str:
