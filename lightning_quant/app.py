@@ -58,12 +58,13 @@ def _resume(folder: Path) -> None:
             continue
         try:
             found = resume(bundle)
-            run = bundle.parent.parent
-            if (run / RECORD_NAME).is_file():
-                record = RunRecord.read(run / RECORD_NAME)
-                record.device = [one.report.to_dict() for one in found]
-                record.write(run)
-                write_report(run)
+            # of a run of the app, and of a DeviceExport in a Trainer of the user's own
+            for place in (bundle.parent.parent, bundle.with_name(f"{bundle.name}.report")):
+                if (place / RECORD_NAME).is_file():
+                    record = RunRecord.read(place / RECORD_NAME)
+                    record.device = [one.report.to_dict() for one in found]
+                    record.write(place)
+                    write_report(place)
         except LightningQuantError as error:
             log.error("%s: %s: %s", bundle, type(error).__name__, error)
             summary.failures.append(str(error))

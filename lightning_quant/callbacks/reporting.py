@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
+from lightning_quant.callbacks.quantization import QuantizationCallback
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.deploy.bundle import Bundle, on_cpu_in_eval
 from lightning_quant.deploy.device_report import DeviceReport
@@ -89,6 +91,31 @@ def _training(trainer: pl.Trainer) -> QuantizationAwareTraining | None:
     return next((one for one in callbacks if isinstance(one, QuantizationAwareTraining)), None)
 
 
+def _reproduce(trainer: pl.Trainer) -> str:
+    """The quantization callback as Python, with what was not left at its default."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callback = next((one for one in callbacks if isinstance(one, QuantizationCallback)), None)
+    if callback is None:
+        return ""
+    recipe = callback.recipe
+    given: dict[str, Any] = {
+        "network": callback.network_name,
+        "hardware": recipe.hardware,
+        "calibration_samples": recipe.calibration_samples,
+        "range_estimator": recipe.range_estimator,
+        "overrides": {glob: str(precision) for glob, precision in recipe.overrides.items()} or None,
+        "strict": recipe.strict,
+    }
+    if isinstance(callback, QuantizationAwareTraining):
+        ladder = callback.result
+        given |= {"max_drop": ladder.max_drop, "monitor": ladder.monitor, "mode": ladder.mode}
+        given |= {"rungs": tuple(one.name for one in callback.techniques)}
+        given |= {"train_ranges": callback.train_ranges, "distillation": callback.distillation}
+    defaults = inspect.signature(type(callback)).parameters
+    changed = [f"{name}={value!r}" for name, value in given.items() if value != defaults[name].default]
+    return f"lq.{type(callback).__name__}({', '.join([repr(str(recipe.precision)), *changed])})"
+
+
 def _record(
     trainer: pl.Trainer,
     training: QuantizationAwareTraining | None,
@@ -111,6 +138,7 @@ def _record(
         device=[report.to_dict() for report in devices],
         artifacts={"bundle": f"../{bundle.path.name}"},
         versions={name: importlib.metadata.version(name) for name in packages},
+        reproduce=_reproduce(trainer),
         config={"recipe": identity, "raised": manifest["raised"], "range_estimator": manifest["range_estimator"]},
     )
     if training is not None and training.climbs and training.result.best is not None:

@@ -20,7 +20,7 @@ def verdict(record: RunRecord) -> str:
     measured = "float" in record.metric and record.exported in record.metric
     parts = [f"{name} {_needs(record)}{_losses(record)}" if measured else f"{name} {_after(record)}"]
     if {"float", "quantized"} <= record.bytes.keys():
-        parts.append(f"{record.bytes['float'] / record.bytes['quantized']:.1f}x smaller")
+        parts.append(_ratio(record.bytes["float"] / record.bytes["quantized"], "smaller", "larger"))
     devices = [DeviceReport.from_dict(values) for values in record.device]
     parts += [_speed(report) for report in devices if report.speedup]
     if not measured:  # then the outputs have to do
@@ -38,7 +38,8 @@ def sweep_verdict(records: Sequence[RunRecord]) -> str:
     sized = [one for one in finished if "quantized" in one.bytes]
     if sized and (small := min(sized, key=lambda one: one.bytes["quantized"])) is not best:
         ratio = small.bytes["float"] / small.bytes["quantized"]
-        parts.append(f"{_label(small, finished)} is smallest ({ratio:.1f}x smaller, {amount(small, small.drop)})")
+        size = _ratio(ratio, "smaller", "larger")
+        parts.append(f"{_label(small, finished)} is smallest ({size}, {amount(small, small.drop)})")
     if failed := len(records) - len(finished):
         parts.append(f"{failed} of {len(records)} runs did not finish")
     return "; ".join(parts) + "."
@@ -87,8 +88,11 @@ def _losses(record: RunRecord) -> str:
 
 def _speed(report: DeviceReport) -> str:
     assert report.speedup is not None
-    how = f"{report.speedup:.1f}x faster" if report.speedup >= 1 else f"{1 / report.speedup:.1f}x slower"
-    return f"{how} on {report.device}"
+    return f"{_ratio(report.speedup, 'faster', 'slower')} on {report.device}"
+
+
+def _ratio(value: float, more: str, less: str) -> str:
+    return f"{value:.1f}x {more}" if value >= 1 else f"{1 / value:.1f}x {less}"
 
 
 def _label(record: RunRecord, records: Sequence[RunRecord]) -> str:

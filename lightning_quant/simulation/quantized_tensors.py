@@ -16,7 +16,7 @@ from lightning_quant.simulation.inputs import NetworkInputs, up_to
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
 
-# Enough for the shape of a distribution, few enough for the tensors of a hundred layers in one page.
+# Within the grid: enough for the shape of a distribution, few enough for the tensors of a hundred layers in one page.
 _MOST_BINS = 64
 # Share of the grid's length that is shown beyond each of its ends, where values are clipped.
 _MARGIN = 1 / 16
@@ -115,11 +115,13 @@ class _Watched:
     counts: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        steps = self.quantizer.qmax - self.quantizer.qmin
-        margin = max(1.0, steps * _MARGIN)
-        # half a step further, so that where every integer gets a bin of its own it is in the bin's middle
-        self.bins = (self.quantizer.qmin - margin - 0.5, self.quantizer.qmax + margin + 0.5)
-        self.counts = torch.zeros(min(_MOST_BINS, round(self.bins[1] - self.bins[0])), dtype=torch.float64)
+        levels = self.quantizer.qmax - self.quantizer.qmin + 1
+        # the grid ends between two bins, half a step behind its last integers
+        within = min(_MOST_BINS, levels)
+        beyond = max(1, round(within * _MARGIN))
+        margin = beyond * levels / within
+        self.bins = (self.quantizer.qmin - 0.5 - margin, self.quantizer.qmax + 0.5 + margin)
+        self.counts = torch.zeros(within + 2 * beyond, dtype=torch.float64)
         self.scale, self.offset = (
             value.detach().float() for value in (self.quantizer.get_scale(), self.quantizer.get_offset())
         )

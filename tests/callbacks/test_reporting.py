@@ -53,6 +53,9 @@ def test_a_fit_ends_with_a_report_and_curves_in_the_loggers(trainer: MakeTrainer
     page = (folder / "report.html").read_text()
     assert "W4A8 falls short of" in page
     assert "Drift of ranges in training" in page
+    assert record.reproduce == (
+        "lq.QuantizationAwareTraining('w4a8', max_drop=-1.0, monitor='val_loss', mode='min', rungs=('ptq', 'cle'))"
+    )
 
     (event_file,) = (tmp_path / "tb/version_0").glob("events*")
     events = EventAccumulator(str(event_file)).Reload()

@@ -40,6 +40,7 @@ def trained(**values: Any) -> dict[str, Any]:
         ),
         ({"status": "failed", "error": "ParityError: 12 dB"}, "W8A8 failed: ParityError: 12 dB"),
         ({}, "W8A8 was not exported."),
+        ({"exported": "ptq", "bytes": {"float": 100, "quantized": 120}}, "W8A8 after PTQ; 1.2x larger."),
     ],
 )
 def test_a_run_in_one_sentence(values: dict[str, Any], sentence: str) -> None:

@@ -193,6 +193,8 @@ def test_the_command_line_fetches_what_was_queued(hub: StandIn, tmp_path: Path) 
     push(exported, wait=False)
     record = RunRecord("finished", "net", "scenes", "w8a8", "0", metric={"float": 0.7, "ptq": 0.69}, exported="ptq")
     record.write(run)
+    of_callback = run / "export" / "net.report"
+    record.write(of_callback)
     hub.release()
     done = subprocess.run(
         [sys.executable, "-m", "lightning_quant", "resume", str(tmp_path)], capture_output=True, text=True, check=True
@@ -200,6 +202,8 @@ def test_the_command_line_fetches_what_was_queued(hub: StandIn, tmp_path: Path) 
     assert "net: w8a8 on Samsung Galaxy S24 (aihub): 0.42 ms" in done.stdout
     (values,) = RunRecord.read(run / "results.json").device
     assert values["median_latency_us"] == 416
+    assert RunRecord.read(of_callback / "results.json").device == [values]
+    assert all("0.42 ms" in (place / "report.html").read_text() for place in (run, of_callback))
     # finished: neither asked for again nor written over; found by the bundle's own folder as well
     record = RunRecord.read(run / "results.json")
     record.device[0]["metric"] = {"device": 0.5}
