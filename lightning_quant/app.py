@@ -12,17 +12,11 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
+from lightning_quant.configuration import config_dir
 from lightning_quant.errors import LightningQuantError
 from lightning_quant.report import summary
 
 log = logging.getLogger(__name__)
-
-
-def config_dir() -> Path:
-    """Folder of the configuration files: inside the installed package, beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
 
 
 @hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")

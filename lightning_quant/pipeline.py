@@ -119,8 +119,17 @@ def run(config: DictConfig) -> RunRecord:
 
 
 def objectives(config: DictConfig, record: RunRecord | None) -> float | tuple[float, ...]:
-    """What a sweeper such as Optuna searches by: the configured figures of a run; NaN where one was not measured."""
-    values = tuple(math.nan if record is None else _OBJECTIVES[name](record) for name in config.objectives)
+    """What a sweeper such as Optuna searches by: the configured figures of a run.
+
+    One that was not measured, or of a run that failed, is the worst there is: NaN would end the search.
+    """
+
+    def value(name: str) -> float:
+        found = math.nan if record is None else _OBJECTIVES[name](record)
+        more_is_better = name == "metric" and config.mode == "max"
+        return found if math.isfinite(found) else -math.inf if more_is_better else math.inf
+
+    values = tuple(value(name) for name in config.objectives)
     return values[0] if len(values) == 1 else values
 
 

@@ -91,6 +91,19 @@ def test_optuna_searches_overrides_under_a_budget(tmp_path: Path) -> None:
     assert len(searched) > 1 or len({str(record.config["quantizer"]["overrides"]) for record in records}) > 1
 
 
+@needs("hydra_optuna_sweeper")
+def test_a_trial_that_fails_costs_optuna_no_other(tmp_path: Path) -> None:
+    arguments = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=1"]
+    arguments += ["hydra.sweeper.sampler.seed=1", "hydra.sweeper.direction=minimize", "hydra.sweep.dir=search"]
+    small = [one for one in QUICK if not one.startswith("ladder.max_drop")]
+    output = lightning_quant(tmp_path, "-m", *small, *arguments, "ladder.max_drop=choice(0.5,oops)", status=1)
+    records = [RunRecord.read(path) for path in sorted((tmp_path / "search").glob("*/results.json"))]
+    assert {record.status for record in records} == {"finished", "failed"}
+    assert "max_drop='oops'" in output
+    best = yaml.safe_load((tmp_path / "search/optimization_results.yaml").read_text())
+    assert best["best_params"] == {"ladder.max_drop": 0.5}
+
+
 def test_an_unknown_objective_is_refused(tmp_path: Path) -> None:
     output = lightning_quant(tmp_path, *QUICK, "objectives=[speed]", status=1)
     assert "objectives has 'speed': expected some of metric, drop, megabytes, latency_ms, seconds" in output

@@ -31,7 +31,29 @@ def test_the_wheel_holds_the_package_and_its_configuration_only(installed: Path)
     names = zipfile.ZipFile(wheel).namelist()
     assert "lightning_quant/py.typed" in names
     assert "lightning_quant/conf/config.yaml" in names
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"lightning_quant"}
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"lightning_quant", "hydra_plugins"}
+
+
+def test_the_installed_plugin_serves_other_hydra_apps_and_loads_next_to_nothing(
+    installed: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/config.yaml").write_text("defaults: [_self_, {precision: w4a16}, {target: auto}]")
+    script = f"""
+import sys
+sys.path.insert(0, {str(installed)!r})
+import hydra
+@hydra.main(config_path={str(tmp_path / "own")!r}, config_name="config", version_base="1.3")
+def main(config):
+    heavy = {{"numpy", "torch", "lightning", "aimet_torch"}} & sys.modules.keys()
+    print(config.precision, config.target.target, sorted(heavy))
+main()
+"""
+    # -P: not the checkout that this test runs in; -S would hide Hydra itself
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines()[-1:] == ["w4a16 auto []"], done.stderr
 
 
 def test_every_configuration_composes_from_the_installed_wheel_in_another_folder(
@@ -47,7 +69,7 @@ assert lightning_quant.__file__.startswith({str(installed)!r}), lightning_quant.
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from lightning_quant.app import config_dir
+from lightning_quant.configuration import config_dir
 assert str(config_dir()).startswith({str(installed)!r}), config_dir()
 with initialize_config_dir(str(config_dir()), version_base="1.3"):
     for choice in {choices!r}:

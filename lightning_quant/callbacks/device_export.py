@@ -278,6 +278,8 @@ class DeviceExport(Callback):
                 one.report.metric = metrics_of(pl_module, name, network, monitor, batches, one.outputs)
                 one.write()
             say(one.report.sentence())
+            for warning in one.report.warnings:
+                say(f"{one.report.device}: {warning}")
             for logger in trainer.loggers:
                 logger.log_metrics(one.report.scalars(), step=trainer.global_step)
         check_bounds(self.reports, self.min_psnr, self.max_metric_drop, self.mode)

@@ -152,23 +152,33 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
     with aimet.quiet() as aimet_torch:
         from aimet_torch.onnx import _remove_dangling_nodes_and_initializers
 
-        network.sim.onnx.export(
-            tensors,
-            str(float_onnx),
-            encoding_version=ENCODINGS_VERSION,
-            opset_version=_FLOAT_OPSET,
-            dynamo=False,
-            **names,
-        )
-        aimet_torch.onnx.export(
-            network.sim.model,
-            tensors,
-            str(qdq),
-            opset_version=_QDQ_OPSET,
-            prequantize_constants=True,
-            dynamo=False,
-            **names,
-        )
+        try:
+            network.sim.onnx.export(
+                tensors,
+                str(float_onnx),
+                encoding_version=ENCODINGS_VERSION,
+                opset_version=_FLOAT_OPSET,
+                dynamo=False,
+                **names,
+            )
+            aimet_torch.onnx.export(
+                network.sim.model,
+                tensors,
+                str(qdq),
+                opset_version=_QDQ_OPSET,
+                prequantize_constants=True,
+                dynamo=False,
+                **names,
+            )
+        except OSError:
+            raise
+        except Exception as error:  # PyTorch's exporter adds the whole graph to what it says
+            said = str(error).strip().splitlines()[0]
+            raise ExportError(
+                f"{network.float_class.__name__} cannot be written as ONNX: {type(error).__name__}: {said} Expected "
+                "operations that ONNX has, at sizes it can express: try torch.onnx.export(..., dynamo=False) on the "
+                "float network."
+            ) from error
         quantized = onnx.load(qdq)
         parameters = network.sim.model.named_parameters()
         biases = {name: value.detach().numpy() for name, value in parameters if name.endswith("bias")}

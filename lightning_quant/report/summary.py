@@ -161,6 +161,8 @@ class SweepSummary(Callback):
             return
         markdown, table_file = write_summary(records, folder)
         failures.extend(f"{record.precision}: {record.error}" for record in records if record.status != "finished")
+        unreadable = {path.parent for path in folder.glob(f"*/{RECORD_NAME}")} - runs.keys()
+        failures.extend(f"{run}: its record cannot be read" for run in sorted(unreadable))
         from lightning_quant.report.page import write_sweep_report  # after the runs: --help stays instant
 
         print_summary(records, f"{len(records)} runs in {folder}")

@@ -418,3 +418,13 @@ def test_a_kill_or_a_full_disk_at_any_moment_leaves_a_whole_bundle_or_none(tmp_p
     for attempt in attempts:
         assert not attempt["after"].startswith("broken"), attempt
         assert all(name.startswith(".net-") for name in attempt["leftovers"]), attempt
+
+
+def test_an_operation_that_onnx_lacks_is_told_in_one_line(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 2), nn.AdaptiveAvgPool2d(2))  # of 7 by 7
+    with pytest.raises(
+        ExportError, match=r"^Sequential cannot be written as ONNX: SymbolicValueError: .*adaptive"
+    ) as told:
+        export_bundle(calibrated(network), tmp_path / "net", [call(images(1))])
+    assert "\n" not in str(told.value)
+    assert list(tmp_path.iterdir()) == []
