@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson screenshots docs test check clean
+.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson screenshots docs docs-serve test check clean
 
 # Options of the benchmark, e.g. ACCURACY='--networks lraspp --longer 4'. See python -m benchmarks.accuracy --help.
 ACCURACY ?=
@@ -62,6 +62,9 @@ test: install  ## the tests
 
 docs: install  ## the documentation site, in site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+docs-serve: install  ## the same site on this machine's port 8000, built anew on every change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 check: install  ## ruff and mypy
 	$(BIN)/ruff check .
