@@ -1,6 +1,6 @@
 """Run by test_bundle.py in a process of its own: exports that are killed or run out of space, in forked children.
 
-Forking keeps the seconds of importing AIMET out of every attempt. Prints one JSON line per attempt.
+Prints one JSON line per attempt.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import os
 import resource
 import signal
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ torch.set_num_threads(1)
 
 from lightning_quant.deploy import bundle  # noqa: E402
 from lightning_quant.errors import ExportError  # noqa: E402
+from tests.kills import child, moments  # noqa: E402
 from tests.simulation.networks import Body, calibrated, call, images  # noqa: E402
 
 
@@ -31,19 +31,6 @@ def state(path: Path) -> str:
         return str(bundle.load_bundle(path).manifest["precision"])
     except ExportError as error:
         return f"broken: {error}"
-
-
-def child(work: Callable[[], None]) -> int:
-    """Fork, run ``work`` in the child; the child's id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        work()
-        status = 0
-    finally:
-        os._exit(status)
 
 
 def report(kind: str, path: Path, before: str, pid: int, **more: object) -> None:
@@ -59,9 +46,7 @@ def main(root: Path) -> None:
     old = calibrated(Body(), precision="w8a8")
     new = calibrated(Body(), precision="w8a16")
     samples = [call(images(2))]
-    started = time.monotonic()
     bundle.export_bundle(old, root / "warm" / "net", samples)
-    duration = time.monotonic() - started
 
     def prepare(kind: str, before: str) -> Path:
         path = root / kind / "net"
@@ -71,13 +56,14 @@ def main(root: Path) -> None:
         return path
 
     # at moments spread over the whole export
+    totals = {}
+    for before in ("nothing", "w8a8"):
+        totals[before] = moments(partial(bundle.export_bundle, new, prepare(f"counted-{before}", before), samples))
     for index in range(8):
         before = ("nothing", "w8a8")[index % 2]
         path = prepare(f"moment{index}", before)
-        pid = child(lambda path=path: bundle.export_bundle(new, path, samples))  # type: ignore[misc]
-        time.sleep(duration * (index + 0.5) / 8)
-        os.kill(pid, signal.SIGKILL)
-        report("moment", path, before, pid)
+        work = partial(bundle.export_bundle, new, path, samples)
+        report("moment", path, before, child(work, dies_at=1 + index * totals[before] // 8))
 
     # right before and right after each rename
     for index, moment in enumerate(("before", "after") * 2):

@@ -397,8 +397,7 @@ def test_a_kill_or_a_full_disk_at_any_moment_leaves_a_whole_bundle_or_none(tmp_p
     for attempt in moments:
         # the old one, the new one if it was finished, or none (between two renames)
         assert attempt["after"] in {attempt["before"], "w8a16", "nothing"}, attempt
-        assert attempt["killed"] or attempt["after"] == "w8a16", attempt
-    assert sum(attempt["killed"] for attempt in moments) >= 4
+        assert attempt["killed"], attempt
 
     renames = {attempt["moment"]: attempt for attempt in attempts if attempt["kind"] == "rename"}
     assert {moment: attempt["after"] for moment, attempt in renames.items()} == {
