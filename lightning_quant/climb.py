@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,7 +38,7 @@ def climb(
     *,
     measure_float: Callable[[nn.Module], float],
     footing: Footing,
-    begin: Callable[[str], None],
+    trying: Callable[[str], AbstractContextManager[None]],
     done: Callable[[RungResult], None],
 ) -> None:
     """Try the techniques that are not in the ladder's results yet, until it is satisfied or there is none left.
@@ -52,7 +53,7 @@ def climb(
         bench: what the techniques work with.
         measure_float: the metric of another float network in the place of the user's.
         footing: where an earlier climb stopped; updated.
-        begin: called before each rung with its name.
+        trying: what each rung runs within, given its name.
         done: called after each rung, with the network as it is to go on.
     """
     tried = {rung.rung for rung in ladder.rungs}
@@ -79,14 +80,13 @@ def climb(
         if (reason := technique.unsuitable(network, bench)) is not None:
             done(ladder.pass_over(technique.name, reason))
             continue
-        begin(technique.name)
         before = network.snapshot()
         kept = False
         start = time.perf_counter()
         try:
             if (reference := technique.float_reference(bench)) is not None:
                 ladder.float_reestimated = measure_float(reference)
-            with PeakMemory() as memory:
+            with trying(technique.name), PeakMemory() as memory:
                 if technique.start == "float":
                     network.start_anew(bench.prepared.network)
                 elif footing.base is not None:

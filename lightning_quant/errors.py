@@ -26,6 +26,10 @@ class CalibrationError(LightningQuantError, RuntimeError):
     """Calibration saw no data, or data no range can be computed from (NaN, Inf)."""
 
 
+class TrainingError(LightningQuantError, FloatingPointError):
+    """Training came to NaN or infinity; the weights are those of the step before."""
+
+
 class CheckpointError(LightningQuantError, RuntimeError):
     """A checkpoint does not fit the quantized network it was meant for."""
 

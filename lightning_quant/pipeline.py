@@ -10,6 +10,8 @@ import importlib.metadata
 import logging
 import math
 import shlex
+import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,10 +21,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_quant.callbacks.data import InputCatcher, calibration_inputs, calibration_loader
@@ -30,6 +33,7 @@ from lightning_quant.callbacks.device_export import DeviceExport
 from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.post_training import PostTrainingQuantization
 from lightning_quant.callbacks.reporting import log_pictures
+from lightning_quant.callbacks.resuming import ResumePoint
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.deploy.bundle import first_samples
 from lightning_quant.deploy.push import device_folder
@@ -92,14 +96,24 @@ def run(config: DictConfig) -> RunRecord:
     if config.skip_finished and (finished := _earlier(folder, record.config_hash, "finished")):
         log.info("Skipped: %s holds the finished run of this configuration.", folder)
         return finished
-    goes_on = config.skip_finished and _earlier(folder, record.config_hash) is not None
+    with _alone(folder):
+        return _run(config, folder, record)
+
+
+def _run(config: DictConfig, folder: Path, record: RunRecord) -> RunRecord:
+    earlier = _earlier(folder, record.config_hash) if config.skip_finished else None
+    if earlier is not None:  # what was measured stays measured
+        record.metric, record.per_class_iou, record.seconds = earlier.metric, earlier.per_class_iou, earlier.seconds
     record.write(folder)
-    job = _Run(config, folder, record, goes_on)
+    job = _Run(config, folder, record, goes_on=earlier is not None)
     try:
         if config.job == "sensitivity":
             job.draw_sensitivity()
         else:
             job.execute()
+    except SIGTERMException:
+        log.warning("Stopped by SIGTERM. With hydra.run.dir=%s skip_finished=true the same command goes on.", folder)
+        sys.exit(128 + signal.SIGTERM)
     except LightningQuantError as error:  # what was measured until then stays known
         record.status, record.error = "failed", f"{type(error).__name__}: {error}"
         record.write(folder)
@@ -134,12 +148,28 @@ def objectives(config: DictConfig, record: RunRecord | None) -> float | tuple[fl
 
 
 def record_failure(config: DictConfig, error: Exception) -> None:
-    """Leave a record of a run that failed, with its message, unless a finished one is there."""
+    """Leave a record of a run that failed before it had one, with its message."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     record = _new_record(config)
     record.status, record.error = "failed", f"{type(error).__name__}: {error}"
-    if not any(_earlier(folder, record.config_hash, status) for status in ("finished", "failed")):
+    if _earlier(folder, record.config_hash) is None:
         record.write(folder)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Refuse a second run in a folder; the system releases the lock when the process ends, however it ends."""
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigurationError(
+            f"Another run is writing to {folder}: expected a folder for each. Give another hydra.run.dir, or wait."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _keep_to_the_point() -> None:
@@ -202,12 +232,14 @@ class _Run:
             self.data.setup("fit")
         with self.stage("float"):
             float_task = self.float_task()
-            self.measure("float", float_task)
+            if "float" not in self.record.metric:  # by the run that was stopped
+                self.measure("float", float_task)
         with self.stage("ladder"):
             quantized = self.climb(float_task, callback)
         with self.stage("export"):
             self.export(quantized)
             self.draw(float_task, quantized)
+        (self.folder / "ladder.part").unlink(missing_ok=True)
 
     def draw_sensitivity(self) -> None:
         """Which layers suffer most from their bit widths; nothing is kept quantized."""
@@ -236,7 +268,8 @@ class _Run:
         pl.seed_everything(self.config.seed, workers=True, verbose=False)
         start = time.perf_counter()
         yield
-        self.record.seconds[name] = round(time.perf_counter() - start, 2)
+        self.record.seconds[name] = round(self.record.seconds.get(name, 0) + time.perf_counter() - start, 2)
+        self.record.write(self.folder)
 
     def task(self, learning_rate: float | None = None) -> pl.LightningModule:
         given = {} if learning_rate is None else {"learning_rate": learning_rate}
@@ -299,10 +332,15 @@ class _Run:
                 log.info("Float network from %s", path)
                 _load_float(task, path)
             else:
-                trainer = self.trainer(max_epochs=config.epochs, limit_val_batches=0, logger=self.logger("float"))
-                trainer.fit(task, datamodule=self.data)
+                point = ResumePoint(path.with_suffix(".part"))
+                if point.ckpt_path:
+                    log.info("Going on with the float network from %s", point.path)
+                options = {"max_epochs": config.epochs, "limit_val_batches": 0, "enable_checkpointing": True}
+                trainer = self.trainer(point, logger=self.logger("float"), **options)
+                trainer.fit(task, datamodule=self.data, ckpt_path=point.ckpt_path, weights_only=True)
                 with replacing(path) as partial:
                     trainer.save_checkpoint(partial, weights_only=True)
+                point.path.unlink()
                 log.info("Float network trained and kept as %s", path)
         self.record.artifacts["float_checkpoint"] = str(path)
         return task
@@ -324,16 +362,22 @@ class _Run:
         config = self.config.qat
         task = self.task(learning_rate=config.learning_rate)
         task.load_state_dict(float_task.state_dict())
-        trainer = self.trainer(callback, max_epochs=config.epochs, logger=self.logger("ladder"))
+        point = ResumePoint(self.folder / "ladder.part")
+        logger = self.logger("ladder")
+        trainer = self.trainer(callback, point, max_epochs=config.epochs, logger=logger, enable_checkpointing=True)
         best = Path(trainer.log_dir or self.folder) / "ladder" / "best.ckpt"
-        if self.goes_on and best.is_file():
-            log.info("Going on from %s", best)
-        else:
+        if not self.goes_on:
             best.unlink(missing_ok=True)
-        trainer.fit(task, datamodule=self.data, ckpt_path=best if best.is_file() else None, weights_only=True)
+            point.path.unlink(missing_ok=True)
+        ckpt_path = point.ckpt_path or (str(best) if best.is_file() else None)
+        if ckpt_path:
+            log.info("Going on from %s", ckpt_path)
+        try:
+            trainer.fit(task, datamodule=self.data, ckpt_path=ckpt_path, weights_only=True)
+        finally:
+            self.record.ladder = callback.result.to_dict()
         self.drift = callback.drift
         result = callback.result
-        self.record.ladder = result.to_dict()
         self.record.metric |= {rung.rung: rung.metric for rung in result.rungs if rung.metric is not None}
         if result.best is not None:
             self.record.exported = result.best.rung

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -104,7 +105,7 @@ class Climb:
         with torch.no_grad():
             climb(
                 self.ladder, self.rungs, self.network, self.bench,
-                measure_float=lambda network: 0.0, begin=lambda name: None, footing=self.footing, done=self.told.append,
+                measure_float=lambda network: 0.0, trying=nullcontext, footing=self.footing, done=self.told.append,
             )  # fmt: skip
         return self
 
@@ -196,7 +197,7 @@ def test_the_float_network_is_measured_after_the_same_repair() -> None:
         climb(
             climber.ladder, climber.rungs, climber.network, climber.bench,
             measure_float=lambda network: 0.5, footing=climber.footing,
-            begin=lambda name: None, done=climber.told.append,
+            trying=nullcontext, done=climber.told.append,
         )  # fmt: skip
     assert climber.ladder.float_reestimated == 0.5
     assert climber.ladder.rungs[0].drop == pytest.approx(0.51, abs=1e-6)

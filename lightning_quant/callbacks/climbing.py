@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_quant.callbacks.data import InputCatcher, calibration_inputs, calibration_loader, undisturbed
+from lightning_quant.callbacks.data import (
+    InputCatcher,
+    calibration_inputs,
+    calibration_loader,
+    undisturbed,
+)
 from lightning_quant.callbacks.measuring import check_float_metric, guessing, in_place_of, measure
 from lightning_quant.callbacks.progress import progress
 from lightning_quant.callbacks.quantization import QuantizationCallback, say
@@ -77,8 +83,11 @@ class Climber:
     def climb(self, rungs: Sequence[Technique], footing: Footing, done: Callable[[RungResult], None]) -> None:
         """Try the rungs that are left, see :func:`~lightning_quant.climb.climb`."""
 
-        def begin(name: str) -> None:
+        @contextmanager
+        def trying(name: str) -> Iterator[None]:
             self.rung = name
+            with undisturbed():  # so that a rung does not depend on whether those before it ran or were restored
+                yield
 
         modes = {module: module.training for module in self.pl_module.modules()}
         bench = Workbench(
@@ -99,7 +108,7 @@ class Climber:
                     bench,
                     measure_float=measure_float,
                     footing=footing,
-                    begin=begin,
+                    trying=trying,
                     done=done,
                 )
         finally:

@@ -22,6 +22,7 @@ from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.data import _is_dataloader_shuffled
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -218,6 +219,8 @@ def calibration_inputs(
     """
     if trainer.world_size == 1:
         for index, batch in enumerate(batches(loader)):
+            if trainer.received_sigterm:  # here Lightning has no loop that would stop
+                raise SIGTERMException
             yield catcher.catch(batch, index)
         return
     own = enumerate(batches(_sharded(trainer, loader)))

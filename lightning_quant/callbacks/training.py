@@ -17,8 +17,10 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_quant.callbacks.climbing import Climber
+from lightning_quant.callbacks.data import InputCatcher
 from lightning_quant.callbacks.distillation import Distillation, loss_scale
 from lightning_quant.callbacks.drift import RangeDrift
+from lightning_quant.callbacks.finiteness import gradients_are_finite, origin
 from lightning_quant.callbacks.measuring import measure, monitored
 from lightning_quant.callbacks.quantization import (
     QuantizationCallback,
@@ -28,8 +30,9 @@ from lightning_quant.callbacks.quantization import (
     stop_before_training,
 )
 from lightning_quant.callbacks.range_groups import split_off_all
+from lightning_quant.callbacks.resuming import save_whole
 from lightning_quant.climb import Footing
-from lightning_quant.errors import CheckpointError, ConfigurationError
+from lightning_quant.errors import CheckpointError, ConfigurationError, TrainingError
 from lightning_quant.ladder import Ladder, RungResult
 from lightning_quant.memory import PeakMemory
 from lightning_quant.precision import Precision
@@ -93,6 +96,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     Raises:
         ConfigurationError, PreflightError, CalibrationError: as there.
+        TrainingError: gradients are NaN or infinite; names step, batch and layer. The step is not taken.
     """
 
     def __init__(
@@ -147,6 +151,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._only_rungs = False
         self._teaching: tuple[Distillation, RemovableHandle] | None = None
         self._memory = PeakMemory()
+        self._batch: tuple[Any, int] = (None, 0)
         self._begin(Ladder(monitor, mode, max_drop), None)
 
     def _begin(self, ladder: Ladder, float_network: nn.Module | None) -> None:
@@ -157,6 +162,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._footing = Footing()
         self._climbed = False
         self._trained_metric: float | None = None
+        self._improving = True
         self._best_state: dict[str, Any] | None = None
         self._started = 0.0
         self._validated_at = -1
@@ -184,6 +190,11 @@ class QuantizationAwareTraining(QuantizationCallback):
         with PeakMemory() as memory:
             super().on_fit_start(trainer, pl_module)
         self._calibration = time.perf_counter() - start, memory.peak_bytes
+        self.drift = None
+        if self._drift_before is not None:
+            self.drift = RangeDrift(self.quantized_network(pl_module))
+            self.drift.load_state_dict(self._drift_before)
+            self._drift_before = None
         # before Lightning restores the optimizer's state, which was saved with the group split off
         split_off_all(trainer, self.quantized_network(pl_module).range_parameters())
 
@@ -199,17 +210,34 @@ class QuantizationAwareTraining(QuantizationCallback):
                 self._tell_no_training()
                 stop_before_training(trainer)
                 return
+            if self._good_enough():  # it was killed between this and its end
+                stop_before_training(trainer)
+                return
         self._started, self._validated_at = time.perf_counter(), -1
         self._memory.start()
-        if self.train_ranges:
-            drift = RangeDrift(self.quantized_network(pl_module))
-            if self._drift_before is not None:
-                drift.load_state_dict(self._drift_before)
-            self.drift, self._drift_before = drift, None
+        if self.train_ranges and self.drift is None:
+            self.drift = RangeDrift(self.quantized_network(pl_module))
         if self.distillation:
             assert self._float is not None
             teacher = Distillation(self._float.to(pl_module.device), self.distillation, partial(loss_scale, trainer))
             self._teaching = teacher, self.quantized_network(pl_module).register_forward_hook(teacher, with_kwargs=True)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = batch, batch_idx
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        # Gradients that overflow in float16 are its scaler's business. Elsewhere than on the CPU looking is waiting.
+        step, every = trainer.global_step, trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
+        if trainer.precision == "16-mixed" or (pl_module.device.type != "cpu" and step % every):
+            return
+        if not gradients_are_finite(p for group in optimizer.param_groups for p in group["params"]):
+            raise TrainingError(self._not_finite(trainer, pl_module))
 
     @override
     def on_train_batch_end(
@@ -280,6 +308,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             "climbed": self._climbed,
             "finishing": self._footing.finishing,
             "trained_metric": self._trained_metric,
+            "improving": self._improving,
             "best_model_path": self.best_model_path,
         }
         if self._float is not None and (self.distillation or not self._climbed):
@@ -305,6 +334,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._climbed = state_dict["climbed"]
         self._footing = Footing(state_dict["finishing"], state_dict.get("base"))
         self._trained_metric = state_dict["trained_metric"]
+        self._improving = state_dict.get("improving", True)
         self.best_model_path = state_dict["best_model_path"]
         if "float" in state_dict and self._float is not None:
             self._float.load_state_dict(state_dict["float"])
@@ -371,22 +401,37 @@ class QuantizationAwareTraining(QuantizationCallback):
     def _judge_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metric: float) -> None:
         ladder = self.result
         self._validated_at = trainer.global_step
-        improved = ladder.is_better(metric, self._trained_metric)
+        self._improving = ladder.is_better(metric, self._trained_metric)
         rungs = [rung.metric for rung in ladder.rungs if rung.kept and rung.rung != "qat"]
         known = [value for value in (self._trained_metric, *rungs) if value is not None]
-        if improved:
+        if self._improving:
             self._trained_metric = metric
         if all(ladder.is_better(metric, value) for value in known):
             self._best_state = self.quantized_network(pl_module).snapshot()
             self._save(trainer)
-        if not improved and self._trained_metric is not None and ladder.suffices(self._trained_metric):
+        if self._good_enough():
             say(f"Training stops: {ladder.monitor} is within {ladder.max_drop:g} of float and no longer improves.")
             trainer.should_stop = True
+
+    def _not_finite(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+        batch, index = self._batch
+        network = self.quantized_network(pl_module)
+        where = origin(network, InputCatcher(trainer, pl_module, network, self.network_name).catch(batch, index))
+        kept = f" The best network so far is kept in {self.best_model_path}." if self.best_model_path else ""
+        return (
+            f"Step {trainer.global_step + 1} (epoch {trainer.current_epoch}, batch {index}) has gradients that are not "
+            f"finite: {where}. Expected finite ones. The step was not taken, so the weights are those of the step "
+            f"before.{kept} Lower the learning rate, set Trainer(gradient_clip_val=...), or look at that batch."
+        )
+
+    def _good_enough(self) -> bool:
+        """Whether training was within the bound and its last validation no better."""
+        return not self._improving and self._trained_metric is not None and self.result.suffices(self._trained_metric)
 
     def _save(self, trainer: pl.Trainer) -> None:
         # below this run's folder, even if it resumed from another's: what that kept stays as it is
         self.best_model_path = str(_folder(trainer) / "ladder" / "best.ckpt")
-        trainer.save_checkpoint(self.best_model_path, weights_only=False)
+        save_whole(trainer, Path(self.best_model_path))
 
     def _log(self, trainer: pl.Trainer, rung: RungResult) -> None:
         if rung.metric is None or rung.drop is None:

@@ -8,7 +8,6 @@ import inspect
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from lightning_quant.deploy import audit, parity
@@ -70,8 +70,9 @@ class Bundle:
 def export_bundle(network: QuantizedNetwork, path: str | Path, samples: Iterable[NetworkInputs]) -> Bundle:
     """Export a calibrated network, check the files against the simulation, and put them in place.
 
-    Everything is written to a temporary folder beside ``path`` and renamed at the end, so a full disk or a
-    kill leaves the previous bundle, or none, but never half of one.
+    Everything is written to a folder ``.<name>.new`` beside ``path`` and renamed at the end, so a full disk or a
+    kill leaves the previous bundle, or none, but never half of one; the next export removes what is left over. Two
+    exports into one folder at a time are refused.
 
     Args:
         network: the calibrated network.
@@ -100,21 +101,23 @@ def export_bundle(network: QuantizedNetwork, path: str | Path, samples: Iterable
         calls = [call.to(torch.device("cpu")) for call in samples]
         if not calls:
             raise ExportError("No samples to check the export with: expected at least one.")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-        except OSError as error:
-            raise ExportError(f"Cannot write to {path.parent}: {error}. Give a folder that is writable.") from error
-        try:
-            manifest = _write(network, Bundle(staging, {}), path.name, calls)
-            _move_into_place(staging, path)
-        except OSError as error:
-            raise ExportError(
-                f"Writing the bundle {path} failed: {error}. Nothing was changed there; free some space or choose "
-                "another folder and export again."
-            ) from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with _alone(path):
+            staging, retired = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+            try:
+                if retired.is_dir() and not path.exists():  # killed between the two renames
+                    os.replace(retired, path)
+                for leftover in (staging, retired):
+                    shutil.rmtree(leftover, ignore_errors=True)
+                staging.mkdir()
+                manifest = _write(network, Bundle(staging, {}), path.name, calls)
+                _move_into_place(staging, path, retired)
+            except OSError as error:
+                raise ExportError(
+                    f"Writing the bundle {path} failed: {error}. Nothing was changed there; free some space or choose "
+                    "another folder and export again."
+                ) from error
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
     return Bundle(path, manifest)
 
 
@@ -314,19 +317,36 @@ def on_cpu_in_eval(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _move_into_place(staging: Path, path: Path) -> None:
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the lock of the bundle at ``path``; the system releases it when the process ends, however it ends."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise ExportError(
+            f"Another process is exporting to {path}: expected a folder for each. Give another folder or name, or wait."
+        ) from error
+    except OSError as error:
+        raise ExportError(f"Cannot write to {path.parent}: {error}. Give a folder that is writable.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _move_into_place(staging: Path, path: Path, retired: Path) -> None:
     for file in staging.rglob("*"):
         if file.is_file():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-    staging.chmod(0o755)
     if path.exists():
-        retired = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-        os.replace(path, retired / path.name)
+        os.replace(path, retired)
         try:
             os.replace(staging, path)
         except OSError:
-            os.replace(retired / path.name, path)
+            os.replace(retired, path)
             raise
         finally:
             shutil.rmtree(retired, ignore_errors=True)
