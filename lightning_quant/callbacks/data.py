@@ -49,14 +49,17 @@ class InputCatcher:
         pl_module: the module whose steps are run.
         network: the network inside it, float or quantized.
         name: its dotted attribute, for messages.
+        first: the step to try first.
     """
 
-    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module, name: str) -> None:
+    def __init__(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module, name: str, first: str = _STEPS[0]
+    ) -> None:
         self._trainer = trainer
         self._module = pl_module
         self._network = network
         self._name = name
-        steps = [step for step in _STEPS if step == "forward" or is_overridden(step, pl_module)]
+        steps = [step for step in (first, *_STEPS) if step == "forward" or is_overridden(step, pl_module)]
         self._steps = list(dict.fromkeys(steps))
 
     def catch(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> NetworkInputs:

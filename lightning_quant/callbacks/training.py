@@ -416,7 +416,8 @@ class QuantizationAwareTraining(QuantizationCallback):
     def _not_finite(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
         batch, index = self._batch
         network = self.quantized_network(pl_module)
-        where = origin(network, InputCatcher(trainer, pl_module, network, self.network_name).catch(batch, index))
+        catcher = InputCatcher(trainer, pl_module, network, self.network_name, first="training_step")
+        where = origin(network, catcher.catch(batch, index))
         kept = f" The best network so far is kept in {self.best_model_path}." if self.best_model_path else ""
         return (
             f"Step {trainer.global_step + 1} (epoch {trainer.current_epoch}, batch {index}) has gradients that are not "
