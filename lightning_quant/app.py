@@ -5,11 +5,13 @@ Only what parsing the command line needs is imported here; the run itself is in 
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lightning_quant.configuration import config_dir
@@ -30,6 +32,19 @@ def _job(config: DictConfig) -> float | tuple[float, ...]:
         # The next job of a sweep may well succeed, so it gets its chance.
         record_failure(config, error)
         log.error("%s: %s", type(error).__name__, error)
+        summary.failures.append(str(error))
+        return objectives(config, None)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        logging.raiseExceptions = False  # the log's own file may be on that disk
+        place = error.filename2 or error.filename or Path.cwd()
+        folder = HydraConfig.get().runtime.output_dir
+        log.error(
+            "No space left for %s. Free some; with skip_finished=true and this folder, %s, the same command goes on.",
+            place,
+            folder,
+        )
         summary.failures.append(str(error))
         return objectives(config, None)
 

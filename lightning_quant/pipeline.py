@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,7 @@ def run(config: DictConfig) -> RunRecord:
 def _run(config: DictConfig, folder: Path, record: RunRecord) -> RunRecord:
     earlier = _earlier(folder, record.config_hash) if config.skip_finished else None
     if earlier is not None:  # what was measured stays measured
+        _keep_logs(folder)
         record.metric, record.per_class_iou, record.seconds = earlier.metric, earlier.per_class_iou, earlier.seconds
     record.write(folder)
     job = _Run(config, folder, record, goes_on=earlier is not None)
@@ -148,12 +149,13 @@ def objectives(config: DictConfig, record: RunRecord | None) -> float | tuple[fl
 
 
 def record_failure(config: DictConfig, error: Exception) -> None:
-    """Leave a record of a run that failed before it had one, with its message."""
+    """Leave a record of a run that failed before it had one, with its message; none where another run is at work."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     record = _new_record(config)
     record.status, record.error = "failed", f"{type(error).__name__}: {error}"
-    if _earlier(folder, record.config_hash) is None:
-        record.write(folder)
+    with suppress(ConfigurationError), _alone(folder):
+        if _earlier(folder, record.config_hash) is None:
+            record.write(folder)
 
 
 @contextmanager
@@ -172,6 +174,13 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def _keep_logs(folder: Path) -> None:
+    """Number the tables of a run that was stopped: CSVLogger removes what it finds under its name."""
+    for path in sorted(folder.glob("logs/*/metrics.csv")):
+        number = len(list(path.parent.glob("metrics.*.csv"))) + 1
+        path.rename(path.with_name(f"metrics.{number}.csv"))
+
+
 def _keep_to_the_point() -> None:
     """Leave Lightning's messages to Hydra's log, once, without its greetings; silence known noise."""
     for name in ("lightning", "lightning.pytorch"):
@@ -179,7 +188,8 @@ def _keep_to_the_point() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.utilities\._pytree")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for message in ("does not have many workers", "Experiment logs directory .* exists and is not empty"):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 
 def _new_record(config: DictConfig) -> RunRecord:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from filelock import FileLock
 
 from lightning_quant.report.record import RunRecord
 from lightning_quant.report.summary import COLUMNS
@@ -179,6 +180,28 @@ def test_a_killed_run_goes_on_where_it_stopped(sweep: tuple[Path, str]) -> None:
     again = RunRecord.read(path)
     assert again.status == "finished"
     assert again.metric == whole.metric
+
+
+def test_a_second_run_in_the_same_folder_is_refused(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    (folder / "taken").mkdir()
+    with FileLock(folder / "taken/.lock"):
+        output = lightning_quant(folder, *SMALL, "hydra.run.dir=taken", status=1)
+    assert re.search(r"ConfigurationError: Another run is writing to .*/taken: expected a folder for each", output)
+    assert "Traceback" not in output
+    assert not (folder / "taken/results.json").exists()
+
+
+def test_tables_of_a_run_that_was_stopped_are_kept(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    arguments = [*SMALL, "hydra.run.dir=tables", "precision=w8a16", "skip_finished=true"]
+    lightning_quant(folder, *arguments)
+    path = folder / "tables/results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "running"}))
+    table = (folder / "tables/logs/ladder/metrics.csv").read_text()
+    output = lightning_quant(folder, *arguments)
+    assert "exists and is not empty" not in output
+    assert (folder / "tables/logs/ladder/metrics.1.csv").read_text() == table
 
 
 def test_sensitivity_draws_and_keeps_nothing(sweep: tuple[Path, str]) -> None:

@@ -60,6 +60,8 @@ class ResumePoint(Checkpoint):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        if self._restored is not None:  # stopped again before it was put to use
+            return self._restored
         return {**_random_state(), "between_epochs": self._between_epochs}
 
     @override

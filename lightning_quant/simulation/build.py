@@ -34,10 +34,11 @@ def quantize(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> 
         The quantized network, in the training mode of the float one, with the findings of the preflight.
 
     Raises:
-        PreflightError: if the network cannot be run or AIMET cannot quantize it, and with
-            ``recipe.strict`` for every finding.
+        PreflightError: if the network cannot be run, holds weights that are not finite or cannot be quantized by
+            AIMET, and with ``recipe.strict`` for every finding.
         ConfigurationError: for an override that matches no layer.
     """
+    preflight.check_finite(network)
     modes = {name: module.training for name, module in network.named_modules()}
     prepared = prepare(network, inputs)
     inputs = prepared.inputs

@@ -45,6 +45,18 @@ def table(findings: Iterable[Finding]) -> str:
     return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)
 
 
+def check_finite(network: nn.Module) -> None:
+    """Refuse weights and batch norm statistics that are not finite. Other buffers may be: masks of -inf are common."""
+    statistics = ("running_mean", "running_var")
+    buffers = [(name, buffer) for name, buffer in network.named_buffers() if name.endswith(statistics)]
+    for name, tensor in [*network.named_parameters(), *buffers]:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise PreflightError(
+                f"{name!r} of {type(network).__name__} holds NaN or Inf: expected finite weights. Was the right "
+                "checkpoint loaded, and did its training diverge?"
+            )
+
+
 def refuse(findings: list[Finding]) -> None:
     """Raise for the findings, for ``strict=True``.
 

@@ -61,7 +61,13 @@ def prepare(network: nn.Module, inputs: NetworkInputs) -> PreparedNetwork:
     # isolated from the caller: hooks, grad mode and the random state stay as they are
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]), aimet.quiet():
         own = copy.deepcopy(network).eval()
-        output = inputs.call(own)
+        try:
+            output = inputs.call(own)
+        except Exception as error:
+            raise PreflightError(
+                f"The float network {type(network).__name__} cannot be run on one sample: {type(error).__name__}: "
+                f"{error}. Expected a network that runs in eval mode; mend it, or give it other data."
+            ) from error
         if not tensors_in(output):
             raise PreflightError(
                 f"The network {type(network).__name__} returned {type(output).__name__} without any tensor "

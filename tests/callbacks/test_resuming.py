@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
 
 import lightning_quant as lq
 from lightning_quant.callbacks.resuming import ResumePoint
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.techniques.technique import Technique, Workbench
 from tests.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
 
 
@@ -91,6 +93,47 @@ def test_it_ends_with_the_same_bits(
     assert (point.ckpt_path is None) == (epoch == 0)
     resumed = run(tmp_path / "again", *quantization(), ResumePoint(point.path), optimizers=optimizers, ckpt_path=start)
     assert_same_tensors(resumed.state_dict(), whole.state_dict())
+
+
+class Fails(Technique):
+    """A rung that fails as often as it is told to."""
+
+    name = "fails"
+    times = 0
+
+    @override
+    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+        type(self).times -= 1
+        if self.times >= 0:
+            raise RuntimeError("the power went out")
+        return "nothing"
+
+
+class FailsLater(Fails):
+    name = "fails_later"
+    times = 0
+
+
+def test_a_fit_that_is_stopped_in_one_rung_and_then_in_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Fails.__module__
+
+    def go(folder: str) -> SmallModule:
+        monitor: dict[str, Any] = {"monitor": "val_loss", "mode": "min", "max_drop": -10.0}
+        rungs = ("ptq", f"{here}.Fails", f"{here}.FailsLater")
+        callback = lq.QuantizationAwareTraining("w4a8", calibration_samples=16, rungs=rungs, **monitor)
+        best = tmp_path / folder / "ladder/best.ckpt"
+        point = ResumePoint(tmp_path / folder / "last.ckpt")
+        return run(tmp_path / folder, callback, point, ckpt_path=str(best) if best.is_file() else None)
+
+    whole = go("whole")
+    monkeypatch.setattr(Fails, "times", 1)
+    monkeypatch.setattr(FailsLater, "times", 1)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the power went out"):
+            go("again")
+    assert_same_tensors(go("again").state_dict(), whole.state_dict())
 
 
 def test_training_that_was_good_enough_is_not_taken_up_again(tmp_path: Path) -> None:

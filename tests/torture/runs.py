@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -33,7 +34,10 @@ RUN = (
 )  # fmt: skip
 
 # The same but for two precisions, one after the other.
-SWEEP = (*RUN[:-2], "-m", "precision=w8a8,w4a16", "hydra.sweep.dir=run", "skip_finished=true")
+SWEEP = (
+    "-m", "precision=w8a8,w4a16", "hydra.sweep.dir=run",
+    *(one for one in RUN if not one.startswith(("precision=", "hydra.run.dir="))),
+)  # fmt: skip
 
 
 def prepare() -> None:
@@ -104,19 +108,38 @@ def _digest(*parts: bytes) -> str:
 
 @dataclass
 class Outcome:
-    """Kills of one kind of run.
+    """What became of runs that were disturbed.
 
     Args:
-        kills: how many there were.
+        tried: how many kills, stops or full disks there were.
         runs: how many runs were gone on with until their end.
         lost: what differed from an undisturbed run, or was half-written.
-        moments: for each kill, the last line that the run had written to its log.
     """
 
-    kills: int = 0
+    tried: int = 0
     runs: int = 0
     lost: list[str] = field(default_factory=list)
-    moments: list[str] = field(default_factory=list)
+
+
+class Undisturbed:
+    """A run that nothing happened to.
+
+    Args:
+        root: an empty folder for it and those that are compared with it.
+        arguments: of the app.
+    """
+
+    def __init__(self, root: Path, arguments: tuple[str, ...]) -> None:
+        self.root, self.arguments = root, arguments
+        start = time.perf_counter()
+        self.changes = moments(lightning_quant(root / "whole", *arguments))
+        self.seconds = time.perf_counter() - start
+        self.result = result(root / "whole")
+
+    def compare(self, folder: Path, status: int) -> list[str]:
+        """What a run in ``folder`` that ended with ``status`` lost."""
+        lost = [f"{folder.name}: {change}" for change in differences(self.result, result(folder))]
+        return lost if status == 0 else [f"{folder.name} ended with {status}: {last_line(folder)}", *lost]
 
 
 def kill(root: Path, arguments: tuple[str, ...], kills: int, seed: int) -> Outcome:
@@ -124,33 +147,99 @@ def kill(root: Path, arguments: tuple[str, ...], kills: int, seed: int) -> Outco
 
     Half of the moments are before a change of a file, the other half anywhere in time.
     """
-    start = time.perf_counter()
-    whole = root / "whole"
-    total = moments(lightning_quant(whole, *arguments))
-    seconds = time.perf_counter() - start
-    expected = result(whole)
-    chosen, outcome = random.Random(seed), Outcome()
-    while outcome.kills < kills:
+    whole, chosen, outcome = Undisturbed(root, arguments), random.Random(seed), Outcome()
+    while outcome.tried < kills:
         folder = root / f"run-{outcome.runs}"
         status = -signal.SIGKILL
         while status == -signal.SIGKILL:
             if chosen.random() < 0.5:
-                pid = child(lightning_quant(folder, *arguments), dies_at=chosen.randint(1, total))
-                status = ended(pid)
+                status = ended(child(lightning_quant(folder, *arguments), dies_at=chosen.randint(1, whole.changes)))
             else:
                 pid = child(lightning_quant(folder, *arguments))
-                timer = threading.Timer(chosen.uniform(0, seconds), os.kill, (pid, signal.SIGKILL))
+                status = signalled(pid, signal.SIGKILL, chosen.uniform(0, whole.seconds))
+            outcome.tried += status == -signal.SIGKILL
+        outcome.runs += 1
+        outcome.lost += whole.compare(folder, status)
+    return outcome
+
+
+def stop(root: Path, arguments: tuple[str, ...], stops: int, seed: int) -> Outcome:
+    """The same with SIGTERM: what Lightning does with it, and elsewhere the end of the process."""
+    whole, chosen, outcome = Undisturbed(root, arguments), random.Random(seed), Outcome()
+    stopped = (128 + signal.SIGTERM, -signal.SIGTERM)
+    while outcome.tried < stops:
+        folder = root / f"run-{outcome.runs}"
+        status = stopped[0]
+        while status in stopped:
+            pid = child(lightning_quant(folder, *arguments))
+            status = signalled(pid, signal.SIGTERM, chosen.uniform(0, whole.seconds))
+            outcome.tried += status in stopped
+        outcome.runs += 1
+        outcome.lost += whole.compare(folder, status)
+    return outcome
+
+
+def fill(root: Path, arguments: tuple[str, ...], disks: int) -> Outcome:
+    """Runs on disks that are too small by more and more, then gone on with on larger ones. Needs to mount a tmpfs."""
+    whole, outcome = Undisturbed(root, arguments), Outcome()
+    needed = sum(path.stat().st_size for path in (root / "whole").rglob("*") if path.is_file())
+    for index in range(disks):
+        folder = root / f"disk-{index}"
+        folder.mkdir()
+        size = int(needed * (index + 0.5) / disks)
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+        if mounted.returncode != 0:
+            raise PermissionError(f"no tmpfs can be mounted: {mounted.stderr.decode().strip()}")
+        try:
+            status = ended(child(lightning_quant(folder, *arguments)))
+            outcome.tried += 1
+            if status != 1 or "Traceback" in (folder / "terminal").read_text():
+                outcome.lost.append(f"{folder.name}, {size} of {needed} bytes: {status}, {last_line(folder)}")
+            subprocess.run(["mount", "-o", f"remount,size={4 * needed}", folder], check=True)
+            outcome.lost += whole.compare(folder, ended(child(lightning_quant(folder, *arguments))))
+            outcome.runs += 1
+        finally:
+            subprocess.run(["umount", folder], check=True)
+    return outcome
+
+
+def share(root: Path, kills: int, seed: int) -> Outcome:
+    """Kill two runs that work at the same time with the same data, float network and cache of statistics."""
+    common = [one for one in RUN if not one.startswith(("precision=", "hydra.run.dir="))]
+    pair = [(*common, f"precision={name}", f"hydra.run.dir={name}") for name in ("w8a8", "w4a16")]
+    whole = Undisturbed(root, pair[0])
+    assert ended(child(lightning_quant(root / "whole", *pair[1]))) == 0
+    whole.result = result(root / "whole")
+    chosen, outcome = random.Random(seed), Outcome()
+    while outcome.tried < kills:
+        folder = root / f"run-{outcome.runs}"
+        open_ones = set(pair)
+        while open_ones:
+            pids = {child(lightning_quant(folder, *one)): one for one in sorted(open_ones)}
+            timers = [threading.Timer(chosen.uniform(0, whole.seconds), os.kill, (pid, signal.SIGKILL)) for pid in pids]
+            for timer in timers:
                 timer.start()
+            for (pid, one), timer in zip(pids.items(), timers, strict=True):
                 status = ended(pid)
                 timer.cancel()
-            if status == -signal.SIGKILL:
-                outcome.kills += 1
-                outcome.moments.append(last_line(folder))
+                if status == -signal.SIGKILL:
+                    outcome.tried += 1
+                else:
+                    open_ones.remove(one)
+                    outcome.lost += [] if status == 0 else [f"{folder.name} ended with {status}: {last_line(folder)}"]
         outcome.runs += 1
-        if status != 0:
-            outcome.lost.append(f"{folder.name} ended with {status}: {last_line(folder)}")
-        outcome.lost += [f"{folder.name}: {change}" for change in differences(expected, result(folder))]
+        outcome.lost += whole.compare(folder, 0)
     return outcome
+
+
+def signalled(pid: int, number: int, delay: float) -> int:
+    """Send a child a signal after ``delay`` seconds, if it still runs; its exit status."""
+    timer = threading.Timer(delay, os.kill, (pid, number))
+    timer.start()
+    try:
+        return ended(pid)
+    finally:
+        timer.cancel()
 
 
 def last_line(folder: Path) -> str:
