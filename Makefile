@@ -3,13 +3,14 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson screenshots docs docs-serve test check clean
+.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson torture screenshots docs docs-serve test check lock audit build clean
 
 # Options of the benchmark, e.g. ACCURACY='--networks lraspp --longer 4'. See python -m benchmarks.accuracy --help.
 ACCURACY ?=
+SUPPLY_CHAIN = $(BIN)/python -m pip install --quiet --constraint constraints.txt cyclonedx-bom pip-audit uv
 # Photographs in the layout of Cityscapes for the benchmarks.
 CAMVID ?= ../shared/data/camvid
 
@@ -21,7 +22,8 @@ install: $(INSTALLED)  ## set up .venv with the tested versions
 $(INSTALLED):
 	@echo "Installing into $(VENV) (about 4 minutes and 7 GB the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,launchers,datasets,qnn]'
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	rm -f $(VENV)/.installed-*
 	touch $@
 
@@ -54,6 +56,9 @@ bench-peers: install  ## the same steps with ModelOpt and NNCF, in environments 
 bench-lesson: install  ## calibration of FFNet-40S with 100 images of 1024×2048, ours beside stock (an hour)
 	$(BIN)/python -m benchmarks.lesson --camvid $(CAMVID)
 
+torture: install  ## kills, full disks, hostile files, faults, odd numbers, endurance: one table (under 30 minutes)
+	$(BIN)/python -m tests.torture
+
 screenshots: demo  ## the pictures in README, of the demo's reports (needs Chromium)
 	$(BIN)/python -m benchmarks.screenshots multirun/demo
 
@@ -70,6 +75,23 @@ check: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+lock:  ## pin the tested versions of constraints.txt, and all they need, with the hashes of their files
+	$(SUPPLY_CHAIN)
+	$(BIN)/uv pip compile pyproject.toml --extra dev --extra docs --extra launchers --extra datasets --extra qnn \
+		--constraint constraints.txt --python $(BIN)/python --generate-hashes --no-annotate --no-header \
+		--no-emit-index-url --quiet --output-file requirements.txt
+
+audit: install  ## known vulnerabilities of the pinned versions (asks a public database)
+	$(SUPPLY_CHAIN)
+	$(BIN)/pip-audit --requirement requirements.txt --require-hashes --disable-pip
+
+build: install  ## the wheel, the source archive and a CycloneDX list of all that was installed, in dist/
+	$(SUPPLY_CHAIN)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation > /dev/null
+	$(BIN)/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible \
+		--output-file dist/lightning_quant.cdx.json
 
 clean:  ## remove what runs and builds left, not the virtual environment or data
 	rm -rf build dist site outputs multirun lightning_logs .pytest_cache .mypy_cache .ruff_cache

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra")
@@ -99,3 +103,21 @@ def test_every_public_name_is_there() -> None:
         assert getattr(lightning_quant, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = lightning_quant.nonsense
+
+
+def test_the_lock_pins_what_the_constraints_say_with_hashes() -> None:
+    """`make lock` was run after the last change of pyproject.toml and constraints.txt."""
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    entries = re.split(r"\n(?=\S)", (ROOT / "requirements.txt").read_text().strip())
+    locked = {canonicalize_name(entry.partition("==")[0]): entry for entry in entries}
+    for name, version in pinned.items():
+        entry = locked[canonicalize_name(name)]
+        assert re.match(rf"\S+=={re.escape(version)}[ \n]", entry), entry.splitlines()[0]
+    assert all("--hash=sha256:" in entry for entry in entries)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    installed = ("dev", "docs", "launchers", "datasets", "qnn")
+    wanted = [*project["dependencies"], *(one for name in installed for one in extras[name])]
+    for requirement in map(Requirement, wanted):
+        version = locked[canonicalize_name(requirement.name)].split("==")[1].split()[0]
+        assert requirement.specifier.contains(version, prereleases=True), requirement
