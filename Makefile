@@ -84,7 +84,7 @@ lock:  ## pin the tested versions of constraints.txt, and all they need, with th
 
 audit: install  ## known vulnerabilities of the pinned versions (asks a public database)
 	$(SUPPLY_CHAIN)
-	$(BIN)/pip-audit --requirement requirements.txt --require-hashes --disable-pip
+	$(BIN)/pip-audit --requirement requirements.txt --require-hashes --disable-pip --strict
 
 build: install  ## the wheel, the source archive and a CycloneDX list of all that was installed, in dist/
 	$(SUPPLY_CHAIN)
