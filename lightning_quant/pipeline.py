@@ -40,6 +40,7 @@ from lightning_quant.deploy.push import device_folder
 from lightning_quant.errors import CheckpointError, ConfigurationError, DataError, LightningQuantError
 from lightning_quant.files import replacing
 from lightning_quant.precision import Precision
+from lightning_quant.reading import read_checkpoint
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.page import REPORT_NAME, write_report
 from lightning_quant.report.record import RECORD_NAME, RunRecord, config_hash
@@ -483,18 +484,18 @@ def _load_float(task: pl.LightningModule, path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"float.checkpoint={str(path)!r} does not exist: expected a checkpoint file.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_checkpoint(path)
     except Exception as error:  # pickle, zip, EOF and runtime errors, by where the damage is
         raise CheckpointError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds {type(state).__name__}: expected a Lightning checkpoint or a state dict.")
-    if any(key.endswith("_extra_state") for key in state):
+    if any(str(key).endswith("_extra_state") for key in state):
         raise CheckpointError(f"{path} holds a quantized network: expected a float one to start from.")
     try:
         task.load_state_dict(state)
-    except RuntimeError as error:
+    except Exception as error:  # PyTorch's own for names and shapes, others for what is no tensor
         try:
             task.get_submodule("model").load_state_dict(state)
-        except (RuntimeError, AttributeError):
+        except Exception:
             raise CheckpointError(f"{path} does not fit {type(task).__name__}: {error}") from error

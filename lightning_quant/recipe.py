@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.precision import Precision
+from lightning_quant.reading import fitting, read_json
 
 RANGE_ESTIMATORS = ("min_max", "tf_enhanced", "percentile")
 
@@ -92,7 +93,16 @@ class QuantRecipe:
 
 
 def _check_hardware(hardware: str) -> None:
-    if hardware in HARDWARE_CONFIGS or (str(hardware).endswith(".json") and Path(hardware).is_file()):
+    if hardware in HARDWARE_CONFIGS:
+        return
+    if str(hardware).endswith(".json") and Path(hardware).is_file():
+        try:
+            fitting(read_json(Path(hardware)), dict[str, Any])
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                f"The hardware config {str(hardware)!r} cannot be read: {error}. Expected a JSON file in AIMET's "
+                "quantsim format."
+            ) from error
         return
     near = difflib.get_close_matches(str(hardware), HARDWARE_CONFIGS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
-import torch
 
 from lightning_quant.callbacks.quantization import find_network
-from lightning_quant.errors import CheckpointError, ConfigurationError
-from lightning_quant.recipe import QuantRecipe
+from lightning_quant.errors import CheckpointError
+from lightning_quant.reading import read_checkpoint
+from lightning_quant.recipe import HARDWARE_CONFIGS, QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.inputs import NetworkInputs
-from lightning_quant.simulation.network import MANIFEST_KEY, check_manifest
+from lightning_quant.simulation.network import MANIFEST_KEY, check_manifest, check_ranges
 
 Module = TypeVar("Module", bound=pl.LightningModule)
+
+# LightningCLI leaves the name of a function in a checkpoint that would import and build classes that the file names.
+_NO_INSTANTIATOR = {"_instantiator": None}
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -60,6 +63,8 @@ def load_quantized(
     checkpoint = _read(checkpoint_path)
     name, manifest = _manifest(checkpoint, checkpoint_path)
     try:
+        if hardware is None and manifest["hardware"] not in HARDWARE_CONFIGS:
+            raise ValueError(f"hardware={manifest['hardware']!r} is a file")  # never looked for by what a file says
         recipe = QuantRecipe(
             precision=manifest["precision"],
             hardware=hardware or manifest["hardware"],
@@ -67,6 +72,8 @@ def load_quantized(
             range_estimator=manifest["range_estimator"],
         )
         inputs = example_inputs or NetworkInputs.from_description(manifest["inputs"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint_path}: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"The manifest in {checkpoint_path} cannot be used: {error}. Expected what lightning_quant wrote; give "
@@ -77,18 +84,19 @@ def load_quantized(
             # the quantized part is missing on purpose here: it is built and loaded below
             warnings.filterwarnings("ignore", message="Found keys that are", category=UserWarning)
             module = module_class.load_from_checkpoint(
-                checkpoint_path, map_location="cpu", strict=False, weights_only=True, **kwargs
+                checkpoint_path, map_location="cpu", strict=False, weights_only=True, **{**_NO_INSTANTIATOR, **kwargs}
             )
         network = find_network(module, name)
         parent, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(parent), attribute, quantize(network, inputs, recipe))
         module.load_state_dict(checkpoint["state_dict"])
-    except CheckpointError:
-        raise
-    except (RuntimeError, ConfigurationError) as error:
+        check_ranges(getattr(module.get_submodule(parent), attribute))
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint_path}: {error}") from error
+    except Exception as error:  # of the class, of PyTorch or of AIMET, by what in the file does not fit
         raise CheckpointError(
-            f"{checkpoint_path} does not fit {module_class.__name__}: {error}. Expected the class and arguments the "
-            "checkpoint was written with."
+            f"{checkpoint_path} does not fit {module_class.__name__}: {type(error).__name__}: {error}. Expected the "
+            "class and arguments the checkpoint was written with."
         ) from error
     return module.eval()
 
@@ -97,7 +105,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise CheckpointError(f"No checkpoint at {str(path)!r}: expected a Lightning checkpoint file.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(Path(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds objects that are not loaded for safety, or is damaged: {error}. Expected tensors and "
@@ -115,8 +123,11 @@ def _manifest(checkpoint: dict[str, Any], path: str | Path) -> tuple[str, dict[s
     """The dotted name of the quantized network in a checkpoint and its manifest."""
     suffix = "._extra_state"
     for key, value in checkpoint["state_dict"].items():
-        if key.endswith(suffix) and isinstance(value, dict) and MANIFEST_KEY in value:
-            return key.removesuffix(suffix), check_manifest(value)
+        if isinstance(key, str) and key.endswith(suffix) and isinstance(value, dict) and MANIFEST_KEY in value:
+            try:
+                return key.removesuffix(suffix), check_manifest(value)
+            except CheckpointError as error:
+                raise CheckpointError(f"{path}: {error}") from error
     raise CheckpointError(
         f"{path} holds no quantized network: expected a checkpoint saved after PostTrainingQuantization or "
         "QuantizationAwareTraining. For a float one use load_from_checkpoint of your own class."

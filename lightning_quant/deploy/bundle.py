@@ -23,9 +23,11 @@ from torch import nn
 from lightning_quant.deploy import audit, parity
 from lightning_quant.deploy.biases import rescale_biases, update_encodings
 from lightning_quant.errors import CalibrationError, ExportError
+from lightning_quant.precision import PRECISIONS
+from lightning_quant.reading import check, check_version, fitting, read_json
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
-from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.network import FORMAT_VERSION, QuantizedNetwork
 
 # Version of AIMET's encodings file. 1.0.0 is what AI Hub is documented to read.
 ENCODINGS_VERSION = "1.0.0"
@@ -129,17 +131,61 @@ def load_bundle(path: str | Path) -> Bundle:
     """
     path = Path(path).absolute()
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = _read_manifest(path / "manifest.json")
         digests = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{path} is no bundle: its manifest.json cannot be read ({error!r}).") from error
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            f"{path} is no bundle: its manifest.json cannot be read ({error}). Export it again."
+        ) from error
+    bundle = Bundle(path, manifest)
     for name, digest in digests.items():
         file = path / name
         if not file.resolve().is_relative_to(path.resolve()) or not file.is_file():
             raise ExportError(f"The bundle {path} lacks {name!r}; export it again.")
         if _sha256(file) != digest:
             raise ExportError(f"{name!r} in the bundle {path} was changed since the export; export it again.")
-    return Bundle(path, manifest)
+    own = {str(file.relative_to(path)) for file in (bundle.qdq, *_uploaded(bundle.aimet))}
+    if unknown := sorted(own - digests.keys()):  # all that lies there goes to a device
+        raise ExportError(
+            f"{unknown[0]!r} in the bundle {path} is none of the files in its manifest.json: expected those of the "
+            "export, in a folder of the name they were exported to. Rename it, or export it again."
+        )
+    return bundle
+
+
+def _uploaded(folder: Path) -> set[Path]:
+    found = set(folder.iterdir()) if folder.is_dir() else set()
+    return {folder / "model.onnx", folder / "model.encodings", *found}
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest with everything in it that a target goes by.
+
+    Raises:
+        OSError, ValueError: when it is missing or damaged.
+    """
+    manifest = read_json(path)
+    check_version(manifest, FORMAT_VERSION)
+    fitting(manifest, dict[str, Any])
+    kinds = {
+        "files": dict[str, dict[str, Any]],
+        "precision": str,
+        "overrides": dict[str, str],
+        "raised": dict[str, str],
+        "input_names": list[str],
+        "output_names": list[str],
+        "bytes": dict[str, int],
+    }
+    for name, kind in kinds.items():
+        check(name in manifest, name, None, "the field to be there")
+        fitting(manifest[name], kind, name)
+    check(manifest["precision"] in PRECISIONS, "precision", manifest["precision"], f"one of {', '.join(PRECISIONS)}")
+    for name in ("overrides", "raised"):
+        for layer, precision in manifest[name].items():
+            check(precision in PRECISIONS, f"{name}.{layer}", precision, f"one of {', '.join(PRECISIONS)}")
+    for name, entry in manifest["files"].items():
+        fitting(entry.get("sha256"), str, f"files.{name}.sha256")
+    return dict(manifest)
 
 
 def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequence[NetworkInputs]) -> dict[str, Any]:

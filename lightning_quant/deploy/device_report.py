@@ -13,6 +13,7 @@ from typing import Any
 from lightning_quant.deploy.parity import LOWEST_PSNR
 from lightning_quant.errors import DataError
 from lightning_quant.files import replacing
+from lightning_quant.reading import check, check_version, fitting, read_json
 
 _FORMAT_VERSION = 1
 
@@ -155,13 +156,39 @@ class DeviceReport:
         """The report that :meth:`to_dict` wrote.
 
         Raises:
-            DataError: when it is of another format.
+            DataError: when it is of another format, or a value is not what its field asks for.
         """
-        version = values.get("format_version")
-        if version != _FORMAT_VERSION:
-            raise DataError(f"A device report with format_version={version!r}; this version reads {_FORMAT_VERSION}.")
-        names = {one.name for one in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in names})
+        try:
+            check_version(values, _FORMAT_VERSION)
+            names = {one.name for one in dataclasses.fields(cls)}
+            report: DeviceReport = fitting({name: value for name, value in values.items() if name in names}, cls)
+            report._check()
+        except ValueError as error:
+            raise DataError(f"A device report that cannot be read: {error}. Run or export again.") from error
+        return report
+
+    def _check(self) -> None:
+        """Refuse what the tables could not show, and links that are none."""
+        check(self.tier in TIERS, "tier", self.tier, f"one of {', '.join(TIERS)}")
+        states = ("finished", "pending", "failed")
+        check(self.status in states, "status", self.status, f"one of {', '.join(states)}")
+        for name, times in {"latency_us": self.latency_us, "float_latency_us": self.float_latency_us}.items():
+            check(all(time > 0 for time in times), name, times, "times above 0")
+        if (memory := self.memory_bytes) is not None:
+            check(len(memory) == 2 and 0 <= memory[0] <= memory[1], "memory_bytes", memory, "a lower and an upper size")
+        if self.layers is not None:
+            check({"NPU", "GPU", "CPU"} <= self.layers.keys(), "layers", list(self.layers), "NPU, GPU and CPU")
+        for name, agreement in {
+            "against_simulation": self.against_simulation,
+            "against_float": self.against_float,
+        }.items():
+            for figure in ("psnr_db", "argmax_agreement") if agreement is not None else ():
+                check(figure in (agreement or {}), f"{name}.{figure}", None, "the field to be there")
+                fitting((agreement or {})[figure], float | None, f"{name}.{figure}")
+        check(self.samples >= 0, "samples", self.samples, "at least 0")
+        check(all(size >= 0 for size in self.bytes.values()), "bytes", self.bytes, "sizes of at least 0")
+        for what, link in self.jobs.items():  # a report makes them links, and javascript: would be one
+            check(link.startswith(("https://", "http://")), f"jobs.{what}", link, "a link that begins with https://")
 
     def write(self, path: str | Path) -> Path:
         """Write the report as JSON, whole or not at all."""
@@ -178,6 +205,6 @@ class DeviceReport:
             DataError: when it is missing, damaged or of another format.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is no device report: {error!r}.") from error
+            return cls.from_dict(read_json(Path(path)))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is no device report: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,16 @@ from lightning_quant.deploy.samples import Samples, Tensors
 from lightning_quant.deploy.targets.aihub import AiHubTarget
 from lightning_quant.deploy.targets.htp_emulator import HtpEmulatorTarget
 from lightning_quant.deploy.targets.onnxruntime import OnnxRuntimeTarget
-from lightning_quant.deploy.targets.target import REPORT_NAME, Measured, Target
-from lightning_quant.errors import ConfigurationError, DataError, DeviceBoundError, DeviceUnavailableError
+from lightning_quant.deploy.targets.target import LONGEST, REPORT_NAME, Measured, Target
+from lightning_quant.errors import (
+    ConfigurationError,
+    DataError,
+    DeviceBoundError,
+    DeviceError,
+    DeviceUnavailableError,
+)
 from lightning_quant.files import replacing
+from lightning_quant.reading import check, fitting, read_json
 
 SAMPLES_NAME = "samples.npz"
 REQUEST_NAME = "request.json"
@@ -115,8 +123,8 @@ def device_folder(bundle: Bundle) -> Path:
 def finished(folder: Path) -> bool:
     """Whether every report in a :func:`device_folder` is there and whole."""
     try:
-        states = [json.loads(path.read_text())["status"] for path in folder.rglob(REPORT_NAME)]
-    except (OSError, ValueError, KeyError, TypeError):
+        states = [DeviceReport.read(path).status for path in folder.rglob(REPORT_NAME)]
+    except DataError:
         return False
     return bool(states) and set(states) == {"finished"}
 
@@ -136,12 +144,12 @@ def resume(path: str | Path) -> list[Measured]:
     bundle = load_bundle(path)
     folder = device_folder(bundle)
     try:
-        request = json.loads((folder / REQUEST_NAME).read_text())
+        request = _read_request(folder / REQUEST_NAME)
         request["options"]["wait"] = True
         push = Push(request["target"], request["devices"], request["timeout"], request["options"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigurationError(
-            f"{bundle.path} was not sent to a target yet ({folder / REQUEST_NAME}: {error!r}): expected a bundle that "
+            f"{bundle.path} was not sent to a target yet ({folder / REQUEST_NAME}: {error}): expected a bundle that "
             "DeviceExport pushed."
         ) from error
     if request.get("bundle") != bundle.manifest["files"]:
@@ -149,7 +157,37 @@ def resume(path: str | Path) -> list[Measured]:
             f"{bundle.path} was exported anew after it was sent to {request['target']}: expected the files that were "
             "sent, since the samples kept beside it are compared with those. Push the new one with DeviceExport."
         )
-    return push.run(bundle, Samples.read(folder / SAMPLES_NAME))
+    samples = Samples.read(folder / SAMPLES_NAME)
+    named = {"input_names": samples.inputs, "output_names": samples.simulation}
+    for what, tensors in named.items():
+        if sorted(tensors[0]) != sorted(bundle.manifest[what]):
+            raise DataError(
+                f"{folder / SAMPLES_NAME} holds {', '.join(tensors[0])}: expected the {what} of {bundle.path}, "
+                f"{', '.join(bundle.manifest[what])}. Export again to write it anew."
+            )
+    return push.run(bundle, samples)
+
+
+def _read_request(path: Path) -> dict[str, Any]:
+    """What was asked of a target.
+
+    Raises:
+        OSError, ValueError: when it is missing or damaged.
+    """
+    request = read_json(path)
+    kinds = {"target": str, "devices": list[str], "timeout": float, "options": dict[str, Any]}
+    fitting(request, dict[str, Any])
+    for name, kind in kinds.items():
+        check(name in request, name, None, "the field to be there")
+        fitting(request[name], kind, name)
+    check(0 < request["timeout"] <= LONGEST, "timeout", request["timeout"], f"0 to {LONGEST:.0f} seconds")
+    known = typing.get_type_hints(AiHubTarget.__init__)
+    for name, value in request["options"].items():
+        check(
+            name in known and name not in ("devices", "timeout"), f"options.{name}", value, "an option of AiHubTarget"
+        )
+        fitting(value, known[name], f"options.{name}")
+    return dict(request)
 
 
 def _compare(measured: Measured, samples: Samples) -> None:
@@ -170,11 +208,17 @@ def _compare(measured: Measured, samples: Samples) -> None:
 
 
 def _agreement(reference: Sequence[Tensors], outputs: Sequence[Tensors]) -> dict[str, Any]:
-    pairs = (
-        (list(expected.values()), [actual[name] for name in expected])
-        for expected, actual in zip(reference, outputs, strict=False)  # of large samples a target may take fewer
-    )
-    return parity.compare(pairs).as_dict()
+    pairs = list(zip(reference, outputs, strict=False))  # of large samples a target may take fewer
+    for index, (expected, actual) in enumerate(pairs):
+        wanted, got = ({name: value.shape for name, value in one.items()} for one in (expected, actual))
+        if any(got.get(name) != shape for name, shape in wanted.items()):
+            raise DeviceError(
+                f"The outputs of sample {index} are {got}: expected {wanted}, as the samples beside the bundle say. "
+                "Export again."
+            )
+    return parity.compare(
+        (list(expected.values()), [actual[name] for name in expected]) for expected, actual in pairs
+    ).as_dict()
 
 
 def check_bounds(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import nn
 from lightning_quant.deploy.bundle import on_cpu_in_eval
 from lightning_quant.errors import DataError
 from lightning_quant.files import replacing
+from lightning_quant.reading import check, read_arrays
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
 
@@ -71,11 +71,20 @@ class Samples:
         """
         parts: dict[str, dict[int, Tensors]] = {"inputs": {}, "simulation": {}, "float_network": {}}
         try:
-            with np.load(path) as file:
-                for key in file.files:
-                    part, index, name = key.split("/", 2)
-                    parts[part].setdefault(int(index), {})[name] = file[key]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            for key, array in read_arrays(path).items():
+                part, _, rest = key.partition("/")
+                index, _, name = rest.partition("/")
+                known = part in parts and index.isdecimal() and len(index) < 10 and name
+                check(bool(known), "the name of a member", key, "inputs/0/NAME, simulation/0/… or float_network/0/…")
+                check(array.dtype.kind != "U", f"{key}.dtype", str(array.dtype), "numbers")
+                parts[part].setdefault(int(index), {})[name] = array
+            for part, found in parts.items():
+                count = len(parts["inputs"]) or 1
+                if part != "float_network" or found:
+                    check(sorted(found) == list(range(count)), part, sorted(found), "every sample from 0 on")
+                    forms = {tuple((name, a.dtype, a.shape) for name, a in one.items()) for one in found.values()}
+                    check(len(forms) == 1, part, sorted(map(str, forms)), "the same names, types and shapes in all")
+        except (OSError, ValueError) as error:
             raise DataError(f"{path} holds no samples: {error}. Export again to write it anew.") from error
         lists = {part: [found[index] for index in sorted(found)] for part, found in parts.items()}
         return cls(lists["inputs"], lists["simulation"], lists["float_network"] or None)

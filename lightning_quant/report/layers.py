@@ -7,9 +7,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lightning_quant.errors import DataError
 from lightning_quant.files import replacing
+from lightning_quant.reading import check, check_version, fitting, is_finite, read_json
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.quantized_tensors import QuantizedTensor, quantized_tensors
@@ -17,6 +19,7 @@ from lightning_quant.simulation.sensitivity import LayerSensitivity, layer_sensi
 
 LAYERS_NAME = "layers.json"
 _FORMAT_VERSION = 1
+_MOST_BITS = 32
 
 
 @dataclass
@@ -70,15 +73,45 @@ class LayerFigures:
         """
         path = Path(folder) / LAYERS_NAME
         try:
-            values = json.loads(path.read_text())
-            version = values.pop("format_version")
-            if version != _FORMAT_VERSION:
-                raise DataError(f"{path} has format_version={version!r}; this version reads {_FORMAT_VERSION}.")
-            tensors = [QuantizedTensor(**one) for one in values.pop("tensors")]
-            found = [
-                LayerSensitivity(**{**one, "sqnr_db": float(one["sqnr_db"]), "quantizers": tuple(one["quantizers"])})
-                for one in values.pop("sensitivity")
+            values = read_json(path)
+            check_version(values, _FORMAT_VERSION)
+            del values["format_version"]
+            for name in ("tensors", "sensitivity"):
+                check(name in values, name, None, "the field to be there")
+            values["sensitivity"] = [
+                {**one, "sqnr_db": float(one["sqnr_db"])} if one.get("sqnr_db") in ("inf", "-inf") else one
+                for one in fitting(values["sensitivity"], list[dict[str, Any]], "sensitivity")
             ]
-            return cls(tensors, found, **values)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} holds no figures of layers: {error!r}. Run again to write it anew.") from error
+            figures: LayerFigures = fitting(values, cls)
+            for at, tensor in enumerate(figures.tensors):
+                _check_tensor(tensor, f"tensors.{at}")
+            for at, layer in enumerate(figures.sensitivity):
+                check(
+                    layer.part in ("weights", "activations"),
+                    f"sensitivity.{at}.part",
+                    layer.part,
+                    "weights or activations",
+                )
+                check(not math.isnan(layer.sqnr_db), f"sensitivity.{at}.sqnr_db", layer.sqnr_db, "no NaN")
+                check(0 <= layer.share <= 1, f"sensitivity.{at}.share", layer.share, "0 to 1")
+                check(0 < layer.bits <= _MOST_BITS, f"sensitivity.{at}.bits", layer.bits, f"1 to {_MOST_BITS}")
+            for name, curve in figures.drift.items():
+                fits = len(curve) == len(figures.drift_steps) and is_finite(*curve)
+                check(fits, f"drift.{name}", curve, "a finite number for each of drift_steps")
+            return figures
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} holds no figures of layers: {error}. Run again to write it anew.") from error
+
+
+def _check_tensor(one: QuantizedTensor, where: str) -> None:
+    check(0 < one.bits <= _MOST_BITS, f"{where}.bits", one.bits, f"1 to {_MOST_BITS}")
+    check(one.channels > 0, f"{where}.channels", one.channels, "at least 1")
+    wide = -(2**_MOST_BITS) <= one.qmin < one.qmax <= 2**_MOST_BITS
+    check(wide, f"{where}.qmin", (one.qmin, one.qmax), "a smaller and a larger integer")
+    check(0 < one.scale[0] <= one.scale[1] < math.inf, f"{where}.scale", one.scale, "step lengths above 0")
+    check(one.offset[0] <= one.offset[1], f"{where}.offset", one.offset, "the smallest and the largest")
+    check(one.low <= one.high and is_finite(one.low, one.high), f"{where}.low", (one.low, one.high), "a range")
+    check(all(count >= 0 for count in one.counts), f"{where}.counts", one.counts, "counts of at least 0")
+    check(one.bins[0] < one.bins[1] and is_finite(*one.bins), f"{where}.bins", one.bins, "a first and a last edge")
+    check(0 <= one.clipped <= 1, f"{where}.clipped", one.clipped, "0 to 1")
+    check(one.sqnr_db is None or is_finite(one.sqnr_db), f"{where}.sqnr_db", one.sqnr_db, "a finite number")

@@ -22,6 +22,7 @@ from lightning_quant.report.record import RECORD_NAME, RunRecord
 from lightning_quant.report.summary import rung_table, table
 from lightning_quant.report.verdict import sweep_verdict, verdict
 from lightning_quant.segmentation.cityscapes import CLASSES
+from lightning_quant.segmentation.images import open_image
 from lightning_quant.segmentation.overlay import PANELS, overlay_folders
 from lightning_quant.simulation.quantized_tensors import QuantizedTensor
 
@@ -153,14 +154,12 @@ def _pictures(folder: Path) -> list[dict[str, str]]:
 
 
 def _data_url(path: Path) -> str:
-    from PIL import Image
-
+    picture = open_image(path)
     try:
-        with Image.open(path) as picture:
-            picture.thumbnail((_WIDEST, picture.height))
-            data = io.BytesIO()
-            picture.convert("RGB").save(data, "WEBP", quality=85)
-    except OSError as error:
+        picture.thumbnail((_WIDEST, picture.height))
+        data = io.BytesIO()
+        picture.convert("RGB").save(data, "WEBP", quality=85)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is no picture: {error}. Run again to draw it anew.") from error
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
 
@@ -234,6 +233,6 @@ def _tradeoff(what: str, label: str, pairs: Sequence[tuple[RunRecord, Candidate]
 
 
 def _yaml(values: Mapping[str, Any]) -> str:
-    from omegaconf import OmegaConf
+    import yaml  # OmegaConf would read values as expressions of its own
 
-    return OmegaConf.to_yaml(OmegaConf.create(dict(values))) if values else ""
+    return yaml.safe_dump(dict(values), allow_unicode=True, sort_keys=False) if values else ""

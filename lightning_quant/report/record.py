@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.errors import DataError
 from lightning_quant.files import replacing
+from lightning_quant.ladder import Ladder
+from lightning_quant.reading import check, check_version, fitting, read_json
 
 RECORD_NAME = "results.json"
 _FORMAT_VERSION = 2
@@ -88,15 +91,37 @@ class RunRecord:
             DataError: when the file is missing, damaged or of another format.
         """
         try:
-            values = json.loads(Path(path).read_text())
-            version = values.pop("format_version")
-            values.pop("drop", None)
-            record = cls(**values)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is no results record: {error!r}. Run again to write it anew.") from error
-        if version != _FORMAT_VERSION:
-            raise DataError(f"{path} has format_version={version!r}; this version reads {_FORMAT_VERSION}.")
+            values = read_json(Path(path))
+            check_version(values, _FORMAT_VERSION)
+            record: RunRecord = fitting(
+                {name: value for name, value in values.items() if name not in ("format_version", "drop")}, cls
+            )
+            record._check()
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is no results record: {error}. Run again to write it anew.") from error
         return record
+
+    def _check(self) -> None:
+        """Refuse what the tables and charts could not show."""
+        check(self.status in ("running", "finished", "failed"), "status", self.status, "running, finished or failed")
+        check(self.mode in ("max", "min"), "mode", self.mode, "max or min")
+        measured = self.exported is None or "float" not in self.metric or self.exported in self.metric
+        check(measured, "exported", self.exported, "one of those in metric")
+        sizes = not self.bytes or {"float", "quantized"} <= self.bytes.keys()
+        check(
+            sizes and all(size > 0 for size in self.bytes.values()), "bytes", self.bytes, "sizes of float and quantized"
+        )
+        if self.parity:
+            check("psnr_db" in self.parity, "parity", self.parity, "psnr_db and tier")
+            fitting(self.parity["psnr_db"], float | None, "parity.psnr_db")
+        if self.ladder:
+            names = [rung.rung for rung in fitting(self.ladder, Ladder, "ladder").rungs]
+            check(len({"float", *names}) == len(names) + 1, "ladder.rungs", names, "each rung once")
+            check(
+                self.ladder.get("mode", "max") in ("max", "min"), "ladder.mode", self.ladder.get("mode"), "max or min"
+            )
+        for values in self.device:
+            DeviceReport.from_dict(values)
 
 
 def config_hash(config: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
@@ -23,6 +23,8 @@ IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 """Standard deviation of ImageNet's red, green and blue, for values in 0..1."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# Pillow goes by the content: of other kinds there are some that it hands to other programs, such as PostScript.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 # Files that `Dataset.save_to_disk` and `DatasetDict.save_to_disk` leave at the top of their folder.
 _SAVED_DATASET_MARKERS = ("state.json", "dataset_dict.json")
@@ -42,11 +44,11 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     try:
         data = source.read_bytes() if isinstance(source, Path) else source
         # Decoding alone accepts a PNG whose checksums are wrong; verify() checks them but uses the image up.
-        with Image.open(io.BytesIO(data)) as probe:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as probe:
             probe.verify()
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
         image.load()
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file fails with whatever its bytes happen to mean
         raise DataError(f"{name} cannot be read as an image ({error}). Replace or remove the damaged file.") from error
     return image
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from lightning_quant.errors import ConfigurationError, DataError
+from lightning_quant.reading import read_json
 from lightning_quant.segmentation import scene_objects as things
 from lightning_quant.segmentation.scene_objects import LABEL, Canvas, Colour, shade, vary
 
@@ -305,7 +306,7 @@ def _claim(root: Path, parameters: dict[str, int]) -> None:
         temporary.replace(manifest)
         return
     try:
-        recorded = json.loads(manifest.read_text())
+        recorded = read_json(manifest)
     except (OSError, ValueError) as error:
         raise DataError(f"{manifest} cannot be read ({error}). Delete {root} to draw the scenes anew.") from error
     if recorded != parameters:

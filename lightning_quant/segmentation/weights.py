@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError
+from lightning_quant.reading import read_checkpoint, shown
 
 # What may stand before the published names: "model." in a checkpoint of SegmentationTask, "network." in that
 # of a module which calls it so.
@@ -31,7 +31,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"No weights at '{path}': expected a file written by torch.save.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_checkpoint(path)
     # A damaged pickle fails with whatever its bytes happen to mean: IndexError, UnpicklingError, EOFError …
     except Exception as error:
         raise CheckpointError(
@@ -41,7 +41,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     state = _network_state(content, path)
     try:
         network.load_state_dict(state, strict=True)
-    except RuntimeError as error:
+    except Exception as error:  # PyTorch's own for names and shapes, others for names that are none
         raise CheckpointError(
             f"The weights in '{path}' do not fit {type(network).__name__}."
             f"{_explain_misfit(state, network.state_dict())}"
@@ -56,9 +56,11 @@ def _network_state(content: object, path: Path) -> dict[str, Tensor]:
     for prefix in _PREFIXES:
         inner = {str(key).removeprefix(prefix): entries[key] for key in entries if str(key).startswith(prefix)}
         entries = inner or entries
-    if not entries or not all(isinstance(value, Tensor) for value in entries.values()):
+    others = [key for key, value in entries.items() if not isinstance(value, Tensor)]
+    if not entries or others:
+        found = f" ({shown(others[0])} is {shown(entries[others[0]])})" if others else ""
         raise CheckpointError(
-            f"'{path}' holds no state dict: expected tensors by name, or those under the key 'state_dict'."
+            f"'{path}' holds no state dict{found}: expected tensors by name, or those under the key 'state_dict'."
         )
     return entries
 

@@ -51,6 +51,9 @@ def calibrate(
             return
         with network.statistics_cache.locked(network) as path:
             known = statistics_cache.read(path)
+            if known is not None and not known.fits(network):
+                log.warning("Calibrating anew: %s was not seen by the quantizers of this network.", path)
+                known = None
             if known is not None and known.data == _hash(up_to(batches(), wanted)):
                 # layers learn in a forward pass whose outputs they read, see AIMET's protection against overflow
                 next(iter(batches())).first(1).call(network.network)

@@ -110,7 +110,8 @@ def up_to(calls: Iterable[NetworkInputs], count: int) -> Iterator[NetworkInputs]
 
 # What a manifest may ask for. Sizes are bounded so that a damaged or hostile file cannot ask for terabytes.
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-_MAX_ELEMENTS = 2**30
+_MAX_ELEMENTS = 2**27
+_MOST_AXES = 16
 
 
 def _describe(value: Any) -> Any:
@@ -131,8 +132,10 @@ def _make_up(item: Mapping[str, Any], budget: list[int]) -> Any:
     if kind == "tensor":
         shape = [int(size) for size in content]
         elements = 1
-        for size in shape:
+        for size in shape[:_MOST_AXES]:
             elements *= size
+        if len(shape) > _MOST_AXES:
+            raise TypeError(f"a tensor with {len(shape)} axes")
         if item["dtype"] not in _DTYPES or min(shape, default=1) < 0 or elements > budget[0]:
             raise TypeError(f"a tensor of shape {shape} and type {item['dtype']!r}")
         budget[0] -= elements

@@ -15,7 +15,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError
-from lightning_quant.precision import Precision
+from lightning_quant.precision import PRECISIONS, Precision
+from lightning_quant.reading import check, fitting, shown
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
 from lightning_quant.simulation.preflight import Finding
@@ -26,6 +27,18 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MANIFEST_KEY = "lightning_quant"
+_MOST_BITS = 32
+_FIELDS = {
+    "precision": str,
+    "hardware": str,
+    "overrides": dict[str, str],
+    "range_estimator": str,
+    "calibrated": bool,
+    "float_sha256": str | None,
+    "equalized": bool,
+    "raised": dict[str, str],
+    "inputs": dict[str, Any],
+}
 
 
 class FlatNetwork(nn.Module):
@@ -296,12 +309,49 @@ def check_manifest(manifest: Any) -> dict[str, Any]:
             "was not written by lightning_quant."
         )
     version = manifest.get("format_version")
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
-            f"The checkpoint has format_version={version!r} (written by lightning_quant "
-            f"{manifest[MANIFEST_KEY]}), this version reads {FORMAT_VERSION}. Install a version that fits."
+            f"The checkpoint has format_version={shown(version)} (written by lightning_quant "
+            f"{shown(manifest[MANIFEST_KEY])}), this version reads {FORMAT_VERSION}. Install a version that fits."
         )
+    try:
+        fitting(manifest, dict[str, Any])
+        for name, kind in _FIELDS.items():
+            if name in manifest:
+                fitting(manifest[name], kind, name)
+        for part in ("overrides", "raised"):
+            for layer, precision in manifest.get(part, {}).items():
+                check(precision in PRECISIONS, f"{part}.{layer}", precision, f"one of {', '.join(PRECISIONS)}")
+    except ValueError as error:
+        raise CheckpointError(
+            f"The manifest in the checkpoint is damaged: {error}. Expected what lightning_quant wrote; take another "
+            "checkpoint, or quantize anew."
+        ) from error
     return manifest
+
+
+def check_ranges(network: QuantizedNetwork) -> None:
+    """Refuse ranges and grids that no calibration and no training leaves.
+
+    Raises:
+        CheckpointError: naming the quantizer.
+    """
+    for name, module in network.network.named_modules():
+        ends = dict(module.named_parameters(recurse=False))
+        low, high = getattr(module, "qmin", 0), getattr(module, "qmax", 1)
+        if not low < high < low + 2**_MOST_BITS or getattr(module, "block_size", None) is not None:
+            raise CheckpointError(
+                f"The grid of {name!r} reaches from {shown(low)} to {shown(high)} in blocks of "
+                f"{shown(getattr(module, 'block_size', None))}: expected at most {_MOST_BITS} bits and no blocks. Take "
+                "an earlier checkpoint, or quantize anew."
+            )
+        if network.calibrated and {"min", "max"} <= ends.keys():
+            least, most = ends["min"], ends["max"]
+            if not bool((torch.isfinite(least) & torch.isfinite(most) & (least <= most)).all()):
+                raise CheckpointError(
+                    f"The range of {name!r} is NaN, infinite or upside down: expected a finite min up to a "
+                    "max. Take an earlier checkpoint, or quantize anew."
+                )
 
 
 def _refuse_float_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from lightning_quant.reading import check, read_arrays
 from lightning_quant.simulation.inputs import NetworkInputs
 
 if TYPE_CHECKING:
@@ -60,6 +61,20 @@ class Statistics:
             if arrays:
                 seen[name] = arrays
         return cls(data, samples, seen)
+
+    def fits(self, network: QuantizedNetwork) -> bool:
+        """Whether the observers of a network are those that saw this: their number of ranges and of bins."""
+        observers = _observers(network)
+        for name, arrays in self.seen.items():
+            if name not in observers:
+                return False
+            stats, bins = observers[name].stats, getattr(observers[name], "num_bins", None)
+            rows = len(stats) if isinstance(stats, list) else 1
+            shape = arrays["histogram"].shape if "histogram" in arrays else None
+            range_shape = (rows,) if isinstance(stats, list) else (rows, *observers[name].shape)
+            if arrays["min"].shape != range_shape or shape != (None if bins is None else (rows, bins)):
+                return False
+        return True
 
     def give(self, network: QuantizedNetwork) -> None:
         """Make the observers of a network hold this, and nothing else."""
@@ -103,16 +118,36 @@ def read(path: Path) -> Statistics | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            seen: dict[str, dict[str, np.ndarray]] = {}
-            for key in stored.files:
-                if "|" in key:
-                    name, field = key.split("|")
-                    seen.setdefault(name, {})[field] = stored[key]
-            return Statistics(str(stored["data"]), int(stored["samples"]), seen)
+        stored = read_arrays(path)
+        data, samples = stored.pop("data"), stored.pop("samples")
+        check(data.shape == () and data.dtype.kind == "U", "data", data, "a hash")
+        check(samples.shape == () and samples.dtype.kind == "i" and int(samples) > 0, "samples", samples, "at least 1")
+        seen: dict[str, dict[str, np.ndarray]] = {}
+        for key, array in stored.items():
+            name, _, field = key.partition("|")
+            check(field in _FIELDS, key, array, f"one of {', '.join(_FIELDS)}")
+            seen.setdefault(name, {})[field] = array
+        for name, arrays in seen.items():
+            _check_arrays(name, arrays)
+        return Statistics(str(data), int(samples), seen)
     except Exception as error:  # truncated, or none of ours: calibration writes it anew
         log.warning("Calibrating anew: %s cannot be read (%s: %s).", path, type(error).__name__, error)
         return None
+
+
+def _check_arrays(name: str, arrays: dict[str, np.ndarray]) -> None:
+    check(arrays.keys() in ({"min", "max"}, set(_FIELDS)), name, list(arrays), "a range, with a histogram or without")
+    for field, array in arrays.items():
+        check(array.dtype.kind == "f" and bool(np.isfinite(array).all()), f"{name}|{field}", array, "finite numbers")
+    low, high = arrays["min"], arrays["max"]
+    check(low.shape == high.shape and bool((low <= high).all()), f"{name}|min", low, "no more than max")
+    if "histogram" in arrays:
+        counts, edges = arrays["histogram"], arrays["bin_edges"]
+        shapes = (
+            counts.ndim == 2 and edges.shape == (counts.shape[0], counts.shape[1] + 1) and low.shape == edges.shape[:1]
+        )
+        check(shapes and bool((counts >= 0).all()), f"{name}|histogram", counts, "a row of counts for each range")
+        check(bool((np.diff(edges) >= 0).all()), f"{name}|bin_edges", edges, "rising edges")
 
 
 def write(path: Path, statistics: Statistics) -> None:

@@ -26,9 +26,10 @@ from typing_extensions import override
 from lightning_quant.deploy.bundle import Bundle, load_bundle
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.samples import Tensors, hash_of
-from lightning_quant.deploy.targets.target import Measured, Target, folder_name
+from lightning_quant.deploy.targets.target import LONGEST, Measured, Target, folder_name
 from lightning_quant.deploy.targets.worker import run_worker
 from lightning_quant.errors import ConfigurationError, DeviceError
+from lightning_quant.reading import check, read_arrays
 
 # What AI Hub compiles to, and the framework a device must offer for it.
 RUNTIMES = {
@@ -87,8 +88,12 @@ class AiHubTarget(Target):
         if not devices or not runtimes:
             raise ConfigurationError("No device or no runtime given: expected at least one of each.")
         for name, value in {"timeout": timeout, "patience": patience, "poll_seconds": poll_seconds}.items():
-            if not value > 0:
-                raise ConfigurationError(f"{name}={value!r}: expected seconds above 0.")
+            if not 0 < value <= LONGEST:
+                raise ConfigurationError(f"{name}={value!r}: expected seconds above 0, at most {LONGEST:.0f}.")
+        if profile is not None and Path(profile).name != profile:
+            raise ConfigurationError(
+                f"profile={profile!r}: expected a plain file name without a folder, of a file in ~/.qai_hub."
+            )
         self.devices = list(devices)
         self.runtimes = list(runtimes)
         self.options = options
@@ -157,7 +162,13 @@ class AiHubTarget(Target):
             }
             worker = "lightning_quant.deploy.targets.aihub_worker"
             found = run_worker(worker, job, work, self.timeout + _GRACE)
-        measured = [self._measured(one, bundle, folder) for one in found["results"]]
+        try:
+            measured = [self._measured(one, bundle, folder) for one in found["results"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DeviceError(
+                f"AI Hub returned a profile or outputs that cannot be read: {error!r}. Expected those of its client "
+                f"qai-hub {importlib.metadata.version('qai-hub')}; they are in {folder}. Run again."
+            ) from error
         if all(one.report.status == "failed" for one in measured):
             raise DeviceError("; ".join(f"{one.report.device}: {one.report.error}" for one in measured))
         return measured
@@ -195,13 +206,19 @@ class AiHubTarget(Target):
             _fill_in(report, profile)
         if float_profile := found.get("float_profile"):
             report.float_latency_us = _latencies(float_profile["execution_summary"])
+        DeviceReport.from_dict(report.to_dict())
         if "compiled" in report.artifacts:
             report.bytes["compiled"] = (where / report.artifacts["compiled"]).stat().st_size
         report.warnings += found.get("warnings", [])
         outputs: list[Tensors] = []
         if "outputs" in report.artifacts:
-            with np.load(where / report.artifacts["outputs"]) as file:
-                arrays = {name: file[name] for name in file.files}
+            file = where / Path(report.artifacts["outputs"]).name
+            try:
+                arrays = read_arrays(file)
+                check(len(arrays) > 0, "the number of outputs", 0, "at least one")
+                check(all(value.ndim > 0 for value in arrays.values()), "an output", "a number", "a row a sample")
+            except (OSError, ValueError) as error:
+                raise DeviceError(f"{file} holds no outputs: {error}. Run again to fetch it anew.") from error
             count = min(len(value) for value in arrays.values())
             outputs = [{name: value[index] for name, value in arrays.items()} for index in range(count)]
         return Measured(report, outputs, where)
@@ -220,7 +237,10 @@ def _shapes(bundle: Bundle) -> dict[str, list[int]]:
     """Shapes of the graph's outputs, to recognize a layout that the compiler changed."""
     import onnx
 
-    graph = onnx.load(bundle.qdq, load_external_data=False).graph
+    try:
+        graph = onnx.load(bundle.qdq, load_external_data=False).graph
+    except Exception as error:  # of protobuf's own classes
+        raise DeviceError(f"{bundle.qdq} cannot be read as ONNX: {error}. Export it again.") from error
     return {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in graph.output}
 
 

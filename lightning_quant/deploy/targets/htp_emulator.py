@@ -26,6 +26,7 @@ from lightning_quant.deploy.samples import Tensors
 from lightning_quant.deploy.targets.target import Measured, Target, folder_name
 from lightning_quant.deploy.targets.worker import run_worker
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.reading import read_arrays
 
 # Emulating takes some 0.3 to 4 s for 3×256×512 numbers: of larger samples fewer are taken.
 _MOST_NUMBERS = 8 * 3 * 512 * 1024
@@ -89,10 +90,7 @@ class HtpEmulatorTarget(Target):
                 "memory_bytes": int(self.memory_gb * 1e9),
             }
             result = run_worker("lightning_quant.deploy.targets.htp_worker", job, work, self.timeout)
-            outputs = []
-            for index in range(len(inputs)):
-                with np.load(work / f"output-{index}.npz") as file:
-                    outputs.append({name: file[name] for name in file.files})
+            outputs = [read_arrays(work / f"output-{index}.npz") for index in range(len(inputs))]
             binaries = {}
             for name, file_name in {"context": "context.onnx", "context_binary": result["binary"]}.items():
                 shutil.move(work / file_name, folder / file_name)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_quant.errors import DeviceError
+from lightning_quant.reading import check, check_version, fitting, read_json
 
 _FORMAT_VERSION = 1
 
@@ -30,13 +31,17 @@ class Journal:
         self._entries: dict[str, dict[str, Any]] = {}
         if path.is_file():
             try:
-                content = json.loads(path.read_text())
-                if content["format_version"] != _FORMAT_VERSION:
-                    raise ValueError(f"format_version={content['format_version']!r}")
-                self._entries = content["entries"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                content = read_json(path)
+                check_version(content, _FORMAT_VERSION)
+                self._entries = fitting(content.get("entries"), dict[str, dict[str, Any]], "entries")
+                for key, entry in self._entries.items():
+                    for name, value in entry.items():
+                        where = f"entries.{key}.{name}"
+                        fitting(value, int if name == "attempt" else str, where)
+                        check(name != "attempt" or value > 0, where, value, "a number above 0")
+            except (OSError, ValueError) as error:
                 raise DeviceError(
-                    f"The journal {path} cannot be read ({error!r}). It says what was uploaded and submitted already: "
+                    f"The journal {path} cannot be read ({error}). It says what was uploaded and submitted already: "
                     "move it away to begin anew."
                 ) from error
 

@@ -11,6 +11,7 @@ from lightning_quant.deploy.bundle import Bundle, exact_session
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.samples import Tensors
 from lightning_quant.deploy.targets.target import Measured, Target
+from lightning_quant.errors import DeviceError
 
 
 class OnnxRuntimeTarget(Target):
@@ -28,17 +29,29 @@ class OnnxRuntimeTarget(Target):
 
     @override
     def run(self, bundle: Bundle, inputs: list[Tensors], folder: Path) -> list[Measured]:
-        session = exact_session(bundle.qdq)
-        names = [value.name for value in session.get_outputs()]
-        wanted = {value.name for value in session.get_inputs()}
-        outputs = []
-        for tensors in inputs:
-            feeds = {name: value for name, value in tensors.items() if name in wanted}
-            outputs.append(dict(zip(names, session.run(None, feeds), strict=True)))
-        report = DeviceReport(
+        try:
+            return [Measured(self._report(bundle), _computed(bundle, inputs), folder)]
+        except Exception as error:  # the library raises classes of its own, one for each status code
+            raise DeviceError(
+                f"ONNX Runtime cannot compute {bundle.qdq}: {type(error).__name__}: {error} Expected the file and "
+                "the samples of one export. Export it again."
+            ) from error
+
+    def _report(self, bundle: Bundle) -> DeviceReport:
+        return DeviceReport(
             tier=self.tier,
             device="host CPU",
             precision=bundle.manifest["precision"],
             versions={"onnxruntime": importlib.metadata.version("onnxruntime")},
         )
-        return [Measured(report, outputs, folder)]
+
+
+def _computed(bundle: Bundle, inputs: list[Tensors]) -> list[Tensors]:
+    session = exact_session(bundle.qdq)
+    names = [value.name for value in session.get_outputs()]
+    wanted = {value.name for value in session.get_inputs()}
+    outputs = []
+    for tensors in inputs:
+        feeds = {name: value for name, value in tensors.items() if name in wanted}
+        outputs.append(dict(zip(names, session.run(None, feeds), strict=True)))
+    return outputs

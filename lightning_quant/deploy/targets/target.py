@@ -13,6 +13,8 @@ from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.samples import Tensors
 
 REPORT_NAME = "report.json"
+# Seconds of a limit, at most; systems cannot wait for ever.
+LONGEST = 1e7
 
 
 @dataclass

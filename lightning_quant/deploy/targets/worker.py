@@ -16,6 +16,7 @@ from typing import Any
 from lightning_quant import errors
 from lightning_quant.errors import DeviceError, DeviceTimeoutError, LightningQuantError
 from lightning_quant.files import replacing
+from lightning_quant.reading import fitting, read_json
 
 JOB, RESULT, ERROR, LOG = "job.json", "result.json", "error.json", "log.txt"
 
@@ -58,16 +59,24 @@ def run_worker(module: str, job: dict[str, Any], folder: Path, timeout: float) -
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     if (folder / ERROR).is_file():
-        error = json.loads((folder / ERROR).read_text())
-        kind = getattr(errors, error["type"], DeviceError)
-        raise kind(error["message"])
+        error = _read(folder / ERROR, dict[str, str])
+        kind = getattr(errors, error.get("type", ""), None)
+        known = isinstance(kind, type) and issubclass(kind, LightningQuantError)
+        raise (kind if known and kind else DeviceError)(error.get("message", "no reason given"))
     if status != 0 or not (folder / RESULT).is_file():
         raise DeviceError(
             f"{module.rpartition('.')[2]} died with exit status {status}{_signal_name(status)}. The end of its log:\n"
             f"{_tail(folder / LOG)}"
         )
-    result: dict[str, Any] = json.loads((folder / RESULT).read_text())
+    result: dict[str, Any] = _read(folder / RESULT, dict[str, Any])
     return result
+
+
+def _read(path: Path, kind: Any) -> Any:
+    try:
+        return fitting(read_json(path), kind)
+    except (OSError, ValueError) as error:
+        raise DeviceError(f"{path.name} of a worker cannot be read: {error}. Run again.") from error
 
 
 def serve(work: Callable[[dict[str, Any], Path], dict[str, Any]]) -> None:
