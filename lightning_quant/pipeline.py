@@ -346,6 +346,7 @@ class _Run:
                 point = ResumePoint(path.with_suffix(".part"))
                 if point.ckpt_path:
                     log.info("Going on with the float network from %s", point.path)
+                    _read(point.path)  # before Lightning does, with a clear error
                 options = {"max_epochs": config.epochs, "limit_val_batches": 0, "enable_checkpointing": True}
                 trainer = self.trainer(point, logger=self.logger("float"), **options)
                 trainer.fit(task, datamodule=self.data, ckpt_path=point.ckpt_path, weights_only=True)
@@ -383,6 +384,7 @@ class _Run:
         ckpt_path = point.ckpt_path or (str(best) if best.is_file() else None)
         if ckpt_path:
             log.info("Going on from %s", ckpt_path)
+            _read(Path(ckpt_path))
         try:
             trainer.fit(task, datamodule=self.data, ckpt_path=ckpt_path, weights_only=True)
         finally:
@@ -475,6 +477,16 @@ class _Run:
         self.record.artifacts["overlays"] = "overlays"
 
 
+def _read(path: Path) -> Any:
+    try:
+        return read_checkpoint(path)
+    except Exception as error:  # pickle, zip, EOF and runtime errors, by where the damage is
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint: {type(error).__name__}: {error}. Give another, or remove it if a "
+            "run that was stopped left it there: then it is made anew."
+        ) from error
+
+
 def _load_float(task: pl.LightningModule, path: Path) -> None:
     """Load a float checkpoint of the task, or a state dict of its network.
 
@@ -483,10 +495,7 @@ def _load_float(task: pl.LightningModule, path: Path) -> None:
     """
     if not path.is_file():
         raise CheckpointError(f"float.checkpoint={str(path)!r} does not exist: expected a checkpoint file.")
-    try:
-        content = read_checkpoint(path)
-    except Exception as error:  # pickle, zip, EOF and runtime errors, by where the damage is
-        raise CheckpointError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
+    content = _read(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds {type(state).__name__}: expected a Lightning checkpoint or a state dict.")

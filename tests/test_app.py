@@ -182,6 +182,17 @@ def test_a_killed_run_goes_on_where_it_stopped(sweep: tuple[Path, str]) -> None:
     assert again.metric == whole.metric
 
 
+def test_a_damaged_file_to_go_on_from_is_named(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    arguments = [*SMALL, "hydra.run.dir=damaged", "skip_finished=true", "target=none"]
+    lightning_quant(folder, *arguments)
+    path = folder / "damaged/results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "running"}))
+    (folder / "damaged/ladder.part").write_bytes(b"PK half of a checkpoint")
+    output = lightning_quant(folder, *arguments, status=1)
+    assert re.search(r"CheckpointError: .*damaged/ladder\.part is not a readable checkpoint", output)
+
+
 def test_a_second_run_in_the_same_folder_is_refused(sweep: tuple[Path, str]) -> None:
     folder, _ = sweep
     (folder / "taken").mkdir()

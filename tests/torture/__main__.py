@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -146,6 +147,23 @@ def files(short: bool) -> Row:
     return _tests("hostile and damaged files", "refused by file, field and reason", "tests/attacks")
 
 
+def fuzzing(short: bool) -> Row:
+    what = "files made up by a coverage-guided fuzzer"
+    if importlib.util.find_spec("atheris") is None:
+        return Row(what, skipped="atheris is not installed")
+    with tempfile.TemporaryDirectory() as crashes:
+        command = [sys.executable, "-m", "tests.attacks.fuzz", "--seconds", "120", "--crashes", crashes]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        lost = [path.read_text() for path in sorted(Path(crashes).glob("*.txt"))]
+    if not done.stdout.strip():
+        return Row(what, lost=[done.stderr[-2000:]])
+    counts = json.loads(done.stdout.splitlines()[-1])
+    how = (
+        f"{counts['refused']} refused, {counts['accepted']} whole enough, {counts['branches_reached']} branches reached"
+    )
+    return Row(what, counts["executions"], how, lost)
+
+
 def faults(short: bool) -> Row:
     return _tests("faults of AI Hub", "finished, or refused and gone on from", "tests/deploy/targets/test_aihub.py")
 
@@ -156,9 +174,9 @@ def numbers(short: bool) -> Row:
 
 
 ROWS: tuple[Callable[[bool], Row], ...] = (
-    kills, sweeps, shared, journals, stops, disks, files, faults, numbers, steps, calibrations,
+    kills, sweeps, shared, journals, stops, disks, files, fuzzing, faults, numbers, steps, calibrations,
 )  # fmt: skip
-NOT_SHORT = (sweeps, files, faults, numbers)  # too long, or in the suite anyway
+NOT_SHORT = (sweeps, files, fuzzing, faults, numbers)  # too long, or in the suite anyway
 
 
 def _in_a_process(row: Callable[[bool], Row], short: bool) -> Row:
