@@ -1,0 +1,50 @@
+"""Same seed, same bits: calibration, training, export. Under ``Trainer(deterministic=True)`` too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import lightning_quant as lq
+from tests.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
+
+RUNGS = ("ptq", "tf_enhanced", "percentile", "cle", "bias_correction", "bn_reestimation", "seq_mse", "adaround", "mixed")
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def run(folder: Path, deterministic: bool) -> tuple[SmallModule, dict[str, bytes]]:
+    pl.seed_everything(11, verbose=False)
+    module = SmallModule(small_net())
+    rungs = [{"adaround": {"iterations": 20}} if name == "adaround" else name for name in RUNGS]
+    quantization = lq.QuantizationAwareTraining(
+        "w4a8", calibration_samples=16, monitor="val_loss", mode="min", max_drop=-10.0, rungs=rungs, distillation=0.5
+    )
+    export = lq.DeviceExport(folder / "export", name="net", target=None, samples=2)
+    trainer = pl.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, default_root_dir=folder, deterministic=deterministic,
+        callbacks=[quantization, export], num_sanity_val_steps=0, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(small_data(), batch_size=8, shuffle=True), small_loader())
+    assert [rung.rung for rung in quantization.result.rungs] == [*RUNGS, "qat"]
+    files = {path.name: path.read_bytes() for path in (folder / "export/net").rglob("*") if path.is_file()}
+    return module, files
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_every_rung_training_and_export(tmp_path: Path, deterministic: bool) -> None:
+    first, first_files = run(tmp_path / "first", deterministic)
+    second, second_files = run(tmp_path / "second", deterministic)
+    assert_same_tensors(first.state_dict(), second.state_dict())
+    assert first_files.keys() == {"net.onnx", "model.onnx", "model.encodings", "manifest.json"}
+    assert first_files == second_files
