@@ -1,4 +1,4 @@
-"""Writing files so that nobody ever sees half of one."""
+"""Writing files so that nobody ever sees half of one, and no two processes write the same."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -22,3 +24,26 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(lock: Path, otherwise: Exception) -> Iterator[None]:
+    """Hold a lock file for the length of a block, then remove it.
+
+    The system releases it when the process ends, however it ends; a file that a kill leaves there locks nothing.
+
+    Raises:
+        Exception: ``otherwise``, if it is held already.
+        OSError: where it cannot be made.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock, timeout=0)
+    try:
+        held.acquire()
+    except Timeout:
+        raise otherwise from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        held.release()

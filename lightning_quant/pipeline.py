@@ -15,13 +15,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
@@ -38,7 +38,7 @@ from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.deploy.bundle import first_samples
 from lightning_quant.deploy.push import device_folder
 from lightning_quant.errors import CheckpointError, ConfigurationError, DataError, LightningQuantError
-from lightning_quant.files import replacing
+from lightning_quant.files import alone, replacing
 from lightning_quant.precision import Precision
 from lightning_quant.reading import read_checkpoint
 from lightning_quant.report.layers import LayerFigures
@@ -159,20 +159,10 @@ def record_failure(config: DictConfig, error: Exception) -> None:
             record.write(folder)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Refuse a second run in a folder; the system releases the lock when the process ends, however it ends."""
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ConfigurationError(
-            f"Another run is writing to {folder}: expected a folder for each. Give another hydra.run.dir, or wait."
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    """Refuse a second run in a folder."""
+    busy = f"Another run is writing to {folder}: expected a folder for each. Give another hydra.run.dir, or wait."
+    return alone(folder / ".lock", ConfigurationError(busy))
 
 
 def _keep_logs(folder: Path) -> None:

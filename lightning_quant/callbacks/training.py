@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from lightning_quant.callbacks.range_groups import split_off_all
 from lightning_quant.callbacks.resuming import save_whole
 from lightning_quant.climb import Footing
 from lightning_quant.errors import CheckpointError, ConfigurationError, TrainingError
+from lightning_quant.files import alone
 from lightning_quant.ladder import Ladder, RungResult
 from lightning_quant.memory import PeakMemory
 from lightning_quant.precision import Precision
@@ -152,6 +154,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._teaching: tuple[Distillation, RemovableHandle] | None = None
         self._memory = PeakMemory()
         self._batch: tuple[Any, int] = (None, 0)
+        self._locked = ExitStack()
         self._begin(Ladder(monitor, mode, max_drop), None)
 
     def _begin(self, ladder: Ladder, float_network: nn.Module | None) -> None:
@@ -186,6 +189,8 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.climbs:
+            self._lock(trainer, _folder(trainer) / "ladder")
         start = time.perf_counter()
         with PeakMemory() as memory:
             super().on_fit_start(trainer, pl_module)
@@ -293,6 +298,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._locked.close()
         if self._only_rungs:
             trainer.fit_loop.max_epochs = 0
             self._only_rungs = False
@@ -412,6 +418,12 @@ class QuantizationAwareTraining(QuantizationCallback):
         if self._good_enough():
             say(f"Training stops: {ladder.monitor} is within {ladder.max_drop:g} of float and no longer improves.")
             trainer.should_stop = True
+
+    def _lock(self, trainer: pl.Trainer, folder: Path) -> None:
+        self._locked.close()  # of a fit that was not torn down
+        if trainer.is_global_zero:
+            busy = f"Another fit is writing to {folder}: expected a folder for each. Give another default_root_dir."
+            self._locked.enter_context(alone(folder / ".lock", ConfigurationError(busy)))
 
     def _not_finite(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
         batch, index = self._batch

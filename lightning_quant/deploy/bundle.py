@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
 from lightning_quant.deploy import audit, parity
 from lightning_quant.deploy.biases import rescale_biases, update_encodings
 from lightning_quant.errors import CalibrationError, ExportError
+from lightning_quant.files import alone
 from lightning_quant.precision import PRECISIONS
 from lightning_quant.reading import check, check_version, fitting, read_json
 from lightning_quant.simulation import aimet
@@ -103,24 +103,33 @@ def export_bundle(network: QuantizedNetwork, path: str | Path, samples: Iterable
         calls = [call.to(torch.device("cpu")) for call in samples]
         if not calls:
             raise ExportError("No samples to check the export with: expected at least one.")
-        with _alone(path):
-            staging, retired = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-            try:
-                if retired.is_dir() and not path.exists():  # killed between the two renames
-                    os.replace(retired, path)
-                for leftover in (staging, retired):
-                    shutil.rmtree(leftover, ignore_errors=True)
-                staging.mkdir()
-                manifest = _write(network, Bundle(staging, {}), path.name, calls)
-                _move_into_place(staging, path, retired)
-            except OSError as error:
-                raise ExportError(
-                    f"Writing the bundle {path} failed: {error}. Nothing was changed there; free some space or choose "
-                    "another folder and export again."
-                ) from error
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+        busy = ExportError(
+            f"Another process is exporting to {path}: expected a folder for each. Give another folder or name, or wait."
+        )
+        try:
+            with alone(path.with_name(f".{path.name}.lock"), busy):
+                manifest = _write_whole(network, path, calls)
+        except OSError as error:
+            raise ExportError(
+                f"Writing the bundle {path} failed: {error}. Nothing was changed there; free some space or choose "
+                "another folder that is writable and export again."
+            ) from error
     return Bundle(path, manifest)
+
+
+def _write_whole(network: QuantizedNetwork, path: Path, calls: Sequence[NetworkInputs]) -> dict[str, Any]:
+    staging, retired = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    if retired.is_dir() and not path.exists():  # killed between the two renames
+        os.replace(retired, path)
+    for leftover in (staging, retired):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staging.mkdir()
+    try:
+        manifest = _write(network, Bundle(staging, {}), path.name, calls)
+        _move_into_place(staging, path, retired)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return manifest
 
 
 def load_bundle(path: str | Path) -> Bundle:
@@ -361,25 +370,6 @@ def on_cpu_in_eval(network: nn.Module) -> Iterator[None]:
         network.to(device)
         for module, training in modes.items():  # frozen parts may be in another mode than the whole
             module.training = training
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold the lock of the bundle at ``path``; the system releases it when the process ends, however it ends."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise ExportError(
-            f"Another process is exporting to {path}: expected a folder for each. Give another folder or name, or wait."
-        ) from error
-    except OSError as error:
-        raise ExportError(f"Cannot write to {path.parent}: {error}. Give a folder that is writable.") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _move_into_place(staging: Path, path: Path, retired: Path) -> None:

@@ -13,7 +13,17 @@ from torch.utils.data import DataLoader
 import lightning_quant as lq
 from tests.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
 
-RUNGS = ("ptq", "tf_enhanced", "percentile", "cle", "bias_correction", "bn_reestimation", "seq_mse", "adaround", "mixed")
+RUNGS = (
+    "ptq",
+    "tf_enhanced",
+    "percentile",
+    "cle",
+    "bias_correction",
+    "bn_reestimation",
+    "seq_mse",
+    "adaround",
+    "mixed",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,6 +19,7 @@ from typing_extensions import override
 
 import lightning_quant as lq
 from lightning_quant.callbacks.resuming import ResumePoint
+from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.techniques.technique import Technique, Workbench
 from tests.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
@@ -93,6 +95,18 @@ def test_it_ends_with_the_same_bits(
     assert (point.ckpt_path is None) == (epoch == 0)
     resumed = run(tmp_path / "again", *quantization(), ResumePoint(point.path), optimizers=optimizers, ckpt_path=start)
     assert_same_tensors(resumed.state_dict(), whole.state_dict())
+
+
+def test_a_second_fit_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    def callback() -> lq.QuantizationAwareTraining:
+        return lq.QuantizationAwareTraining(
+            "w8a8", calibration_samples=16, monitor="val_loss", mode="min", max_drop=9.0
+        )
+
+    with FileLock(tmp_path / "ladder/.lock"), pytest.raises(ConfigurationError, match="Another fit is writing to"):
+        run(tmp_path, callback())
+    for _ in range(2):  # one after the other is fine
+        run(tmp_path, callback())
 
 
 class Fails(Technique):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from lightning_quant.deploy import bundle as module
@@ -245,7 +247,7 @@ def test_refusals_before_anything_is_written(tmp_path: Path) -> None:
         export_bundle(calibrated(Body()), tmp_path / "net", [])
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ExportError, match="Cannot write to"):
+    with pytest.raises(ExportError, match=r"Writing the bundle .* failed"):
         export_bundle(calibrated(Body()), tmp_path / "file" / "net", SAMPLES)
 
 
@@ -379,6 +381,36 @@ def test_float_bytes() -> None:
     assert float_bytes(Chain()) == 4 * (4 * 27 + 4 + 16 + 4)
 
 
+def test_two_exports_to_one_place_at_a_time_are_refused(tmp_path: Path) -> None:
+    network = calibrated(Body())
+    taken = FileLock(tmp_path / ".net.lock")
+    with taken, pytest.raises(ExportError, match="Another process is exporting to"):
+        export_bundle(network, tmp_path / "net", [call(images())])
+    assert not (tmp_path / "net").exists()
+    export_bundle(network, tmp_path / "net", [call(images())])
+
+
+def test_a_bundle_that_a_kill_left_beside_its_place_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two renames, and then the next export fails."""
+    network = calibrated(Body())
+    export_bundle(network, tmp_path / "net", [call(images())])
+    (tmp_path / "net").rename(tmp_path / ".net.old")
+    (tmp_path / ".net.new").mkdir()
+    with pytest.raises(ExportError, match="not calibrated"):
+        export_bundle(quantized(Body()), tmp_path / "net", [call(images())])
+    monkeypatch.setattr(module, "_write", fails_for_space)
+    with pytest.raises(ExportError, match="No space"):
+        export_bundle(network, tmp_path / "net", [call(images())])
+    assert load_bundle(tmp_path / "net").manifest["precision"] == "w8a8"
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
+
+
+def fails_for_space(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_or_a_full_disk_at_any_moment_leaves_a_whole_bundle_or_none(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[2]
@@ -416,7 +448,7 @@ def test_a_kill_or_a_full_disk_at_any_moment_leaves_a_whole_bundle_or_none(tmp_p
         assert attempt["leftovers"] == [], attempt
     for attempt in attempts:
         assert not attempt["after"].startswith("broken"), attempt
-        assert all(name.startswith(".net-") for name in attempt["leftovers"]), attempt
+        assert all(name in (".net.new", ".net.old", ".net.lock") for name in attempt["leftovers"]), attempt
 
 
 def test_an_operation_that_onnx_lacks_is_told_in_one_line(tmp_path: Path) -> None:
