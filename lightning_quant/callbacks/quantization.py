@@ -59,7 +59,7 @@ def say(message: str) -> None:
 
 
 def stop_before_training(trainer: pl.Trainer) -> None:
-    """End a fit from ``on_train_start``."""
+    """End a fit from ``on_train_start``, or before the next step."""
     trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
     trainer.should_stop = True
 

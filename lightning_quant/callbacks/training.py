@@ -98,7 +98,8 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     Raises:
         ConfigurationError, PreflightError, CalibrationError: as there.
-        TrainingError: gradients are NaN or infinite; names step, batch and layer. The step is not taken.
+        TrainingError: gradients are NaN or infinite; names step, batch and layer. The step is not taken. With
+            ``max_drop`` or rungs it is a warning, and the fit ends with the best network so far.
     """
 
     def __init__(
@@ -241,8 +242,15 @@ class QuantizationAwareTraining(QuantizationCallback):
         step, every = trainer.global_step, trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
         if trainer.precision == "16-mixed" or (pl_module.device.type != "cpu" and step % every):
             return
-        if not gradients_are_finite(p for group in optimizer.param_groups for p in group["params"]):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if gradients_are_finite(parameters):
+            return
+        if not self.climbs:
             raise TrainingError(self._not_finite(trainer, pl_module))
+        rank_zero_warn(self._not_finite(trainer, pl_module) + " Training ends here, with the best network so far.")
+        for parameter in parameters:
+            parameter.grad = None  # the step that follows leaves it as it is
+        stop_before_training(trainer)
 
     @override
     def on_train_batch_end(
@@ -430,11 +438,10 @@ class QuantizationAwareTraining(QuantizationCallback):
         network = self.quantized_network(pl_module)
         catcher = InputCatcher(trainer, pl_module, network, self.network_name, first="training_step")
         where = origin(network, catcher.catch(batch, index))
-        kept = f" The best network so far is kept in {self.best_model_path}." if self.best_model_path else ""
         return (
             f"Step {trainer.global_step + 1} (epoch {trainer.current_epoch}, batch {index}) has gradients that are not "
             f"finite: {where}. Expected finite ones. The step was not taken, so the weights are those of the step "
-            f"before.{kept} Lower the learning rate, set Trainer(gradient_clip_val=...), or look at that batch."
+            "before. Lower the learning rate, set Trainer(gradient_clip_val=...), or look at that batch."
         )
 
     def _good_enough(self) -> bool:
