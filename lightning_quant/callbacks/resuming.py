@@ -55,8 +55,10 @@ class ResumePoint(Checkpoint):
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._between_epochs = True
-        save_whole(trainer, self.path)
-        self._between_epochs = False
+        try:
+            save_whole(trainer, self.path)
+        finally:
+            self._between_epochs = False
 
     @override
     def state_dict(self) -> dict[str, Any]:

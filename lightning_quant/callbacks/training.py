@@ -33,7 +33,7 @@ from lightning_quant.callbacks.quantization import (
 from lightning_quant.callbacks.range_groups import split_off_all
 from lightning_quant.callbacks.resuming import save_whole
 from lightning_quant.climb import Footing
-from lightning_quant.errors import CheckpointError, ConfigurationError, TrainingError
+from lightning_quant.errors import CalibrationError, CheckpointError, ConfigurationError, TrainingError
 from lightning_quant.files import alone
 from lightning_quant.ladder import Ladder, RungResult
 from lightning_quant.memory import PeakMemory
@@ -437,7 +437,10 @@ class QuantizationAwareTraining(QuantizationCallback):
         batch, index = self._batch
         network = self.quantized_network(pl_module)
         catcher = InputCatcher(trainer, pl_module, network, self.network_name, first="training_step")
-        where = origin(network, catcher.catch(batch, index))
+        try:
+            where = origin(network, catcher.catch(batch, index))
+        except CalibrationError:  # a training step that cannot be run twice
+            where = "where they come from could not be found by running the step again"
         return (
             f"Step {trainer.global_step + 1} (epoch {trainer.current_epoch}, batch {index}) has gradients that are not "
             f"finite: {where}. Expected finite ones. The step was not taken, so the weights are those of the step "
