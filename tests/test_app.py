@@ -49,6 +49,12 @@ def lightning_quant(folder: Path, *arguments: str, status: int = 0) -> str:
     return output
 
 
+def unfinished(run: Path) -> None:
+    """Make a finished run look like one that was killed."""
+    path = run / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "running"}))
+
+
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished sweep over two precisions, and what it printed."""
@@ -172,8 +178,7 @@ def test_a_killed_run_goes_on_where_it_stopped(sweep: tuple[Path, str]) -> None:
     lightning_quant(folder, *arguments)
     path = folder / "killed/results.json"
     whole = RunRecord.read(path)
-    values = json.loads(path.read_text()) | {"status": "running"}  # what a kill leaves
-    path.write_text(json.dumps(values))
+    unfinished(folder / "killed")
     output = lightning_quant(folder, *arguments, "skip_finished=true")
     assert "Going on from" in output
     assert "Rung ptq" not in output
@@ -186,8 +191,7 @@ def test_a_damaged_file_to_go_on_from_is_named(sweep: tuple[Path, str]) -> None:
     folder, _ = sweep
     arguments = [*SMALL, "hydra.run.dir=damaged", "skip_finished=true", "target=none"]
     lightning_quant(folder, *arguments)
-    path = folder / "damaged/results.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "running"}))
+    unfinished(folder / "damaged")
     (folder / "damaged/ladder.part").write_bytes(b"PK half of a checkpoint")
     output = lightning_quant(folder, *arguments, status=1)
     assert re.search(r"CheckpointError: .*damaged/ladder\.part is not a readable checkpoint", output)
@@ -207,8 +211,7 @@ def test_tables_of_a_run_that_was_stopped_are_kept(sweep: tuple[Path, str]) -> N
     folder, _ = sweep
     arguments = [*SMALL, "hydra.run.dir=tables", "precision=w8a16", "skip_finished=true"]
     lightning_quant(folder, *arguments)
-    path = folder / "tables/results.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "running"}))
+    unfinished(folder / "tables")
     table = (folder / "tables/logs/ladder/metrics.csv").read_text()
     output = lightning_quant(folder, *arguments)
     assert "exists and is not empty" not in output

@@ -11,12 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_quant.callbacks.data import (
-    InputCatcher,
-    calibration_inputs,
-    calibration_loader,
-    undisturbed,
-)
+from lightning_quant.callbacks.data import InputCatcher, calibration_inputs, calibration_loader, undisturbed
 from lightning_quant.callbacks.measuring import check_float_metric, guessing, in_place_of, measure
 from lightning_quant.callbacks.progress import progress
 from lightning_quant.callbacks.quantization import QuantizationCallback, say

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from lightning_quant.callbacks.measuring import validate_in_fit
-from lightning_quant.callbacks.quantization import QuantizationCallback, say, stop_before_training
+from lightning_quant.callbacks.quantization import QuantizationCallback, end_fit, say
 
 
 class PostTrainingQuantization(QuantizationCallback):
@@ -48,4 +48,4 @@ class PostTrainingQuantization(QuantizationCallback):
         say("PostTrainingQuantization does not train: fit ends after calibration and validation.")
         if trainer.enable_validation:
             validate_in_fit(trainer)
-        stop_before_training(trainer)
+        end_fit(trainer)

@@ -58,8 +58,8 @@ def say(message: str) -> None:
     log.info(message)
 
 
-def stop_before_training(trainer: pl.Trainer) -> None:
-    """End a fit from ``on_train_start``, or before the next step."""
+def end_fit(trainer: pl.Trainer) -> None:
+    """End a fit before its next step, whatever minimum of epochs or steps it has."""
     trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
     trainer.should_stop = True
 

@@ -26,9 +26,9 @@ from lightning_quant.callbacks.measuring import measure, monitored
 from lightning_quant.callbacks.quantization import (
     QuantizationCallback,
     averaging,
+    end_fit,
     find_network,
     say,
-    stop_before_training,
 )
 from lightning_quant.callbacks.range_groups import split_off_all
 from lightning_quant.callbacks.resuming import save_whole
@@ -214,10 +214,10 @@ class QuantizationAwareTraining(QuantizationCallback):
                 rank_zero_warn(f"The climb was over in the checkpoint: {', '.join(sorted(late))} are not tried.")
             if (self.result.satisfied and self._trained_metric is None) or self._only_rungs:
                 self._tell_no_training()
-                stop_before_training(trainer)
+                end_fit(trainer)
                 return
             if self._good_enough():  # it was killed between this and its end
-                stop_before_training(trainer)
+                end_fit(trainer)
                 return
         self._started, self._validated_at = time.perf_counter(), -1
         self._memory.start()
@@ -250,7 +250,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         rank_zero_warn(self._not_finite(trainer, pl_module) + " Training ends here, with the best network so far.")
         for parameter in parameters:
             parameter.grad = None  # the step that follows leaves it as it is
-        stop_before_training(trainer)
+        end_fit(trainer)
 
     @override
     def on_train_batch_end(
