@@ -428,7 +428,7 @@ class _Run:
         config = self.config.report
         if config.samples:
             samples = self.samples(trainer, quantized, config.samples)
-            network = next(one for one in quantized.modules() if isinstance(one, QuantizedNetwork))
+            _, network = next(QuantizedNetwork.named_in(quantized))
             figures = LayerFigures.of(network, samples, config.sensitivity_samples)
             if self.drift is not None:
                 figures.drift, figures.drift_steps = self.drift.values, self.drift.steps

@@ -98,8 +98,9 @@ class SmallModule(pl.LightningModule):
 
     @property
     def quantized(self) -> QuantizedNetwork:
-        assert isinstance(self.model, QuantizedNetwork)
-        return self.model
+        known = QuantizedNetwork.of(self.model)
+        assert known is not None
+        return known
 
     def _loss(self, batch: Any) -> Tensor:
         images, labels = batch

@@ -15,7 +15,7 @@ from lightning_quant.reading import read_checkpoint
 from lightning_quant.recipe import HARDWARE_CONFIGS, QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.inputs import NetworkInputs
-from lightning_quant.simulation.network import MANIFEST_KEY, check_manifest, check_ranges
+from lightning_quant.simulation.network import MANIFEST_KEY, check_manifest, check_ranges, unpacked
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 
@@ -87,10 +87,9 @@ def load_quantized(
                 checkpoint_path, map_location="cpu", strict=False, weights_only=True, **{**_NO_INSTANTIATOR, **kwargs}
             )
         network = find_network(module, name)
-        parent, _, attribute = name.rpartition(".")
-        setattr(module.get_submodule(parent), attribute, quantize(network, inputs, recipe))
+        quantized = quantize(network, inputs, recipe)
         module.load_state_dict(checkpoint["state_dict"])
-        check_ranges(getattr(module.get_submodule(parent), attribute))
+        check_ranges(quantized)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint_path}: {error}") from error
     except Exception as error:  # of the class, of PyTorch or of AIMET, by what in the file does not fit
@@ -123,11 +122,15 @@ def _manifest(checkpoint: dict[str, Any], path: str | Path) -> tuple[str, dict[s
     """The dotted name of the quantized network in a checkpoint and its manifest."""
     suffix = "._extra_state"
     for key, value in checkpoint["state_dict"].items():
-        if isinstance(key, str) and key.endswith(suffix) and isinstance(value, dict) and MANIFEST_KEY in value:
-            try:
-                return key.removesuffix(suffix), check_manifest(value)
-            except CheckpointError as error:
-                raise CheckpointError(f"{path}: {error}") from error
+        # AIMET's quantizers have a state of their own, a tensor too
+        if not (isinstance(key, str) and key.endswith(suffix)) or "_quantizers." in key:
+            continue
+        try:
+            manifest = unpacked(value)
+            if isinstance(manifest, dict) and MANIFEST_KEY in manifest:
+                return key.removesuffix(suffix), check_manifest(manifest)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
     raise CheckpointError(
         f"{path} holds no quantized network: expected a checkpoint saved after PostTrainingQuantization or "
         "QuantizationAwareTraining. For a float one use load_from_checkpoint of your own class."

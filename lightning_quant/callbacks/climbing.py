@@ -119,7 +119,7 @@ class Climber:
 
     def _samples(self) -> Iterator[NetworkInputs]:
         callback = self.callback
-        catcher = InputCatcher(self.trainer, self.pl_module, self.network, callback.network_name)
+        catcher = InputCatcher(self.trainer, self.pl_module, self.network.network, callback.network_name)
         samples = callback.recipe.calibration_samples
         with undisturbed(), progress(self.trainer, f"Rung {self.rung}", samples) as advance:
             loader = calibration_loader(self.trainer, self.pl_module, callback.calibration_dataloader)

@@ -100,8 +100,8 @@ class InputCatcher:
 
         ``images, labels = batch`` takes a bare tensor of two images for a pair, and two loaders' batches as well.
         """
-        if isinstance(self._network, QuantizedNetwork):  # as many tensors, of the same ranks, as it was built with
-            expected = [tensor.dim() for tensor in self._network.inputs.tensors]
+        if (known := QuantizedNetwork.of(self._network)) is not None:  # as many tensors, of the same ranks, as then
+            expected = [tensor.dim() for tensor in known.inputs.tensors]
             fits = [tensor.dim() for tensor in inputs.tensors] == expected
             return None if fits else f"shapes {[tuple(tensor.shape) for tensor in inputs.tensors]}"
         try:

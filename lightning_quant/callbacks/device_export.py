@@ -148,7 +148,7 @@ class DeviceExport(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         before = callbacks[: callbacks.index(self)]
-        quantized = any(isinstance(module, QuantizedNetwork) for module in pl_module.modules())
+        quantized = any(QuantizedNetwork.named_in(pl_module))
         if not quantized and not any(isinstance(one, QuantizationCallback) for one in before):
             raise ConfigurationError(
                 "DeviceExport without a quantization callback before it: expected PostTrainingQuantization or "
@@ -170,9 +170,7 @@ class DeviceExport(Callback):
         self._export(trainer, pl_module)
 
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        name, network = next(
-            (name, module) for name, module in pl_module.named_modules() if isinstance(module, QuantizedNetwork)
-        )
+        name, network = next(QuantizedNetwork.named_in(pl_module))
         self.reports, self.passed_over = [], {}
         calls = self._calibration_samples(trainer, pl_module, name, network)
         log_dir = trainer.log_dir  # asks rank 0, so every rank has to ask
@@ -234,7 +232,7 @@ class DeviceExport(Callback):
             (c.calibration_dataloader for c in trainer.callbacks if isinstance(c, QuantizationCallback)),  # type: ignore[attr-defined]
             None,
         )
-        catcher = InputCatcher(trainer, pl_module, network, name)
+        catcher = InputCatcher(trainer, pl_module, network.network, name)
         with undisturbed(), torch.inference_mode(False), torch.no_grad():
             try:
                 loader = calibration_loader(trainer, pl_module, given)

@@ -51,7 +51,7 @@ def first_batches(
         loader = source.dataloader()
     else:
         loader = stage_loader(trainer)
-    catcher = InputCatcher(trainer, pl_module, network, name)
+    catcher = InputCatcher(trainer, pl_module, network.network, name)
     found: list[LabelledBatch] = []
     wanted = samples
     for index, batch in enumerate(batches(loader)):
@@ -118,7 +118,7 @@ def metrics_of(
         left -= len(one.calls)
     if not kept:
         return {}
-    candidates = {"float": network.float_network, "simulation": network, "device": _Playback(outputs, network)}
+    candidates = {"float": network.float_network, "simulation": network.network, "device": _Playback(outputs, network)}
     found = {}
     for what, candidate in candidates.items():
         if candidate is None:

@@ -41,7 +41,7 @@ def origin(network: QuantizedNetwork, inputs: NetworkInputs) -> str:
     before = network.snapshot()
     try:
         with isolate_rng(), torch.no_grad():
-            inputs.call(network)
+            inputs.call(network.network)
     finally:
         for handle in handles:
             handle.remove()

@@ -113,19 +113,20 @@ class QuantizationCallback(Callback):
     def quantized_network(self, pl_module: pl.LightningModule) -> QuantizedNetwork:
         """The quantized network inside ``pl_module``."""
         network = pl_module.get_submodule(self.network_name)
-        if not isinstance(network, QuantizedNetwork):
+        quantized = QuantizedNetwork.of(network)
+        if quantized is None:
             raise ConfigurationError(
                 f"network={self.network_name!r} is {type(network).__name__} and not quantized: expected what setup() "
-                f"put there. Does {type(pl_module).__name__} make it anew in its own setup() or configure_model()?"
+                f"made of it. Does {type(pl_module).__name__} make it anew in its own setup() or configure_model()?"
             )
-        return network
+        return quantized
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._check_trainer(trainer)
         network = find_network(pl_module, self.network_name)
-        if isinstance(network, QuantizedNetwork):
-            self._check_same_recipe(network)
+        if (known := QuantizedNetwork.of(network)) is not None:
+            self._check_same_recipe(known)
             return
         self._check_first_time(trainer, pl_module)
         siblings = sharing_siblings(pl_module, network, self.network_name)
@@ -137,8 +138,6 @@ class QuantizationCallback(Callback):
         quantized.findings[:0] = siblings
         if self.statistics_cache is not None and trainer.world_size == 1:
             quantized.statistics_cache = StatisticsCache(self.statistics_cache)
-        parent, _, name = self.network_name.rpartition(".")
-        setattr(pl_module.get_submodule(parent), name, quantized)
         say(f"Quantized {type(pl_module).__name__}.{self.network_name} to {self.recipe.precision}.")
 
     @override
@@ -191,15 +190,15 @@ class QuantizationCallback(Callback):
 
     def _hold_weights(self, pl_module: pl.LightningModule) -> None:
         """Quantize each weight once until the loop that starts is over."""
-        network = pl_module.get_submodule(self.network_name)
-        if isinstance(network, QuantizedNetwork):
+        network = QuantizedNetwork.of(pl_module.get_submodule(self.network_name))
+        if network is not None:
             self._held.enter_context(network.weights_held())
 
     def _calibrate_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         network = self.quantized_network(pl_module)
         if network.calibrated:
             return
-        catcher = InputCatcher(trainer, pl_module, network, self.network_name)
+        catcher = InputCatcher(trainer, pl_module, network.network, self.network_name)
         # validation runs under inference_mode, whose tensors would break training later
         with torch.inference_mode(False), torch.no_grad():
             samples = self.recipe.calibration_samples
@@ -219,7 +218,7 @@ class QuantizationCallback(Callback):
             if isinstance(callback, _AVERAGING) and callback._average_model is not None:
                 # a copy made in setup(): without this, ranges that nobody calibrated are validated and saved
                 average = getattr(callback._average_model, "module", callback._average_model)
-                average.get_submodule(self.network_name).load_state_dict(network.state_dict())
+                average.get_submodule(self.network_name).load_state_dict(network.network.state_dict())
         say(f"Calibrated {self.network_name} with {used} samples.")
         if missing := uncalibrated(network):
             rank_zero_warn(

@@ -56,7 +56,7 @@ def write_callback_report(
     folder = report_folder(bundle)
     calls = [call.to(torch.device("cpu")) for call in calls[:SAMPLES]]
     training = _training(trainer)
-    with on_cpu_in_eval(network):
+    with on_cpu_in_eval(network.network):
         figures = LayerFigures.of(network, calls, SAMPLES // 2)
         if training is not None and training.drift is not None:
             figures.drift, figures.drift_steps = training.drift.values, training.drift.steps
@@ -156,13 +156,13 @@ def _draw(network: QuantizedNetwork, calls: Sequence[NetworkInputs], folder: Pat
     image = calls[0].tensors[0]
     if known is None or len(calls[0].tensors) != 1 or image.dim() != 4 or image.shape[1] != 3:
         return []
-    scores = [value for value in tensors_in(calls[0].call(network)) if value.is_floating_point()]
+    scores = [value for value in tensors_in(calls[0].call(network.network)) if value.is_floating_point()]
     if not scores or scores[0].dim() != 4 or scores[0].shape[1] != NUM_CLASSES:
         return []
     was_training = known.training
     known.eval()
     try:
-        float_maps, maps = ([_classes(one, call) for call in calls] for one in (known, network))
+        float_maps, maps = ([_classes(one, call) for call in calls] for one in (known, network.network))
     finally:
         known.train(was_training)
     return save_overlays(folder, [_normalised(call.tensors[0][0]) for call in calls], float_maps, maps)

@@ -175,14 +175,14 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        network = find_network(pl_module, self.network_name)
         fits = trainer.state.fn == "fit"
-        if fits and not isinstance(network, QuantizedNetwork) and (self.climbs or self.distillation):
-            self._begin(Ladder(self.result.monitor, self.result.mode, self.result.max_drop), network)
+        is_float = QuantizedNetwork.of(find_network(pl_module, self.network_name)) is None
         if fits and (self.climbs or self.distillation):
-            self._check_fit(trainer)
+            self._check_fit(trainer, has_float=is_float or self._float is not None)
         super().setup(trainer, pl_module, stage)
         quantized = self.quantized_network(pl_module)
+        if fits and is_float and (self.climbs or self.distillation):
+            self._begin(Ladder(self.result.monitor, self.result.mode, self.result.max_drop), quantized.float_network)
         quantized.learn_ranges(self.train_ranges)
         if fits and self.climbs:
             for technique in self.techniques:
@@ -358,8 +358,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._teaching[1].remove()
             self._teaching = None
 
-    def _check_fit(self, trainer: pl.Trainer) -> None:
-        if self._float is None:
+    def _check_fit(self, trainer: pl.Trainer, has_float: bool) -> None:
+        if not has_float:
             raise ConfigurationError(
                 f"max_drop, rungs or distillation of {type(self).__name__} with a module that is quantized already: "
                 "expected the float network, to compare with and to learn from. Start from the float module; to "
@@ -436,7 +436,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def _not_finite(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
         batch, index = self._batch
         network = self.quantized_network(pl_module)
-        catcher = InputCatcher(trainer, pl_module, network, self.network_name, first="training_step")
+        catcher = InputCatcher(trainer, pl_module, network.network, self.network_name, first="training_step")
         try:
             where = origin(network, catcher.catch(batch, index))
         except CalibrationError:  # a training step that cannot be run twice

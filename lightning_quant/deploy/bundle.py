@@ -26,6 +26,7 @@ from lightning_quant.files import alone
 from lightning_quant.precision import PRECISIONS
 from lightning_quant.reading import check, check_version, fitting, read_json
 from lightning_quant.simulation import aimet
+from lightning_quant.simulation.callsites.lending import weights_lent
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import FORMAT_VERSION, QuantizedNetwork
 
@@ -69,7 +70,7 @@ class Bundle:
         return f"{precision} with {', '.join(fine)}" if fine else None
 
 
-def export_bundle(network: QuantizedNetwork, path: str | Path, samples: Iterable[NetworkInputs]) -> Bundle:
+def export_bundle(network: nn.Module | QuantizedNetwork, path: str | Path, samples: Iterable[NetworkInputs]) -> Bundle:
     """Export a calibrated network, check the files against the simulation, and put them in place.
 
     Everything is written to a folder ``.<name>.new`` beside ``path`` and renamed at the end, so a full disk or a
@@ -89,7 +90,8 @@ def export_bundle(network: QuantizedNetwork, path: str | Path, samples: Iterable
         ParityError: when ONNX Runtime computes something else from the files than the simulation.
     """
     path = Path(path).absolute()
-    if not network.calibrated:
+    known = QuantizedNetwork.of(network)
+    if known is None or not known.calibrated:
         raise ExportError(
             "The network is not calibrated: expected one that was run by a callback's fit, validate, test or "
             "predict, or passed to calibrate()."
@@ -99,7 +101,8 @@ def export_bundle(network: QuantizedNetwork, path: str | Path, samples: Iterable
             f"{path} exists and is no bundle (it has no manifest.json): expected a new folder or an earlier "
             "bundle. Give another folder."
         )
-    with on_cpu_in_eval(network):
+    network = known
+    with on_cpu_in_eval(network.network):
         calls = [call.to(torch.device("cpu")) for call in samples]
         if not calls:
             raise ExportError("No samples to check the export with: expected at least one.")
@@ -207,7 +210,7 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
     example = calls[0].first(1)
     names = dict(zip(("input_names", "output_names"), _names(network, example), strict=True))
     tensors = tuple(example.tensors)
-    with aimet.quiet() as aimet_torch:
+    with aimet.quiet() as aimet_torch, weights_lent(network.network):
         from aimet_torch.onnx import _remove_dangling_nodes_and_initializers
 
         try:
@@ -294,7 +297,7 @@ def _outputs(
             feeds = {
                 name: tensor.numpy() for name, tensor in zip(input_names, sample.tensors, strict=True) if name in wanted
             }
-            expected = [tensor.numpy() for tensor in tensors_in(sample.call(network))]
+            expected = [tensor.numpy() for tensor in tensors_in(sample.call(network.network))]
             yield expected, session.run(None, feeds)
 
 
@@ -336,7 +339,7 @@ def _names(network: QuantizedNetwork, example: NetworkInputs) -> tuple[list[str]
     positional += [f"input_{index}" for index in range(len(positional), len(example.args))]  # of *args
     given = [*zip(positional, example.args, strict=False), *example.kwargs.items()]
     inputs = [label for name, value in given for label in _label(value, name, is_top=True)]
-    outputs = _label(example.call(network), "output", is_top=True)
+    outputs = _label(example.call(network.network), "output", is_top=True)
     unique: list[str] = []
     for label in [*inputs, *outputs]:  # in ONNX, inputs and outputs share one namespace
         names = chain([label], (f"{label}_{number}" for number in count(1)))

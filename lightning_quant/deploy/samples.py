@@ -48,7 +48,7 @@ class Samples:
         """
         calls = [call.to(torch.device("cpu")) for call in calls]
         inputs = [_named(manifest["input_names"], call.tensors) for call in calls]
-        simulation = _outputs(network, manifest["output_names"], calls)
+        simulation = _outputs(network.network, manifest["output_names"], calls)
         known = network.float_network
         float_network = None if known is None else _outputs(known, manifest["output_names"], calls)
         return cls(inputs, simulation, float_network)

@@ -1,8 +1,9 @@
-"""From a float network to its quantized simulation: prepare, fold batch norms, insert quantizers."""
+"""From a float network to its quantized simulation, in place: prepare, fold batch norms, insert quantizers."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,27 +12,33 @@ from torch import nn
 from lightning_quant.errors import PreflightError
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet, preflight
+from lightning_quant.simulation.callsites import quantizers
+from lightning_quant.simulation.callsites.lending import layers_kept, weights_lent
 from lightning_quant.simulation.fast import kernels
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork
 from lightning_quant.simulation.precisions import matching, quantized_layers, set_precisions
-from lightning_quant.simulation.prepare import prepare
+from lightning_quant.simulation.prepare import copied, prepare_in_place, undone_on_error
 
 log = logging.getLogger(__name__)
 
 
-def quantize(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> QuantizedNetwork:
-    """Build the quantized simulation of ``network``; its activation ranges are not calibrated yet.
+def quantize(
+    network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe, others: Sequence[NetworkInputs] = ()
+) -> QuantizedNetwork:
+    """Quantize ``network`` in place; its activation ranges are not calibrated yet.
 
-    The network given is not changed; how it is rewritten says :func:`~lightning_quant.simulation.prepare.prepare`.
+    It stays the object it was, in the training mode it was in; how it is changed says
+    :func:`~lightning_quant.simulation.prepare.prepare_in_place`. If anything fails it is as it was.
 
     Args:
         network: the float network, on any device.
         inputs: an example call of it; one sample is enough.
         recipe: how to quantize.
+        others: calls of other structure that it is given too.
 
     Returns:
-        The quantized network, in the training mode of the float one, with the findings of the preflight.
+        What is known of the quantized network, with the findings of the preflight.
 
     Raises:
         PreflightError: if the network cannot be run, holds weights that are not finite or cannot be quantized by
@@ -40,31 +47,34 @@ def quantize(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> 
     """
     preflight.check_finite(network)
     modes = {name: module.training for name, module in network.named_modules()}
-    prepared = prepare(network, inputs)
-    inputs = prepared.inputs
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]), aimet.quiet():
-        findings = prepared.findings + preflight.inspect(prepared.network, inputs)
+    before = copied(network)
+    with undone_on_error(network):
+        prepared = prepare_in_place(network, inputs, others)
+        inputs = prepared.inputs
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]), aimet.quiet():
+            findings = prepared.findings + preflight.inspect(network)
+            if recipe.strict:
+                preflight.refuse(findings)
+            sim = _simulate(network, inputs, recipe)
+        device = torch.device("cpu")
+        quantized = QuantizedNetwork(network, sim, recipe, inputs.to(device), prepared.output, findings, before)
+        set_precisions(quantized, matching(quantized, recipe.overrides))
+        narrow = preflight.single_channels(quantized_layers(quantized))
         if recipe.strict:
-            preflight.refuse(findings)
-        sim = _simulate(prepared.network, inputs, recipe)
-    quantized = QuantizedNetwork(sim, recipe, inputs.to(torch.device("cpu")), prepared.output, findings, network)
-    set_precisions(quantized, matching(quantized, recipe.overrides))
-    narrow = preflight.single_channels(quantized_layers(quantized))
-    if recipe.strict:
-        preflight.refuse(narrow)
+            preflight.refuse(narrow)
     findings += narrow
     quantized.remember_bitwidths()
-    _accelerate(quantized.network)
+    _accelerate(network)
     if findings:
         log.warning("Preflight of %s:\n%s", type(network).__name__, preflight.table(findings))
-    quantized.train(modes[""])
-    for name, module in quantized.network.named_modules():
+    network.train(modes[""])
+    for name, module in network.named_modules():
         module.training = modes.get(name, module.training)  # frozen parts stay in eval mode
     return quantized
 
 
 def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> Any:
-    """AIMET's QuantizationSimModel around the flat form of ``network``."""
+    """AIMET's QuantizationSimModel around the flat form of ``network``, whose modules it changes in place."""
     from aimet_torch import QuantizationSimModel
     from aimet_torch.common.defs import QuantScheme
     from aimet_torch.nn import QuantizationMixin
@@ -76,29 +86,30 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
     }
     ignored_before = QuantizationMixin._ignore_unknown_modules
     try:
-        # A class AIMET does not know is left in float; the preflight has already named it.
+        # A class AIMET does not know is the user's own, whose operations are call sites.
         QuantizationMixin.ignore_unknown_modules(True)
-        sim = QuantizationSimModel(
-            FlatNetwork(network, inputs).eval(),
-            tuple(inputs.tensors),
-            quant_scheme=schemes[recipe.range_estimator],
-            default_param_bw=recipe.precision.weight_bits,
-            default_output_bw=recipe.precision.activation_bits,
-            config_file=recipe.hardware,
-            in_place=True,
-        )
+        with layers_kept(), weights_lent(network):
+            sim = QuantizationSimModel(
+                FlatNetwork(network, inputs).eval(),
+                tuple(inputs.tensors),
+                quant_scheme=schemes[recipe.range_estimator],
+                default_param_bw=recipe.precision.weight_bits,
+                default_output_bw=recipe.precision.activation_bits,
+                config_file=recipe.hardware,
+                in_place=True,
+            )
     except Exception as error:  # AIMET raises RuntimeError, KeyError, AssertionError … for the same cause
         raise PreflightError(
             f"AIMET cannot quantize {type(network).__name__} with hardware config {recipe.hardware!r}: "
-            f"{type(error).__name__}: {error}. Expected a network whose forward pass torch.jit.trace accepts "
-            "with fixed control flow; quantize a part of it (network='model.backbone') or move what cannot "
-            "be traced out of it."
+            f"{type(error).__name__}: {error}. Expected a network whose forward pass torch.jit.trace accepts; "
+            "quantize a part of it (network='model.backbone') or move what cannot be traced out of it."
         ) from error
     finally:
         QuantizationMixin.ignore_unknown_modules(ignored_before)
     if recipe.range_estimator == "percentile":
         sim.set_percentile_value(recipe.percentile)
     _tie_resizes(sim)
+    quantizers.complete(sim)
     return sim
 
 

@@ -112,11 +112,16 @@ def up_to(calls: Iterable[NetworkInputs], count: int) -> Iterator[NetworkInputs]
 _DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _MAX_ELEMENTS = 2**27
 _MOST_AXES = 16
+# Integers and truth values up to here are kept as they are.
+_MOST_VALUES = 4096
 
 
 def _describe(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        described: dict[str, Any] = {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        if not value.is_floating_point() and not value.is_complex() and value.numel() <= _MOST_VALUES:
+            described["values"] = value.flatten().tolist()  # masks, lengths and indices: what control flow depends on
+        return described
     if isinstance(value, Mapping):
         return {"dict": {str(key): _describe(item) for key, item in value.items()}}
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
@@ -143,7 +148,12 @@ def _make_up(item: Mapping[str, Any], budget: list[int]) -> Any:
         generator = torch.Generator().manual_seed(0)
         if dtype.is_floating_point:
             return torch.randn(shape, generator=generator).to(dtype)
-        return torch.zeros(shape, dtype=dtype)
+        values = item.get("values")
+        if values is None:
+            return torch.zeros(shape, dtype=dtype)
+        if not isinstance(values, list) or len(values) != elements or not all(isinstance(v, int) for v in values):
+            raise TypeError(f"values of a tensor of shape {shape} that do not fill it")
+        return torch.tensor(values, dtype=dtype).reshape(shape)
     if kind == "dict":
         return {key: _make_up(value, budget) for key, value in content.items()}
     if kind == "list":

@@ -1,11 +1,12 @@
-"""The quantized network that takes the float one's place in a LightningModule."""
+"""A network that was quantized in place, and what is known of it."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import importlib.metadata
-import inspect
+import json
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from lightning_quant.errors import CheckpointError
 from lightning_quant.precision import PRECISIONS, Precision
 from lightning_quant.reading import check, fitting, shown
 from lightning_quant.recipe import QuantRecipe
+from lightning_quant.simulation.callsites.running import watched_class
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
 from lightning_quant.simulation.preflight import Finding
 from lightning_quant.simulation.statistics_cache import StatisticsCache
@@ -61,14 +63,16 @@ class FlatNetwork(nn.Module):
         return tuple(tensors_in(self.network(*args, **kwargs)))
 
 
-class QuantizedNetwork(nn.Module):
-    """A network whose weights and activations are rounded to the integers the device will compute with.
+class QuantizedNetwork:
+    """What is known of a network whose weights and activations are rounded to the integers of the device.
 
-    It is called like the float network and answers in the same structure; attributes it does not have
-    itself (``self.model.backbone``) are looked up in the network inside. Its ``state_dict`` carries a
-    manifest, so a checkpoint knows how it was quantized and refuses to be loaded into something else.
+    The network itself stays the user's object: its class, methods, attributes, hooks and names of weights are what
+    they were, with ranges added. This stands beside it; :meth:`of` finds it. What the network does not have itself
+    (``self.model.findings``) is looked up here, and what this does not have, there. The network's ``state_dict``
+    carries a manifest, so a checkpoint knows how it was quantized and refuses to be loaded into something else.
 
     Attributes:
+        network: the user's network, its layers replaced by AIMET's quantized ones.
         recipe: how it was quantized.
         findings: what the preflight found (see :mod:`lightning_quant.simulation.preflight`).
         calibrated: whether the ranges of the activations are known. Restored with the weights, and the
@@ -78,13 +82,13 @@ class QuantizedNetwork(nn.Module):
         statistics_cache: where calibration keeps what it saw, for other precisions; ``None``: nowhere.
         equalized: whether scale was shifted between channels, so that layers put out other numbers than in float.
         float_class: class of the float network.
-        network: the network itself, its modules replaced by AIMET's quantized ones.
         float_sha256: identifies the weights of the float network it was made of.
         sim: AIMET's ``QuantizationSimModel`` around it, for everything AIMET can do with one.
     """
 
     def __init__(
         self,
+        network: nn.Module,
         sim: QuantizationSimModel,
         recipe: QuantRecipe,
         inputs: NetworkInputs,
@@ -92,9 +96,8 @@ class QuantizedNetwork(nn.Module):
         findings: list[Finding],
         float_network: nn.Module,
     ) -> None:
-        super().__init__()
+        self.network = network
         self.sim = sim
-        self.network: nn.Module = sim.model.network
         self.recipe = recipe
         self.inputs = inputs
         self.findings = findings
@@ -105,26 +108,38 @@ class QuantizedNetwork(nn.Module):
         self.statistics_cache: StatisticsCache | None = None
         self._bitwidths: dict[str, int] = {}
         ranges = {id(parameter) for parameter in self.range_parameters() if parameter.requires_grad}
-        self._learnable_ranges = {name for name, value in self.network.named_parameters() if id(value) in ranges}
-        # A traced network answers with plain dicts where the float one used its own classes.
-        self._output_class = type(output)
+        self._learnable_ranges = {name for name, value in network.named_parameters() if id(value) in ranges}
         self._output = apply_to_collection(output, Tensor, lambda t: t.new_empty((0,) * t.dim()))
-        # A traced network has neither the methods nor the plain attributes of the float one.
         self.float_class = type(float_network)
         self.float_sha256: str | None = _weights_hash(float_network)
-        self._float_network = (float_network,)  # in a tuple: no part of this module
-        self._attributes = {name: v for name, v in vars(float_network).items() if name not in vars(nn.Module())}
-        self.register_load_state_dict_pre_hook(_refuse_float_weights)
+        self._float = (float_network, self.float_sha256)
+        own: Any = self.float_class
+        network.__class__ = watched_class(own, _Quantized)
+        network.__dict__[_STATE] = self
+        network.register_load_state_dict_pre_hook(_refuse_float_weights)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the quantized network; same arguments and same structure of outputs as the float network."""
-        output = self.network(*args, **kwargs)
-        if not isinstance(output, Tensor):
-            tensors = tensors_in(output)
-            if type(output) is not self._output_class and len(tensors) == len(tensors_in(self._output)):
-                output = with_tensors(self._output, tensors)
-        # AIMET marks its outputs with a tensor subclass; the user's code gets ordinary tensors.
-        return apply_to_collection(output, Tensor, lambda t: t.as_subclass(torch.Tensor))
+    @classmethod
+    def of(cls, module: Any) -> QuantizedNetwork | None:
+        """What is known of a network; ``None`` if it is not quantized."""
+        if isinstance(module, cls):
+            return module
+        return vars(module).get(_STATE) if isinstance(module, nn.Module) else None
+
+    @classmethod
+    def named_in(cls, module: nn.Module) -> Iterator[tuple[str, QuantizedNetwork]]:
+        """The quantized networks among the modules of ``module``, with their dotted names."""
+        for name, one in module.named_modules():
+            if (known := cls.of(one)) is not None:
+                yield name, known
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the network."""
+        return self.network(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "network" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.network, name)
 
     def __getstate__(self) -> dict[str, Any]:
         # AIMET's graph of the network holds a local class, which no pickle takes, and is a chain deeper than
@@ -132,35 +147,16 @@ class QuantizedNetwork(nn.Module):
         sim = copy.copy(self.sim)
         sim.connected_graph = None
         sim._onnx_exporter = type(sim.onnx)(sim)
-        return {**self.__dict__, "sim": sim, "_float_network": ()}
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            network = self.__dict__.get("_modules", {}).get("network")
-            # a traced network has a __deepcopy__, which would copy it alone
-            if network is None or name.startswith("__"):
-                raise
-            if hasattr(network, name):
-                return getattr(network, name)
-            if name in self._attributes:
-                return self._attributes[name]
-            value = inspect.getattr_static(self.float_class, name, None)
-            if value is None:
-                raise
-            return value.__get__(self) if hasattr(value, "__get__") else value
+        return {**self.__dict__, "sim": sim, "_float": (None, None)}
 
     @property
     def float_network(self) -> nn.Module | None:
-        """The float network this one was made of; ``None`` where it is not at hand or was changed since.
+        """A copy of the float network, as it was; ``None`` where it is not at hand.
 
         A checkpoint does not hold it: what :func:`~lightning_quant.load_quantized` builds has none.
         """
-        for network in self._float_network:
-            if self.float_sha256 is not None and _weights_hash(network) == self.float_sha256:
-                return network
-        return None
+        network, digest = self._float
+        return network if digest == self.float_sha256 else None
 
     @property
     def output_structure(self) -> Any:
@@ -205,11 +201,7 @@ class QuantizedNetwork(nn.Module):
             "inputs": self.inputs.describe(),
         }
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The manifest; :meth:`torch.nn.Module.state_dict` stores it beside the weights."""
-        return self.manifest()
-
-    def set_extra_state(self, state: Any) -> None:
+    def take_over(self, state: Any) -> None:
         """Check a stored manifest against this network, then take over whether it is calibrated.
 
         Raises:
@@ -232,12 +224,12 @@ class QuantizedNetwork(nn.Module):
 
     def snapshot(self) -> dict[str, Any]:
         """A copy of everything that quantization and training change: weights, ranges, bit widths."""
-        return {name: _copied(value) for name, value in self.state_dict().items()}
+        return {name: _copied(value) for name, value in self.network.state_dict().items()}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Go back to a :meth:`snapshot` bit for bit; the parameters stay the same objects."""
         # AIMET takes apart the extra state that it is given
-        self.load_state_dict({name: _copied(v) if isinstance(v, dict) else v for name, v in snapshot.items()})
+        self.network.load_state_dict({name: _copied(v) if isinstance(v, dict) else v for name, v in snapshot.items()})
 
     def remember_bitwidths(self) -> None:
         """Take the bit widths as they are for those of the recipe, to go back to in :meth:`start_anew`."""
@@ -282,6 +274,64 @@ class QuantizedNetwork(nn.Module):
             if hasattr(module, "encoding_analyzer"):
                 module.encoding_analyzer = kinds[range_estimator](module.encoding_analyzer.observer.shape)
         self.range_estimator = range_estimator
+
+
+_STATE = "_quantized"
+
+
+class _Quantized:
+    """What the class of a quantized network has besides the user's own."""
+
+    def __getattr__(self: Any, name: str) -> Any:
+        try:
+            return type(self).watched.__getattr__(self, name)
+        except AttributeError:
+            known = self.__dict__.get(_STATE)
+            if known is None or name.startswith("_") or not (name in vars(known) or hasattr(QuantizedNetwork, name)):
+                raise
+            return getattr(known, name)
+
+    def get_extra_state(self: Any) -> Any:
+        """The manifest; :meth:`torch.nn.Module.state_dict` stores it beside the weights.
+
+        As a tensor: who goes through a state dict, an exporter or an average of weights, expects nothing else.
+        """
+        own = type(self).watched.get_extra_state
+        packed = torch.frombuffer(bytearray(json.dumps(self.__dict__[_STATE].manifest()).encode()), dtype=torch.uint8)
+        return packed if own is nn.Module.get_extra_state else {_OF_THE_NETWORK: own(self), MANIFEST_KEY: packed}
+
+    def set_extra_state(self: Any, state: Any) -> None:
+        """Take the manifest over."""
+        if isinstance(state, dict) and _OF_THE_NETWORK in state:
+            type(self).watched.set_extra_state(self, state[_OF_THE_NETWORK])
+            state = state.get(MANIFEST_KEY)
+        self.__dict__[_STATE].take_over(unpacked(state))
+
+
+# Beside the manifest where the network's own class keeps a state of its own.
+_OF_THE_NETWORK = "of_the_network"
+_MOST_BYTES = 2**25
+
+
+def unpacked(state: Any) -> Any:
+    """The manifest as a state dict holds it, in plain values; whatever else is there as it is.
+
+    Raises:
+        CheckpointError: when it is damaged.
+    """
+    if isinstance(state, dict) and _OF_THE_NETWORK in state:
+        state = state.get(MANIFEST_KEY)
+    if not isinstance(state, Tensor):
+        return state
+    try:
+        if state.dtype is not torch.uint8 or state.dim() != 1 or state.numel() > _MOST_BYTES:
+            raise ValueError(f"it is a tensor of {state.numel()} {state.dtype}")
+        return json.loads(state.cpu().numpy().tobytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"The manifest in the checkpoint is damaged: {error}. Expected what lightning_quant wrote; take another "
+            "checkpoint, or quantize anew."
+        ) from error
 
 
 def _weights_hash(network: nn.Module) -> str:

@@ -1,13 +1,14 @@
-"""Give modules that are PyTorch's own in all but name back their PyTorch class.
+"""Give modules that are PyTorch's own in all but name their PyTorch class.
 
-Libraries subclass: timm's ``Linear`` is ``nn.Linear`` with a cast for scripting, its ``BatchNormAct2d`` is
-``nn.BatchNorm2d`` followed by an activation. AIMET looks classes up by exact type, so such a layer would
-stay in float and such a batch norm could not be folded.
+Libraries subclass: timm's ``BatchNormAct2d`` is ``nn.BatchNorm2d`` followed by an activation, and torchvision's
+``FrozenBatchNorm2d`` is one in eval mode. AIMET looks classes up by exact type, so it would fold none of them.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from torch import Tensor, nn
 
 from lightning_quant.simulation.inputs import NetworkInputs
 
+# How far a batch norm written as a product and a sum may be from PyTorch's own, relative to the largest value.
+_ROUNDING = 1e-5
 
-def use_torch_classes(network: nn.Module, inputs: NetworkInputs) -> None:
+
+def use_torch_classes(network: nn.Module, inputs: NetworkInputs) -> dict[str, str]:
     """Replace, in place, each subclass of a known class by that class followed by its children.
 
     A module is replaced only if the replacement returns the same numbers for what the module is called with
@@ -25,17 +29,22 @@ def use_torch_classes(network: nn.Module, inputs: NetworkInputs) -> None:
     Args:
         network: the network to rewrite, in eval mode.
         inputs: an example call of it.
+
+    Returns:
+        The new names of modules that were replaced → their own.
     """
     from aimet_torch.nn import QuantizationMixin
 
     known = QuantizationMixin.cls_to_qcls
-    candidates: dict[str, type[nn.Module]] = {}
+    candidates: dict[str, Callable[[Any], nn.Module]] = {}
     for name, module in network.named_modules():
         base = next((cls for cls in type(module).__mro__ if cls in known), None)
         if name and base is not None and base is not type(module):
-            candidates[name] = base
+            candidates[name] = functools.partial(_plain, base=base)
+        elif name and _is_frozen_norm(module):
+            candidates[name] = _unfrozen
     if not candidates:
-        return
+        return {}
     observed: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
     for name in candidates:
@@ -48,15 +57,19 @@ def use_torch_classes(network: nn.Module, inputs: NetworkInputs) -> None:
     inputs.call(network)
     for handle in handles:
         handle.remove()
+    renamed = {}
     for name, (given, expected) in observed.items():
-        replacement = _plain(network.get_submodule(name), candidates[name])
         try:
-            same = torch.equal(replacement(given), expected)
+            replacement = candidates[name](network.get_submodule(name))
+            actual = replacement(given)
+            same = torch.allclose(actual, expected, rtol=0, atol=_ROUNDING * float(expected.abs().max()))
         except Exception:  # a subclass with another signature or another number of children: leave it
             same = False
         if same:
             parent, _, child = name.rpartition(".")
             setattr(network.get_submodule(parent), child, replacement)
+            renamed[f"{name}.0" if isinstance(replacement, nn.Sequential) else name] = name
+    return renamed
 
 
 def _plain(module: nn.Module, base: type[nn.Module]) -> nn.Module:
@@ -66,3 +79,15 @@ def _plain(module: nn.Module, base: type[nn.Module]) -> nn.Module:
     plain.__dict__["_modules"] = {}
     children = [child for child in module.children() if not isinstance(child, nn.Identity)]
     return nn.Sequential(plain, *children) if children else plain
+
+
+def _is_frozen_norm(module: nn.Module) -> bool:
+    """Whether a module holds what a batch norm does, and nothing to train."""
+    return module._buffers.keys() >= {"weight", "bias", "running_mean", "running_var"} and not module._parameters
+
+
+def _unfrozen(module: Any) -> nn.Module:
+    norm = nn.BatchNorm2d(module.weight.numel(), eps=float(getattr(module, "eps", 1e-5)), device=module.weight.device)
+    for part in ("weight", "bias", "running_mean", "running_var"):
+        getattr(norm, part).data.copy_(getattr(module, part))
+    return norm.eval()

@@ -6,20 +6,16 @@ or speed on the device, so each becomes a row that names the module, the problem
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
 from lightning_quant.errors import PreflightError
-from lightning_quant.simulation import aimet
-from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
+from lightning_quant.simulation.callsites.running import FOLDED
 
 
 @dataclass(frozen=True)
@@ -71,52 +67,25 @@ def refuse(findings: list[Finding]) -> None:
         )
 
 
-def inspect(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
-    """Run ``network`` once in eval mode and tell what will stay float, shared or unfolded.
+def inspect(network: nn.Module) -> list[Finding]:
+    """Tell what of a prepared network will stay float or unfolded.
 
     Args:
-        network: the network as it goes into the simulation: prepared, batch norms folded.
-        inputs: an example call.
+        network: the network as it goes into the simulation: batch norms folded, call sites found.
     """
     findings = []
-    with _watch(network) as (calls, functions), torch.no_grad():
-        inputs.call(network)
-    for name, count in calls.items():
-        if count > 1:
-            findings.append(
-                Finding(
-                    name,
-                    f"called {count} times in one pass: its activations have no ranges",
-                    "use one module instance per call",
-                )
-            )
-    for name, used in functions.items():
-        operations = ", ".join(sorted(used))
-        findings.append(
-            Finding(
-                name,
-                f"functional operations stay in float: {operations}",
-                "use the nn.Module form (or aimet_torch.nn.modules.custom) for each",
-            )
-        )
     for name, module in network.named_modules():
         # BatchNorm without the d is AIMET's own, for torch.nn.functional.batch_norm
-        if name in calls and (isinstance(module, _BatchNorm) or type(module).__name__ == "BatchNorm"):
+        if isinstance(module, _BatchNorm) or type(module).__name__ == "BatchNorm":
+            if FOLDED in vars(module) or "watched" in vars(type(module)):
+                continue  # its call site is the one
+            problem = f"{type(module).__name__} could not be folded into a convolution or linear layer"
             findings.append(
-                Finding(
-                    name,
-                    f"{type(module).__name__} could not be folded into a convolution or linear layer",
-                    "put it directly after one, or expect an extra operation on the device",
-                )
+                Finding(name, problem, "put it directly after one, or expect an extra operation on the device")
             )
-        if name in calls and not known_to_aimet(module):
-            findings.append(
-                Finding(
-                    name,
-                    f"AIMET has no quantized form of {type(module).__name__}: it stays in float",
-                    "build it from nn modules, or register it with QuantizationMixin.implements",
-                )
-            )
+        if isinstance(module, torch.jit.ScriptModule):
+            problem = f"{type(module).__name__} is compiled: what it computes stays in float"
+            findings.append(Finding(name, problem, "give the network the module itself, without torch.jit.script"))
     return findings
 
 
@@ -163,71 +132,3 @@ def sharing_siblings(root: nn.Module, network: nn.Module, name: str) -> list[Fin
                 )
             )
     return findings
-
-
-# Functions that hand values on as they are: what was rounded before stays rounded.
-_MOVES = frozenset(
-    """
-    alpha_dropout as_strided bfloat16 broadcast_to chunk clone contiguous cpu cuda detach double dropout dropout1d
-    dropout2d dropout3d empty_like expand expand_as feature_alpha_dropout feature_dropout flatten flip float full_like
-    gather get getitem half index_select masked_select movedim moveaxis narrow new_empty new_full new_ones new_tensor
-    new_zeros ones_like permute pixel_shuffle pixel_unshuffle rand_like randn_like ravel repeat repeat_interleave
-    requires_grad reshape reshape_as roll select split split_with_sizes squeeze swapaxes swapdims t take tensor_split
-    tile to transpose type type_as unbind unflatten unsqueeze view view_as zeros_like
-    """.split()  # noqa: SIM905
-)
-
-
-def _is_float(data: Any) -> bool:
-    return any(tensor.is_floating_point() for tensor in tensors_in(data))
-
-
-def known_to_aimet(module: nn.Module) -> bool:
-    """Whether AIMET has a quantized form of this very class."""
-    aimet.load()
-    from aimet_torch.nn import QuantizationMixin
-
-    return type(module) in QuantizationMixin.cls_to_qcls or isinstance(module, nn.Identity)
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    return known_to_aimet(module) or next(module.children(), None) is None
-
-
-@contextmanager
-def _watch(network: nn.Module) -> Iterator[tuple[Counter[str], dict[str, set[str]]]]:
-    """Count the calls of each leaf module and collect the functional operations between them, by module."""
-    calls: Counter[str] = Counter()
-    functions: dict[str, set[str]] = defaultdict(set)
-    running = [("", False)]  # (qualified name, is leaf) of the modules being run, innermost last
-
-    class Recorder(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            name = getattr(func, "__name__", "").strip("_")
-            where, inside_leaf = running[-1]
-            result = func(*args, **(kwargs or {}))
-            if not inside_leaf and name not in _MOVES and _is_float((args, kwargs)) and _is_float(result):
-                functions[where].add(name)
-            return result
-
-    def enter(name: str, module: nn.Module) -> Callable[..., None]:
-        leaf = _is_leaf(module)
-
-        def hook(*_: Any) -> None:
-            inside_leaf = running[-1][1]
-            if leaf and not inside_leaf:
-                calls[name] += 1
-            running.append((name, leaf or inside_leaf))
-
-        return hook
-
-    def leave(*_: Any) -> None:
-        running.pop()
-
-    with ExitStack() as handles:
-        for name, module in network.named_modules():
-            if not isinstance(module, nn.Identity):
-                handles.callback(module.register_forward_pre_hook(enter(name, module)).remove)
-                handles.callback(module.register_forward_hook(leave).remove)
-        with Recorder():
-            yield calls, functions

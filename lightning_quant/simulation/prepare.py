@@ -1,26 +1,28 @@
-"""The float network in the form that AIMET can quantize: traced, its batch norms folded, checked to be the same."""
+"""The float network as AIMET can quantize it: batch norms folded, call sites found, checked to be the same."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-import operator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.errors import PreflightError
-from lightning_quant.simulation import aimet, preflight
+from lightning_quant.simulation import aimet
+from lightning_quant.simulation.callsites.recording import instrument
+from lightning_quant.simulation.callsites.running import FOLDED
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import FlatNetwork
 from lightning_quant.simulation.normalize import use_torch_classes
 from lightning_quant.simulation.preflight import Finding
 
 # Largest change, relative to the largest output, that rewriting in float32 may cause: folding a batch norm
-# or tracing reorders sums, which moves results by some 1e-6; a wrong fold moves them by 1e-1.
+# or taking attention apart reorders sums, which moves results by some 1e-6; a wrong fold moves them by 1e-1.
 TOLERANCE = 1e-3
 
 
@@ -30,7 +32,7 @@ class PreparedNetwork:
 
     Args:
         network: computes what the user's network computes in eval mode.
-        inputs: the example call it was traced with.
+        inputs: the example call it was prepared with.
         output: what the user's network answered to it.
         batch_norms: those that were folded, as they were, by the name of the layer that holds them now.
         findings: what could not be rewritten, and how it will be quantized.
@@ -43,167 +45,174 @@ class PreparedNetwork:
     findings: list[Finding]
 
 
-def prepare(network: nn.Module, inputs: NetworkInputs) -> PreparedNetwork:
-    """Rewrite a copy of ``network`` for quantization.
+def prepare(network: nn.Module, inputs: NetworkInputs, others: Sequence[NetworkInputs] = ()) -> PreparedNetwork:
+    """Prepare a copy of ``network``, see :func:`prepare_in_place`."""
+    return prepare_in_place(copied(network), inputs, others)
 
-    Functional operations become modules (``prepare_model``) where tracing allows, batch norms are folded, and every
-    rewriting is checked to compute the same numbers.
+
+def prepare_in_place(
+    network: nn.Module, inputs: NetworkInputs, others: Sequence[NetworkInputs] = ()
+) -> PreparedNetwork:
+    """Fold the batch norms of ``network`` and give its functional operations modules; the rest stays as it is.
+
+    The network ends in eval mode. If anything fails it is as it was.
 
     Args:
-        network: the float network, on any device; not changed.
+        network: the float network, on any device.
         inputs: an example call of it; one sample is enough.
+        others: calls of other structure, whose operations are wanted too.
 
     Raises:
-        PreflightError: if the network cannot be run, or answers without a tensor.
+        PreflightError: if the network cannot be run, answers without a tensor, or computes something else once its
+            operations are modules.
     """
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    inputs = inputs.to(device).map(torch.Tensor.detach)
+    inputs = inputs.to(device).map(Tensor.detach)
+    calls = [inputs, *(other.to(device).map(Tensor.detach) for other in others)]
     # isolated from the caller: hooks, grad mode and the random state stay as they are
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]), aimet.quiet():
-        own = copy.deepcopy(network).eval()
-        try:
-            output = inputs.call(own)
-        except Exception as error:
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        aimet.quiet(),
+        undone_on_error(network),
+    ):
+        network.eval()
+        outputs = []
+        for call in calls:
+            try:
+                outputs.append(_drawing_the_same(call, copied(network)))
+            except Exception as error:
+                raise PreflightError(
+                    f"The float network {type(network).__name__} cannot be run on one sample: "
+                    f"{type(error).__name__}: {error}. Expected a network that runs in eval mode; mend it, or give "
+                    "it other data."
+                ) from error
+        if not tensors_in(outputs[0]):
             raise PreflightError(
-                f"The float network {type(network).__name__} cannot be run on one sample: {type(error).__name__}: "
-                f"{error}. Expected a network that runs in eval mode; mend it, or give it other data."
-            ) from error
-        if not tensors_in(output):
-            raise PreflightError(
-                f"The network {type(network).__name__} returned {type(output).__name__} without any tensor "
+                f"The network {type(network).__name__} returned {type(outputs[0]).__name__} without any tensor "
                 "in it: expected a tensor or a structure of tensors."
             )
-        use_torch_classes(own, inputs)
-        traced, findings = _trace(own, inputs, output)
-        folded, batch_norms, unfolded = _fold_batch_norms(traced, inputs)
-    return PreparedNetwork(folded, inputs, output, batch_norms, findings + unfolded)
+        batch_norms, findings = _fold_batch_norms(network, calls)
+        instrument(network, calls)
+        for call, expected in zip(calls, outputs, strict=True):
+            difference = relative_difference(expected, _drawing_the_same(call, network))
+            if difference > TOLERANCE:
+                raise PreflightError(
+                    f"{type(network).__name__} computes something else once its operations are quantized "
+                    f"(relative difference {difference:.1e} with nothing rounded). Expected a forward pass that "
+                    "computes the same each time it is run; look for operations in place on views of a tensor, "
+                    "and for what is kept from one pass to the next."
+                )
+    return PreparedNetwork(network, inputs, outputs[0], batch_norms, findings)
 
 
-def _trace(network: nn.Module, inputs: NetworkInputs, output: Any) -> tuple[nn.Module, list[Finding]]:
-    """Give every functional operation and every reuse of a module its own module, if fx can trace it."""
-    from aimet_torch.model_preparer import prepare_model
+def _drawing_the_same(call: NetworkInputs, network: nn.Module) -> Any:
+    """Run a network that may draw random numbers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return call.call(network)
 
-    if preflight.known_to_aimet(network):  # a single layer: tracing would take it apart
-        return network, []
+
+def copied(network: nn.Module) -> nn.Module:
+    """A deep copy; tensors that a pass left behind in attributes come along without their graph."""
+    memo: dict[int, Any] = {}
+    for module in network.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    with torch.inference_mode(False):
+        return copy.deepcopy(network, memo)
+
+
+@contextmanager
+def undone_on_error(network: nn.Module) -> Iterator[None]:
+    """Change a network in place, or not at all."""
+    modules = [(module, type(module), _shallow(vars(module))) for module in network.modules()]
+    values = [(parameter, parameter.data) for parameter in network.parameters()]
     try:
-        # What is not a tensor in the example is fixed for good, or fx takes `if mask is None` for False.
-        bound = inspect.signature(network.forward).bind(*inputs.args, **inputs.kwargs)
-        bound.apply_defaults()
-        constants = {name: value for name, value in bound.arguments.items() if _is_constant(value)}
-        prepared = prepare_model(copy.deepcopy(network), concrete_args=constants or None)
-        _restore_arguments(prepared, set(constants), set(bound.signature.parameters))
-        difference = relative_difference(output, inputs.call(prepared))
-    except Exception as error:  # tracing runs arbitrary user code: anything may come out of it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return network, [
-            Finding(
-                "",
-                f"could not be traced ({type(error).__name__}: {reason[:120]})",
-                "avoid control flow that depends on tensor values; functional operations stay in float",
-            )
-        ]
-    if difference > TOLERANCE:
-        return network, [
-            Finding(
-                "",
-                f"computes something else when traced (relative difference {difference:.1e})",
-                "avoid forward passes that depend on state or the mode; functional operations stay in float",
-            )
-        ]
-    findings = [
-        Finding(
-            name,
-            "holds weights and is called more than once: each call got a copy of its own",
-            "expect the copies to differ after QAT, or use one module per call",
-        )
-        for name in _reused_with_weights(network, inputs)
-    ]
-    return prepared, findings
+        yield
+    except BaseException:
+        for module, cls, own in modules:
+            module.__class__ = cls
+            vars(module).clear()
+            vars(module).update(own)
+        for parameter, data in values:
+            parameter.data = data
+        raise
 
 
-def _restore_arguments(prepared: torch.fx.GraphModule, constants: set[str], parameters: set[str]) -> None:
-    """Undo what fx does to arguments that are fixed for good."""
-    for node in prepared.graph.nodes:
-        if node.op == "placeholder":  # fx calls a fixed argument mask_1: it could not be given by name
-            name, _, number = node.target.rpartition("_")
-            if name in constants and number.isdigit() and node.target not in parameters:
-                node.target = name
-        elif getattr(node.target, "__name__", "") == "_assert_is_none":
-            # once unpickled, this check makes every later tracing in the process fail (KeyError)
-            value, message = node.args
-            with prepared.graph.inserting_before(node):
-                is_none = prepared.graph.call_function(operator.eq, (value, None))
-            node.target, node.args = torch._assert, (is_none, message)
-    prepared.recompile()
-
-
-def _is_constant(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _reused_with_weights(network: nn.Module, inputs: NetworkInputs) -> list[str]:
-    calls: dict[str, int] = {}
-    handles = []
-    for name, module in network.named_modules():
-        if next(module.parameters(recurse=False), None) is not None:
-
-            def count(*_: Any, name: str = name) -> None:
-                calls[name] = calls.get(name, 0) + 1
-
-            handles.append(module.register_forward_pre_hook(count))
-    inputs.call(network)
-    for handle in handles:
-        handle.remove()
-    return [name for name, count_ in calls.items() if count_ > 1]
+def _shallow(own: dict[str, Any]) -> dict[str, Any]:
+    return {name: copy.copy(value) if isinstance(value, (dict, list, set)) else value for name, value in own.items()}
 
 
 def _fold_batch_norms(
-    network: nn.Module, inputs: NetworkInputs
-) -> tuple[nn.Module, dict[str, _BatchNorm], list[Finding]]:
-    """Fold batch norms into their convolutions; give the network back unfolded if the numbers change."""
+    network: nn.Module, calls: Sequence[NetworkInputs]
+) -> tuple[dict[str, _BatchNorm], list[Finding]]:
+    """Fold batch norms into the layers before them, in place; leave all if the numbers change.
+
+    AIMET finds and folds them in a copy whose layers have PyTorch's own classes.
+    """
     from aimet_torch.batch_norm_fold import fold_all_batch_norms
 
-    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
-        return network, {}, []
-    folded = copy.deepcopy(network)
-    for module in folded.modules():
-        if isinstance(module, _BatchNorm) and not module.affine:  # AIMET folds those with parameters only
+    inputs = calls[0]
+    twin = copied(network)
+    renamed = use_torch_classes(twin, inputs)
+    if not any(isinstance(module, _BatchNorm) for module in twin.modules()):
+        return {}, []
+    instrument(twin, calls)
+    norms = {module: name for name, module in twin.named_modules() if isinstance(module, _BatchNorm)}
+    layers = {module: name for name, module in twin.named_modules()}
+    before = {name: copy.deepcopy(module) for module, name in layers.items() if hasattr(module, "weight")}
+    for module in norms:
+        if not module.affine:  # AIMET folds those with parameters only
             module.weight = nn.Parameter(torch.ones(module.num_features, device=inputs.tensors[0].device))
             module.bias = nn.Parameter(torch.zeros(module.num_features, device=inputs.tensors[0].device))
             module.affine = True
-    tensors = tuple(inputs.tensors)
+    expected = [_drawing_the_same(call, twin) for call in calls]
     try:
-        pairs = fold_all_batch_norms(FlatNetwork(folded, inputs).eval(), None, dummy_input=tensors)
-        difference = relative_difference(inputs.call(network), inputs.call(folded))
+        pairs = fold_all_batch_norms(FlatNetwork(twin, inputs).eval(), None, dummy_input=tuple(inputs.tensors))
+        actual = [_drawing_the_same(call, twin) for call in calls]
+        difference = max(map(relative_difference, expected, actual))
     except Exception as error:  # AIMET raises whatever its graph builder met
-        return (
-            network,
-            {},
-            [
-                Finding(
-                    "",
-                    f"batch norms could not be folded ({type(error).__name__}: {str(error)[:120]})",
-                    "fold them yourself, or expect them as extra operations on the device",
-                )
-            ],
-        )
+        problem = f"batch norms could not be folded ({type(error).__name__}: {str(error)[:120]})"
+        return {}, [Finding("", problem, "fold them yourself, or expect them as extra operations on the device")]
     if difference > TOLERANCE:
-        return (
-            network,
-            {},
-            [
-                Finding(
-                    "",
-                    f"folding batch norms changed the output by {difference:.1e} (relative); left unfolded",
-                    "check for batch norms whose convolution is used elsewhere too",
-                )
-            ],
-        )
-    names = {module: name for name, module in folded.named_modules()}
-    batch_norms = {
-        names[layer]: norm for layer, norm in pairs if _follows(norm, network.get_submodule(names[layer]), layer)
-    }
-    return folded, batch_norms, []
+        problem = f"folding batch norms changed the output by {difference:.1e} (relative); left unfolded"
+        return {}, [Finding("", problem, "check for batch norms whose convolution is used elsewhere too")]
+    found = {}
+    for layer, norm in pairs:
+        name = layers[layer]
+        own = renamed.get(name, name)
+        _take_over(network.get_submodule(own), layer)
+        _remove_norm(network, renamed.get(norms[norm], norms[norm]))
+        if _follows(norm, before[name], layer):
+            found[own] = norm
+    return found, []
+
+
+def _take_over(layer: Any, folded: Any) -> None:
+    """Give a layer the weights that a batch norm was folded into."""
+    layer.weight.data = folded.weight.data
+    if layer.bias is None:
+        layer.bias = nn.Parameter(folded.bias.data, requires_grad=layer.weight.requires_grad)
+    else:
+        layer.bias.data = folded.bias.data
+
+
+def _remove_norm(network: nn.Module, name: str) -> None:
+    """Put an Identity in the place of a batch norm; one that does more than normalize goes on doing that."""
+    norm = network.get_submodule(name)
+    if isinstance(norm, _BatchNorm) and type(norm) not in _PLAIN:
+        norm.__dict__[FOLDED] = True
+        for part in (*norm._parameters, *norm._buffers):  # nothing would compute with them any more
+            setattr(norm, part, None)
+        return
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, nn.Identity())
+
+
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def _follows(norm: _BatchNorm, layer: Any, folded: Any) -> bool:

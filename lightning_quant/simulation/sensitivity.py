@@ -196,7 +196,7 @@ def _noise(network: QuantizedNetwork, calls: list[NetworkInputs], expected: list
 
 
 def _outputs(network: QuantizedNetwork, call: NetworkInputs) -> list[Tensor]:
-    return [value.detach() for value in tensors_in(call.call(network)) if value.is_floating_point()]
+    return [value.detach() for value in tensors_in(call.call(network.network)) if value.is_floating_point()]
 
 
 def _has_weight(layer: Any) -> bool:

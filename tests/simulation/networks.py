@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ def call(*args: Any, **kwargs: Any) -> NetworkInputs:
 def quantized(network: nn.Module, inputs: NetworkInputs | None = None, **recipe: Any) -> QuantizedNetwork:
     recipe.setdefault("calibration_samples", 8)
     recipe["precision"] = Precision.parse(recipe.get("precision", "w8a8"))
+    with torch.inference_mode(False):  # it is quantized in place, and tests compare with it
+        network = copy.deepcopy(network)
     return quantize(network, inputs or call(images()), QuantRecipe(**recipe))
 
 

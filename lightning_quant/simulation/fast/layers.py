@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 from aimet_torch.common.quantsim import _get_minimum_scale
-from aimet_torch.nn import QuantizationMixin
+from aimet_torch.nn import BaseQuantizationMixin, QuantizationMixin
 from aimet_torch.nn.modules import custom
 from aimet_torch.nn.true_quant import _DispatchMixin
 from aimet_torch.quantization.affine import AffineEncoding, QuantizeDequantize
@@ -29,6 +29,7 @@ from aimet_torch.quantization.tensor import QuantizedTensorBase
 from aimet_torch.utils import StatisticsNotFoundError
 from torch import Tensor, nn
 
+from lightning_quant.simulation.callsites.running import current, paused, running_pass
 from lightning_quant.simulation.fast import kernels
 from lightning_quant.simulation.fast.kernels import Activation
 from lightning_quant.simulation.fast.observers import accelerate_analyzer, slow_down_analyzer
@@ -155,15 +156,33 @@ class _FastQuantizer(_Fast):
         )
 
 
-class _FastLayer(_Fast):
-    """A layer that quantizes its inputs, computes, and quantizes its output."""
+class _Layer(_Fast):
+    """A quantized layer: its inside holds no call sites."""
 
     float_class: type
-    quantized_parameters: tuple[str, ...] = ()
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        running = running_pass()
+        if running is not None and running.changes:
+            args, kwargs = current(args), current(kwargs)
+        return self._called(args, kwargs)
+
+    def _called(self: Any, args: Any, kwargs: Any) -> Any:
+        with paused():
+            return self.aimet_class.__call__(self, *args, **kwargs)
+
+
+class _FastLayer(_Layer):
+    """A layer that quantizes its inputs, computes, and quantizes its output."""
+
+    quantized_parameters: tuple[str, ...] = ()
+
+    def _called(self: Any, args: Any, kwargs: Any) -> Any:
         # AIMET's looks for weights without a range first; such layers are not on the short path
-        return (nn.Module if _ready(self) else self.aimet_class).__call__(self, *args, **kwargs)
+        if not _ready(self):
+            return _Layer._called(self, args, kwargs)
+        with torch._C.DisableTorchFunction():
+            return nn.Module.__call__(self, *args, **kwargs)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _ready(self):
@@ -312,6 +331,8 @@ def _fast_class(aimet_class: Any) -> Any:
         kind = _FastActivation
     elif float_class in _PLAIN or _is_plainly_dispatched(aimet_class):
         kind = _FastLayer
+    elif issubclass(aimet_class, BaseQuantizationMixin):
+        kind = _Layer
     else:
         return None
     # AIMET's class is the only base: Python lets an object change its class only where both are laid out alike

@@ -1,0 +1,72 @@
+"""AIMET's view of a network: every layer the object it was, every weight where AIMET looks for it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def layers_kept() -> Iterator[None]:
+    """Let AIMET quantize layers in place.
+
+    It makes a new module for each and copies what the old one holds. The old one becomes the new one here, so that
+    whoever holds the layer (the user's own attributes, lists and hooks) holds the quantized one.
+    """
+    from aimet_torch.nn import QuantizationMixin
+
+    convert = QuantizationMixin.__dict__["from_module"]
+
+    def from_module(cls: Any, module: nn.Module) -> nn.Module:
+        made = convert.__get__(None, cls)(module)
+        if made is not module:
+            module.__class__ = _laid_out_alike(*map(type, (made, module)))
+            module.__dict__ = made.__dict__
+        return module
+
+    QuantizationMixin.from_module = classmethod(from_module)
+    try:
+        yield
+    finally:
+        QuantizationMixin.from_module = convert
+
+
+class _First:
+    """Decides how Python lays an object out; the same way for all classes of PyTorch."""
+
+
+@functools.cache
+def _laid_out_alike(quantized: Any, plain: Any) -> Any:
+    """AIMET's class, or one of it that Python lets a module change to: it looks at a class's first base only."""
+    from aimet_torch.nn import QuantizationMixin
+
+    try:
+        plain.__new__(plain).__class__ = quantized
+    except TypeError:
+        made = type(quantized)(quantized.__name__, (_First, quantized), {"__module__": __name__})
+        QuantizationMixin.implements(plain)(made)  # AIMET looks classes up by type
+        QuantizationMixin.cls_to_qcls[plain] = quantized
+        return made
+    return quantized
+
+
+@contextmanager
+def weights_lent(network: nn.Module) -> Iterator[None]:
+    """Give the layers at call sites the weights they computed with last, for AIMET to find and to export."""
+    borrowers = [module for module in network.modules() if "_lent" in module.__dict__]
+    for layer in borrowers:
+        for part in ("weight", "bias"):
+            value: Tensor | None = layer.__dict__.pop(part)
+            # a parameter of its own: AIMET may move it, and the computed one is not a leaf
+            layer._parameters[part] = None if value is None else nn.Parameter(value.detach(), requires_grad=False)
+    try:
+        yield
+    finally:
+        for layer in borrowers:
+            for part in ("weight", "bias"):
+                lent = layer._parameters.pop(part)
+                layer.__dict__[part] = None if lent is None else lent.detach()

@@ -1,0 +1,97 @@
+"""Quantizers that AIMET leaves out or makes twice, put right once the simulation is built."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def complete(sim: Any) -> None:
+    """Give every tensor that the hardware rounds a quantizer, and what is one tensor on the device one quantizer.
+
+    Args:
+        sim: AIMET's simulation, newly built; changed in place.
+    """
+    for module in _sites(sim):
+        if module.__dict__["_moves"]:  # values that were rounded stay rounded
+            for index in range(len(module.output_quantizers)):
+                module.output_quantizers[index] = None
+    _share_weights(sim)
+    _share_steps(sim)
+    _part_activations(sim)
+    _quantize_constants(sim)
+
+
+def _sites(sim: Any) -> list[Any]:
+    return [module for module in sim.model.modules() if "_repeats" in module.__dict__]
+
+
+def _share_weights(sim: Any) -> None:
+    """Round a weight that several calls use once."""
+    known: list[tuple[Any, Tensor, Any]] = []
+    for module in _sites(sim):
+        weight = module.__dict__.pop("_weight_of", None)
+        quantizers = getattr(module, "param_quantizers", {})
+        if weight is None or "weight" not in quantizers or quantizers["weight"] is None:
+            continue
+        kind = type(module), module.__dict__["_owner"]
+        for other, same, quantizer in known:
+            if other == kind and (same is weight or _is_same_value(same, weight)):
+                quantizers["weight"] = quantizer
+                break
+        else:
+            known.append((kind, weight, quantizers["weight"]))
+
+
+def _is_same_value(a: Tensor, b: Tensor) -> bool:
+    """Whether two weights that were computed are one: of a layer that is called twice."""
+    computed = not (isinstance(a, nn.Parameter) or isinstance(b, nn.Parameter))
+    return computed and a.shape == b.shape and torch.equal(a, b)
+
+
+def _share_steps(sim: Any) -> None:
+    """One range for each tensor of a recurrent layer over all steps, as the layer has one of each."""
+    first: dict[Any, Any] = {}
+    for module in _sites(sim):
+        key = module.__dict__["_repeats"]
+        if key is None or not hasattr(module, "output_quantizers"):
+            continue
+        like = first.setdefault(key, module)
+        if like is module:
+            continue
+        for part in ("input_quantizers", "output_quantizers"):
+            own, theirs = getattr(module, part), getattr(like, part)
+            for index in range(min(len(own), len(theirs))):
+                if own[index] is not None and theirs[index] is not None:
+                    own[index] = theirs[index]
+
+
+def _part_activations(sim: Any) -> None:
+    """Round what goes into LeakyReLU, PReLU and Hardswish: the NPU's compiler fuses ReLU and Clip only."""
+    for op in sim.connected_graph.ordered_ops:
+        if op.type not in ("LeakyRelu", "PRelu", "HardSwish"):
+            continue
+        source = op.inputs[0].producer
+        before, after = (sim._get_qmodule(source) if source is not None else None), sim._get_qmodule(op)
+        if before is None or after is None or len(getattr(before, "output_quantizers", ())) != 1:
+            continue
+        if before.output_quantizers[0] is None and after.output_quantizers[0] is not None:
+            before.output_quantizers[0] = copy.deepcopy(after.output_quantizers[0])
+
+
+def _quantize_constants(sim: Any) -> None:
+    """Round the parameters and buffers that operations take beside activations."""
+    for module in _sites(sim):
+        places = module.__dict__.get("_constant_inputs", ())
+        if not places or not hasattr(module, "input_quantizers"):
+            continue
+        own = [one for one in (*module.output_quantizers, *module.input_quantizers) if one is not None]
+        like = own[0] if own else next((one for one in sim.quantizers() if one.shape == ()), None)
+        for index in places if like is not None else ():
+            while len(module.input_quantizers) <= index:
+                module.input_quantizers.append(None)
+            if module.input_quantizers[index] is None:
+                module.input_quantizers[index] = copy.deepcopy(like)

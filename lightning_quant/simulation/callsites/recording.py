@@ -1,0 +1,474 @@
+"""Find the call sites of a network by running it, and give each its module."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.simulation import aimet
+from lightning_quant.simulation.callsites import running
+from lightning_quant.simulation.callsites.running import FOLDED, MADE_UP, Pass, Place, add_site, place, sites_of
+from lightning_quant.simulation.callsites.sites import (
+    _AUGMENTED,
+    GENERIC,
+    RULES,
+    ApartSite,
+    Site,
+    Weighted,
+    base_name,
+    in_place,
+)
+from lightning_quant.simulation.callsites.taken_apart import APART, STEPPING
+from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
+
+# These are iterated over: no place for a child of ours.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+# Functions that hand values on as they are: what was rounded before stays rounded.
+MOVES = frozenset(
+    """
+    adjoint alpha_dropout apply argmax argmin as_strided as_subclass atleast_1d atleast_2d atleast_3d bernoulli
+    bfloat16 bool broadcast_tensors broadcast_to channel_shuffle chunk clone contiguous copy cpu cuda data
+    data_ptr dequantize detach detach_copy diag_embed diagonal dim double dropout dropout1d dropout2d dropout3d
+    dsplit embedding empty_like expand expand_as feature_alpha_dropout feature_dropout fill flatten flip fliplr
+    flipud float fold from_numpy full_like gather get get_device getitem half hash hsplit identity index
+    index_copy index_fill index_put index_select is_complex is_contiguous is_floating_point is_same_size
+    is_set_to is_shared item iter len mT map masked_scatter masked_select max_unpool2d meshgrid moveaxis movedim
+    nan_to_num narrow native_dropout new_empty new_full new_ones new_tensor new_zeros nonzero normal numel numpy
+    numpy_T one_hot ones_like permute pin_memory pixel_shuffle pixel_unshuffle rand_like randn_like ravel
+    register_hook repeat repeat_interleave repr requires_grad requires_grad_ reshape reshape_as retain_grad roll
+    rot90 rrelu scatter select set setitem share_memory size sort split split_with_sizes squeeze squeeze_copy
+    storage stride swapaxes swapdims t take take_along_dim tensor_split tile to to_dense tolist topk transpose
+    tril triu type type_as unbind unflatten unfold uniform unsafe_chunk unsafe_split unsqueeze untyped_storage
+    view view_as vsplit zero zeros_like
+    """.split()  # noqa: SIM905
+)
+# What a loss is made of stays as it is: the device computes none.
+LOSSES = frozenset(
+    """
+    binary_cross_entropy binary_cross_entropy_with_logits cosine_embedding_loss cross_entropy ctc_loss
+    gaussian_nll_loss hinge_embedding_loss huber_loss kl_div l1_loss margin_ranking_loss mse_loss
+    multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss nll_loss poisson_nll_loss
+    smooth_l1_loss soft_margin_loss triplet_margin_loss triplet_margin_with_distance_loss
+    """.split()  # noqa: SIM905
+)
+_SHAPES = frozenset(("size", "get", "numel", "dim", "stride", "len"))
+# Where AIMET follows a tensor through.
+_SEEN_THROUGH = frozenset(
+    """
+    as_subclass bool clone contiguous cpu cuda data_ptr detach dim double dropout empty_like expand_as flatten float
+    full_like get getitem get_device half identity is_complex is_contiguous is_floating_point is_same_size item iter len
+    narrow new_empty new_full new_ones new_tensor new_zeros numel numpy ones_like permute rand_like randn_like
+    register_hook requires_grad requires_grad_ reshape reshape_as retain_grad select setitem size squeeze stride t to
+    tolist transpose type type_as unsqueeze view view_as zeros_like repr hash bfloat16 data fill zero copy apply
+    """.split()  # noqa: SIM905
+)
+# Casts that are an operation where numbers come from integers or truth values.
+_CASTS = frozenset(("to", "float", "type", "type_as", "double", "half"))
+
+# Layers that AIMET knows as one operation and the hardware as several, or that compute no output of a device.
+_NOT_ONE = (
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.GroupNorm,
+    nn.SiLU,
+    nn.Mish,
+    nn.GLU,
+    nn.CosineSimilarity,
+    nn.PairwiseDistance,
+    nn.modules.loss._Loss,
+)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether AIMET quantizes a module as a whole, and may: nothing in it was changed from the outside."""
+    aimet.load()
+    from aimet_torch.nn import QuantizationMixin
+
+    if isinstance(module, nn.Identity):
+        return True
+    if type(module) not in QuantizationMixin.cls_to_qcls or isinstance(module, _NOT_ONE):
+        return False
+    own = vars(module)
+    if "forward" in own or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    # a weight that something else makes: pruned, normalized
+    return not any(isinstance(own.get(part), Tensor) for part in ("weight", "bias"))
+
+
+@dataclass
+class _Found:
+    """An operation that needs a site."""
+
+    module: nn.Module
+    holder: nn.Module | None
+    at: Place
+    site: Site | ApartSite
+    repeats: bool  # one step of several that are alike
+    weight: Tensor | None = None
+
+
+@dataclass
+class _Edge:
+    """What an operation made of what."""
+
+    inputs: list[int]
+    outputs: list[int]
+    found: _Found | None = None
+
+
+@dataclass
+class Recorder:
+    """Sees the operations of a network while it runs, and finds those that need a site.
+
+    An operation needs one if it computes floating-point values from the network's inputs and an output of the network
+    depends on them. What is computed of weights and buffers alone is a constant.
+
+    Args:
+        root: the network, its modules watched.
+        inputs: the tensors it is called with.
+    """
+
+    root: nn.Module
+    found: list[_Found] = field(default_factory=list)
+    constants: dict[int, Tensor] = field(default_factory=dict)
+    known: set[int] = field(default_factory=set)
+    kept: list[Any] = field(default_factory=list)  # alive, so that no id is given twice
+    edges: list[_Edge] = field(default_factory=list)
+    given: set[int] = field(default_factory=set)
+    repeating: bool = False
+    stale: dict[int, nn.Module] = field(default_factory=dict)  # what a layer in place was given
+    aliased: set[nn.Module] = field(default_factory=set)
+
+    def begin(self, inputs: Sequence[Tensor]) -> None:
+        """Before a pass."""
+        self.kept.clear()
+        self.edges.clear()
+        self.constants = {id(tensor): tensor for tensor in _tensors_of(self.root)}
+        self.known = {id(tensor) for tensor in inputs} | self.constants.keys()
+        self.kept.extend(inputs)
+        self.given = {id(tensor) for tensor in inputs}
+        self.stale.clear()
+        self._origins_known = True
+
+    def operation(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
+        """Compute what was called, and note it."""
+        name = base_name(func)
+        if running.paused or not running.stack:
+            result = func(*args, **kwargs)
+            self._note(name, args, kwargs, result)
+            return result
+        module = running.stack[-1]
+        if FOLDED in module.__dict__ and name == "batch_norm":
+            return args[0] if args else kwargs["input"]
+        at = place(running, module)
+        site = sites_of(module).get(at) or self._pending(module, at)
+        if isinstance(site, ApartSite) or (site is None and self._comes_apart(name, func, args, kwargs)):
+            if site is None:
+                site = ApartSite(name, at)
+                self.found.append(_Found(module, None, at, site, self.repeating))
+            before, self.repeating = self.repeating, self.repeating or name in STEPPING
+            try:
+                return site.answer(running, func, args, kwargs)
+            finally:
+                self.repeating = before
+        given = _tensors((args, kwargs))
+        self.used(given)
+        made = None
+        if site is None and self._needs_site(name, func, given):
+            made = self._make(running, module, at, name, func, args, kwargs)
+        result = func(*args, **kwargs)
+        if made is not None and not (isinstance(result, Tensor) and result.is_floating_point()) and name not in MOVES:
+            made = None
+        if made is not None:
+            self.found.append(made)
+        self._note(name, args, kwargs, result, made)
+        if name == "zeros" and isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            result.__dict__[MADE_UP] = True
+        return result
+
+    def used(self, tensors: Iterable[Tensor]) -> None:
+        """Somebody computes with these."""
+        if self.stale:
+            self.aliased.update(self.stale[id(tensor)] for tensor in tensors if id(tensor) in self.stale)
+
+    def end(self, output: Any) -> None:
+        """After a pass: which operations its outputs depend on."""
+        self.used(tensors_in(output))
+        outputs = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
+        outputs = [tensor for tensor in outputs if tensor.dim()] or outputs
+        needed = {id(tensor) for tensor in outputs}
+        spared = []
+        for edge in reversed(self.edges):
+            if not needed.isdisjoint(edge.outputs):
+                needed.update(edge.inputs)
+            elif edge.found is not None and self._origins_known:
+                spared.append(edge.found)
+        self.found = [one for one in self.found if not any(one is other for other in spared)]
+
+    def _pending(self, module: nn.Module, at: Place) -> Site | ApartSite | None:
+        return next((one.site for one in self.found if one.module is module and one.at == at), None)
+
+    def _depends(self, tensors: Iterable[Tensor]) -> bool:
+        return any(id(tensor) not in self.constants for tensor in tensors)
+
+    def _comes_apart(self, name: str, func: Any, args: Any, kwargs: Any) -> bool:
+        if name not in APART or isinstance(func, type(None)):
+            return False
+        given = _tensors((args, kwargs))
+        if not any(tensor.is_floating_point() for tensor in given) or not self._depends(given):
+            return False
+        takes = APART[name][1]
+        try:
+            return takes is None or takes(*args, **kwargs)
+        except TypeError:  # another function of that name
+            return False
+
+    def _needs_site(self, name: str, func: Any, given: list[Tensor]) -> bool:
+        if name in LOSSES or not given or not self._depends(given):
+            return False
+        if name in _CASTS:
+            return not given[0].is_floating_point()
+        if name in MOVES and name not in _SEEN_THROUGH and given[0].is_floating_point() and id(given[0]) in self.given:
+            return True  # behind it AIMET would lose the network's input
+        if name in MOVES or not any(tensor.is_floating_point() for tensor in given):
+            return False
+        # what is kept from pass to pass is changed itself
+        return not (in_place(func, name) and id(given[0]) in self.constants)
+
+    def _make(
+        self, running: Pass, module: nn.Module, at: Place, name: str, func: Any, args: Any, kwargs: Any
+    ) -> _Found | None:
+        rule = RULES.get(name, GENERIC)
+        weight = None
+        if isinstance(rule, Weighted):
+            bound = rule.bind(args, kwargs)
+            weights = [bound[part] for part in ("weight", "bias") if bound.get(part) is not None]
+            if self._depends(one for one in weights if id(one) in self.known):
+                rule = GENERIC  # computed from the inputs: no weights, but two activations
+            else:
+                weight = bound.get("weight")
+        child = rule.make(name, func, args, kwargs)
+        if child is None:
+            rule = GENERIC
+            child = rule.make(name, func, args, kwargs)
+        if child is None:
+            return None
+        operands = rule.operands(args, kwargs)
+        child.__dict__["_constant_inputs"] = tuple(
+            index
+            for index, value in enumerate(operands)
+            if isinstance(value, Tensor)
+            and value.is_floating_point()
+            and value.numel() > 1
+            and id(value) in self.constants
+        )
+        holder = next((one for one in reversed(running.stack) if not isinstance(one, _CONTAINERS)), None)
+        child.__dict__["_moves"] = name in MOVES and name not in _CASTS
+        site = Site(name if rule is not GENERIC else f"{name}*", child)
+        return _Found(module, holder, at, site, self.repeating, weight)
+
+    def _note(self, name: str, args: Any, kwargs: Any, result: Any, made: _Found | None = None) -> None:
+        given, new = _tensors((args, kwargs)), _tensors(result)
+        for tensor in given:
+            if id(tensor) not in self.known:  # made where no function was seen
+                self._origins_known = False
+                self.known.add(id(tensor))
+                self.kept.append(tensor)
+        if name in ("setitem", "copy", "index_copy", "index_put", "scatter", "masked_scatter") and given:
+            new.append(given[0])
+        constant = name in LOSSES or not self._depends(given)
+        if name in _SHAPES and not any(tensor.is_floating_point() for tensor in new):
+            constant = True
+        for tensor in new:
+            self.kept.append(tensor)
+            self.known.add(id(tensor))
+            if constant:
+                self.constants[id(tensor)] = tensor
+            else:
+                self.constants.pop(id(tensor), None)
+        self.edges.append(_Edge([id(tensor) for tensor in given], [id(tensor) for tensor in new], made))
+
+
+def _tensors(data: Any) -> list[Tensor]:
+    """Tensors among the arguments of a function, in order."""
+    if isinstance(data, Tensor):
+        return [data]
+    if isinstance(data, (list, tuple)):
+        return [tensor for item in data for tensor in _tensors(item)]
+    if isinstance(data, dict):
+        return [tensor for item in data.values() for tensor in _tensors(item)]
+    return []
+
+
+def _tensors_of(root: nn.Module) -> Iterator[Tensor]:
+    """What a network holds before it runs: parameters, buffers, and tensors in plain attributes."""
+    yield from root.parameters()
+    yield from root.buffers()
+    for module in root.modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                yield from _tensors(value)
+
+
+# ---- instrumenting ---------------------------------------------------------------------------------------------------
+def instrument(root: nn.Module, calls: Sequence[NetworkInputs]) -> None:
+    """Give every functional operation of ``root`` that an output depends on a module, in place.
+
+    Modules that are called more than once in a pass are no layers any more: each call computes with a site of its own.
+
+    Args:
+        root: the network, in eval mode.
+        calls: examples; the first is traced too, since some code asks whether it is.
+    """
+    running.follow_checkpoints()
+    layers = _layers(root, calls)
+    for module in root.modules():
+        if module not in layers and not isinstance(module, torch.jit.ScriptModule):
+            running.watch(module)
+    for module in _changing_what_others_use(root, calls, layers):
+        layers.remove(module)
+        running.watch(module)
+    recorder = Recorder(root)
+    with torch.no_grad(), _seen_as_one(layers, recorder):
+        for call in calls:
+            with running.recorded_by(recorder):
+                recorder.begin(call.tensors)
+                call.call(root)
+        _traced(root, calls[0], recorder)
+    _install(recorder.found)
+
+
+def _changing_what_others_use(
+    root: nn.Module, calls: Sequence[NetworkInputs], layers: set[nn.Module]
+) -> set[nn.Module]:
+    """Layers in place whose input is used by others as well, who see it changed: a ReLU that a shortcut goes around."""
+    changing = [module for module in layers if getattr(module, "inplace", False) is True]
+    recorder = Recorder(root)
+    try:
+        for module in changing:
+            vars(module)["inplace"] = False  # so that its input and its output are two tensors
+        with torch.no_grad(), _seen_as_one(layers, recorder, changing):
+            for call in calls if changing else ():
+                with running.recorded_by(recorder):
+                    recorder.begin(call.tensors)
+                    call.call(root)
+    finally:
+        for module in changing:
+            vars(module)["inplace"] = True
+    return recorder.aliased
+
+
+def _traced(root: nn.Module, call: NetworkInputs, recorder: Recorder) -> None:
+    from lightning_quant.simulation.network import FlatNetwork
+
+    class Recorded(FlatNetwork):
+        def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+            recorder.begin(tensors)
+            return super().forward(*tensors)
+
+    before = list(recorder.found)
+    try:
+        with aimet.quiet(), running.recorded_by(recorder):
+            torch.jit.trace(Recorded(root, call), tuple(call.tensors), check_trace=False, strict=False)
+    except Exception:
+        recorder.found = before
+
+
+def _layers(root: nn.Module, calls: Sequence[NetworkInputs]) -> set[nn.Module]:
+    """The modules that AIMET takes as a whole: known to it, and called once in a pass at most."""
+    most: Counter[nn.Module] = Counter()
+    for call in calls:
+        counts = _calls(root, call)
+        most |= counts
+    single = (nn.Dropout, nn.Identity, nn.Flatten)
+    return {
+        module
+        for module in root.modules()
+        if module is not root and is_layer(module) and (most[module] <= 1 or isinstance(module, single))
+    }
+
+
+def _calls(root: nn.Module, call: NetworkInputs) -> Counter[nn.Module]:
+    counts: Counter[nn.Module] = Counter()
+
+    def count(module: nn.Module, *_: Any) -> None:
+        counts[module] += 1
+
+    with _hooked(root.modules(), count, None), torch.no_grad():
+        call.call(root)
+    return counts
+
+
+@contextmanager
+def _seen_as_one(layers: Iterable[nn.Module], recorder: Recorder, changing: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Let the recorder pass over the inside of layers.
+
+    Args:
+        layers: the layers.
+        recorder: notes who uses what those among them that are ``changing`` their input were given.
+        changing: layers in place.
+    """
+    stack: list[running.paused] = []
+    in_place_layers = set(changing)
+
+    def enter(_: nn.Module, args: Any) -> None:
+        recorder.used(_tensors(args))
+        stack.append(running.paused())
+        stack[-1].__enter__()
+
+    def leave(module: nn.Module, args: Any, _: Any) -> None:
+        stack.pop().__exit__()
+        if module in in_place_layers:
+            recorder.stale[id(args[0])] = module
+
+    with _hooked(layers, enter, leave):
+        yield
+
+
+@contextmanager
+def _hooked(
+    modules: Iterable[nn.Module], before: Callable[..., None] | None, after: Callable[..., None] | None
+) -> Iterator[None]:
+    handles = []
+    for module in list(modules):
+        if before is not None:
+            handles.append(module.register_forward_pre_hook(before, prepend=True))
+        if after is not None:
+            handles.append(module.register_forward_hook(after, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _install(found: Iterable[_Found]) -> None:
+    for one in found:
+        if isinstance(one.site, Site):
+            assert one.holder is not None
+            child = one.site.child
+            child.eval()
+            child.__dict__["_weight_of"] = one.weight  # until the simulation is built
+            child.__dict__["_owner"] = id(one.module)
+            child.__dict__["_repeats"] = (id(one.module), one.at[0]) if one.repeats else None
+            one.holder.add_module(_free_name(one.holder, one.site.name), child)
+        add_site(one.module, one.at, one.site)
+
+
+def _free_name(holder: nn.Module, name: str) -> str:
+    name = _AUGMENTED.get(name, name).removesuffix("*")
+    base = name[1:] if name in ("radd", "rsub", "rmul", "rtruediv", "rdiv", "rmatmul", "rpow") else name
+    base = {"truediv": "div"}.get(base, base)
+    free, number = base, 0
+    while hasattr(holder, free):
+        number += 1
+        free = f"{base}_{number}"
+    return free

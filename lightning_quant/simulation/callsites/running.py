@@ -1,0 +1,381 @@
+"""One pass of a network: whose forward runs, which operation is reached for the how-manieth time, who answers it.
+
+The user's Python runs as it is written. While it runs, a ``TorchFunctionMode`` sees every operation of PyTorch. Where
+in the code an operation stands — the module whose forward runs, the line, the how-manieth time in this pass — is its
+place, and the module that was made for the place computes in its stead. An operation without a place of its own runs
+as if nobody were looking.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils.checkpoint
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_quant.simulation.inputs import tensors_in
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lightning_quant.simulation.callsites.recording import Recorder
+    from lightning_quant.simulation.callsites.sites import ApartSite, Site
+
+# The code that stands where an operation is called: qualified name, first line and instruction of each frame from the
+# operation up to the module's forward; then the how-manieth time in this pass.
+Place = tuple[tuple[Any, ...], int]
+
+# Where a module keeps its call sites, in its ``__dict__``: no child, no parameter, copied and pickled along.
+_SITES = "_call_sites"
+# Where a tensor that was changed in place keeps what it is now.
+_NOW = "_changed_into"
+# A batch norm of another class than PyTorch's own that was folded into the layer before it.
+FOLDED = "_folded_away"
+# What PyTorch's recurrent layers mark a first state with that nobody gave them.
+MADE_UP = "_is_made_up"
+
+# Frames that hand an operation on, and those at which a module's own code begins.
+_HERE = Path(__file__).parent
+_HANDS_ON = frozenset(
+    [str(_HERE / "recording.py"), str(_HERE / "sites.py")]
+    + [m.__file__ for m in (torch.overrides, torch.functional, nn.functional, torch._tensor, torch._jit_internal)]
+)
+_BEGINS = frozenset(
+    file for file in (sys.modules[nn.Module.__module__].__file__, torch.utils.checkpoint.__file__, __file__) if file
+)
+
+
+class Pass:
+    """What is known of the pass that runs: one per thread, begun by the outermost module."""
+
+    __slots__ = ("changes", "counts", "mode", "paused", "recorder", "stack", "within")
+
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        self.stack: list[nn.Module] = []
+        self.counts: dict[Any, int] = {}
+        self.recorder = recorder
+        self.paused = False  # inside a quantized layer, where there is nothing to see
+        self.changes = False  # whether a tensor was changed in place
+        self.within: tuple[Any, ...] = ()  # the place of the operation that is being taken apart
+        self.mode = Interception(self)
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.running: Pass | None = None
+        self.recorder: Recorder | None = None  # takes part in the next pass
+
+
+_local = _Local()
+
+
+class Interception(TorchFunctionMode):
+    """Hands each operation to the site it stands at."""
+
+    def __init__(self, running: Pass) -> None:
+        super().__init__()
+        self.running = running
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        running = self.running
+        kwargs = kwargs or {}
+        if running.changes:
+            args, kwargs = current(args), current(kwargs)
+        recorder = running.recorder
+        if recorder is not None:
+            return recorder.operation(running, func, args, kwargs)
+        if running.paused or not running.stack:
+            return func(*args, **kwargs)
+        module = running.stack[-1]
+        values = module.__dict__
+        if FOLDED in values and getattr(func, "__name__", "") == "batch_norm":
+            return args[0] if args else kwargs["input"]
+        sites = values.get(_SITES)
+        if sites is None:
+            return func(*args, **kwargs)
+        site = sites.get(place(running, module))
+        if site is not None:
+            return site.answer(running, func, args, kwargs)
+        result = func(*args, **kwargs)
+        if func is torch.zeros and isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            result.__dict__[MADE_UP] = True
+        return result
+
+
+@functools.cache
+def _stable(frames: tuple[Any, ...]) -> tuple[tuple[str, int, int], ...]:
+    """Frames in a form that can be pickled."""
+    return tuple((code.co_qualname, code.co_firstlineno, at) for code, at in frames)
+
+
+def place(running: Pass, module: nn.Module) -> Place:
+    """Where in the code of ``module`` the operation stands that is handled now; counts it."""
+    frame: FrameType | None = sys._getframe(1)
+    frames: list[tuple[CodeType, int]] = []
+    while frame is not None:
+        code = frame.f_code
+        file = code.co_filename
+        if file in _BEGINS:
+            if frames or file != __file__:
+                break
+        elif file not in _HANDS_ON:
+            frames.append((code, frame.f_lasti))
+        frame = frame.f_back
+    key = (id(module), running.within, *frames)
+    count = running.counts.get(key, 0)
+    running.counts[key] = count + 1
+    return (*running.within, *_stable(tuple(frames))), count
+
+
+def current(value: Any) -> Any:
+    """The arguments of an operation, with what tensors changed in place have become."""
+    if isinstance(value, Tensor):
+        while (now := value.__dict__.get(_NOW)) is not None:
+            value = now
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(current(item) for item in value)
+    if type(value) is dict:
+        return {key: current(item) for key, item in value.items()}
+    return value
+
+
+def changed_into(running: Pass, tensor: Tensor, result: Tensor) -> None:
+    """Note that an operation in place made ``tensor`` what ``result`` is, for all who hold it."""
+    if tensor is not result:
+        tensor.__dict__[_NOW] = result
+        running.changes = True
+
+
+@contextmanager
+def place_within(running: Pass, at: tuple[Any, ...]) -> Iterator[None]:
+    """The operations in a block are parts of the one that stands at a place."""
+    before, running.within = running.within, at
+    try:
+        yield
+    finally:
+        running.within = before
+
+
+def sites_of(module: nn.Module) -> dict[Place, Site | ApartSite]:
+    """The call sites of a module; empty where it has none."""
+    return module.__dict__.get(_SITES, {})
+
+
+def add_site(module: nn.Module, at: Place, site: Site | ApartSite) -> None:
+    """Let ``site`` answer the operation at a place in the code of ``module``."""
+    module.__dict__.setdefault(_SITES, {})[at] = site
+
+
+# ---- modules that take part ------------------------------------------------------------------------------------------
+def watch(module: nn.Module) -> None:
+    """Let a module take part in passes: its class becomes a subclass that is called within one.
+
+    PyTorch's FSDP and parametrizations change classes the same way: ``isinstance``, names, attributes, hooks and
+    state stay what they are.
+    """
+    if not is_watched(module):
+        cls: Any = type(module)
+        module.__class__ = watched_class(cls)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether :func:`watch` was applied."""
+    return "watched" in vars(type(module))
+
+
+@functools.cache
+def watched_class(cls: Any, *more: Any) -> Any:
+    """The subclass of ``cls`` whose calls are part of a pass; it has the methods of the classes ``more`` too."""
+    plain_call = cls.__call__
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        running = _local.running
+        if running is None:
+            return _begin(self, plain_call, args, kwargs)
+        if running.paused:
+            return plain_call(self, *args, **kwargs)
+        running.stack.append(self)
+        try:
+            with _flat(self):
+                return plain_call(self, *args, **kwargs)
+        finally:
+            running.stack.pop()
+
+    def new(_: type, *args: Any, **kwargs: Any) -> Any:
+        # what a module makes of its own class, such as a slice of a Sequential, is nothing that was watched
+        return cls(*args, **kwargs) if args or kwargs else cls.__new__(watched)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        made, arguments, *state = super(watched, self).__reduce_ex__(protocol)
+        if getattr(made, "__name__", "") != "__newobj__":  # the class has a way of its own
+            return (made, arguments, *state)
+        return (_unpickled, (cls, *more), *state)
+
+    def named_parameters(self: nn.Module, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        # weights in the order of the float network, so that a teacher's can be zipped with them; then the ranges
+        ranges = []
+        for name, parameter in super(watched, self).named_parameters(*args, **kwargs):
+            if is_range(name):
+                ranges.append((name, parameter))
+            else:
+                yield name, parameter
+        yield from ranges
+
+    body = {
+        "__call__": call,
+        "__new__": new,
+        "__reduce_ex__": reduce,
+        "named_parameters": named_parameters,
+        "watched": cls,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    for one in more:
+        body |= {name: value for name, value in vars(one).items() if callable(value)}
+    watched = type(cls)(cls.__name__, (cls,), body)
+    return watched
+
+
+_QUANTIZERS = ("param_quantizers", "input_quantizers", "output_quantizers")
+
+
+def is_range(name: str) -> bool:
+    """Whether a parameter of that name is an end of a quantizer's range."""
+    return name.endswith((".min", ".max")) and any(f"{part}." in name for part in _QUANTIZERS)
+
+
+def _unpickled(cls: Any, *more: Any) -> Any:
+    return cls.__new__(watched_class(cls, *more))
+
+
+def _begin(module: nn.Module, plain_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    running = _local.running = Pass(_local.recorder)
+    running.stack.append(module)
+    try:
+        with running.mode, _flat(module):
+            output = plain_call(module, *args, **kwargs)
+        if running.recorder is not None:
+            running.recorder.end(output)
+        return apply_to_collection(output, Tensor, _plain) if _is_marked(running, output) else output
+    finally:
+        _local.running = None
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """What a tensor is now, in PyTorch's own class: AIMET marks its outputs with another."""
+    tensor = current(tensor)
+    if "aimet_torch" not in type(tensor).__module__ or torch._C._get_tracing_state() is not None:
+        return tensor
+    return tensor.as_subclass(Tensor)
+
+
+def _is_marked(running: Pass, output: Any) -> bool:
+    """Whether an output has to be looked through: for what was changed in place, and for AIMET's class of tensors."""
+    if running.changes:
+        return True
+    if isinstance(output, Tensor):
+        return type(output) is not Tensor
+    return any(type(tensor) is not Tensor for tensor in tensors_in(output))
+
+
+def _flat(module: nn.Module) -> AbstractContextManager[None]:
+    """While AIMET traces, a module's operations stand where its call stands.
+
+    A module that is called twice computes with other sites the second time; a trace by modules has one body for both.
+    """
+    names = torch.jit._trace._trace_module_map
+    if names is None or torch._C._get_tracing_state() is None or torch.onnx.is_in_onnx_export():
+        return nullcontext()
+    return _left_out(names, module)
+
+
+@contextmanager
+def _left_out(names: Any, module: nn.Module) -> Iterator[None]:
+    name = names.pop(module, None)
+    try:
+        yield
+    finally:
+        if name is not None:
+            names[module] = name
+
+
+class paused:
+    """Look at nothing for the length of a block: the inside of a quantized layer."""
+
+    __slots__ = ("before", "running")
+
+    def __enter__(self) -> None:
+        self.running = _local.running
+        if self.running is not None:
+            self.before, self.running.paused = self.running.paused, True
+
+    def __exit__(self, *_: Any) -> None:
+        if self.running is not None:
+            self.running.paused = self.before
+
+
+def running_pass() -> Pass | None:
+    """The pass that runs in this thread."""
+    return _local.running
+
+
+@contextmanager
+def recorded_by(recorder: Recorder) -> Iterator[None]:
+    """Let a recorder see every operation of the passes in a block."""
+    _local.recorder = recorder
+    try:
+        yield
+    finally:
+        _local.recorder = None
+
+
+# ---- gradient checkpointing ------------------------------------------------------------------------------------------
+def _keeping_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that is run a second time in the backward pass, as part of the pass it was first run in."""
+    first = _local.running
+    if first is None or first.recorder is not None:
+        return function
+    stack, counts = list(first.stack), dict(first.counts)
+
+    @functools.wraps(function, assigned=("__name__", "__doc__"), updated=())
+    def resumed(*args: Any, **kwargs: Any) -> Any:
+        if _local.running is not None:
+            return function(*args, **kwargs)
+        running = _local.running = Pass()
+        running.stack, running.counts = list(stack), dict(counts)
+        try:
+            with running.mode:
+                return function(*args, **kwargs)
+        finally:
+            _local.running = None
+
+    return resumed
+
+
+@functools.cache
+def follow_checkpoints() -> None:
+    """Let ``torch.utils.checkpoint`` run functions again in the pass they belong to."""
+    module: Any = torch.utils.checkpoint
+    without_reentrant, reentrant = module._checkpoint_without_reentrant_generator_impl, module.CheckpointFunction.apply
+
+    @functools.wraps(without_reentrant)
+    def generator(fn: Any, *args: Any, **kwargs: Any) -> Any:
+        return without_reentrant(_keeping_place(fn), *args, **kwargs)
+
+    def apply(function: Any, *args: Any) -> Any:
+        return reentrant(_keeping_place(function), *args)
+
+    module._checkpoint_without_reentrant_generator_impl = generator
+    module.CheckpointFunction.apply = apply

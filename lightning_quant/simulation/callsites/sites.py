@@ -1,0 +1,457 @@
+"""What stands at a call site: a module for the function that is called there, and how it is called."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.simulation.callsites.running import Pass, changed_into, place_within
+from lightning_quant.simulation.callsites.taken_apart import APART
+
+
+def base_name(func: Any) -> str:
+    """The name of a function without underscores, of ``__radd__`` as of ``add_``: radd, add."""
+    return str(getattr(func, "__name__", "")).strip("_")
+
+
+def in_place(func: Any, name: str) -> bool:
+    """Whether a function changes its first argument by its very name."""
+    own = str(getattr(func, "__name__", ""))
+    return (own.endswith("_") and not own.endswith("__")) or name in _AUGMENTED
+
+
+_AUGMENTED = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ipow": "pow", "imatmul": "matmul"}
+
+
+class Site:
+    """The module that answers one operation in the code of a network.
+
+    Args:
+        name: base name of the function.
+        child: the module.
+    """
+
+    def __init__(self, name: str, child: nn.Module) -> None:
+        self.name = name
+        self.child = child
+
+    def answer(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
+        result = RULES.get(self.name, GENERIC).call(self.child, args, kwargs)
+        if in_place(func, self.name) or kwargs.get("inplace") or _inplace_by_position(self.name, args):
+            changed_into(running, args[0] if args else kwargs["input"], result)
+        return result
+
+
+class ApartSite:
+    """An operation that is computed as several, each with a site of its own.
+
+    Args:
+        name: base name of the function.
+        at: its place, which those of its parts begin with.
+    """
+
+    def __init__(self, name: str, at: tuple[Any, ...]) -> None:
+        self.name = name
+        self.at = at
+
+    def answer(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
+        compute, takes = APART[self.name]
+        if takes is not None and not takes(*args, **kwargs):
+            return func(*args, **kwargs)
+        with running.mode, place_within(running, self.at):
+            result = compute(*args, **kwargs)
+        if in_place(func, self.name) or kwargs.get("inplace"):
+            changed_into(running, args[0] if args else kwargs["input"], result)
+        return result
+
+
+# ---- rules -----------------------------------------------------------------------------------------------------------
+class Rule:
+    """How one kind of function becomes a module, and how the module is called."""
+
+    def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
+        """The module for a call, or ``None`` where the rule does not fit; the generic one is taken then."""
+        raise NotImplementedError
+
+    def call(self, module: Any, args: Any, kwargs: Any) -> Any:
+        """Compute with the module."""
+        return module(*args, **kwargs)
+
+    def operands(self, args: Any, kwargs: Any) -> list[Any]:
+        """What the module is given by position, for quantizers on constants among it."""
+        return []
+
+
+class Binary(Rule):
+    """Arithmetic of two operands, by AIMET's module."""
+
+    def __init__(self, module: str, swapped: bool = False) -> None:
+        self.module = module
+        self.swapped = swapped
+
+    def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
+        from aimet_torch.nn.modules import custom
+
+        if len(self.operands(args, kwargs)) != 2 or kwargs.get("alpha", 1) != 1 or kwargs.get("rounding_mode"):
+            return None
+        made: nn.Module = getattr(custom, self.module)()
+        return made
+
+    def operands(self, args: Any, kwargs: Any) -> list[Any]:
+        found = [*args[:2], *(value for key, value in kwargs.items() if key in _SECOND)]
+        return found[::-1] if self.swapped else found
+
+    def call(self, module: Any, args: Any, kwargs: Any) -> Any:
+        a, b = self.operands(args, kwargs)
+        if not isinstance(a, Tensor):
+            a = torch.as_tensor(a, dtype=b.dtype, device=b.device)
+        return module(a, b)
+
+
+_SECOND = ("input", "other", "mat2", "tensor2", "exponent")
+
+
+class Configured(Rule):
+    """A function of one tensor, by the module of torch.nn with the same settings.
+
+    Args:
+        factory: the module's class.
+        names: the settings in the order in which the function takes them after the tensor.
+    """
+
+    def __init__(self, factory: Callable[..., nn.Module], *names: str) -> None:
+        self.factory = factory
+        self.names = names
+
+    def _settings(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        given = dict(zip(self.names, args[1:], strict=False)) | {k: v for k, v in kwargs.items() if k in self.names}
+        return {name: value for name, value in given.items() if name not in _IGNORED}
+
+    def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
+        settings = self._settings(args, kwargs)
+        if any(isinstance(value, Tensor) for value in settings.values()):
+            return None
+        made = self.factory(**settings)
+        made.__dict__["_settings"] = settings
+        return made
+
+    def call(self, module: Any, args: Any, kwargs: Any) -> Any:
+        if len(args) > 1 or kwargs:
+            settings = self._settings(args, kwargs)
+            if settings != module.__dict__["_settings"]:  # one line of code called with something else this time
+                vars(module).update({key: vars(self.factory(**settings))[key] for key in settings})
+                module.__dict__["_settings"] = settings
+        return module(args[0] if args else kwargs["input"])
+
+
+_IGNORED = ("inplace", "_stacklevel", "dtype")
+
+
+def _clip(min: float | None = None, max: float | None = None) -> nn.Module:
+    largest = torch.finfo(torch.float32).max
+    return nn.Hardtanh(-largest if min is None else float(min), largest if max is None else float(max))
+
+
+class Clip(Configured):
+    """``clamp`` between numbers."""
+
+    def call(self, module: Any, args: Any, kwargs: Any) -> Any:
+        settings = self._settings(args, kwargs)
+        if settings != module.__dict__["_settings"]:
+            wanted: Any = _clip(**settings)
+            module.min_val, module.max_val = wanted.min_val, wanted.max_val
+            module.__dict__["_settings"] = settings
+        return module(args[0] if args else kwargs["input"])
+
+
+class Named(Rule):
+    """AIMET's module of the same signature as the function."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+
+    def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
+        from aimet_torch.nn.modules import custom
+
+        made: nn.Module = getattr(custom, self.module)()
+        return made
+
+    def call(self, module: Any, args: Any, kwargs: Any) -> Any:
+        if "input" in kwargs:
+            args, kwargs = (kwargs["input"], *args), {key: v for key, v in kwargs.items() if key != "input"}
+        return module(*args, **kwargs)
+
+
+class Generic(Named):
+    """A module made for the function, where AIMET has none: nothing stays in float for lack of an entry here."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
+        function = func
+        if in_place(func, name):  # out of place, as every module computes
+            plain = _AUGMENTED.get(name, name)
+            function = getattr(torch.Tensor, plain, None)
+            if function is None:
+                return None
+        return generic_class(name, function)()
+
+
+class Concatenation(Rule):
+    """``cat`` of a list of tensors."""
+
+    def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
+        from aimet_torch.nn.modules import custom
+
+        made: nn.Module = custom.Concat(self._axis(args, kwargs))
+        return made
+
+    def operands(self, args: Any, kwargs: Any) -> list[Any]:
+        return list(args[0] if args else kwargs["tensors"])
+
+    def _axis(self, args: Any, kwargs: Any) -> int:
+        return int(args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0)))
+
+    def call(self, module: Any, args: Any, kwargs: Any) -> Any:
+        module._axis = self._axis(args, kwargs)
+        return module(*self.operands(args, kwargs))
+
+
+class Weighted(Rule):
+    """A function that takes weights: by the layer of torch.nn, which is lent the weights of each call.
+
+    The layer never owns them. They stay parameters of the module that hands them over, or what it computes of its
+    parameters: normalized, standardized, pruned. What is computed with is what is rounded.
+
+    Args:
+        names: the function's arguments in order.
+        build: makes the layer, its parameters on the meta device.
+    """
+
+    def __init__(self, names: Sequence[str], build: Callable[[dict[str, Any]], nn.Module | None]) -> None:
+        self.names = names
+        self.build = build
+
+    def bind(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        """The arguments by name."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+    def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
+        bound = self.bind(args, kwargs)
+        layer = self.build(bound)
+        if layer is not None:
+            for part in list(layer._parameters):
+                del layer._parameters[part]
+                layer.__dict__[part] = None
+            layer.__dict__["_lent"] = ()
+            self._lend(layer, bound)
+        return layer
+
+    def _lend(self, layer: Any, bound: dict[str, Any]) -> None:
+        values = layer.__dict__
+        for part in ("weight", "bias"):
+            values[part] = bound.get(part)
+
+    def call(self, module: Any, args: Any, kwargs: Any) -> Any:
+        values = module.__dict__
+        if "weight" not in values:  # lent for good, while AIMET looks at it as at any layer
+            return module(args[0] if args else kwargs["input"])
+        bound = self.bind(args, kwargs)
+        weight, bias = bound.get("weight"), bound.get("bias")
+        values["weight"], values["bias"] = weight, bias
+        try:
+            return module(bound["input"])
+        finally:  # without the graph that computed them
+            values["weight"] = None if weight is None else weight.detach()
+            values["bias"] = None if bias is None else bias.detach()
+
+
+def _linear(bound: dict[str, Any]) -> nn.Module | None:
+    outputs, inputs = bound["weight"].shape if bound["weight"].dim() == 2 else (0, 0)
+    if not outputs:
+        return None
+    return nn.Linear(inputs, outputs, bound.get("bias") is not None, device="meta")
+
+
+def _convolution(transposed: bool) -> Callable[[dict[str, Any]], nn.Module | None]:
+    plain = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    turned = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+    def build(bound: dict[str, Any]) -> nn.Module | None:
+        weight, groups = bound["weight"], bound.get("groups", 1)
+        spatial = weight.dim() - 2
+        if bound["input"].dim() != weight.dim():  # no batch
+            return None
+        settings = {key: bound[key] for key in ("stride", "padding", "dilation", "output_padding") if key in bound}
+        channels = weight.shape[0], weight.shape[1] * groups
+        factory: Any = (turned if transposed else plain)[spatial - 1]
+        inputs, outputs = channels if transposed else channels[::-1]
+        bias = bound.get("bias") is not None
+        made: nn.Module = factory(
+            inputs, outputs, tuple(weight.shape[2:]), groups=groups, bias=bias, device="meta", **settings
+        )
+        return made
+
+    return build
+
+
+def _layer_norm(bound: dict[str, Any]) -> nn.Module | None:
+    affine = bound.get("weight") is not None
+    bias = bound.get("bias") is not None
+    return nn.LayerNorm(
+        tuple(bound["normalized_shape"]), bound.get("eps", 1e-5), elementwise_affine=affine, bias=bias, device="meta"
+    )
+
+
+def _instance_norm(bound: dict[str, Any]) -> nn.Module | None:
+    dimensions = bound["input"].dim() - 2
+    if bound.get("running_mean") is not None or not 1 <= dimensions <= 3:
+        return None
+    channels = bound["input"].shape[1]
+    factory = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[dimensions - 1]
+    return factory(channels, bound.get("eps", 1e-5), affine=True, device="meta")
+
+
+class InstanceNorm(Weighted):
+    """``F.instance_norm``; the NPU computes with integers only where there is a weight and a bias."""
+
+    def bind(self, args: Any, kwargs: Any) -> dict[str, Any]:
+        bound = super().bind(args, kwargs)
+        channels, device = bound["input"].shape[1], bound["input"].device
+        if bound.get("weight") is None:
+            bound["weight"] = torch.ones(channels, device=device)
+        if bound.get("bias") is None:
+            bound["bias"] = torch.zeros(channels, device=device)
+        return bound
+
+
+def _prelu(bound: dict[str, Any]) -> nn.Module | None:
+    return nn.PReLU(bound["weight"].numel(), device="meta")
+
+
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_INSTANCE = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("add", "iadd"), Binary("Add")),
+    **dict.fromkeys(("sub", "isub", "subtract"), Binary("Subtract")),
+    **dict.fromkeys(("mul", "imul", "multiply"), Binary("Multiply")),
+    **dict.fromkeys(("div", "truediv", "itruediv", "divide", "true_divide"), Binary("Divide")),
+    **dict.fromkeys(("matmul", "bmm", "mm", "imatmul"), Binary("MatMul")),
+    "radd": Binary("Add", swapped=True),
+    "rsub": Binary("Subtract", swapped=True),
+    "rmul": Binary("Multiply", swapped=True),
+    "rtruediv": Binary("Divide", swapped=True),
+    "rdiv": Binary("Divide", swapped=True),
+    "rmatmul": Binary("MatMul", swapped=True),
+    "maximum": Binary("Maximum"),
+    "minimum": Binary("Minimum"),
+    **dict.fromkeys(("cat", "concat", "concatenate"), Concatenation()),
+    "softmax": Configured(nn.Softmax, "dim", "_stacklevel", "dtype"),
+    "log_softmax": Configured(nn.LogSoftmax, "dim", "_stacklevel", "dtype"),
+    "relu": Configured(nn.ReLU, "inplace"),
+    "relu6": Configured(nn.ReLU6, "inplace"),
+    "gelu": Configured(nn.GELU, "approximate"),
+    "sigmoid": Configured(nn.Sigmoid),
+    "tanh": Configured(nn.Tanh),
+    "hardswish": Configured(nn.Hardswish, "inplace"),
+    "hardsigmoid": Configured(nn.Hardsigmoid, "inplace"),
+    "leaky_relu": Configured(nn.LeakyReLU, "negative_slope", "inplace"),
+    "elu": Configured(nn.ELU, "alpha", "inplace"),
+    "selu": Configured(nn.SELU, "inplace"),
+    "softplus": Configured(nn.Softplus, "beta", "threshold"),
+    "hardtanh": Configured(nn.Hardtanh, "min_val", "max_val", "inplace"),
+    "clamp": Clip(_clip, "min", "max"),
+    "clip": Clip(_clip, "min", "max"),
+    "clamp_min": Clip(_clip, "min"),
+    "clamp_max": Clip(_clip, "max"),
+    **{
+        name: Named(module)
+        for name, module in {
+            "interpolate": "Interpolate",
+            "avg_pool2d": "AvgPool2d",
+            "max_pool2d": "MaxPool2d",
+            "adaptive_avg_pool2d": "AdaptiveAvgPool2d",
+            "mean": "Mean",
+            "sum": "Sum",
+            "pow": "Pow",
+            "ipow": "Pow",
+            "sqrt": "Sqrt",
+            "rsqrt": "RSqrt",
+            "exp": "Exponential",
+            "log": "Log",
+            "abs": "Abs",
+            "neg": "Neg",
+            "sin": "Sin",
+            "cos": "Cos",
+            "erf": "Erf",
+            "amax": "AMax",
+            "amin": "AMin",
+            "cumsum": "CumSum",
+            "norm": "Norm",
+            "pad": "Pad",
+            "grid_sample": "GridSample",
+            "square": "Square",
+        }.items()
+    },
+    "linear": Weighted(("input", "weight", "bias"), _linear),
+    **{f"conv{d}d": Weighted(_CONVOLUTION, _convolution(transposed=False)) for d in (1, 2, 3)},
+    **{f"conv_transpose{d}d": Weighted(_TRANSPOSED, _convolution(transposed=True)) for d in (1, 2, 3)},
+    "layer_norm": Weighted(("input", "normalized_shape", "weight", "bias", "eps"), _layer_norm),
+    "instance_norm": InstanceNorm(_INSTANCE, _instance_norm),
+    "prelu": Weighted(("input", "weight"), _prelu),
+}
+GENERIC = Generic()
+
+# Where a setting "inplace" stands among the arguments of functions that can be given it by position.
+_INPLACE_AT = {
+    name: 1 + rule.names.index("inplace")
+    for name, rule in RULES.items()
+    if isinstance(rule, Configured) and "inplace" in rule.names
+}
+
+
+def _inplace_by_position(name: str, args: Any) -> bool:
+    at = _INPLACE_AT.get(name)
+    return at is not None and len(args) > at and bool(args[at])
+
+
+@functools.cache
+def generic_class(name: str, function: Any) -> type[nn.Module]:
+    """The module's class for a function that AIMET has none for, known to AIMET."""
+    from aimet_torch._base.nn.modules.custom import create_wrapper_module
+    from aimet_torch.nn import QuantizationMixin
+
+    plain: Any = create_wrapper_module("".join(part.title() for part in name.split("_")), function)
+    plain.__module__ = __name__
+
+    class Quantized(QuantizationMixin, plain):
+        """The function, its inputs and output quantized."""
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            args = tuple(
+                quantizer(value) if quantizer is not None and _is_float(value) else value
+                for value, quantizer in _paired(args, self.input_quantizers)
+            )
+            output = super(QuantizationMixin, self).forward(*args, **kwargs)
+            quantizer = self.output_quantizers[0]
+            return quantizer(output) if quantizer is not None and _is_float(output) else output
+
+    Quantized.__name__ = Quantized.__qualname__ = f"Quantized{plain.__name__}"
+    QuantizationMixin.implements(plain)(Quantized)
+    return plain
+
+
+def _paired(args: Sequence[Any], quantizers: Sequence[Any]) -> list[tuple[Any, Any]]:
+    known = list(quantizers)
+    return [(value, known[index] if index < len(known) else None) for index, value in enumerate(args)]
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
