@@ -15,10 +15,11 @@ from lightning_quant.simulation import aimet, preflight
 from lightning_quant.simulation.callsites import quantizers
 from lightning_quant.simulation.callsites.lending import layers_kept, weights_lent
 from lightning_quant.simulation.fast import kernels
+from lightning_quant.simulation.inplace import copied, state_kept, undone_on_error
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork
 from lightning_quant.simulation.precisions import matching, quantized_layers, set_precisions
-from lightning_quant.simulation.prepare import copied, prepare_in_place, undone_on_error
+from lightning_quant.simulation.prepare import prepare_in_place
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
     try:
         # A class AIMET does not know is the user's own, whose operations are call sites.
         QuantizationMixin.ignore_unknown_modules(True)
-        with layers_kept(), weights_lent(network):
+        with state_kept(network), layers_kept(), weights_lent(network):
             sim = QuantizationSimModel(
                 FlatNetwork(network, inputs).eval(),
                 tuple(inputs.tensors),

@@ -136,6 +136,15 @@ class QuantizedNetwork:
         """Run the network."""
         return self.network(*args, **kwargs)
 
+    def train(self, mode: bool = True) -> QuantizedNetwork:
+        """Put the network into training mode."""
+        self.network.train(mode)
+        return self
+
+    def eval(self) -> QuantizedNetwork:
+        """Put the network into eval mode."""
+        return self.train(False)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "network" not in self.__dict__:
             raise AttributeError(name)

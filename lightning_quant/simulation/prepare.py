@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from lightning_quant.errors import PreflightError
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.callsites.recording import instrument
 from lightning_quant.simulation.callsites.running import FOLDED
+from lightning_quant.simulation.inplace import copied, state_kept, undone_on_error
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import FlatNetwork
 from lightning_quant.simulation.normalize import use_torch_classes
@@ -78,10 +78,11 @@ def prepare_in_place(
         undone_on_error(network),
     ):
         network.eval()
+        twin = copied(network)
         outputs = []
         for call in calls:
             try:
-                outputs.append(_drawing_the_same(call, copied(network)))
+                outputs.append(_drawing_the_same(call, twin))
             except Exception as error:
                 raise PreflightError(
                     f"The float network {type(network).__name__} cannot be run on one sample: "
@@ -93,10 +94,11 @@ def prepare_in_place(
                 f"The network {type(network).__name__} returned {type(outputs[0]).__name__} without any tensor "
                 "in it: expected a tensor or a structure of tensors."
             )
-        batch_norms, findings = _fold_batch_norms(network, calls)
+        batch_norms, findings = _fold_batch_norms(network, twin, calls)
         instrument(network, calls)
         for call, expected in zip(calls, outputs, strict=True):
-            difference = relative_difference(expected, _drawing_the_same(call, network))
+            with state_kept(network):
+                difference = relative_difference(expected, _drawing_the_same(call, network))
             if difference > TOLERANCE:
                 raise PreflightError(
                     f"{type(network).__name__} computes something else once its operations are quantized "
@@ -114,49 +116,16 @@ def _drawing_the_same(call: NetworkInputs, network: nn.Module) -> Any:
         return call.call(network)
 
 
-def copied(network: nn.Module) -> nn.Module:
-    """A deep copy; tensors that a pass left behind in attributes come along without their graph."""
-    memo: dict[int, Any] = {}
-    for module in network.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    with torch.inference_mode(False):
-        return copy.deepcopy(network, memo)
-
-
-@contextmanager
-def undone_on_error(network: nn.Module) -> Iterator[None]:
-    """Change a network in place, or not at all."""
-    modules = [(module, type(module), _shallow(vars(module))) for module in network.modules()]
-    values = [(parameter, parameter.data) for parameter in network.parameters()]
-    try:
-        yield
-    except BaseException:
-        for module, cls, own in modules:
-            module.__class__ = cls
-            vars(module).clear()
-            vars(module).update(own)
-        for parameter, data in values:
-            parameter.data = data
-        raise
-
-
-def _shallow(own: dict[str, Any]) -> dict[str, Any]:
-    return {name: copy.copy(value) if isinstance(value, (dict, list, set)) else value for name, value in own.items()}
-
-
 def _fold_batch_norms(
-    network: nn.Module, calls: Sequence[NetworkInputs]
+    network: nn.Module, twin: nn.Module, calls: Sequence[NetworkInputs]
 ) -> tuple[dict[str, _BatchNorm], list[Finding]]:
     """Fold batch norms into the layers before them, in place; leave all if the numbers change.
 
-    AIMET finds and folds them in a copy whose layers have PyTorch's own classes.
+    AIMET finds and folds them in a copy, ``twin``, whose layers are given PyTorch's own classes.
     """
     from aimet_torch.batch_norm_fold import fold_all_batch_norms
 
     inputs = calls[0]
-    twin = copied(network)
     renamed = use_torch_classes(twin, inputs)
     if not any(isinstance(module, _BatchNorm) for module in twin.modules()):
         return {}, []

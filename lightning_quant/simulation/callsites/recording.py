@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.callsites import running
-from lightning_quant.simulation.callsites.running import FOLDED, MADE_UP, Pass, Place, add_site, place, sites_of
+from lightning_quant.simulation.callsites.running import FOLDED, MADE_UP, Pass, Place, add_site, place
 from lightning_quant.simulation.callsites.sites import (
     _AUGMENTED,
+    CONTAINERS,
     GENERIC,
     RULES,
     ApartSite,
@@ -25,10 +26,8 @@ from lightning_quant.simulation.callsites.sites import (
     in_place,
 )
 from lightning_quant.simulation.callsites.taken_apart import APART, STEPPING
+from lightning_quant.simulation.inplace import state_kept
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
-
-# These are iterated over: no place for a child of ours.
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 # Functions that hand values on as they are: what was rounded before stays rounded.
 MOVES = frozenset(
@@ -108,10 +107,11 @@ class _Found:
     """An operation that needs a site."""
 
     module: nn.Module
-    holder: nn.Module | None
     at: Place
-    site: Site | ApartSite
+    name: str  # of the function; with a star for the generic rule
     repeats: bool  # one step of several that are alike
+    child: nn.Module | None = None  # what answers it; ``None``: it is taken apart
+    holder: nn.Module | None = None
     weight: Tensor | None = None
 
 
@@ -137,7 +137,7 @@ class Recorder:
     """
 
     root: nn.Module
-    found: list[_Found] = field(default_factory=list)
+    pending: dict[tuple[int, Place], _Found] = field(default_factory=dict)
     constants: dict[int, Tensor] = field(default_factory=dict)
     known: set[int] = field(default_factory=set)
     kept: list[Any] = field(default_factory=list)  # alive, so that no id is given twice
@@ -169,26 +169,26 @@ class Recorder:
         if FOLDED in module.__dict__ and name == "batch_norm":
             return args[0] if args else kwargs["input"]
         at = place(running, module)
-        site = sites_of(module).get(at) or self._pending(module, at)
-        if isinstance(site, ApartSite) or (site is None and self._comes_apart(name, func, args, kwargs)):
-            if site is None:
-                site = ApartSite(name, at)
-                self.found.append(_Found(module, None, at, site, self.repeating))
+        pending = self.pending.get((id(module), at))
+        apart = pending is not None and pending.child is None
+        if apart or (pending is None and self._comes_apart(name, args, kwargs)):
+            if pending is None:
+                self._add(_Found(module, at, name, self.repeating))
             before, self.repeating = self.repeating, self.repeating or name in STEPPING
             try:
-                return site.answer(running, func, args, kwargs)
+                return ApartSite(name, at).answer(running, func, args, kwargs)
             finally:
                 self.repeating = before
         given = _tensors((args, kwargs))
         self.used(given)
         made = None
-        if site is None and self._needs_site(name, func, given):
+        if pending is None and self._needs_site(name, func, given):
             made = self._make(running, module, at, name, func, args, kwargs)
         result = func(*args, **kwargs)
         if made is not None and not (isinstance(result, Tensor) and result.is_floating_point()) and name not in MOVES:
             made = None
         if made is not None:
-            self.found.append(made)
+            self._add(made)
         self._note(name, args, kwargs, result, made)
         if name == "zeros" and isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             result.__dict__[MADE_UP] = True
@@ -211,16 +211,17 @@ class Recorder:
                 needed.update(edge.inputs)
             elif edge.found is not None and self._origins_known:
                 spared.append(edge.found)
-        self.found = [one for one in self.found if not any(one is other for other in spared)]
+        for one in spared:
+            del self.pending[id(one.module), one.at]
 
-    def _pending(self, module: nn.Module, at: Place) -> Site | ApartSite | None:
-        return next((one.site for one in self.found if one.module is module and one.at == at), None)
+    def _add(self, found: _Found) -> None:
+        self.pending[id(found.module), found.at] = found
 
     def _depends(self, tensors: Iterable[Tensor]) -> bool:
         return any(id(tensor) not in self.constants for tensor in tensors)
 
-    def _comes_apart(self, name: str, func: Any, args: Any, kwargs: Any) -> bool:
-        if name not in APART or isinstance(func, type(None)):
+    def _comes_apart(self, name: str, args: Any, kwargs: Any) -> bool:
+        if name not in APART:
             return False
         given = _tensors((args, kwargs))
         if not any(tensor.is_floating_point() for tensor in given) or not self._depends(given):
@@ -270,10 +271,10 @@ class Recorder:
             and value.numel() > 1
             and id(value) in self.constants
         )
-        holder = next((one for one in reversed(running.stack) if not isinstance(one, _CONTAINERS)), None)
+        holder = next((one for one in reversed(running.stack) if not isinstance(one, CONTAINERS)), None)
         child.__dict__["_moves"] = name in MOVES and name not in _CASTS
-        site = Site(name if rule is not GENERIC else f"{name}*", child)
-        return _Found(module, holder, at, site, self.repeating, weight)
+        name = name if rule is not GENERIC else f"{name}*"
+        return _Found(module, at, name, self.repeating, child, holder, weight)
 
     def _note(self, name: str, args: Any, kwargs: Any, result: Any, made: _Found | None = None) -> None:
         given, new = _tensors((args, kwargs)), _tensors(result)
@@ -333,17 +334,19 @@ def instrument(root: nn.Module, calls: Sequence[NetworkInputs]) -> None:
     for module in root.modules():
         if module not in layers and not isinstance(module, torch.jit.ScriptModule):
             running.watch(module)
-    for module in _changing_what_others_use(root, calls, layers):
+    with state_kept(root):
+        others = _changing_what_others_use(root, calls, layers)
+    for module in others:
         layers.remove(module)
         running.watch(module)
     recorder = Recorder(root)
-    with torch.no_grad(), _seen_as_one(layers, recorder):
+    with torch.no_grad(), state_kept(root), _seen_as_one(layers, recorder):
         for call in calls:
             with running.recorded_by(recorder):
                 recorder.begin(call.tensors)
                 call.call(root)
         _traced(root, calls[0], recorder)
-    _install(recorder.found)
+    _install(recorder.pending.values())
 
 
 def _changing_what_others_use(
@@ -374,12 +377,12 @@ def _traced(root: nn.Module, call: NetworkInputs, recorder: Recorder) -> None:
             recorder.begin(tensors)
             return super().forward(*tensors)
 
-    before = list(recorder.found)
+    before = dict(recorder.pending)
     try:
         with aimet.quiet(), running.recorded_by(recorder):
             torch.jit.trace(Recorded(root, call), tuple(call.tensors), check_trace=False, strict=False)
     except Exception:
-        recorder.found = before
+        recorder.pending = before
 
 
 def _layers(root: nn.Module, calls: Sequence[NetworkInputs]) -> set[nn.Module]:
@@ -452,15 +455,18 @@ def _hooked(
 
 def _install(found: Iterable[_Found]) -> None:
     for one in found:
-        if isinstance(one.site, Site):
-            assert one.holder is not None
-            child = one.site.child
-            child.eval()
-            child.__dict__["_weight_of"] = one.weight  # until the simulation is built
-            child.__dict__["_owner"] = id(one.module)
-            child.__dict__["_repeats"] = (id(one.module), one.at[0]) if one.repeats else None
-            one.holder.add_module(_free_name(one.holder, one.site.name), child)
-        add_site(one.module, one.at, one.site)
+        if one.child is None:
+            add_site(one.module, one.at, ApartSite(one.name, one.at))
+            continue
+        assert one.holder is not None
+        one.child.eval()
+        own = vars(one.child)
+        own["_weight_of"] = one.weight  # until the simulation is built
+        own["_owner"] = id(one.module)
+        own["_repeats"] = (id(one.module), one.at[0]) if one.repeats else None
+        name = _free_name(one.holder, one.name)
+        one.holder.add_module(name, one.child)
+        add_site(one.module, one.at, Site(one.name, one.holder, name, own=one.holder is one.module))
 
 
 def _free_name(holder: nn.Module, name: str) -> str:

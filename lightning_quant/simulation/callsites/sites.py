@@ -24,6 +24,8 @@ def in_place(func: Any, name: str) -> bool:
     return (own.endswith("_") and not own.endswith("__")) or name in _AUGMENTED
 
 
+# These are iterated over: no place for a child of ours.
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _AUGMENTED = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ipow": "pow", "imatmul": "matmul"}
 
 
@@ -31,16 +33,31 @@ class Site:
     """The module that answers one operation in the code of a network.
 
     Args:
-        name: base name of the function.
-        child: the module.
+        name: base name of the function, with a star where it is answered by the generic rule.
+        holder: the module that the answering one is a child of.
+        child: its name there, by which AIMET exchanges it.
+        own: whether the holder is the module whose code it is; else it is the innermost around it that is no list.
     """
 
-    def __init__(self, name: str, child: nn.Module) -> None:
+    def __init__(self, name: str, holder: nn.Module, child: str, own: bool) -> None:
         self.name = name
+        self.holder = holder
         self.child = child
+        self.own = own
+
+    def module(self, running: Pass) -> nn.Module:
+        """The module that answers: of the network that runs, which can be a copy that AIMET made."""
+        stack = running.stack
+        holder = stack[-1] if self.own else next((m for m in reversed(stack) if not isinstance(m, CONTAINERS)), None)
+        found = None if holder is None else holder._modules.get(self.child)
+        if found is None:  # a list that is called on its own
+            found = self.holder._modules[self.child]
+        assert found is not None
+        return found
 
     def answer(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
-        result = RULES.get(self.name, GENERIC).call(self.child, args, kwargs)
+        """Compute what was called."""
+        result = RULES.get(self.name, GENERIC).call(self.module(running), args, kwargs)
         if in_place(func, self.name) or kwargs.get("inplace") or _inplace_by_position(self.name, args):
             changed_into(running, args[0] if args else kwargs["input"], result)
         return result
@@ -59,6 +76,7 @@ class ApartSite:
         self.at = at
 
     def answer(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
+        """Compute what was called."""
         compute, takes = APART[self.name]
         if takes is not None and not takes(*args, **kwargs):
             return func(*args, **kwargs)

@@ -39,12 +39,13 @@ def bench_of(
         with torch.no_grad():
             change(own)
     calls = batches()
+    targets = targets_of(own)
+    float_network = copy.deepcopy(own)
     quantized = quantize(own, calls[0].first(1), QuantRecipe(**{"calibration_samples": 128, **recipe})).eval()
     with torch.no_grad():
         calibrate(quantized, calls)
-    targets = targets_of(own)
     bench = Workbench(
-        float_network=own,
+        float_network=float_network,
         inputs=calls[0].first(1),
         samples=lambda: iter(calls),
         measure=lambda: quality(quantized, targets),
