@@ -238,7 +238,8 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
                 "float network."
             ) from error
         quantized = onnx.load(qdq)
-        parameters = network.sim.model.named_parameters()
+        # a parameter that several modules share goes into the file under one of its names
+        parameters = network.sim.model.named_parameters(remove_duplicate=False)
         biases = {name: value.detach().numpy() for name, value in parameters if name.endswith("bias")}
         coarser = rescale_biases(quantized, biases)
         onnx.save(quantized, qdq)
