@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_quant.deploy import audit, parity
-from lightning_quant.deploy.biases import rescale_biases, update_encodings
+from lightning_quant.deploy import audit, biases, parity, shared_grids
 from lightning_quant.errors import CalibrationError, ExportError
 from lightning_quant.files import alone
 from lightning_quant.precision import PRECISIONS
@@ -240,16 +239,18 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
         quantized = onnx.load(qdq)
         # a parameter that several modules share goes into the file under one of its names
         parameters = network.sim.model.named_parameters(remove_duplicate=False)
-        biases = {name: value.detach().numpy() for name, value in parameters if name.endswith("bias")}
-        coarser = rescale_biases(quantized, biases)
+        floats = {name: value.detach().numpy() for name, value in parameters if name.endswith("bias")}
+        shared = shared_grids.share_grids(quantized)
+        coarser = biases.rescale_biases(quantized, floats)
         onnx.save(quantized, qdq)
         # tracing leaves the quantizers' own constants behind, used by nothing
         model = onnx.load(float_onnx)
         _remove_dangling_nodes_and_initializers(model)
         onnx.save(model, float_onnx)
     encodings = json.loads(encodings_file.read_text())
-    if coarser:
-        update_encodings(encodings, coarser)
+    if coarser or shared:
+        shared_grids.update_encodings(encodings, shared)
+        biases.update_encodings(encodings, coarser)
         encodings_file.write_text(json.dumps(encodings, indent=2) + "\n")
     encoded = [e["name"] for part in ("activation_encodings", "param_encodings") for e in encodings[part]]
     reasons, missing = audit.unexplained(model, encoded, network.findings)
