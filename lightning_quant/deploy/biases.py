@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_quant.deploy.qdq_graph import QdqGraph, axis_of, of_integers
+from lightning_quant.deploy.qdq_graph import QdqGraph, axis_of, hands_on, of_integers
 
 if TYPE_CHECKING:
     import onnx
@@ -19,21 +19,6 @@ if TYPE_CHECKING:
 _BIASED = ("Conv", "ConvTranspose", "Gemm")
 # Operations whose bias may have any scale, but only one: the NPU's compiler refuses one for each channel.
 _NORMS = ("LayerNormalization", "InstanceNormalization", "GroupNormalization")
-# What a bias, a weight or an input may pass through without another scale.
-_MOVES = (
-    "DepthToSpace",
-    "Expand",
-    "Flatten",
-    "Identity",
-    "Reshape",
-    "Slice",
-    "SpaceToDepth",
-    "Split",
-    "Squeeze",
-    "Tile",
-    "Transpose",
-    "Unsqueeze",
-)
 # Largest integer of a bias: half of what 32 bits hold, the rest is for the sum that it is added to; a little less, for
 # scales are rounded to float32.
 _LARGEST = 2**30 - 2**8
@@ -84,7 +69,7 @@ def rescale_biases(model: onnx.ModelProto, biases: Mapping[str, np.ndarray]) -> 
         if known or before.shape != scale.shape or not np.allclose(before, scale, rtol=1e-3, atol=0):
             _requantize(graph, one.bias, floats, scale)
     for node in model.graph.node:
-        bias = graph.source(node.input[2], _moves) if node.op_type in _NORMS and len(node.input) > 2 else None
+        bias = graph.source(node.input[2]) if node.op_type in _NORMS and len(node.input) > 2 else None
         if bias is not None and _is_bias(bias, graph) and _scale(graph, bias).size > 1:
             floats = _float_bias(bias, graph, biases, origins)
             _requantize(graph, bias, floats, np.array((np.abs(floats).max() or _LARGEST) / _LARGEST))
@@ -107,7 +92,7 @@ def _sum_of(node: onnx.NodeProto, graph: QdqGraph) -> _Sum | None:
         names = [*graph.producers[node.input[products[0]]].input, node.input[1 - products[0]]] if products else []
     else:
         return None
-    sources = [graph.source(name, _moves) for name in names]
+    sources = [graph.source(name) for name in names]
     if len(sources) < 3 or not all(of_integers(source) for source in sources):
         return None
     of_input, weight, bias = sources
@@ -177,7 +162,7 @@ def _unshare(model: onnx.ModelProto) -> dict[str, str]:
     origins: dict[str, str] = {}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        for index, name in enumerate(node.input) if not _moves(node) else ():
+        for index, name in enumerate(node.input) if not hands_on(node) else ():
             path = _path(name, graph)
             if not path:
                 continue
@@ -210,7 +195,7 @@ def _path(name: str, graph: QdqGraph) -> list[onnx.NodeProto]:
     """The nodes from the integers of a bias to the tensor ``name``; none if that is no bias."""
     path: list[onnx.NodeProto] = []
     node = graph.producers.get(name)
-    while node is not None and _moves(node) and len(node.output) == 1:
+    while node is not None and hands_on(node) and len(node.output) == 1:
         path.append(node)
         node = graph.producers.get(node.input[0])
     return [node, *reversed(path)] if node is not None and _is_bias(node, graph) else []
@@ -251,10 +236,6 @@ def _long_axes(graph: QdqGraph, node: onnx.NodeProto) -> int:
 
 def _op(node: onnx.NodeProto | None) -> str:
     return "" if node is None else node.op_type
-
-
-def _moves(node: onnx.NodeProto) -> bool:
-    return node.op_type in _MOVES
 
 
 def _along(values: np.ndarray, dimensions: int, dequantize: onnx.NodeProto) -> np.ndarray:

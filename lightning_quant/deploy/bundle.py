@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import inspect
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from lightning_quant.deploy import audit, biases, parity, shared_grids
+from lightning_quant.deploy.passed_inputs import encode_passed_inputs, round_passed_inputs
 from lightning_quant.errors import CalibrationError, ExportError
 from lightning_quant.files import alone
 from lightning_quant.precision import PRECISIONS
@@ -241,6 +243,7 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
         parameters = network.sim.model.named_parameters(remove_duplicate=False)
         floats = {name: value.detach().numpy() for name, value in parameters if name.endswith("bias")}
         shared = shared_grids.share_grids(quantized)
+        round_passed_inputs(quantized)
         coarser = biases.rescale_biases(quantized, floats)
         onnx.save(quantized, qdq)
         # tracing leaves the quantizers' own constants behind, used by nothing
@@ -248,9 +251,12 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
         _remove_dangling_nodes_and_initializers(model)
         onnx.save(model, float_onnx)
     encodings = json.loads(encodings_file.read_text())
-    if coarser or shared:
-        shared_grids.update_encodings(encodings, shared)
-        biases.update_encodings(encodings, coarser)
+    written = copy.deepcopy(encodings)
+    shared_grids.update_encodings(encodings, shared)
+    biases.update_encodings(encodings, coarser)
+    if encode_passed_inputs(model, encodings):
+        onnx.save(model, float_onnx)
+    if encodings != written:
         encodings_file.write_text(json.dumps(encodings, indent=2) + "\n")
     encoded = [e["name"] for part in ("activation_encodings", "param_encodings") for e in encodings[part]]
     reasons, missing = audit.unexplained(model, encoded, network.findings)

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     import onnx
+
+
+# Operations that put out the values of their first input as they are, in another order or form.
+_HANDS_ON = (
+    "DepthToSpace",
+    "Expand",
+    "Flatten",
+    "Gather",
+    "Identity",
+    "Reshape",
+    "Slice",
+    "SpaceToDepth",
+    "Split",
+    "Squeeze",
+    "Tile",
+    "Transpose",
+    "Unsqueeze",
+)
 
 
 class QdqGraph:
@@ -65,12 +82,17 @@ class QdqGraph:
             candidate, number = f"{name}_{number}", number + 1
         return candidate
 
-    def source(self, name: str, passes: Callable[[onnx.NodeProto], bool]) -> onnx.NodeProto | None:
-        """The node that a tensor comes from, seen through the first inputs of those that ``passes`` accepts."""
+    def source(self, name: str) -> onnx.NodeProto | None:
+        """The node that computes the values of a tensor, behind those that only hand them on."""
         node = self.producers.get(name)
-        while node is not None and passes(node) and node.input:
+        while node is not None and hands_on(node):
             node = self.producers.get(node.input[0])
         return node
+
+
+def hands_on(node: onnx.NodeProto) -> bool:
+    """Whether a node puts out the values of its first input as they are."""
+    return node.op_type in _HANDS_ON
 
 
 def of_integers(node: onnx.NodeProto | None) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -22,6 +23,23 @@ from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 
 
+class FindingKind(Enum):
+    """What a finding says of a module, for what goes by it: the words are for people."""
+
+    LEFT_IN_FLOAT = "left in float"
+    NO_RANGES = "no ranges"
+    UNTRACED = "untraced"
+    UNFOLDED = "unfolded"
+    COPIED = "copied"
+    SHARED = "shared"
+    NARROW = "narrow"
+
+    @property
+    def leaves_open(self) -> bool:
+        """Whether tensors of the module have no encoding, and the user was told."""
+        return self in (FindingKind.LEFT_IN_FLOAT, FindingKind.NO_RANGES)
+
+
 @dataclass(frozen=True)
 class Finding:
     """One row of the preflight table.
@@ -30,11 +48,13 @@ class Finding:
         module: qualified name of the module in the network; empty for the network itself.
         problem: what is wrong with it.
         remedy: what to do about it.
+        kind: what that means for the export.
     """
 
     module: str
     problem: str
     remedy: str
+    kind: FindingKind = field(kw_only=True)
 
 
 def table(findings: Iterable[Finding]) -> str:
@@ -88,6 +108,7 @@ def inspect(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
                     name,
                     f"called {count} times in one pass: its activations have no ranges",
                     "use one module instance per call",
+                    kind=FindingKind.NO_RANGES,
                 )
             )
     for name, used in functions.items():
@@ -97,6 +118,7 @@ def inspect(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
                 name,
                 f"functional operations stay in float: {operations}",
                 "use the nn.Module form (or aimet_torch.nn.modules.custom) for each",
+                kind=FindingKind.LEFT_IN_FLOAT,
             )
         )
     for name, module in network.named_modules():
@@ -107,6 +129,7 @@ def inspect(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
                     name,
                     f"{type(module).__name__} could not be folded into a convolution or linear layer",
                     "put it directly after one, or expect an extra operation on the device",
+                    kind=FindingKind.UNFOLDED,
                 )
             )
         if name in calls and not known_to_aimet(module):
@@ -115,6 +138,7 @@ def inspect(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
                     name,
                     f"AIMET has no quantized form of {type(module).__name__}: it stays in float",
                     "build it from nn modules, or register it with QuantizationMixin.implements",
+                    kind=FindingKind.LEFT_IN_FLOAT,
                 )
             )
     return findings
@@ -135,7 +159,7 @@ def single_channels(layers: Mapping[str, Any]) -> list[Finding]:
         if quantizer is not None and quantizer.bitwidth < 8:
             problem = f"one output channel with {quantizer.bitwidth}-bit weights: the NPU's compiler refuses it"
             remedy = f'give it 8-bit weights, which costs few bytes: overrides={{"{name}": "w8a8"}}'
-            findings.append(Finding(name, problem, remedy))
+            findings.append(Finding(name, problem, remedy, kind=FindingKind.NARROW))
     return findings
 
 
@@ -160,6 +184,7 @@ def sharing_siblings(root: nn.Module, network: nn.Module, name: str) -> list[Fin
                     path,
                     f"shares parameters with {name!r} and will keep the float ones",
                     f"reach them through self.{name} instead",
+                    kind=FindingKind.SHARED,
                 )
             )
     return findings

@@ -17,7 +17,7 @@ from lightning_quant.simulation import aimet, preflight
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import FlatNetwork
 from lightning_quant.simulation.normalize import use_torch_classes
-from lightning_quant.simulation.preflight import Finding
+from lightning_quant.simulation.preflight import Finding, FindingKind
 
 # Largest change, relative to the largest output, that rewriting in float32 may cause: folding a batch norm
 # or tracing reorders sums, which moves results by some 1e-6; a wrong fold moves them by 1e-1.
@@ -100,6 +100,7 @@ def _trace(network: nn.Module, inputs: NetworkInputs, output: Any) -> tuple[nn.M
                 "",
                 f"could not be traced ({type(error).__name__}: {reason[:120]})",
                 "avoid control flow that depends on tensor values; functional operations stay in float",
+                kind=FindingKind.UNTRACED,
             )
         ]
     if difference > TOLERANCE:
@@ -108,6 +109,7 @@ def _trace(network: nn.Module, inputs: NetworkInputs, output: Any) -> tuple[nn.M
                 "",
                 f"computes something else when traced (relative difference {difference:.1e})",
                 "avoid forward passes that depend on state or the mode; functional operations stay in float",
+                kind=FindingKind.UNTRACED,
             )
         ]
     findings = [
@@ -115,6 +117,7 @@ def _trace(network: nn.Module, inputs: NetworkInputs, output: Any) -> tuple[nn.M
             name,
             "holds weights and is called more than once: each call got a copy of its own",
             "expect the copies to differ after QAT, or use one module per call",
+            kind=FindingKind.COPIED,
         )
         for name in _reused_with_weights(network, inputs)
     ]
@@ -184,6 +187,7 @@ def _fold_batch_norms(
                     "",
                     f"batch norms could not be folded ({type(error).__name__}: {str(error)[:120]})",
                     "fold them yourself, or expect them as extra operations on the device",
+                    kind=FindingKind.UNFOLDED,
                 )
             ],
         )
@@ -196,6 +200,7 @@ def _fold_batch_norms(
                     "",
                     f"folding batch norms changed the output by {difference:.1e} (relative); left unfolded",
                     "check for batch norms whose convolution is used elsewhere too",
+                    kind=FindingKind.UNFOLDED,
                 )
             ],
         )

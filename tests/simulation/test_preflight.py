@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_quant.errors import PreflightError
 from lightning_quant.precision import Precision
 from lightning_quant.simulation import preflight
-from lightning_quant.simulation.preflight import Finding
+from lightning_quant.simulation.preflight import Finding, FindingKind
 from tests.simulation.networks import (
     Body,
     Chain,
@@ -118,7 +118,7 @@ def test_tracing_removes_what_it_can() -> None:
     assert quantized(SharedReLU()).findings == []
     # no fx module for this one: it stays, and is named
     (sine,) = quantized(nn.Sequential(nn.Conv2d(3, 3, 1), Sine(), nn.Conv2d(3, 3, 1))).findings
-    assert sine == Finding("", "functional operations stay in float: sin", sine.remedy)
+    assert sine == Finding("", "functional operations stay in float: sin", sine.remedy, kind=FindingKind.LEFT_IN_FLOAT)
 
 
 def test_shared_convolution_is_told_to_have_become_two() -> None:
@@ -142,7 +142,8 @@ def test_one_output_channel_in_4_bits(last: nn.Module) -> None:
 
 
 def test_table_is_aligned_and_strict_raises_with_it(caplog: pytest.LogCaptureFixture) -> None:
-    findings = [Finding("", "problem one", "do this"), Finding("body.relu", "two", "do that")]
+    left = FindingKind.LEFT_IN_FLOAT
+    findings = [Finding("", "problem one", "do this", kind=left), Finding("body.relu", "two", "do that", kind=left)]
     assert preflight.table(findings) == (
         "module     problem      what to do\n(network)  problem one  do this\nbody.relu  two          do that"
     )
