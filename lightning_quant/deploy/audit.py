@@ -89,11 +89,11 @@ def unexplained(
         return name not in encodings and kind == onnx.TensorProto.FLOAT
 
     def was_left(node: onnx.NodeProto) -> bool:
-        module = _module(node)
+        module = module_of(node)
         return module in left_open or re.sub(r"_\d+$", "", module) in left_open  # relu_1: the second call of relu
 
     def as_said(node: onnx.NodeProto) -> str:
-        return f"left in float, as the preflight said of {_module(node) or 'the network'}"
+        return f"left in float, as the preflight said of {module_of(node) or 'the network'}"
 
     def is_number(name: str) -> bool:
         if name in sizes:
@@ -111,7 +111,7 @@ def unexplained(
             return False
         others = [other for other in user.input if other and other not in constants]
         inside = [producers[other] for other in others if other in producers and other not in encodings]
-        return not any(_module(user) and _scope(node) == _scope(user) for node in inside)
+        return not any(module_of(user) and _scope(node) == _scope(user) for node in inside)
 
     def explain_constant(name: str) -> None:
         users = consumers[name]
@@ -172,8 +172,8 @@ def unexplained(
                 reasons[name] = reasons[node.input[0]]
             elif hands_on(node) and node.input[0] in untouched:
                 reasons[name] = f"the input {node.input[0]} as it is"
-            elif after and _module(node) and all(_scope(c) == _scope(node) for c in after):
-                reasons[name] = f"inside one operation of the simulation ({_module(node)})"
+            elif after and module_of(node) and all(_scope(c) == _scope(node) for c in after):
+                reasons[name] = f"inside one operation of the simulation ({module_of(node)})"
             else:
                 missing.append(name)
     return reasons, missing
@@ -188,6 +188,6 @@ def _scope(node: onnx.NodeProto) -> str:
     return node.name.rpartition("/")[0]
 
 
-def _module(node: onnx.NodeProto) -> str:
+def module_of(node: onnx.NodeProto) -> str:
     """Qualified name of the module a node belongs to; empty for the network's own level."""
     return ".".join(part.rpartition(".")[2] for part in _scope(node).split("/")[2:])

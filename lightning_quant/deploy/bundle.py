@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from lightning_quant.deploy import audit, biases, parity, shared_grids
+from lightning_quant.deploy.fixed_graph import check_fixed
 from lightning_quant.deploy.passed_inputs import encode_passed_inputs, round_passed_inputs
 from lightning_quant.errors import CalibrationError, ExportError
 from lightning_quant.files import alone
@@ -220,6 +221,11 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
                 dynamo=False,
                 **names,
             )
+            # tracing leaves the quantizers' own constants behind, used by nothing
+            model = onnx.load(float_onnx)
+            _remove_dangling_nodes_and_initializers(model)
+            onnx.save(model, float_onnx)
+            check_fixed(model, network.float_class.__name__)
             aimet_torch.onnx.export(
                 network.sim.model,
                 tensors,
@@ -229,7 +235,7 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
                 dynamo=False,
                 **names,
             )
-        except OSError:
+        except (OSError, ExportError):
             raise
         except Exception as error:  # PyTorch's exporter adds the whole graph to what it says
             said = str(error).strip().splitlines()[0]
@@ -246,10 +252,6 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
         round_passed_inputs(quantized)
         coarser = biases.rescale_biases(quantized, floats)
         onnx.save(quantized, qdq)
-        # tracing leaves the quantizers' own constants behind, used by nothing
-        model = onnx.load(float_onnx)
-        _remove_dangling_nodes_and_initializers(model)
-        onnx.save(model, float_onnx)
     encodings = json.loads(encodings_file.read_text())
     written = copy.deepcopy(encodings)
     shared_grids.update_encodings(encodings, shared)
