@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.module_tracker import ModuleTracker
 
 from lightning_quant.deploy.audit import module_of
 from lightning_quant.errors import ExportError
+from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 
 if TYPE_CHECKING:
     import onnx
@@ -44,13 +50,7 @@ def check_fixed(model: onnx.ModelProto, network: str) -> None:
         ExportError: naming the operations that draw random numbers, or the outputs whose size depends on values.
     """
     if drawing := random_operations(model):
-        places = sorted({f"{node.op_type} in {module_of(node) or 'its own forward'}" for node in drawing})
-        raise ExportError(
-            f"{network} draws random numbers in eval mode: {', '.join(places)}. Expected a network that answers the "
-            "same every time: what runs on a device could never be compared with the simulation. Draw outside of the "
-            "network and give it the numbers as an input, draw while training only (if self.training), or quantize "
-            "the part before it (network='model.backbone')."
-        )
+        raise _draws(network, {(node.op_type, module_of(node)) for node in drawing})
     if outputs := open_outputs(model):
         names = "; ".join(
             f"{name!r}, by {node.op_type} in {module_of(node) or 'its own forward'}" for name, node in outputs.items()
@@ -60,6 +60,56 @@ def check_fixed(model: onnx.ModelProto, network: str) -> None:
             "sizes, the only ones a device compiles. Move the post-processing out of the network (return all scores "
             "and boxes, select in the step), or quantize the part before it (network='model.backbone')."
         )
+
+
+def check_repeatable(network: nn.Module, inputs: NetworkInputs, given: Any, title: str) -> None:
+    """Refuse a network that samples: one that answers a second call otherwise, and draws random numbers in it.
+
+    What is drawn and thrown away (stochastic depth does so in eval mode, in some libraries) is no such.
+
+    Args:
+        network: on the CPU in eval mode.
+        inputs: how to call it.
+        given: what it answered to them before.
+        title: what to call it in the error.
+
+    Raises:
+        ExportError: naming the operations that draw.
+    """
+    drawn: set[tuple[str, str]] = set()
+    with torch.random.fork_rng(devices=[]), _Watch(drawn) as watch, watch.tracker:
+        again = inputs.call(network)
+    pairs = zip(tensors_in(given), tensors_in(again), strict=False)
+    same = all(one.shape == two.shape and torch.equal(one.nan_to_num(), two.nan_to_num()) for one, two in pairs)
+    if drawn and not same:
+        raise _draws(title, drawn)
+
+
+class _Watch(TorchDispatchMode):
+    """Collects the operations that change the state of the random numbers, each with its module."""
+
+    def __init__(self, found: set[tuple[str, str]]) -> None:
+        super().__init__()
+        self.found = found
+        self.tracker = ModuleTracker()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = torch.get_rng_state()
+        result = func(*args, **(kwargs or {}))
+        if not torch.equal(before, torch.get_rng_state()):
+            _, _, module = max(self.tracker.parents, key=len).partition(".")  # QuantizedNetwork.network.body
+            self.found.add((func.overloadpacket.__name__, f"{module}.".removeprefix("network.").rstrip(".")))
+        return result
+
+
+def _draws(network: str, operations: Iterable[tuple[str, str]]) -> ExportError:
+    places = ", ".join(f"{name} in {module or 'its own forward'}" for name, module in sorted(operations))
+    return ExportError(
+        f"{network} draws random numbers in eval mode: {places}. Expected a network that answers the same every time: "
+        "what runs on a device could never be compared with the simulation. Draw outside of the network and give it "
+        "the numbers as an input, draw while training only (if self.training), or quantize the part before it "
+        "(network='model.backbone')."
+    )
 
 
 def random_operations(model: onnx.ModelProto) -> list[onnx.NodeProto]:

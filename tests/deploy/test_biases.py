@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from lightning_quant.deploy import bundle as module
+from lightning_quant.deploy import onnx_files as module
 from lightning_quant.deploy.biases import rescale_biases
 from lightning_quant.deploy.bundle import export_bundle
 from lightning_quant.deploy.push import Push
