@@ -211,7 +211,7 @@ def one_for_all(*, reshaped: bool = False) -> onnx.ModelProto:
         weight = made.integers(f"w_{name}", integers, generator.uniform(0.001, 0.003, 16), axis=1)
         added = made.node("Add", [made.node("MatMul", [tensor, weight], f"p_{name}"), bias], f"a_{name}")
         if name == "one":
-            gain = made.integers("g", np.full(16, 127, np.int8), 1 / 127)
+            gain = made.integers("g", np.full(16, 255, np.uint8), 1 / 255)
             flat = bias if not reshaped else "b_qdq"
             normed = made.node("LayerNormalization", [made.pair(added, 0.03), gain, flat], "n", axis=-1)
             tensor = made.pair(normed, 0.03)
@@ -288,7 +288,7 @@ def test_a_transposed_convolution_in_groups(tmp_path: Path) -> None:
 def test_one_scale_for_the_bias_of_a_norm() -> None:
     made = QdqModel(x=(1, 6, 16))
     bias = made.integers("b", np.arange(16, dtype=np.int32), np.linspace(0.1, 1, 16), axis=0)
-    gain = made.integers("g", np.full(16, 127, np.int8), 1 / 127)
+    gain = made.integers("g", np.full(16, 255, np.uint8), 1 / 255)
     made.node("LayerNormalization", [made.pair("x", 0.03), gain, bias], "y", axis=-1)
     model = made.model(y=(1, 6, 16))
     rescale_biases(model, {})

@@ -77,7 +77,7 @@ def test_a_tensor_is_quantized_once(tmp_path: Path, beside: float) -> None:
     after = computed(model, tmp_path, **X)
     for one, two in zip(before, after, strict=True):  # a value halfway between two steps may take the other one
         assert np.abs(one - two).max() < 0.021
-        assert np.abs(one - two).mean() < 2e-4
+        assert np.abs(one - two).mean() < 1e-3
 
 
 def test_a_second_rounding_to_the_same_grid_is_left_out(tmp_path: Path) -> None:
