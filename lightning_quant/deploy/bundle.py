@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lightning_quant.deploy import audit, parity
-from lightning_quant.deploy.onnx_files import ENCODINGS_VERSION, FLOAT_OPSET, QDQ_OPSET, write_onnx
+from lightning_quant.deploy.onnx_files import ENCODINGS_VERSION, FLOAT_OPSET, QDQ_OPSET, OnnxFiles, write_onnx
 from lightning_quant.errors import CalibrationError, ExportError
 from lightning_quant.files import alone
 from lightning_quant.precision import PRECISIONS
@@ -194,16 +194,16 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
     folder.mkdir()
     float_onnx, encodings_file = folder / "model.onnx", folder / "model.encodings"
     qdq = staging.path / f"{name}.onnx"
-    model, encodings, names = write_onnx(network, calls[0].first(1), float_onnx, encodings_file, qdq)
-    encoded = [e["name"] for part in ("activation_encodings", "param_encodings") for e in encodings[part]]
-    reasons, missing = audit.unexplained(model, encoded, network.findings)
+    written = write_onnx(network, calls[0].first(1), float_onnx, qdq)
+    encoded = [e["name"] for part in ("activation_encodings", "param_encodings") for e in written.encodings[part]]
+    reasons, missing = audit.unexplained(written.model, encoded, network.findings)
     if missing:
         raise ExportError(
             f"{len(missing)} tensors of the exported network have no encoding, e.g. {', '.join(missing[:5])}: the "
             "device would make ranges up for them. Expected a quantizer on each. Was one removed, or is there an "
             "operation AIMET does not quantize? Use nn modules for it, or run with strict=True to find it."
         )
-    measured = parity.compare(_outputs(network, qdq, names, calls))
+    measured = parity.compare(_outputs(network, qdq, written, calls))
     parity.check(measured, network.recipe.precision)
     manifest = {
         **network.manifest(),
@@ -212,7 +212,7 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
         "opset": {"float": FLOAT_OPSET, "qdq": QDQ_OPSET},
         "onnx": importlib.metadata.version("onnx"),
         "onnxruntime": importlib.metadata.version("onnxruntime"),
-        **names,
+        **written.names,
         "bytes": {
             "float": float_onnx.stat().st_size,
             "quantized": qdq.stat().st_size,
@@ -229,26 +229,30 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
 
 
 def _outputs(
-    network: QuantizedNetwork, qdq: Path, names: dict[str, list[str]], calls: Iterable[NetworkInputs]
+    network: QuantizedNetwork, qdq: Path, written: OnnxFiles, calls: Iterable[NetworkInputs]
 ) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
     """Outputs of the simulation and of the QDQ file in ONNX Runtime, sample by sample."""
     session = exact_session(qdq)
     wanted = {value.name for value in session.get_inputs()}
+    input_names, output_names = written.names["input_names"], written.names["output_names"]
     for call in calls:
         for sample in single_samples(call):
-            given = zip(names["input_names"], sample.tensors, strict=True)
+            given = zip(input_names, sample.tensors, strict=True)
             feeds = {name: tensor.numpy() for name, tensor in given if name in wanted}
             expected = [tensor.numpy() for tensor in tensors_in(sample.call(network))]
             answered = session.run(None, feeds)
             sizes = [[one.shape for one in outputs] for outputs in (expected, answered)]
             if sizes[0] != sizes[1]:
                 raise ExportError(
-                    f"{network.float_class.__name__} answers a sample with {_sizes(names['output_names'], sizes[0])}, "
-                    f"but the graph exported from another one with {_sizes(names['output_names'], sizes[1])}: its size "
+                    f"{network.float_class.__name__} answers a sample with {_sizes(output_names, sizes[0])}, "
+                    f"but the graph exported from another one with {_sizes(output_names, sizes[1])}: its size "
                     "depends on values. Expected outputs of fixed sizes, the only ones a device compiles. Move the "
                     "post-processing out of the network (return all scores and boxes, select in the step), or "
                     "quantize the part before it (network='model.backbone')."
                 )
+            for index, name in enumerate(output_names):  # the device has rounded what it hands back
+                if name in written.passed:
+                    expected[index] = written.passed[name].round(expected[index])
             yield expected, answered
 
 

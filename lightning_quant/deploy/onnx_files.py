@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import torch
 
 from lightning_quant.deploy import biases, shared_grids
 from lightning_quant.deploy.fixed_graph import check_fixed, check_repeatable
-from lightning_quant.deploy.passed_inputs import encode_passed_inputs, round_passed_inputs
+from lightning_quant.deploy.passed_inputs import Grid, encode_passed_inputs, round_passed_inputs
 from lightning_quant.errors import ExportError
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
@@ -30,20 +31,32 @@ QDQ_OPSET = 21
 FLOAT_OPSET = 17
 
 
-def write_onnx(
-    network: QuantizedNetwork, example: NetworkInputs, float_file: Path, encodings_file: Path, qdq_file: Path
-) -> tuple[onnx.ModelProto, dict[str, Any], dict[str, list[str]]]:
+@dataclass(frozen=True)
+class OnnxFiles:
+    """What was written.
+
+    Args:
+        model: the float graph.
+        encodings: AIMET's encodings of it.
+        names: ``input_names`` and ``output_names``.
+        passed: the outputs that are inputs, handed on, and the grid that the device rounds them to.
+    """
+
+    model: onnx.ModelProto
+    encodings: dict[str, Any]
+    names: dict[str, list[str]]
+    passed: dict[str, Grid]
+
+
+def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Path, qdq_file: Path) -> OnnxFiles:
     """Write the float graph, its encodings, and the graph with integer weights.
 
     Args:
         network: the calibrated network, on the CPU in eval mode.
         example: a call of one sample, whose sizes the files get.
-        float_file: where the float graph goes; its encodings go to the same name, ending ``.encodings``.
-        encodings_file: that file.
+        float_file: where the float graph goes. AIMET writes its encodings beside it, to the same name that ends in
+            ``.encodings``.
         qdq_file: where the graph with QuantizeLinear and DequantizeLinear goes.
-
-    Returns:
-        The float graph, the encodings, and ``input_names`` and ``output_names``.
 
     Raises:
         ExportError: when ONNX cannot express the network, or no device graph can.
@@ -93,8 +106,9 @@ def write_onnx(
         parameters = network.sim.model.named_parameters(remove_duplicate=False)
         floats = {name: value.detach().numpy() for name, value in parameters if name.endswith("bias")}
         shared = shared_grids.share_grids(quantized)
-        round_passed_inputs(quantized)
+        passed = round_passed_inputs(quantized)
         coarser = biases.rescale_biases(quantized, floats)
+    encodings_file = float_file.with_suffix(".encodings")
     encodings = json.loads(encodings_file.read_text())
     written = copy.deepcopy(encodings)
     shared_grids.update_encodings(encodings, shared)
@@ -105,7 +119,7 @@ def write_onnx(
     for graph, file in ((model, float_file), (quantized, qdq_file)):
         _write_sizes(graph, sizes)
         onnx.save(graph, file)
-    return model, encodings, names
+    return OnnxFiles(model, encodings, names, passed)
 
 
 def _write_sizes(model: onnx.ModelProto, sizes: Sequence[tuple[int, ...]]) -> None:

@@ -7,12 +7,35 @@ well: the range stands at the copy that the first operation takes.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lightning_quant.deploy.qdq_graph import QdqGraph, hands_on
 
 if TYPE_CHECKING:
     import onnx
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integers that a device rounds a tensor to.
+
+    Args:
+        scale: the distance of two of them.
+        zero_point: the integer that stands for 0; its type is that of all.
+    """
+
+    scale: float
+    zero_point: np.ndarray
+
+    def round(self, values: np.ndarray) -> np.ndarray:
+        """The nearest numbers on the grid."""
+        limits = np.iinfo(self.zero_point.dtype)
+        zero_point = float(self.zero_point)
+        integers = np.clip(np.rint(values / self.scale) + zero_point, limits.min, limits.max)
+        return ((integers - zero_point) * self.scale).astype(values.dtype)
 
 
 def encode_passed_inputs(model: onnx.ModelProto, encodings: dict[str, Any]) -> bool:
@@ -51,12 +74,16 @@ def encode_passed_inputs(model: onnx.ModelProto, encodings: dict[str, Any]) -> b
     return changed
 
 
-def round_passed_inputs(model: onnx.ModelProto) -> None:
+def round_passed_inputs(model: onnx.ModelProto) -> dict[str, Grid]:
     """Let all that is handed on of an input be what the first operation takes of it: rounded.
 
     Args:
         model: a QDQ graph; changed in place.
+
+    Returns:
+        The outputs that are inputs, handed on, and the grid that they are rounded to.
     """
+    passed: dict[str, Grid] = {}
     for name in [value.name for value in model.graph.input]:
         graph = QdqGraph(model)
         paths = [(node, *graph.consumers[node.output[0]]) for node in graph.consumers[name]]
@@ -66,10 +93,13 @@ def round_passed_inputs(model: onnx.ModelProto) -> None:
             path[0] for path in paths if hands_on(path[0]) and not set(map(id, path)) & set(map(id, quantizers))
         ]
         if quantizers and handed_on:
-            _round(graph, name, quantizers[0])
+            grid = Grid(float(graph.array(quantizers[0].input[1])), graph.array(quantizers[0].input[2]))
+            passed |= dict.fromkeys(_round(graph, name, quantizers[0]) & graph.outputs, grid)
+    return passed
 
 
-def _round(graph: QdqGraph, name: str, quantizer: onnx.NodeProto) -> None:
+def _round(graph: QdqGraph, name: str, quantizer: onnx.NodeProto) -> set[str]:
+    """Let everything that hands on the input ``name`` take it from ``quantizer``; return what they put out."""
     from aimet_torch.onnx import _remove_dangling_nodes_and_initializers
     from onnx import helper
 
@@ -89,6 +119,7 @@ def _round(graph: QdqGraph, name: str, quantizer: onnx.NodeProto) -> None:
             nodes[-1] = helper.make_node(
                 "DequantizeLinear", [integers, scale, zero_point], list(node.output), f"{node.output[0]}_dq"
             )
+            rounded[node.output[0]] = node.output[0]
             continue
         node.input[0] = rounded[node.input[0]]
         for index, output in enumerate(node.output):
@@ -101,6 +132,7 @@ def _round(graph: QdqGraph, name: str, quantizer: onnx.NodeProto) -> None:
     del graph.model.graph.node[:]
     graph.model.graph.node.extend(nodes)
     _remove_dangling_nodes_and_initializers(graph.model)
+    return set(rounded)
 
 
 def _op(graph: QdqGraph, name: str) -> str:
