@@ -192,6 +192,14 @@ def test_rules_on_hand_made_graphs() -> None:
         initializers=("c",),
     )
     assert unexplained(counted, ["x", "a", "y"])[1] == ["e"]
+    # what ONNX makes of one operation of the simulation is its own business
+    parts = [
+        node("Sigmoid", ["x"], ["a"], "/network/norm/Sigmoid"),
+        node("Mul", ["a", "c"], ["y"], "/network/norm/Mul"),
+    ]
+    assert unexplained(_model(*parts, initializers=("c",)), ["x", "y"])[1] == []
+    parts[1].name = "/network/mul/Mul"
+    assert unexplained(_model(*parts, initializers=("c",)), ["x", "y"])[1] == ["c", "a"]
 
 
 @pytest.mark.parametrize("operation", ["Add", "Concat", "Div", "Max", "Mul", "Sub", "Where"])
