@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,13 @@ import torch
 from torch import nn
 
 from lightning_quant.deploy import audit, parity
-from lightning_quant.deploy.biases import rescale_biases, update_encodings
+from lightning_quant.deploy.onnx_files import ENCODINGS_VERSION, FLOAT_OPSET, QDQ_OPSET, OnnxFiles, write_onnx
 from lightning_quant.errors import CalibrationError, ExportError
 from lightning_quant.files import alone
 from lightning_quant.precision import PRECISIONS
 from lightning_quant.reading import check, check_version, fitting, read_json
-from lightning_quant.simulation import aimet
-from lightning_quant.simulation.callsites.lending import weights_lent
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import FORMAT_VERSION, QuantizedNetwork
-
-# Version of AIMET's encodings file. 1.0.0 is what AI Hub is documented to read.
-ENCODINGS_VERSION = "1.0.0"
-# 16-bit activations and 4-bit weights exist in QuantizeLinear from this opset on.
-_QDQ_OPSET = 21
-_FLOAT_OPSET = 17
 
 
 @dataclass(frozen=True)
@@ -201,76 +192,29 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequence[NetworkInputs]) -> dict[str, Any]:
-    import onnx
-
     folder = staging.path / f"{name}.aimet"
     folder.mkdir()
     float_onnx, encodings_file = folder / "model.onnx", folder / "model.encodings"
     qdq = staging.path / f"{name}.onnx"
-    example = calls[0].first(1)
-    names = dict(zip(("input_names", "output_names"), _names(network, example), strict=True))
-    tensors = tuple(example.tensors)
-    with aimet.quiet() as aimet_torch, weights_lent(network.network):
-        from aimet_torch.onnx import _remove_dangling_nodes_and_initializers
-
-        try:
-            network.sim.onnx.export(
-                tensors,
-                str(float_onnx),
-                encoding_version=ENCODINGS_VERSION,
-                opset_version=_FLOAT_OPSET,
-                dynamo=False,
-                **names,
-            )
-            aimet_torch.onnx.export(
-                network.sim.model,
-                tensors,
-                str(qdq),
-                opset_version=_QDQ_OPSET,
-                prequantize_constants=True,
-                dynamo=False,
-                **names,
-            )
-        except OSError:
-            raise
-        except Exception as error:  # PyTorch's exporter adds the whole graph to what it says
-            said = str(error).strip().splitlines()[0]
-            raise ExportError(
-                f"{network.float_class.__name__} cannot be written as ONNX: {type(error).__name__}: {said} Expected "
-                "operations that ONNX has, at sizes it can express: try torch.onnx.export(..., dynamo=False) on the "
-                "float network."
-            ) from error
-        quantized = onnx.load(qdq)
-        parameters = network.sim.model.named_parameters()
-        biases = {name: value.detach().numpy() for name, value in parameters if name.endswith("bias")}
-        coarser = rescale_biases(quantized, biases)
-        onnx.save(quantized, qdq)
-        # tracing leaves the quantizers' own constants behind, used by nothing
-        model = onnx.load(float_onnx)
-        _remove_dangling_nodes_and_initializers(model)
-        onnx.save(model, float_onnx)
-    encodings = json.loads(encodings_file.read_text())
-    if coarser:
-        update_encodings(encodings, coarser)
-        encodings_file.write_text(json.dumps(encodings, indent=2) + "\n")
-    encoded = [e["name"] for part in ("activation_encodings", "param_encodings") for e in encodings[part]]
-    reasons, missing = audit.unexplained(model, encoded, network.findings)
+    written = write_onnx(network, calls[0].first(1), float_onnx, qdq)
+    encoded = [e["name"] for part in ("activation_encodings", "param_encodings") for e in written.encodings[part]]
+    reasons, missing = audit.unexplained(written.model, encoded, network.findings)
     if missing:
         raise ExportError(
             f"{len(missing)} tensors of the exported network have no encoding, e.g. {', '.join(missing[:5])}: the "
             "device would make ranges up for them. Expected a quantizer on each. Was one removed, or is there an "
             "operation AIMET does not quantize? Use nn modules for it, or run with strict=True to find it."
         )
-    measured = parity.compare(_outputs(network, qdq, names["input_names"], calls))
+    measured = parity.compare(_outputs(network, qdq, written, calls))
     parity.check(measured, network.recipe.precision)
     manifest = {
         **network.manifest(),
         "name": name,
         "encodings_version": ENCODINGS_VERSION,
-        "opset": {"float": _FLOAT_OPSET, "qdq": _QDQ_OPSET},
+        "opset": {"float": FLOAT_OPSET, "qdq": QDQ_OPSET},
         "onnx": importlib.metadata.version("onnx"),
         "onnxruntime": importlib.metadata.version("onnxruntime"),
-        **names,
+        **written.names,
         "bytes": {
             "float": float_onnx.stat().st_size,
             "quantized": qdq.stat().st_size,
@@ -287,18 +231,35 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
 
 
 def _outputs(
-    network: QuantizedNetwork, qdq: Path, input_names: Sequence[str], calls: Iterable[NetworkInputs]
+    network: QuantizedNetwork, qdq: Path, written: OnnxFiles, calls: Iterable[NetworkInputs]
 ) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
     """Outputs of the simulation and of the QDQ file in ONNX Runtime, sample by sample."""
     session = exact_session(qdq)
     wanted = {value.name for value in session.get_inputs()}
+    input_names, output_names = written.names["input_names"], written.names["output_names"]
     for call in calls:
         for sample in single_samples(call):
-            feeds = {
-                name: tensor.numpy() for name, tensor in zip(input_names, sample.tensors, strict=True) if name in wanted
-            }
+            given = zip(input_names, sample.tensors, strict=True)
+            feeds = {name: tensor.numpy() for name, tensor in given if name in wanted}
             expected = [tensor.numpy() for tensor in tensors_in(sample.call(network.network))]
-            yield expected, session.run(None, feeds)
+            answered = session.run(None, feeds)
+            sizes = [[one.shape for one in outputs] for outputs in (expected, answered)]
+            if sizes[0] != sizes[1]:
+                raise ExportError(
+                    f"{network.float_class.__name__} answers a sample with {_sizes(output_names, sizes[0])}, "
+                    f"but the graph exported from another one with {_sizes(output_names, sizes[1])}: its size "
+                    "depends on values. Expected outputs of fixed sizes, the only ones a device compiles. Move the "
+                    "post-processing out of the network (return all scores and boxes, select in the step), or "
+                    "quantize the part before it (network='model.backbone')."
+                )
+            for index, name in enumerate(output_names):  # the device has rounded what it hands back
+                if name in written.passed:
+                    expected[index] = written.passed[name].round(expected[index])
+            yield expected, answered
+
+
+def _sizes(names: Sequence[str], sizes: Sequence[tuple[int, ...]]) -> str:
+    return ", ".join(f"{name!r} of {list(size)}" for name, size in zip(names, sizes, strict=False))
 
 
 def exact_session(path: Path) -> Any:
@@ -330,34 +291,6 @@ def first_samples(calls: Iterable[NetworkInputs], count: int) -> list[NetworkInp
     if not found:
         raise CalibrationError("The data loader gave no batch: expected at least one sample.")
     return found
-
-
-def _names(network: QuantizedNetwork, example: NetworkInputs) -> tuple[list[str], list[str]]:
-    """Names of the graph's inputs and outputs, from the network's own signature and output structure."""
-    parameters = inspect.signature(network.network.forward).parameters.values()
-    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    positional += [f"input_{index}" for index in range(len(positional), len(example.args))]  # of *args
-    given = [*zip(positional, example.args, strict=False), *example.kwargs.items()]
-    inputs = [label for name, value in given for label in _label(value, name, is_top=True)]
-    outputs = _label(example.call(network.network), "output", is_top=True)
-    unique: list[str] = []
-    for label in [*inputs, *outputs]:  # in ONNX, inputs and outputs share one namespace
-        names = chain([label], (f"{label}_{number}" for number in count(1)))
-        unique.append(next(name for name in names if name not in unique))
-    return unique[: len(inputs)], unique[len(inputs) :]
-
-
-def _label(structure: Any, name: str, is_top: bool = False) -> list[str]:
-    """One name for every tensor in a structure: its keys or positions, joined by underscores."""
-    if isinstance(structure, torch.Tensor):
-        return [name]
-    if isinstance(structure, dict):
-        items = [(str(key) if is_top else f"{name}_{key}", value) for key, value in structure.items()]
-    elif isinstance(structure, (list, tuple)):
-        items = [(f"{name}_{index}", value) for index, value in enumerate(structure)]
-    else:  # a dataclass: whatever tensors_in finds
-        items = [(f"{name}_{index}", value) for index, value in enumerate(tensors_in(structure))]
-    return [label for key, value in items for label in _label(value, key)]
 
 
 @contextmanager

@@ -7,7 +7,8 @@ or speed on the device, so each becomes a row that names the module, the problem
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -18,6 +19,21 @@ from lightning_quant.errors import PreflightError
 from lightning_quant.simulation.callsites.running import FOLDED
 
 
+class FindingKind(Enum):
+    """What a finding says of a module, for what goes by it: the words are for people."""
+
+    LEFT_IN_FLOAT = "left in float"
+    NO_RANGES = "no ranges"
+    UNFOLDED = "unfolded"
+    SHARED = "shared"
+    NARROW = "narrow"
+
+    @property
+    def leaves_open(self) -> bool:
+        """Whether tensors of the module have no encoding, and the user was told."""
+        return self in (FindingKind.LEFT_IN_FLOAT, FindingKind.NO_RANGES)
+
+
 @dataclass(frozen=True)
 class Finding:
     """One row of the preflight table.
@@ -26,11 +42,13 @@ class Finding:
         module: qualified name of the module in the network; empty for the network itself.
         problem: what is wrong with it.
         remedy: what to do about it.
+        kind: what that means for the export.
     """
 
     module: str
     problem: str
     remedy: str
+    kind: FindingKind = field(kw_only=True)
 
 
 def table(findings: Iterable[Finding]) -> str:
@@ -81,11 +99,17 @@ def inspect(network: nn.Module) -> list[Finding]:
                 continue  # its call site is the one
             problem = f"{type(module).__name__} could not be folded into a convolution or linear layer"
             findings.append(
-                Finding(name, problem, "put it directly after one, or expect an extra operation on the device")
+                Finding(
+                    name,
+                    problem,
+                    "put it directly after one, or expect an extra operation on the device",
+                    kind=FindingKind.UNFOLDED,
+                )
             )
         if isinstance(module, torch.jit.ScriptModule):
             problem = f"{type(module).__name__} is compiled: what it computes stays in float"
-            findings.append(Finding(name, problem, "give the network the module itself, without torch.jit.script"))
+            remedy = "give the network the module itself, without torch.jit.script"
+            findings.append(Finding(name, problem, remedy, kind=FindingKind.LEFT_IN_FLOAT))
     return findings
 
 
@@ -104,16 +128,16 @@ def single_channels(layers: Mapping[str, Any]) -> list[Finding]:
         if quantizer is not None and quantizer.bitwidth < 8:
             problem = f"one output channel with {quantizer.bitwidth}-bit weights: the NPU's compiler refuses it"
             remedy = f'give it 8-bit weights, which costs few bytes: overrides={{"{name}": "w8a8"}}'
-            findings.append(Finding(name, problem, remedy))
+            findings.append(Finding(name, problem, remedy, kind=FindingKind.NARROW))
     return findings
 
 
 def sharing_siblings(root: nn.Module, network: nn.Module, name: str) -> list[Finding]:
-    """Modules beside the network that hold some of its parameters: they would keep the float ones.
+    """Modules beside the network that hold some of its parameters: they compute with them unrounded.
 
     Args:
         root: the LightningModule.
-        network: the network inside it that is about to be replaced.
+        network: the network inside it that is about to be quantized.
         name: its dotted attribute.
     """
     inside = {id(module) for module in network.modules()}
@@ -123,12 +147,13 @@ def sharing_siblings(root: nn.Module, network: nn.Module, name: str) -> list[Fin
         if path == "" or path == name or path.startswith(f"{name}.") or name.startswith(f"{path}."):
             continue
         direct = {id(parameter) for parameter in module.parameters(recurse=False)}
-        if id(module) in inside or direct & parameters:
+        if id(module) not in inside and direct & parameters:
             findings.append(
                 Finding(
                     path,
-                    f"shares parameters with {name!r} and will keep the float ones",
+                    f"shares parameters with {name!r}, which are rounded there only",
                     f"reach them through self.{name} instead",
+                    kind=FindingKind.SHARED,
                 )
             )
     return findings

@@ -19,7 +19,7 @@ from lightning_quant.simulation.inplace import copied, state_kept, undone_on_err
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import FlatNetwork
 from lightning_quant.simulation.normalize import use_torch_classes
-from lightning_quant.simulation.preflight import Finding
+from lightning_quant.simulation.preflight import Finding, FindingKind
 
 # Largest change, relative to the largest output, that rewriting in float32 may cause: folding a batch norm
 # or taking attention apart reorders sums, which moves results by some 1e-6; a wrong fold moves them by 1e-1.
@@ -145,10 +145,12 @@ def _fold_batch_norms(
         difference = max(map(relative_difference, expected, actual))
     except Exception as error:  # AIMET raises whatever its graph builder met
         problem = f"batch norms could not be folded ({type(error).__name__}: {str(error)[:120]})"
-        return {}, [Finding("", problem, "fold them yourself, or expect them as extra operations on the device")]
+        remedy = "fold them yourself, or expect them as extra operations on the device"
+        return {}, [Finding("", problem, remedy, kind=FindingKind.UNFOLDED)]
     if difference > TOLERANCE:
         problem = f"folding batch norms changed the output by {difference:.1e} (relative); left unfolded"
-        return {}, [Finding("", problem, "check for batch norms whose convolution is used elsewhere too")]
+        remedy = "check for batch norms whose convolution is used elsewhere too"
+        return {}, [Finding("", problem, remedy, kind=FindingKind.UNFOLDED)]
     found = {}
     for layer, norm in pairs:
         name = layers[layer]

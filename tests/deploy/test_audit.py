@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from lightning_quant.deploy.audit import unexplained
 from lightning_quant.deploy.bundle import export_bundle
 from lightning_quant.errors import ExportError
+from lightning_quant.simulation import aimet
+from lightning_quant.simulation.preflight import Finding, FindingKind
 from tests.simulation.networks import (
     Body,
     Chain,
@@ -27,6 +30,9 @@ from tests.simulation.networks import (
     images,
     seeded,
 )
+
+aimet.load()
+from aimet_torch.nn.modules import custom  # noqa: E402
 
 
 def reasons(network: nn.Module, path: Path, *inputs: Tensor) -> dict[str, str]:
@@ -122,6 +128,7 @@ def test_a_layer_alone(tmp_path: Path) -> None:
     assert list(reasons(linear, tmp_path / "gemm", torch.randn(6, 8))) == ["network.bias"]
     # of more than two dimensions, ONNX makes two operations
     found = reasons(linear, tmp_path / "matmul", torch.randn(6, 5, 8))
+    assert found["network.bias"].startswith("bias")
     assert found["/network/MatMul_output_0"] == "computed together with the bias after it"
 
 
@@ -165,8 +172,8 @@ def test_rules_on_hand_made_graphs() -> None:
     node = onnx.helper.make_node
     plain = _model(node("Add", ["x", "c"], ["a"]), node("Mul", ["a", "c"], ["y"]), initializers=("c",))
     explained, missing = unexplained(plain, [])
-    assert missing == ["x", "a", "y"]
-    assert explained == {"c": "constant: its range follows from its values"}
+    assert missing == ["c", "x", "a", "y"]  # beside an activation, a float constant makes for float operations
+    assert explained == {}
     assert unexplained(plain, ["x", "a", "y", "c"]) == ({}, [])
     # an activation explains what it is fused with only if its own output has a range
     fused = _model(node("Add", ["x", "x"], ["a"]), node("Relu", ["a"], ["y"]))
@@ -175,3 +182,90 @@ def test_rules_on_hand_made_graphs() -> None:
     # integers need no range
     shape = _model(node("Shape", ["x"], ["s"]), node("Reshape", ["x", "s"], ["y"]))
     assert unexplained(shape, ["x", "y"]) == ({}, [])
+    # a constant of a shape that follows from the input's is one all the same, and a single number needs no range
+    counted = _model(
+        node("Shape", ["x"], ["s"]),
+        node("Expand", ["c", "s"], ["e"]),
+        node("ReduceSum", ["c"], ["one"], keepdims=0),
+        node("Add", ["x", "e"], ["a"]),
+        node("Mul", ["one", "a"], ["y"]),
+        initializers=("c",),
+    )
+    assert unexplained(counted, ["x", "a", "y"])[1] == ["e"]
+    # what ONNX makes of one operation of the simulation is its own business
+    parts = [
+        node("Sigmoid", ["x"], ["a"], "/network/norm/Sigmoid"),
+        node("Mul", ["a", "c"], ["y"], "/network/norm/Mul"),
+    ]
+    assert unexplained(_model(*parts, initializers=("c",)), ["x", "y"])[1] == []
+    parts[1].name = "/network/mul/Mul"
+    assert unexplained(_model(*parts, initializers=("c",)), ["x", "y"])[1] == ["c", "a"]
+
+
+@pytest.mark.parametrize("operation", ["Add", "Concat", "Div", "Max", "Mul", "Sub", "Where"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_every_operator_that_takes_a_constant_as_it_takes_an_activation(operation: str, place: int) -> None:
+    node = onnx.helper.make_node
+    operands = ["x", "c"] if place else ["c", "x"]
+    attributes = {"axis": 0} if operation == "Concat" else {}
+    nodes = [node(operation, [*["cond"] * (operation == "Where"), *operands], ["y"], **attributes)]
+    if operation == "Where":
+        nodes.insert(0, node("Cast", ["x"], ["cond"], to=onnx.TensorProto.BOOL))
+    model = _model(*nodes, initializers=("c",))
+    assert unexplained(model, ["x", "y"])[1] == ["c"]
+    assert unexplained(model, ["x", "y", "c"])[1] == []
+    left = Finding("", "", "", kind=FindingKind.LEFT_IN_FLOAT)
+    assert unexplained(model, ["x", "y"], [left]) == ({"c": "left in float, as the preflight said of the network"}, [])
+
+
+def test_only_kinds_of_findings_count_not_their_words() -> None:
+    node = onnx.helper.make_node
+    model = _model(node("Sin", ["x"], ["a"], "/network/wave/Sin"), node("Relu", ["a"], ["y"], "/network/relu/Relu"))
+    model.graph.value_info.append(onnx.helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, [1, 2]))
+    encoded = ["x"]
+    for kind in FindingKind:
+        finding = Finding("wave", "left in float, it has no ranges", "", kind=kind)
+        quiet = Finding("wave", "", "", kind=kind)
+        expected = ["y"] if kind in (FindingKind.LEFT_IN_FLOAT, FindingKind.NO_RANGES) else ["a", "y"]
+        assert unexplained(model, encoded, [finding])[1] == unexplained(model, encoded, [quiet])[1] == expected
+
+
+class Positioned(nn.Module):
+    """A parameter beside an activation."""
+
+    def __init__(self, operation: nn.Module, size: tuple[int, ...] = (1, 4, 8, 8)) -> None:
+        super().__init__()
+        self.conv, self.operation = nn.Conv2d(3, 4, 3, padding=1), operation
+        seeded(self)
+        self.position = nn.Parameter(torch.randn(size, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operation(self.conv(x), self.position)
+
+
+@pytest.mark.parametrize("operation", [custom.Add(), custom.Subtract(), custom.Multiply()], ids=str)
+def test_a_parameter_beside_an_activation_needs_a_range(tmp_path: Path, operation: nn.Module) -> None:
+    """Without one the NPU computes the operation in float, and no host computation shows it."""
+    made = calibrated(Positioned(operation), call(images(1)))
+    (operator,) = [module for module in made.network.modules() if isinstance(module, type(operation))]
+    operator.input_quantizers[1] = None
+    with pytest.raises(ExportError, match=r"1 tensors .*e\.g\. network\.position"):
+        export_bundle(made, tmp_path / "net", [call(images(1))])
+    assert list(tmp_path.iterdir()) == []
+    operator.input_quantizers[1] = copy.deepcopy(operator.output_quantizers[0])
+    bundle = export_bundle(made, tmp_path / "net", [call(images(1))])
+    assert "network.position" not in bundle.manifest["without_encoding"]
+
+
+def test_a_single_number_needs_no_range(tmp_path: Path) -> None:
+    found = reasons(Positioned(custom.Add(), (1,)), tmp_path)
+    assert found["network.position"] == "constant: its range follows from its values"
+
+
+def test_constants_inside_one_operation_need_none(tmp_path: Path) -> None:
+    """What ONNX writes a GroupNorm as is no business of the user's."""
+    norm = nn.GroupNorm(2, 4)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    found = reasons(nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.Conv2d(4, 4, 1)), tmp_path)
+    assert any(reason.startswith("inside one operation of the simulation") for reason in found.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_quant.deploy import bundle as module
 from lightning_quant.deploy.bundle import Bundle, export_bundle, first_samples, float_bytes, load_bundle
+from lightning_quant.deploy.onnx_files import name_tensors
 from lightning_quant.errors import CalibrationError, ExportError, ParityError
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs
@@ -185,6 +187,16 @@ def test_names_of_inputs_and_outputs(
         assert [value.name for value in graph.input] == names
         assert [value.name for value in graph.output] == outputs
     assert bundle.manifest["parity"]["samples"] == 2
+
+
+def test_names_without_a_signature(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a forward that is not written in Python, and of one that somebody put another in the place of."""
+    made, inputs = calibrated(Body()), call(images(1))
+    output = inputs.call(made)
+    monkeypatch.setattr(made.network, "forward", functools.partial(getattr))  # has none to read
+    assert name_tensors(made, inputs, output) == (["input_0"], ["output"])
+    monkeypatch.setattr(made.network, "forward", lambda picture, flag=None: picture)
+    assert name_tensors(made, inputs, output) == (["picture"], ["output"])
 
 
 def test_outputs_without_samples_or_of_integers(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_quant.errors import PreflightError
 from lightning_quant.precision import Precision
 from lightning_quant.simulation import preflight
-from lightning_quant.simulation.preflight import Finding
+from lightning_quant.simulation.preflight import Finding, FindingKind
 from tests.simulation.networks import (
     Body,
     Chain,
@@ -118,11 +118,22 @@ def test_tracing_removes_what_it_can() -> None:
     assert quantized(SharedReLU()).findings == []
     # no fx module for this one: it stays, and is named
     (sine,) = quantized(nn.Sequential(nn.Conv2d(3, 3, 1), Sine(), nn.Conv2d(3, 3, 1))).findings
-    assert sine == Finding("", "functional operations stay in float: sin", sine.remedy)
+    assert sine == Finding("", "functional operations stay in float: sin", sine.remedy, kind=FindingKind.LEFT_IN_FLOAT)
+
+
+def test_every_finding_says_of_what_kind_it_is() -> None:
+    def kinds(network: nn.Module) -> list[FindingKind]:
+        return [finding.kind for finding in quantized(network).findings]
+
+    assert kinds(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1))) == [FindingKind.UNFOLDED]
+    assert kinds(Untraceable(SharedReLU()))[0] is FindingKind.UNTRACED
+    assert FindingKind.NO_RANGES in kinds(Untraceable(SharedReLU()))
+    assert [kind for kind in FindingKind if kind.leaves_open] == [FindingKind.LEFT_IN_FLOAT, FindingKind.NO_RANGES]
 
 
 def test_shared_convolution_is_told_to_have_become_two() -> None:
     (finding,) = quantized(SharedConv()).findings
+    assert finding.kind is FindingKind.COPIED
     assert finding.module == "conv"
     assert "called more than once: each call got a copy of its own" in finding.problem
 
@@ -134,6 +145,7 @@ def test_one_output_channel_in_4_bits(last: nn.Module) -> None:
         return quantized(network, call(images(1)), precision=precision, **recipe).findings
 
     (finding,) = found("w4a8")
+    assert finding.kind is FindingKind.NARROW
     assert (finding.module, finding.problem[:41]) == ("1", "one output channel with 4-bit weights: th")
     assert 'overrides={"1": "w8a8"}' in finding.remedy
     assert found("w8a8") == found("w4a8", overrides={"1": Precision.parse("w8a8")}) == []
@@ -142,7 +154,8 @@ def test_one_output_channel_in_4_bits(last: nn.Module) -> None:
 
 
 def test_table_is_aligned_and_strict_raises_with_it(caplog: pytest.LogCaptureFixture) -> None:
-    findings = [Finding("", "problem one", "do this"), Finding("body.relu", "two", "do that")]
+    left = FindingKind.LEFT_IN_FLOAT
+    findings = [Finding("", "problem one", "do this", kind=left), Finding("body.relu", "two", "do that", kind=left)]
     assert preflight.table(findings) == (
         "module     problem      what to do\n(network)  problem one  do this\nbody.relu  two          do that"
     )

@@ -1,0 +1,105 @@
+"""A graph of QuantizeLinear and DequantizeLinear, looked up by name."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import onnx
+
+
+# Operations that put out the values of their first input as they are, in another order or form.
+_HANDS_ON = (
+    "DepthToSpace",
+    "Expand",
+    "Flatten",
+    "Gather",
+    "Identity",
+    "Reshape",
+    "Slice",
+    "SpaceToDepth",
+    "Split",
+    "Squeeze",
+    "Tile",
+    "Transpose",
+    "Unsqueeze",
+)
+
+
+class QdqGraph:
+    """The nodes and constants of an ONNX model by the names of tensors; what it adds goes into the model.
+
+    Args:
+        model: changed in place.
+
+    Attributes:
+        producers: the node that puts a tensor out.
+        consumers: the nodes that take a tensor in.
+        constants: initializers by name.
+        outputs: names of the graph's outputs.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.producers: dict[str, onnx.NodeProto] = {}
+        self.consumers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+        self.constants: dict[str, onnx.TensorProto] = {one.name: one for one in model.graph.initializer}
+        self.outputs = {value.name for value in model.graph.output}
+        for node in model.graph.node:
+            for name in node.output:
+                self.producers[name] = node
+            for name in dict.fromkeys(node.input):
+                self.consumers[name].append(node)
+
+    def array(self, name: str) -> np.ndarray:
+        """The values of an initializer."""
+        from onnx import numpy_helper
+
+        return numpy_helper.to_array(self.constants[name])
+
+    def write(self, name: str, array: np.ndarray) -> None:
+        """Give an initializer other values, of any shape."""
+        from onnx import numpy_helper
+
+        self.constants[name].CopyFrom(numpy_helper.from_array(array, name))
+
+    def copy_constant(self, name: str, as_name: str) -> str:
+        """Add a copy of an initializer and return its name: ``as_name``, or that with a number where it is taken."""
+        twin = copy.deepcopy(self.constants[name])
+        twin.name = self.free(as_name)
+        self.model.graph.initializer.append(twin)
+        self.constants[twin.name] = self.model.graph.initializer[-1]
+        return twin.name
+
+    def free(self, name: str) -> str:
+        """``name``, or that with a number behind it if a tensor of that name is there already."""
+        candidate, number = name, 0
+        while candidate in self.constants or candidate in self.producers or candidate in self.consumers:
+            candidate, number = f"{name}_{number}", number + 1
+        return candidate
+
+    def source(self, name: str) -> onnx.NodeProto | None:
+        """The node that computes the values of a tensor, behind those that only hand them on."""
+        node = self.producers.get(name)
+        while node is not None and hands_on(node):
+            node = self.producers.get(node.input[0])
+        return node
+
+
+def hands_on(node: onnx.NodeProto) -> bool:
+    """Whether a node puts out the values of its first input as they are."""
+    return node.op_type in _HANDS_ON
+
+
+def of_integers(node: onnx.NodeProto | None) -> bool:
+    """Whether a node turns integers into floats by a scale that it takes as an input."""
+    return node is not None and node.op_type == "DequantizeLinear" and len(node.input) > 1
+
+
+def axis_of(node: onnx.NodeProto) -> int:
+    """Along which axis the scales of a QuantizeLinear or DequantizeLinear lie; ONNX's default is 1."""
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == "axis"), 1)
