@@ -1,13 +1,7 @@
-"""From the user's batches to the network's inputs, whatever the batches and the module look like.
-
-How a batch turns into a call of the network is known to the user's own ``validation_step`` (or whichever
-step there is) and to nobody else. So a step is run up to the moment it calls the network; the arguments are
-caught there and the step is left. Nothing after the call happens: no loss, no metric, no logging.
-"""
+"""Which data the network is built, calibrated and compared with, in the order that every rank sees it in."""
 
 from __future__ import annotations
 
-import inspect
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,142 +12,16 @@ import lightning.pytorch as pl
 import numpy
 import torch
 import torch.distributed
-from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.data import _is_dataloader_shuffled
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
 
-from lightning_quant.errors import CalibrationError, ConfigurationError
-from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
-from lightning_quant.simulation.network import QuantizedNetwork
-
-_STEPS = ("validation_step", "test_step", "predict_step", "training_step", "forward")
-
-
-class _Caught(BaseException):
-    """Leaves the user's step at the network's call. Not an Exception, so ``except Exception`` lets it by."""
-
-    def __init__(self, inputs: NetworkInputs) -> None:
-        self.inputs = inputs
-
-
-class InputCatcher:
-    """Turns batches into the calls of a network that the user's own steps make of them.
-
-    Args:
-        trainer: the Trainer, for its transfer hooks and device.
-        pl_module: the module whose steps are run.
-        network: the network inside it, float or quantized.
-        name: its dotted attribute, for messages.
-        first: the step to try first.
-    """
-
-    def __init__(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module, name: str, first: str = _STEPS[0]
-    ) -> None:
-        self._trainer = trainer
-        self._module = pl_module
-        self._network = network
-        self._name = name
-        steps = [step for step in (first, *_STEPS) if step == "forward" or is_overridden(step, pl_module)]
-        self._steps = list(dict.fromkeys(steps))
-
-    def catch(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> NetworkInputs:
-        """The first call of the network for ``batch``.
-
-        Raises:
-            CalibrationError: when no step of the module gets as far as calling the network.
-        """
-        batch = self._trainer.strategy.batch_to_device(batch, self._module.device, dataloader_idx)
-        failures = []
-        for step in list(self._steps):
-            try:
-                inputs = self._run(step, batch, batch_idx, dataloader_idx)
-            except Exception as error:
-                failures.append(f"{step} raised {type(error).__name__}: {error}")
-                continue
-            if inputs is None:
-                failures.append(f"{step} did not call it")
-            elif problem := self._problem(inputs):
-                failures.append(f"{step} called it with {problem}")
-            else:
-                if step != self._steps[0]:  # whatever worked is tried first for the next batch
-                    self._steps.remove(step)
-                    self._steps.insert(0, step)
-                return inputs
-        tensors = tensors_in(batch)
-        if len(tensors) == 1:  # unlabelled images: nothing to unpack
-            return NetworkInputs((tensors[0],))
-        raise CalibrationError(
-            f"Could not get from batch {batch_idx} to the network {self._name!r}: {'; '.join(failures)}. Expected "
-            f"a step of {type(self._module).__name__} that calls self.{self._name}(...) itself with this batch. "
-            "Name the attribute that is called in network=..., or give a calibration_dataloader with batches like "
-            "those of validation."
-        )
-
-    def _problem(self, inputs: NetworkInputs) -> str | None:
-        """Why this is no proper call of the network, if so: a step may take a batch it is not made for apart wrongly.
-
-        ``images, labels = batch`` takes a bare tensor of two images for a pair, and two loaders' batches as well.
-        """
-        if isinstance(self._network, QuantizedNetwork):  # as many tensors, of the same ranks, as it was built with
-            expected = [tensor.dim() for tensor in self._network.inputs.tensors]
-            fits = [tensor.dim() for tensor in inputs.tensors] == expected
-            return None if fits else f"shapes {[tuple(tensor.shape) for tensor in inputs.tensors]}"
-        try:
-            with self._untouched(), torch.no_grad():
-                inputs.first(1).call(self._network)
-        except Exception as error:
-            return f"what makes it raise {type(error).__name__}: {error}"
-        return None
-
-    @contextmanager
-    def _untouched(self) -> Iterator[None]:
-        """The module in eval mode and without logging; afterwards all is as it was."""
-        module, strategy = self._module, self._trainer.strategy
-        modes = {part: part.training for part in module.modules()}
-        trainable = {parameter: parameter.requires_grad for parameter in module.parameters()}
-        optimizers = strategy.optimizers
-        module.eval()
-        module.log = lambda *_, **__: None  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            del module.log
-            strategy.optimizers = optimizers
-            for part, training in modes.items():  # one by one: a frozen part is in another mode than the whole
-                part.training = training
-            for parameter, requires_grad in trainable.items():  # toggle_optimizer() was left halfway
-                parameter.requires_grad_(requires_grad)
-
-    def _run(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> NetworkInputs | None:
-        method = getattr(self._module, step)
-        # as Lightning passes them: by position, as many as the step takes
-        given = [batch] if step == "forward" else [batch, batch_idx, dataloader_idx]
-        kinds = [parameter.kind for parameter in inspect.signature(method).parameters.values()]
-        positional = sum(kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD) for kind in kinds)
-        given = given[: max(positional, 2 if inspect.Parameter.VAR_POSITIONAL in kinds else 1)]
-
-        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Caught(NetworkInputs(args, dict(kwargs)))
-
-        handle = self._network.register_forward_pre_hook(catch, with_kwargs=True, prepend=True)
-        strategy = self._trainer.strategy
-        try:
-            with self._untouched(), torch.no_grad():
-                if step == "training_step" and not (self._module.automatic_optimization or strategy.optimizers):
-                    # a manual step starts with its optimizers, which Lightning makes after setup()
-                    strategy.optimizers, _ = _init_optimizers_and_lr_schedulers(self._module)
-                method(*given)
-        except _Caught as caught:
-            return caught.inputs.map(Tensor.detach)
-        finally:
-            handle.remove()
-        return None
+from lightning_quant.callbacks.calls import InputCatcher
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.simulation.inputs import NetworkInputs, counted
 
 
 def stage_loader(trainer: pl.Trainer) -> CombinedLoader:
@@ -210,6 +78,8 @@ def calibration_inputs(
 ) -> Iterator[NetworkInputs]:
     """Calls of the network with calibration samples, the same sequence on every rank.
 
+    Those of one step follow one another; the last is marked, see :class:`NetworkInputs`.
+
     Each rank reads its share of the data as Lightning would deal it out; the shares are exchanged batch by
     batch. So every rank observes every sample in the same order and comes to the same ranges, whatever the
     range estimator, without any arithmetic on half-finished statistics.
@@ -224,20 +94,20 @@ def calibration_inputs(
         for index, batch in enumerate(batches(loader)):
             if trainer.received_sigterm:  # here Lightning has no loop that would stop
                 raise SIGTERMException
-            yield catcher.catch(batch, index)
+            yield from catcher.catch(batch, index)
         return
     own = enumerate(batches(_sharded(trainer, loader)))
     seen = 0
     while seen < samples:
-        mine = [catcher.catch(batch, index).to(torch.device("cpu")) for index, batch in islice(own, 1)]
+        caught = [call for index, batch in islice(own, 1) for call in catcher.catch(batch, index)]
         shares: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(shares, mine)
-        gathered = [inputs for share in shares for inputs in share]
+        torch.distributed.all_gather_object(shares, [call.to(torch.device("cpu")) for call in caught])
+        gathered = [call for share in shares for call in share]
         if not gathered:
             return
-        for inputs in gathered:
-            seen += inputs.batch_size
-            yield inputs.to(trainer.strategy.root_device)
+        for new, call in counted(gathered):
+            seen += new
+            yield call.to(trainer.strategy.root_device)
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import (
-    InputCatcher,
     calibration_inputs,
     calibration_loader,
     stage_loader,
@@ -234,7 +234,7 @@ class DeviceExport(Callback):
             (c.calibration_dataloader for c in trainer.callbacks if isinstance(c, QuantizationCallback)),  # type: ignore[attr-defined]
             None,
         )
-        catcher = InputCatcher(trainer, pl_module, network, name)
+        catcher = InputCatcher(trainer, pl_module, name, network)
         with undisturbed(), torch.inference_mode(False), torch.no_grad():
             try:
                 loader = calibration_loader(trainer, pl_module, given)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_quant.callbacks.data import InputCatcher, batches, stage_loader
+from lightning_quant.callbacks.calls import InputCatcher
+from lightning_quant.callbacks.data import batches, stage_loader
 from lightning_quant.callbacks.measuring import in_place_of
 from lightning_quant.deploy.bundle import single_samples
 from lightning_quant.deploy.samples import Tensors
@@ -51,17 +52,19 @@ def first_batches(
         loader = source.dataloader()
     else:
         loader = stage_loader(trainer)
-    catcher = InputCatcher(trainer, pl_module, network, name)
+    catcher = InputCatcher(trainer, pl_module, name, network)
     found: list[LabelledBatch] = []
     wanted = samples
     for index, batch in enumerate(batches(loader)):
-        size = catcher.catch(batch, index).batch_size
+        size = max(call.batch_size for call in catcher.catch(batch, index))
         cut = apply_to_collection(batch, Tensor, _first, size, wanted)
         try:
-            call = catcher.catch(cut, index).to(torch.device("cpu"))
+            calls = [call.to(torch.device("cpu")) for call in catcher.catch(cut, index)]
         except CalibrationError:  # cut apart it is no batch any more
             return []
-        found.append(LabelledBatch(cut, list(single_samples(call))))
+        if len(calls) > 1:  # a state comes from the device itself: its answers cannot be played back
+            return []
+        found.append(LabelledBatch(cut, list(single_samples(calls[0]))))
         wanted -= len(found[-1].calls)
         if wanted <= 0:
             break

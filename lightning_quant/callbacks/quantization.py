@@ -6,6 +6,7 @@ import difflib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,8 +24,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
+from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import (
-    InputCatcher,
     batches,
     calibration_inputs,
     calibration_loader,
@@ -38,7 +39,7 @@ from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate, uncalibrated
-from lightning_quant.simulation.inputs import NetworkInputs, up_to
+from lightning_quant.simulation.inputs import NetworkInputs, counted, up_to
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.preflight import refuse, sharing_siblings
 from lightning_quant.simulation.statistics_cache import StatisticsCache
@@ -133,7 +134,7 @@ class QuantizationCallback(Callback):
             refuse(siblings)
         for finding in siblings:
             rank_zero_warn(f"{finding.module} {finding.problem}; {finding.remedy}.")
-        quantized = quantize(network, self._example(trainer, pl_module, network), self.recipe)
+        quantized = quantize(network, self._examples(trainer, pl_module)[0], self.recipe)
         quantized.findings[:0] = siblings
         if self.statistics_cache is not None and trainer.world_size == 1:
             quantized.statistics_cache = StatisticsCache(self.statistics_cache)
@@ -177,9 +178,12 @@ class QuantizationCallback(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._held.close()
 
-    def _example(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module) -> Any:
-        """One call of the network with one sample, from the data of the running stage."""
-        catcher = InputCatcher(trainer, pl_module, network, self.network_name)
+    def _examples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[NetworkInputs]:
+        """Calls of the network with one sample, from the data of the running stage: one for each structure of inputs.
+
+        That with the most tensors is the first: a state that is None at the first call is a tensor at the second.
+        """
+        catcher = InputCatcher(trainer, pl_module, self.network_name)
         with undisturbed():
             batch = next(batches(stage_loader(trainer)), None)
             if batch is None:
@@ -187,7 +191,11 @@ class QuantizationCallback(Callback):
                     f"The data loader of trainer.{stage_name(trainer)}() gave no batch: expected at least one. Check "
                     "its data set, its sampler and drop_last."
                 )
-            return catcher.catch(batch, 0).first(1)
+            calls = [replace(call.first(1), last=True) for call in catcher.catch(batch, 0)]
+        structures: dict[str, NetworkInputs] = {}
+        for call in calls:
+            structures.setdefault(str(call.describe()), call)
+        return sorted(structures.values(), key=lambda call: -len(call.tensors))
 
     def _hold_weights(self, pl_module: pl.LightningModule) -> None:
         """Quantize each weight once until the loop that starts is over."""
@@ -199,7 +207,7 @@ class QuantizationCallback(Callback):
         network = self.quantized_network(pl_module)
         if network.calibrated:
             return
-        catcher = InputCatcher(trainer, pl_module, network, self.network_name)
+        catcher = InputCatcher(trainer, pl_module, self.network_name, network)
         # validation runs under inference_mode, whose tensors would break training later
         with torch.inference_mode(False), torch.no_grad():
             samples = self.recipe.calibration_samples
@@ -207,9 +215,10 @@ class QuantizationCallback(Callback):
             def inputs() -> Iterator[NetworkInputs]:
                 with undisturbed(), progress(trainer, "Calibrating", samples) as advance:
                     loader = calibration_loader(trainer, pl_module, self.calibration_dataloader)
-                    for call in up_to(calibration_inputs(trainer, loader, catcher, samples), samples):
+                    calls = calibration_inputs(trainer, loader, catcher, samples)
+                    for new, call in counted(up_to(calls, samples)):
                         yield call
-                        advance(call.batch_size)
+                        advance(new)
 
             used = calibrate(network, inputs() if isinstance(self.calibration_dataloader, Iterator) else inputs)
             if trainer.world_size > 1:  # GPUs may round differently; the ranges must not

@@ -13,12 +13,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.climbing import Climber
-from lightning_quant.callbacks.data import InputCatcher
 from lightning_quant.callbacks.distillation import Distillation, loss_scale
 from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.finiteness import gradients_are_finite, origin
@@ -436,9 +437,11 @@ class QuantizationAwareTraining(QuantizationCallback):
     def _not_finite(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
         batch, index = self._batch
         network = self.quantized_network(pl_module)
-        catcher = InputCatcher(trainer, pl_module, network, self.network_name, first="training_step")
+        catcher = InputCatcher(trainer, pl_module, self.network_name, network, first="training_step")
         try:
-            where = origin(network, catcher.catch(batch, index))
+            with isolate_rng():
+                calls = catcher.catch(batch, index)
+            where = origin(network, calls)
         except CalibrationError:  # a training step that cannot be run twice
             where = "where they come from could not be found by running the step again"
         return (

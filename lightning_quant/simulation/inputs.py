@@ -8,7 +8,7 @@ here works on that structure as it is, through Lightning's own ``apply_to_collec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -38,15 +38,23 @@ class NetworkInputs:
     Args:
         args: positional arguments, any structure of tensors and plain values.
         kwargs: keyword arguments, likewise.
+        last: whether the step that made this call made no other after it. The calls of one step are about the same
+            samples.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    last: bool = True
 
     @property
     def tensors(self) -> list[Tensor]:
         """Every tensor of the call, flat and in order."""
         return tensors_in((self.args, self.kwargs))
+
+    @property
+    def ranks(self) -> list[int]:
+        """How many axes each tensor has."""
+        return [tensor.dim() for tensor in self.tensors]
 
     @property
     def batch_size(self) -> int:
@@ -56,7 +64,7 @@ class NetworkInputs:
     def map(self, function: Callable[[Tensor], Tensor]) -> NetworkInputs:
         """The same call with ``function`` applied to each tensor."""
         args, kwargs = apply_to_collection((self.args, self.kwargs), Tensor, function)
-        return NetworkInputs(args, kwargs)
+        return replace(self, args=args, kwargs=kwargs)
 
     def first(self, samples: int) -> NetworkInputs:
         """The same call with only the first ``samples`` samples of every batched tensor."""
@@ -68,8 +76,9 @@ class NetworkInputs:
         return self.map(lambda tensor: tensor.to(device))
 
     def call(self, network: nn.Module) -> Any:
-        """Run ``network`` with these arguments."""
-        return network(*self.args, **self.kwargs)
+        """Run ``network`` with copies of these arguments: it may change in place what it is given."""
+        own = self.map(torch.clone)
+        return network(*own.args, **own.kwargs)
 
     def describe(self) -> dict[str, Any]:
         """Structure, shapes and types as JSON values, for a checkpoint's manifest."""
@@ -98,14 +107,24 @@ class NetworkInputs:
 
 
 def up_to(calls: Iterable[NetworkInputs], count: int) -> Iterator[NetworkInputs]:
-    """The first ``count`` samples, in the batches they come in."""
-    seen = 0
-    for batch in calls:
-        batch = batch.first(count - seen)
-        yield batch
-        seen += batch.batch_size
-        if seen >= count:
-            return
+    """The calls with the first ``count`` samples, in the batches they come in; all calls of a step."""
+    left, used = count, 0
+    for call in calls:
+        cut = call.first(left)
+        used = max(used, cut.batch_size)
+        yield cut
+        if cut.last:
+            left, used = left - used, 0
+            if left <= 0:
+                return
+
+
+def counted(calls: Iterable[NetworkInputs]) -> Iterator[tuple[int, NetworkInputs]]:
+    """Each call with the number of samples that it adds: the calls of one step are about the same ones."""
+    used = 0
+    for call in calls:
+        yield max(call.batch_size - used, 0), call
+        used = 0 if call.last else max(used, call.batch_size)
 
 
 # What a manifest may ask for. Sizes are bounded so that a damaged or hostile file cannot ask for terabytes.

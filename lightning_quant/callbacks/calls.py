@@ -1,0 +1,183 @@
+"""From a batch to the network's inputs, as the user's own steps make them.
+
+How a batch turns into calls of the network is known to the user's own ``validation_step`` (or whichever step there
+is) and to nobody else. So a step is run, and what it calls the network with is caught. Nothing that it changes stays
+changed, see :mod:`lightning_quant.callbacks.untouched`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+
+from lightning_quant.callbacks.untouched import untouched
+from lightning_quant.errors import CalibrationError
+from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
+from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.techniques.layer_outputs import unrounded
+
+log = logging.getLogger(f"lightning.pytorch.{__name__}")
+
+_STEPS = ("validation_step", "test_step", "predict_step", "training_step", "forward")
+
+
+class _Left(BaseException):
+    """Leaves the user's step at the network's call. Not an Exception, so ``except Exception`` lets it by."""
+
+
+@dataclass
+class _Run:
+    """What a step did.
+
+    Attributes:
+        calls: of the network, in order.
+        done: how many of them came to an end.
+        error: what ended the step, if anything did.
+    """
+
+    calls: list[NetworkInputs] = field(default_factory=list)
+    done: int = 0
+    error: Exception | None = None
+
+
+class InputCatcher:
+    """Turns batches into the calls of a network that the user's own steps make of them.
+
+    The first batch runs the step to its end, to see how often it calls the network. If that is once, the step is left
+    at this call from then on: no loss, no metric. If it is more often, as with recurrent states, siamese networks or a
+    discriminator, every step runs to its end, and the network computes in float: its states are its own.
+
+    Args:
+        trainer: the Trainer, for its transfer hooks and device.
+        pl_module: the module whose steps are run.
+        name: dotted attribute of the network in it.
+        quantized: the quantized network, if it is quantized already: what it was built with tells calls that a step
+            makes of a batch it is not made for.
+        first: the step to try first.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        name: str,
+        quantized: QuantizedNetwork | None = None,
+        first: str = _STEPS[0],
+    ) -> None:
+        self._trainer = trainer
+        self._module = pl_module
+        self._name = name
+        self._network = pl_module.get_submodule(name)
+        self._quantized = quantized
+        steps = [step for step in (first, *_STEPS) if step == "forward" or is_overridden(step, pl_module)]
+        self._steps = list(dict.fromkeys(steps))
+        self._runs_on = True
+
+    def catch(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[NetworkInputs]:
+        """The calls of the network that a step makes for ``batch``, in order; the last one is marked.
+
+        Raises:
+            CalibrationError: when no step of the module gets as far as calling the network.
+        """
+        device = next((p.device for p in self._module.parameters() if not p.is_meta), self._module.device)
+        batch = self._trainer.strategy.batch_to_device(batch, device, dataloader_idx)
+        failures = []
+        for step in list(self._steps):
+            run = self._run(step, batch, batch_idx, dataloader_idx)
+            if problem := self._problem(run):
+                failures.append(f"{step} {problem}")
+                continue
+            if step != self._steps[0]:  # whatever worked is tried first for the next batch
+                self._steps.remove(step)
+                self._steps.insert(0, step)
+            if self._runs_on and run.error is not None:
+                log.info(
+                    "%s ended with %s after %d calls of %r: calls after that, if there are any, are not calibrated on.",
+                    *(step, f"{type(run.error).__name__}: {run.error}", run.done, self._name),
+                )
+            calls = run.calls[: run.done]
+            self._runs_on = self._runs_on and len(calls) > 1
+            return [*(replace(call, last=False) for call in calls[:-1]), calls[-1]]
+        tensors = tensors_in(batch)
+        if len(tensors) == 1:  # unlabelled images: nothing to unpack
+            return [NetworkInputs((tensors[0],))]
+        raise CalibrationError(
+            f"Could not get from batch {batch_idx} to the network {self._name!r}: {'; '.join(failures)}. Expected "
+            f"a step of {type(self._module).__name__} that calls self.{self._name}(...) itself with this batch. "
+            "Name the attribute that is called in network=..., or give a calibration_dataloader with batches like "
+            "those of validation."
+        )
+
+    def _problem(self, run: _Run) -> str | None:
+        """Why these are no proper calls of the network: a step may take a batch apart wrongly that it is not made for.
+
+        ``images, labels = batch`` takes a bare tensor of two images for a pair, and two loaders' batches as well.
+        """
+        reason = "" if run.error is None else f"{type(run.error).__name__}: {run.error}"
+        if not run.calls:
+            return f"raised {reason}" if reason else "did not call it"
+        first = run.calls[0]
+        if self._quantized is not None:  # as many tensors, of the same ranks, as it was built with
+            expected = self._quantized.inputs.ranks
+            if all(call.ranks != expected for call in run.calls):
+                return f"called it with shapes {[tuple(tensor.shape) for tensor in first.tensors]}"
+        if run.done == 0:
+            return f"called it with what makes it raise {reason}"
+        if self._quantized is None:
+            try:
+                with untouched(self._trainer, self._module, None):
+                    first.first(1).call(self._network)
+            except Exception as error:
+                return f"called it with what makes it raise {type(error).__name__}: {error}"
+        return None
+
+    def _run(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> _Run:
+        method = getattr(self._module, step)
+        # as Lightning passes them: by position, as many as the step takes
+        given = [batch] if step == "forward" else [batch, batch_idx, dataloader_idx]
+        kinds = [parameter.kind for parameter in inspect.signature(method).parameters.values()]
+        positional = sum(kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD) for kind in kinds)
+        given = given[: max(positional, 2 if inspect.Parameter.VAR_POSITIONAL in kinds else 1)]
+        run = _Run()
+
+        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # copies: what the step does to its tensors afterwards is not the network's business
+            run.calls.append(NetworkInputs(args, dict(kwargs)).map(_copied))
+            if not self._runs_on:
+                run.done = 1
+                raise _Left
+
+        def end(*_: Any) -> None:
+            run.done += 1
+
+        strategy = self._trainer.strategy
+        float_network = unrounded(self._quantized) if self._quantized and self._runs_on else nullcontext()
+        with untouched(self._trainer, self._module, batch), float_network:
+            hooks: list[Any] = [self._network.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)]
+            hooks.append(self._network.register_forward_hook(end))
+            try:
+                if step == "training_step" and not (self._module.automatic_optimization or strategy.optimizers):
+                    # a manual step starts with its optimizers, which Lightning makes after setup()
+                    made = _init_optimizers_and_lr_schedulers(self._module)
+                    strategy.optimizers, strategy.lr_scheduler_configs = made
+                method(*given)
+            except _Left:
+                pass
+            except Exception as error:
+                run.error = error
+            finally:
+                for hook in hooks:
+                    hook.remove()
+        return run
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
