@@ -133,7 +133,7 @@ class InputCatcher:
             return f"called it with what makes it raise {reason}"
         if self._quantized is None:
             try:
-                with untouched(self._trainer, self._module, None):
+                with untouched(self._trainer, self._module, self._network, None, False):
                     first.first(1).call(self._network)
             except Exception as error:
                 return f"called it with what makes it raise {type(error).__name__}: {error}"
@@ -160,7 +160,7 @@ class InputCatcher:
 
         strategy = self._trainer.strategy
         float_network = unrounded(self._quantized) if self._quantized and self._runs_on else nullcontext()
-        with untouched(self._trainer, self._module, batch), float_network:
+        with untouched(self._trainer, self._module, self._network, batch, self._runs_on), float_network:
             hooks: list[Any] = [self._network.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)]
             hooks.append(self._network.register_forward_hook(end))
             try:

@@ -10,7 +10,7 @@ import argparse
 import random
 import sys
 import types
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import partial
@@ -27,26 +27,36 @@ from torch.overrides import TorchFunctionMode
 
 # Objects of these packages keep to themselves, but for modules: trainers, loggers, data sets, optimizers.
 _CLOSED = frozenset({"torch", "lightning", "lightning_fabric", "pytorch_lightning", "aimet_torch", "lightning_quant"})
+_PLAIN = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, type, types.FunctionType, torch.dtype, torch.device}
+)
+_DICTS = frozenset({dict, OrderedDict, defaultdict})
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
 # Of a larger container the contents are put back, what each of them holds is not.
 _MANY = 10_000
 
 
 @contextmanager
-def untouched(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Iterator[None]:
+def untouched(
+    trainer: pl.Trainer, module: pl.LightningModule, network: nn.Module, batch: Any, to_its_end: bool
+) -> Iterator[None]:
     """Run a step in this block as validation would, without a trace.
 
     The module is in eval mode where its parameters are; logging, backward passes, optimizers and schedulers do
     nothing. At the end, attributes, contents of containers, parameters, buffers, gradients, metric states and
     random number generators of the module, of what it holds and of the batch are what they were, and so are the
-    attributes of the Trainer.
+    attributes of the Trainer. Of the network, modes, hooks, gradients and weights are put back, but no attributes:
+    what a step sets there before a call holds for that call when it is made again.
 
     Args:
         trainer: whose loggers are not to hear of it.
         module: whose step is run.
+        network: the network in it.
         batch: what the step is given.
+        to_its_end: whether the step may come to where it changes the network's weights.
     """
-    with torch.no_grad(), _put_back([module, batch], shallow=[vars(trainer), vars(trainer.strategy)]), _NoBackward():
+    shallow = [vars(trainer), vars(trainer.strategy)]
+    with torch.no_grad(), _put_back([module, batch], shallow, network, to_its_end), _NoBackward():
         module.eval()
         _quiet(trainer, module)
         yield
@@ -99,68 +109,83 @@ class _NoBackward(TorchFunctionMode):
 
 
 @contextmanager
-def _put_back(held: list[Any], shallow: list[dict[str, Any]]) -> Iterator[None]:
+def _put_back(held: list[Any], shallow: list[dict[str, Any]], network: nn.Module, values: bool) -> Iterator[None]:
     """Afterwards, what is reached from ``held`` is what it was, and ``shallow`` have their old entries."""
-    undo: list[Callable[[], None]] = [partial(_refill, mapping, dict(mapping)) for mapping in shallow]
-    known: dict[int, Any] = {}  # the objects too, lest another one gets the number of one that is gone
+    mappings: list[tuple[Any, dict[Any, Any]]] = [(mapping, dict(mapping)) for mapping in shallow]
+    parts = list(network.modules())
+    modes = [part.training for part in parts]
+    mappings += [(hooks, dict(hooks)) for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks)]
+    tensors = [*network.parameters(), *network.buffers()]
+    undo: list[Callable[[], Any]] = [action for tensor in tensors for action in _hold_tensor(tensor, values)]
+    # the objects too, lest another one gets the number of one that is gone
+    known: dict[int, Any] = {id(value): value for value in (*parts, *tensors)}
     waiting = list(held)
     while waiting:
         value = waiting.pop()
-        if id(value) not in known:
-            known[id(value)] = value
-            action, inside = _hold(value)
-            undo += action
-            waiting += inside
+        # thousands of these in every network, so with little ado
+        if type(value) in _PLAIN or id(value) in known:
+            continue
+        known[id(value)] = value
+        if isinstance(value, nn.Module):
+            waiting.append(value.__dict__)
+        elif isinstance(value, dict):
+            mappings.append((value, dict(value)))
+            if 0 < len(value) <= _MANY:
+                waiting += value.values()
+            if type(value) not in _DICTS and _is_open(value):
+                waiting.append(vars(value))
+        elif isinstance(value, (list, tuple, deque, set)):
+            if not isinstance(value, tuple):
+                undo.append(partial(_refill_all, value, list(value)))
+            if len(value) <= _MANY and not isinstance(value, set):
+                waiting += value
+        elif _is_open(value):
+            waiting.append(vars(value))
+        else:
+            undo += _hold(value)
     try:
         yield
     finally:
+        for mapping, before in mappings:
+            if mapping or before:
+                _refill(mapping, before)
         for action in undo:
             action()
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode
 
 
-def _hold(value: Any) -> tuple[list[Callable[[], None]], list[Any]]:
-    """How to put one value back, and the values it holds."""
+def _hold(value: Any) -> list[Callable[[], Any]]:
+    """How to put a single value back."""
     if isinstance(value, Tensor):
-        return _hold_tensor(value), []
+        return _hold_tensor(value)
     if isinstance(value, np.ndarray):
-        return [partial(_refill_array, value, value.copy())] if value.flags.writeable else [], []
+        return [partial(_refill_array, value, value.copy())] if value.flags.writeable else []
     if isinstance(value, torch.Generator):
-        return [partial(value.set_state, value.get_state())], []
+        return [partial(value.set_state, value.get_state())]
     if isinstance(value, random.Random):
-        return [partial(value.setstate, value.getstate())], []
+        return [partial(value.setstate, value.getstate())]
     if isinstance(value, np.random.Generator):
-        return [partial(setattr, value.bit_generator, "state", value.bit_generator.state)], []
-    actions: list[Callable[[], None]] = []
-    inside: list[Any] = []
-    if isinstance(value, dict):
-        actions.append(partial(_refill, value, dict(value)))
-        inside = list(value.values())
-    elif isinstance(value, (list, deque, set)):
-        actions.append(partial(_refill_all, value, list(value)))
-        inside = [] if isinstance(value, set) else list(value)
-    elif isinstance(value, tuple):
-        inside = list(value)
-    if len(inside) > _MANY:
-        inside = []
-    if _is_open(value):
-        inside.append(vars(value))
-    return actions, inside
+        return [partial(setattr, value.bit_generator, "state", value.bit_generator.state)]
+    return []
 
 
 def _is_open(value: Any) -> bool:
     """Whether it is an object of the user's, with attributes of its own."""
-    if isinstance(value, (nn.Module, *_NAMESPACES)):
+    if isinstance(value, _NAMESPACES):
         return True
-    if not hasattr(value, "__dict__") or isinstance(value, (type, types.ModuleType, types.FunctionType)):
+    if not hasattr(value, "__dict__") or isinstance(value, (Tensor, type, types.ModuleType, types.FunctionType)):
         return False
     packages = {base.__module__.partition(".")[0] for base in type(value).__mro__}
     return type(value).__module__.partition(".")[0] not in sys.stdlib_module_names and not packages & _CLOSED
 
 
-def _hold_tensor(tensor: Tensor) -> list[Callable[[], None]]:
+def _hold_tensor(tensor: Tensor, values: bool = True) -> list[Callable[[], Any]]:
     if is_lazy(tensor) or tensor.is_meta or tensor.layout is not torch.strided:
         return []
-    actions: list[Callable[[], None]] = [partial(_restore, tensor, tensor.detach(), tensor.detach().clone())]
+    actions: list[Callable[[], Any]] = []
+    if values:
+        actions.append(partial(_restore, tensor, tensor.detach(), tensor.detach().clone()))
     if tensor.is_leaf and not tensor.is_inference():
         actions.append(partial(_restore_grad, tensor, tensor.requires_grad, tensor.grad))
         tensor.grad = None  # an optimizer that the module keeps for itself has nothing to go by
