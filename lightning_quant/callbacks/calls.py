@@ -14,10 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from lightning_quant.callbacks.data import batches, stage_loader
 from lightning_quant.callbacks.untouched import untouched
 from lightning_quant.errors import CalibrationError
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
@@ -80,6 +82,7 @@ class InputCatcher:
         steps = [step for step in (first, *_STEPS) if step == "forward" or is_overridden(step, pl_module)]
         self._steps = list(dict.fromkeys(steps))
         self._runs_on = True
+        self._plain: list[NetworkInputs] | None = None
 
     def catch(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[NetworkInputs]:
         """The calls of the network that a step makes for ``batch``, in order; the last one is marked.
@@ -87,8 +90,21 @@ class InputCatcher:
         Raises:
             CalibrationError: when no step of the module gets as far as calling the network.
         """
-        device = next((p.device for p in self._module.parameters() if not p.is_meta), self._module.device)
-        batch = self._trainer.strategy.batch_to_device(batch, device, dataloader_idx)
+        batch = self._to_device(batch, dataloader_idx)
+        calls, failures = self._calls(batch, batch_idx, dataloader_idx)
+        if not calls:
+            calls = self._bare(batch)
+        if not calls:
+            raise CalibrationError(
+                f"Could not get from batch {batch_idx} to the network {self._name!r}: {'; '.join(failures)}. Expected "
+                f"a step of {type(self._module).__name__} that calls self.{self._name}(...) itself with this batch. "
+                "Name the attribute that is called in network=..., or give a calibration_dataloader with batches like "
+                "those of validation."
+            )
+        return [*(replace(call, last=False) for call in calls[:-1]), replace(calls[-1], last=True)]
+
+    def _calls(self, batch: Any, batch_idx: int, dataloader_idx: int) -> tuple[list[NetworkInputs], list[str]]:
+        """What the first step that fits calls the network with, or why none fits."""
         failures = []
         for step in list(self._steps):
             run = self._run(step, batch, batch_idx, dataloader_idx)
@@ -103,18 +119,34 @@ class InputCatcher:
                     "%s ended with %s after %d calls of %r: calls after that, if there are any, are not calibrated on.",
                     *(step, f"{type(run.error).__name__}: {run.error}", run.done, self._name),
                 )
-            calls = run.calls[: run.done]
-            self._runs_on = self._runs_on and len(calls) > 1
-            return [*(replace(call, last=False) for call in calls[:-1]), calls[-1]]
+            self._runs_on = self._runs_on and run.done > 1
+            return run.calls[: run.done], []
+        return [], failures
+
+    def _bare(self, batch: Any) -> list[NetworkInputs]:
+        """The calls for a batch of one tensor that no step takes: images without labels.
+
+        It is what the network is given only if the steps, too, give it their images as they are. So that is seen on
+        the data of the running stage; images that a step would have normalized are no input.
+        """
         tensors = tensors_in(batch)
-        if len(tensors) == 1:  # unlabelled images: nothing to unpack
-            return [NetworkInputs((tensors[0],))]
-        raise CalibrationError(
-            f"Could not get from batch {batch_idx} to the network {self._name!r}: {'; '.join(failures)}. Expected "
-            f"a step of {type(self._module).__name__} that calls self.{self._name}(...) itself with this batch. "
-            "Name the attribute that is called in network=..., or give a calibration_dataloader with batches like "
-            "those of validation."
-        )
+        if len(tensors) != 1:
+            return []
+        if self._plain is None:
+            labelled = next(batches(stage_loader(self._trainer)), None)
+            labelled = self._to_device(labelled, 0)
+            calls = self._calls(labelled, 0, 0)[0]
+            given = tensors_in(labelled)
+            plain = [len(call.tensors) == 1 and any(_same(call.tensors[0], one) for one in given) for call in calls]
+            self._plain = calls if all(plain) else []
+        alike = [(call.tensors[0].dim(), call.tensors[0].dtype) for call in self._plain]
+        if any(one != (tensors[0].dim(), tensors[0].dtype) for one in alike):
+            return []
+        return [call.map(lambda _: tensors[0]) for call in self._plain]
+
+    def _to_device(self, batch: Any, dataloader_idx: int) -> Any:
+        device = next((p.device for p in self._module.parameters() if not p.is_meta), self._module.device)
+        return self._trainer.strategy.batch_to_device(batch, device, dataloader_idx)
 
     def _problem(self, run: _Run) -> str | None:
         """Why these are no proper calls of the network: a step may take a batch apart wrongly that it is not made for.
@@ -181,3 +213,7 @@ class InputCatcher:
 
 def _copied(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
+
+
+def _same(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.dtype == other.dtype and torch.equal(tensor, other)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import numpy
@@ -19,9 +19,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation.inputs import NetworkInputs, counted
+
+if TYPE_CHECKING:
+    from lightning_quant.callbacks.calls import InputCatcher
 
 
 def stage_loader(trainer: pl.Trainer) -> CombinedLoader:
@@ -33,10 +35,7 @@ def stage_loader(trainer: pl.Trainer) -> CombinedLoader:
         "predict": trainer.predict_loop,
     }
     stage = stage_name(trainer)
-    source, module = loops[stage]._data_source, trainer.lightning_module
-    if source.instance is module and is_overridden("setup", module):
-        module.setup(stage)  # it may make the data, but Lightning calls it after the callbacks'
-    loader = source.dataloader()
+    loader = loops[stage]._data_source.dataloader()
     # as the Trainer does it: training combines several loaders in one batch, the others run them one by one
     return _combined(loader) if stage == "fit" else CombinedLoader(loader, "sequential")
 
@@ -64,13 +63,27 @@ def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule, given
     for source in (datamodule, pl_module):
         if source is not None and is_overridden("train_dataloader", source):
             if is_overridden("setup", source):
-                source.setup("fit")  # data modules make their training set there only
+                with _what_was_there(source):
+                    source.setup("fit")  # data modules make their training set there only
+                    return source.train_dataloader()
             return source.train_dataloader()
     raise ConfigurationError(
         f"trainer.{stage_name(trainer)}() has no data to calibrate on: expected "
         "calibration_dataloader=... on the callback, a calibration_dataloader() method on the data module, or a "
         "train_dataloader(). Validation data is not used for it."
     )
+
+
+@contextmanager
+def _what_was_there(source: Any) -> Iterator[None]:
+    """Keep the attributes that a module has, network included, from being made anew for another stage."""
+    owned = [vars(source)]
+    if isinstance(source, pl.LightningModule):
+        owned += [source._modules, source._parameters, source._buffers]
+    before = [dict(mapping) for mapping in owned]
+    yield
+    for mapping, entries in zip(owned, before, strict=True):
+        mapping.update(entries)
 
 
 def calibration_inputs(

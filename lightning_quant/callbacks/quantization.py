@@ -19,7 +19,6 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
 from typing_extensions import override
@@ -33,6 +32,7 @@ from lightning_quant.callbacks.data import (
     stage_name,
     undisturbed,
 )
+from lightning_quant.callbacks.early_setup import end_early_setup, set_up_early
 from lightning_quant.callbacks.progress import progress
 from lightning_quant.errors import CalibrationError, ConfigurationError
 from lightning_quant.precision import Precision
@@ -124,6 +124,7 @@ class QuantizationCallback(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._check_trainer(trainer)
+        set_up_early(trainer, pl_module, stage)
         network = find_network(pl_module, self.network_name)
         if isinstance(network, QuantizedNetwork):
             self._check_same_recipe(network)
@@ -144,10 +145,12 @@ class QuantizationCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        end_early_setup(pl_module)
         self._calibrate_once(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        end_early_setup(pl_module)
         if trainer.state.fn == "validate":  # a fit may be validating another network
             self._calibrate_once(trainer, pl_module)
         self._hold_weights(pl_module)
@@ -158,6 +161,7 @@ class QuantizationCallback(Callback):
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        end_early_setup(pl_module)
         self._calibrate_once(trainer, pl_module)
         self._hold_weights(pl_module)
 
@@ -167,6 +171,7 @@ class QuantizationCallback(Callback):
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        end_early_setup(pl_module)
         self._calibrate_once(trainer, pl_module)
         self._hold_weights(pl_module)
 
@@ -177,6 +182,11 @@ class QuantizationCallback(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._held.close()
+        end_early_setup(pl_module)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        end_early_setup(pl_module)
 
     def _examples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[NetworkInputs]:
         """Calls of the network with one sample, from the data of the running stage: one for each structure of inputs.
@@ -291,9 +301,7 @@ class QuantizationCallback(Callback):
 
 
 def find_network(pl_module: pl.LightningModule, name: str) -> nn.Module:
-    """The module at the dotted attribute ``name``; built by ``configure_model`` if it is not there yet."""
-    if getattr(pl_module, name.partition(".")[0], None) is None and is_overridden("configure_model", pl_module):
-        pl_module.configure_model()  # Lightning asks for it to be idempotent, and calls it after setup()
+    """The module at the dotted attribute ``name``."""
     owner: Any = pl_module
     for part in name.split("."):
         if not hasattr(owner, part):
@@ -302,8 +310,7 @@ def find_network(pl_module: pl.LightningModule, name: str) -> nn.Module:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigurationError(
                 f"network={name!r}: {type(owner).__name__} has no attribute {part!r}; expected one of its modules: "
-                f"{', '.join(known) or 'it has none'}.{hint} (A network made in setup() comes too late: make it in "
-                "__init__ or configure_model.)"
+                f"{', '.join(known) or 'it has none'}.{hint} (It may be made in __init__, setup or configure_model.)"
             )
         owner = getattr(owner, part)
     if not isinstance(owner, nn.Module):

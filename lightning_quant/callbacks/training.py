@@ -22,6 +22,7 @@ from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.climbing import Climber
 from lightning_quant.callbacks.distillation import Distillation, loss_scale
 from lightning_quant.callbacks.drift import RangeDrift
+from lightning_quant.callbacks.early_setup import set_up_early
 from lightning_quant.callbacks.finiteness import gradients_are_finite, origin
 from lightning_quant.callbacks.measuring import measure, monitored
 from lightning_quant.callbacks.quantization import (
@@ -176,6 +177,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        set_up_early(trainer, pl_module, stage)
         network = find_network(pl_module, self.network_name)
         fits = trainer.state.fn == "fit"
         if fits and not isinstance(network, QuantizedNetwork) and (self.climbs or self.distillation):
@@ -307,6 +309,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
         self._locked.close()
         if self._only_rungs:
             trainer.fit_loop.max_epochs = 0
