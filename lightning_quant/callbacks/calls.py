@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,12 +23,15 @@ from torch import Tensor, nn
 from lightning_quant.callbacks.data import batches, stage_loader
 from lightning_quant.callbacks.untouched import untouched
 from lightning_quant.errors import CalibrationError
+from lightning_quant.simulation.batch_axes import Axes, NoBatchAxisError, find_axes, fit
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.techniques.layer_outputs import unrounded
 
 log = logging.getLogger(f"lightning.pytorch.{__name__}")
 
+# Relative to the largest output: a batch is computed in another order than a sample.
+_TOLERANCE = 1e-3
 _STEPS = ("validation_step", "test_step", "predict_step", "training_step", "forward")
 
 
@@ -83,6 +87,7 @@ class InputCatcher:
         self._steps = list(dict.fromkeys(steps))
         self._runs_on = True
         self._plain: list[NetworkInputs] | None = None
+        self._axes: list[Axes] = []
 
     def catch(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[NetworkInputs]:
         """The calls of the network that a step makes for ``batch``, in order; the last one is marked.
@@ -101,16 +106,65 @@ class InputCatcher:
                 "Name the attribute that is called in network=..., or give a calibration_dataloader with batches like "
                 "those of validation."
             )
-        return [*(replace(call, last=False) for call in calls[:-1]), replace(calls[-1], last=True)]
+        calls = [replace(self._with_axes(call), last=False) for call in calls]
+        return [*calls[:-1], replace(calls[-1], last=True)]
 
-    def _calls(self, batch: Any, batch_idx: int, dataloader_idx: int) -> tuple[list[NetworkInputs], list[str]]:
+    def learn_axes(self, pair: Sequence[Any]) -> None:
+        """Find the batch axes of the network's inputs.
+
+        Args:
+            pair: batches of two and of three times the same sample, see :func:`~lightning_quant.callbacks.data.twins`.
+                Nothing is learned from none, nor where the steps take batches of a certain size only.
+        """
+        calls = [self._calls(self._to_device(batch, 0), 0, 0, learning=True)[0] for batch in pair]
+        if len({len(one) for one in calls}) != 1:
+            return
+        for two, three in zip(*calls, strict=True):
+            with suppress(NoBatchAxisError):
+                axes = find_axes((two.args, two.kwargs), (three.args, three.kwargs))
+                if axes not in self._axes:
+                    self._axes.append(axes)
+
+    def check_axes(self, call: NetworkInputs) -> None:
+        """Refuse a call of which nobody knows where its samples lie.
+
+        Where no batches of other sizes could be compared, samples are taken to lie on the first axis; then the first
+        one alone must give the network's first answer.
+
+        Raises:
+            CalibrationError: when it gives another one.
+        """
+        if call.axes is not None or call.batch_size == 1:
+            return
+        with untouched(self._trainer, self._module, self._network, None, True):
+            whole, again, one = (tensors_in(each.call(self._network)) for each in (call, call, call.first(1)))
+        is_random = not all(_same(a, b) for a, b in zip(whole, again, strict=True))
+        agreeing = [_is_first(a, b, call.batch_size, is_random) for a, b in zip(one, whole, strict=False)]
+        if len(one) != len(whole) or False in agreeing or True not in agreeing:
+            raise CalibrationError(
+                f"Cannot tell on which axis the samples of a batch lie in the inputs of {self._name!r}, of shapes "
+                f"{[tuple(tensor.shape) for tensor in call.tensors]}: the first of {call.batch_size} along the first "
+                "axis gives another answer alone. Expected data from a torch DataLoader whose collate_fn and a step "
+                "that takes batches of two and of three samples, so that the two can be compared; or batches of one."
+            )
+
+    def _with_axes(self, call: NetworkInputs) -> NetworkInputs:
+        known = self._axes if self._quantized is None else [*self._axes, self._quantized.inputs.axes]
+        fitting = (axes for axes in known if axes is not None and fit((call.args, call.kwargs), axes))
+        return replace(call, axes=next(fitting, None))
+
+    def _calls(
+        self, batch: Any, batch_idx: int, dataloader_idx: int, learning: bool = False
+    ) -> tuple[list[NetworkInputs], list[str]]:
         """What the first step that fits calls the network with, or why none fits."""
         failures = []
         for step in list(self._steps):
             run = self._run(step, batch, batch_idx, dataloader_idx)
-            if problem := self._problem(run):
+            if problem := self._problem(run, learning):
                 failures.append(f"{step} {problem}")
                 continue
+            if learning:
+                return run.calls[: run.done], []
             if step != self._steps[0]:  # whatever worked is tried first for the next batch
                 self._steps.remove(step)
                 self._steps.insert(0, step)
@@ -148,7 +202,7 @@ class InputCatcher:
         device = next((p.device for p in self._module.parameters() if not p.is_meta), self._module.device)
         return self._trainer.strategy.batch_to_device(batch, device, dataloader_idx)
 
-    def _problem(self, run: _Run) -> str | None:
+    def _problem(self, run: _Run, learning: bool) -> str | None:
         """Why these are no proper calls of the network: a step may take a batch apart wrongly that it is not made for.
 
         ``images, labels = batch`` takes a bare tensor of two images for a pair, and two loaders' batches as well.
@@ -163,10 +217,10 @@ class InputCatcher:
                 return f"called it with shapes {[tuple(tensor.shape) for tensor in first.tensors]}"
         if run.done == 0:
             return f"called it with what makes it raise {reason}"
-        if self._quantized is None:
+        if self._quantized is None and not learning:
             try:
-                with untouched(self._trainer, self._module, self._network, None, False):
-                    first.first(1).call(self._network)
+                with untouched(self._trainer, self._module, self._network, None, True):
+                    self._with_axes(first).first(1).call(self._network)
             except Exception as error:
                 return f"called it with what makes it raise {type(error).__name__}: {error}"
         return None
@@ -217,3 +271,15 @@ def _copied(tensor: Tensor) -> Tensor:
 
 def _same(tensor: Tensor, other: Tensor) -> bool:
     return tensor.dtype == other.dtype and torch.equal(tensor, other)
+
+
+def _is_first(one: Tensor, whole: Tensor, samples: int, is_random: bool) -> bool | None:
+    """Whether a tensor is the first sample's part of another one; None where it is no part."""
+    if one.dim() != whole.dim() or one.shape == whole.shape:
+        return None
+    for axis in range(one.dim()):
+        part = whole.narrow(axis, 0, min(one.shape[axis], whole.shape[axis]))
+        if part.shape == one.shape and whole.shape[axis] == samples * one.shape[axis]:
+            scale = float(whole.abs().max()) if whole.numel() else 0.0
+            return is_random or bool(((part.double() - one.double()).abs() <= _TOLERANCE * scale).all())
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from lightning.pytorch.utilities.data import _is_dataloader_shuffled
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils._pytree import tree_unflatten
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation.inputs import NetworkInputs, counted
@@ -143,12 +146,44 @@ def _combined(loader: Any) -> CombinedLoader:
 def batches(loader: Any) -> Iterator[Any]:
     """Every batch of a loader or a collection of loaders, the way the Trainer would combine them."""
     combined = _combined(loader)
+    with _generators_kept(combined):
+        for batch, _, _ in combined:
+            yield batch
+
+
+def twins(loader: Any) -> list[Any]:
+    """Two batches, of two and of three times the same sample, as the loaders put theirs together.
+
+    They differ in nothing but the number of samples. None where the loaders are no data loaders of PyTorch, or their
+    data comes in batches.
+    """
+    combined = _combined(loader)
+    made: dict[int, list[Any]] = {2: [], 3: []}
+    with _generators_kept(combined):
+        for one in combined.flattened:
+            if not isinstance(one, DataLoader) or one.batch_sampler is None:
+                return []
+            try:
+                if isinstance(one.dataset, IterableDataset):
+                    sample = next(iter(one.dataset))
+                else:
+                    sample = one.dataset[next(iter(one.batch_sampler))[0]]
+            except Exception:  # whatever a data set of the user's cannot do out of turn
+                return []
+            for count, found in made.items():
+                copies: Any = [copy.deepcopy(sample) for _ in range(count)]
+                found.append(DataLoader(copies, batch_size=count, collate_fn=one.collate_fn))
+    structured = (tree_unflatten(found, combined._spec) for found in made.values())
+    return [next(batches(CombinedLoader(found, combined._mode))) for found in structured]
+
+
+@contextmanager
+def _generators_kept(combined: CombinedLoader) -> Iterator[None]:
     owners = [owner for one in combined.flattened for owner in (one, getattr(one, "sampler", None))]
     generators = [g for owner in owners if (g := getattr(owner, "generator", None)) is not None]
     states = [generator.get_state() for generator in generators]
     try:
-        for batch, _, _ in combined:
-            yield batch
+        yield
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)

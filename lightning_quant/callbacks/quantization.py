@@ -30,6 +30,7 @@ from lightning_quant.callbacks.data import (
     calibration_loader,
     stage_loader,
     stage_name,
+    twins,
     undisturbed,
 )
 from lightning_quant.callbacks.early_setup import end_early_setup, set_up_early
@@ -195,13 +196,17 @@ class QuantizationCallback(Callback):
         """
         catcher = InputCatcher(trainer, pl_module, self.network_name)
         with undisturbed():
-            batch = next(batches(stage_loader(trainer)), None)
+            loader = stage_loader(trainer)
+            batch = next(batches(loader), None)
             if batch is None:
                 raise CalibrationError(
                     f"The data loader of trainer.{stage_name(trainer)}() gave no batch: expected at least one. Check "
                     "its data set, its sampler and drop_last."
                 )
-            calls = [replace(call.first(1), last=True) for call in catcher.catch(batch, 0)]
+            catcher.learn_axes(twins(loader))
+            calls = catcher.catch(batch, 0)
+            catcher.check_axes(calls[0])
+            calls = [replace(call.first(1), last=True) for call in calls]
         structures: dict[str, NetworkInputs] = {}
         for call in calls:
             structures.setdefault(str(call.describe()), call)

@@ -100,7 +100,7 @@ def export_bundle(network: QuantizedNetwork, path: str | Path, samples: Iterable
             "bundle. Give another folder."
         )
     with on_cpu_in_eval(network):
-        calls = [call.to(torch.device("cpu")) for call in samples]
+        calls = [call.to(torch.device("cpu")).batched_like(network.inputs) for call in samples]
         if not calls:
             raise ExportError("No samples to check the export with: expected at least one.")
         busy = ExportError(
@@ -311,10 +311,7 @@ def exact_session(path: Path) -> Any:
 
 def single_samples(call: NetworkInputs) -> Iterator[NetworkInputs]:
     """The samples of a call, one call each."""
-    size = call.batch_size
-    for index in range(size):
-        at = slice(index, index + 1)
-        yield call.map(lambda t, at=at: t[at] if t.dim() > 0 and t.shape[0] == size else t)  # type: ignore[misc]
+    return (call.samples(index, index + 1) for index in range(call.batch_size))
 
 
 def first_samples(calls: Iterable[NetworkInputs], count: int) -> list[NetworkInputs]:

@@ -55,9 +55,9 @@ def calibrate(
             if known is not None and not known.fits(network):
                 log.warning("Calibrating anew: %s was not seen by the quantizers of this network.", path)
                 known = None
-            if known is not None and known.data == _hash(up_to(batches(), wanted)):
+            if known is not None and known.data == _hash(network, batches(), wanted):
                 # layers learn in a forward pass whose outputs they read, see AIMET's protection against overflow
-                next(iter(batches())).first(1).call(network.network)
+                next(iter(batches())).batched_like(network.inputs).first(1).call(network.network)
                 known.give(network)
                 seen = known.samples
                 log.info("Calibrated with what was seen of the same %d samples before.", seen)
@@ -87,7 +87,8 @@ def _observe(
 ) -> int:
     """Run the samples through the network; how many there were."""
     seen = index = 0
-    for new, batch in counted(up_to(batches, network.recipe.calibration_samples)):
+    known = (batch.batched_like(network.inputs) for batch in batches)
+    for new, batch in counted(up_to(known, network.recipe.calibration_samples)):
         for tensor in batch.tensors:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 what = "NaN" if torch.isnan(tensor).any() else "Inf"
@@ -109,9 +110,9 @@ def _observe(
     return seen
 
 
-def _hash(batches: Iterable[NetworkInputs]) -> str:
+def _hash(network: QuantizedNetwork, batches: Iterable[NetworkInputs], wanted: int) -> str:
     digest = statistics_cache.DataHash()
-    for batch in batches:
+    for batch in up_to((batch.batched_like(network.inputs) for batch in batches), wanted):
         digest.add(batch)
     return str(digest)
 

@@ -184,7 +184,8 @@ def test_networks_of_a_gan(trainer: MakeTrainer, name: str) -> None:
     assert all(torch.equal(found[key], value) for key, value in untrained.items())  # calibration trained nothing
     assert one.global_step == 8
     assert one.lr_scheduler_configs[0].scheduler.last_epoch == 4
-    assert happened.count("trained") == 1 + 4 + 4  # for the example, for each batch of calibration, and training itself
+    # for the batch axes, for the example, for each batch of calibration, and training itself
+    assert happened.count("trained") == 2 + 1 + 4 + 4
 
 
 def test_a_step_with_one_call_is_left_there_after_the_first_batch(trainer: MakeTrainer) -> None:
@@ -196,7 +197,8 @@ def test_a_step_with_one_call_is_left_there_after_the_first_batch(trainer: MakeT
     module = Noted()
     callback = PostTrainingQuantization(calibration_dataloader=small_loader())
     trainer(callback, limit_val_batches=1).validate(module, small_loader(), verbose=False)
-    assert happened == [0, 0, 0]  # for the example, for the first of four batches, and validation itself
+    # twice for the batch axes, for the example, for the first of four batches, and validation itself
+    assert happened == [0] * 5
 
 
 def test_what_fails_after_the_call_does_not_matter(trainer: MakeTrainer) -> None:
