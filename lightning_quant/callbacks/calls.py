@@ -213,7 +213,7 @@ class InputCatcher:
         first = run.calls[0]
         if self._quantized is not None:  # as many tensors, of the same ranks, as it was built with
             expected = self._quantized.inputs.ranks
-            if all(call.ranks != expected for call in run.calls):
+            if all(self._with_axes(call).first(1).ranks != expected for call in run.calls):
                 return f"called it with shapes {[tuple(tensor.shape) for tensor in first.tensors]}"
         if run.done == 0:
             return f"called it with what makes it raise {reason}"

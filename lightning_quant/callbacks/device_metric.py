@@ -41,22 +41,40 @@ class LabelledBatch:
 
 
 def first_batches(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, network: QuantizedNetwork, name: str, samples: int
-) -> list[LabelledBatch]:
-    """The first ``samples`` samples of the validation data; none where there is no such data.
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    network: QuantizedNetwork,
+    name: str,
+    samples: int,
+    like: NetworkInputs,
+    among: int,
+) -> tuple[list[LabelledBatch], bool]:
+    """The first ``samples`` samples of the validation data of the exported size; none where there is no such data.
 
     Where the trainer tests, it is the test data: it is what the user looks at then.
+
+    Args:
+        trainer: whose data it is.
+        pl_module: whose steps turn it into calls.
+        network: the quantized network.
+        name: its dotted attribute.
+        samples: how many are wanted.
+        like: one sample of the size that was exported.
+        among: look no further than this number of samples.
+
+    Returns:
+        The batches, and whether there were some of another size.
     """
     if trainer.state.fn == "fit":
         source = trainer.fit_loop.epoch_loop.val_loop._data_source
         if not (source.is_defined() and trainer.enable_validation):
-            return []
+            return [], False
         loader = source.dataloader()
     else:
         loader = stage_loader(trainer)
     catcher = InputCatcher(trainer, pl_module, name, network)
     found: list[LabelledBatch] = []
-    wanted = samples
+    wanted, others = samples, False
     axes = None
     with suppress(NoBatchAxisError, ValueError):
         axes = find_axes(*twins(loader))
@@ -69,14 +87,19 @@ def first_batches(
         try:
             calls = [call.to(torch.device("cpu")) for call in catcher.catch(part, index)]
         except CalibrationError:  # cut apart it is no batch any more
-            return []
+            return [], False
         if len(calls) > 1:  # a state comes from the device itself: its answers cannot be played back
-            return []
-        found.append(LabelledBatch(part, list(single_samples(calls[0]))))
-        wanted -= len(found[-1].calls)
-        if wanted <= 0:
+            return [], False
+        one = LabelledBatch(part, list(single_samples(calls[0])))
+        if all(call.has_sizes_of(like) for call in one.calls):
+            found.append(one)
+            wanted -= len(one.calls)
+        else:
+            others = True
+        among -= len(one.calls)
+        if wanted <= 0 or among <= 0:
             break
-    return found
+    return found, others
 
 
 def _first(tensor: Tensor, size: int, wanted: int) -> Tensor:

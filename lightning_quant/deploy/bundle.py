@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,9 @@ def export_bundle(network: QuantizedNetwork, path: str | Path, samples: Iterable
     Args:
         network: the calibrated network.
         path: folder of the bundle; its last part names the files. An earlier bundle there is replaced.
-        samples: calls to compare simulation and export on, e.g. some calibration samples. At least one.
+        samples: calls to compare simulation and export on, e.g. some calibration samples. At least one. The files are
+            for the size that the network was built with, or that of the first sample if none has it; they are compared
+            on samples of that size.
 
     Returns:
         The bundle; its manifest holds hashes, versions, sizes, parity and the tensors without encodings.
@@ -103,6 +105,7 @@ def export_bundle(network: QuantizedNetwork, path: str | Path, samples: Iterable
         calls = [call.to(torch.device("cpu")).batched_like(network.inputs) for call in samples]
         if not calls:
             raise ExportError("No samples to check the export with: expected at least one.")
+        calls = first_samples(calls, sum(call.batch_size for call in calls), network.inputs)
         busy = ExportError(
             f"Another process is exporting to {path}: expected a folder for each. Give another folder or name, or wait."
         )
@@ -204,7 +207,7 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
     folder.mkdir()
     float_onnx, encodings_file = folder / "model.onnx", folder / "model.encodings"
     qdq = staging.path / f"{name}.onnx"
-    example = calls[0].first(1)
+    example = calls[0]
     names = dict(zip(("input_names", "output_names"), _names(network, example), strict=True))
     tensors = tuple(example.tensors)
     with aimet.quiet() as aimet_torch:
@@ -289,13 +292,12 @@ def _outputs(
     """Outputs of the simulation and of the QDQ file in ONNX Runtime, sample by sample."""
     session = exact_session(qdq)
     wanted = {value.name for value in session.get_inputs()}
-    for call in calls:
-        for sample in single_samples(call):
-            feeds = {
-                name: tensor.numpy() for name, tensor in zip(input_names, sample.tensors, strict=True) if name in wanted
-            }
-            expected = [tensor.numpy() for tensor in tensors_in(sample.call(network))]
-            yield expected, session.run(None, feeds)
+    for sample in calls:
+        feeds = {
+            name: tensor.numpy() for name, tensor in zip(input_names, sample.tensors, strict=True) if name in wanted
+        }
+        expected = [tensor.numpy() for tensor in tensors_in(sample.call(network))]
+        yield expected, session.run(None, feeds)
 
 
 def exact_session(path: Path) -> Any:
@@ -314,16 +316,52 @@ def single_samples(call: NetworkInputs) -> Iterator[NetworkInputs]:
     return (call.samples(index, index + 1) for index in range(call.batch_size))
 
 
-def first_samples(calls: Iterable[NetworkInputs], count: int) -> list[NetworkInputs]:
-    """The first ``count`` samples of a stream of calls, one call each.
+def first_samples(
+    calls: Iterable[NetworkInputs], count: int, like: NetworkInputs | None = None, among: int | None = None
+) -> list[NetworkInputs]:
+    """The first ``count`` samples of a stream of calls, one call each, all of one size: a file has fixed shapes.
+
+    Of a step that calls the network several times they are dealt out over its calls, so that states that begin at
+    zero are not zero in all of them.
+
+    Args:
+        calls: of the network, of any size.
+        count: how many samples are wanted.
+        like: a call of the size that is wanted. If no sample has it, that of the first one is taken.
+        among: look no further than this number of samples. Default: to the end.
 
     Raises:
         CalibrationError: if there is none.
     """
-    found = list(islice((sample for call in calls for sample in single_samples(call)), count))
-    if not found:
+    like = None if like is None else like.first(1)
+    wanted: list[NetworkInputs] = []
+    others: list[NetworkInputs] = []
+    for index, samples in enumerate(_by_sample(calls)):
+        for size, found in ((like, wanted), (others[0] if others else None, others)):
+            fitting = [one for one in samples if size is not None and one.has_sizes_of(size)]
+            if fitting:
+                found.append(fitting[index % len(fitting)])
+                break
+        else:
+            if not others:
+                same_structure = (one for one in samples if like is not None and one.ranks == like.ranks)
+                others.append(next(same_structure, samples[0]))
+        if len(others if like is None else wanted) >= count or index + 1 == among:
+            break
+    if not wanted and not others:
         raise CalibrationError("The data loader gave no batch: expected at least one sample.")
-    return found
+    return (wanted or others)[:count]
+
+
+def _by_sample(calls: Iterable[NetworkInputs]) -> Iterator[list[NetworkInputs]]:
+    """For each sample, what each call of its step was given of it."""
+    step: list[NetworkInputs] = []
+    for call in calls:
+        step.append(call)
+        if call.last:
+            for index in range(max(one.batch_size for one in step)):
+                yield [one.samples(index, index + 1) for one in step if index < one.batch_size]
+            step = []
 
 
 def _names(network: QuantizedNetwork, example: NetworkInputs) -> tuple[list[str], list[str]]:
