@@ -133,7 +133,7 @@ def test_manifest_says_how_it_was_quantized(checkpoint: tuple[Path, SmallModule]
         "calibrated": True,
         "equalized": False,
         "raised": {},
-        "inputs": {"args": [{"tensor": [1, 3, 8, 8], "dtype": "float32"}], "kwargs": {}},
+        "inputs": {"args": [{"tensor": [1, 3, 8, 8], "dtype": "float32", "batch": [0, 1]}], "kwargs": {}},
     }
     assert json.loads(json.dumps(manifest)) == manifest
 
@@ -219,7 +219,7 @@ def test_later_format(checkpoint: tuple[Path, SmallModule], trainer: MakeTrainer
         lambda content: manifest_in(content).update(overrides={"nothing.*": "w8a8"}),
         lambda content: manifest_in(content).pop("inputs"),
         lambda content: manifest_in(content).update(inputs={"args": [{"object": "os.system"}], "kwargs": {}}),
-        lambda content: manifest_in(content).update(inputs={"args": [{"tensor": [10**9] * 3, "dtype": "float32"}]}),
+        lambda content: manifest_in(content).update(inputs={"args": [{"tensor": [10**9] * 3, "dtype": "float32", "batch": [0, 1]}]}),
         lambda content: content["state_dict"].pop("model.network.head.weight"),
         lambda content: content["state_dict"].update({"model.network.head.weight": torch.zeros(7)}),
         lambda content: content["state_dict"].update({"unknown": torch.zeros(7)}),
