@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -92,13 +93,16 @@ def test_states_of_later_calls_calibrate(trainer: MakeTrainer) -> None:
     assert error(module.model, plain, lambda network: answer(network, data.frames)) < 0.05
 
 
-def test_the_calls_of_a_step_count_as_the_same_samples(trainer: MakeTrainer) -> None:
+def test_the_calls_of_a_step_count_as_the_same_samples(trainer: MakeTrainer, caplog: pytest.LogCaptureFixture) -> None:
     given = Frames()
+    given.frames[10:] *= 10  # read, as a batch is read whole, but not to be seen
     callback = PostTrainingQuantization(calibration_dataloader=DataLoader(given, batch_size=4), calibration_samples=10)
     module = Recurrent()
-    one = trainer(callback, limit_val_batches=1)
-    one.validate(module, DataLoader(Frames().frames, batch_size=4), verbose=False)
+    with caplog.at_level(logging.INFO):
+        one = trainer(callback, limit_val_batches=1)
+        one.validate(module, DataLoader(Frames().frames, batch_size=4), verbose=False)
     assert max(happened) == 11  # three batches of four, of which ten samples count
+    assert "Calibrated model with 10 samples" in caplog.text
     frames = given.frames[:10]
     quantizer = module.model.network.inward.input_quantizers[0]
     assert float(quantizer.max) == pytest.approx(float(frames.max()), rel=0.02)
@@ -250,6 +254,24 @@ def test_a_state_that_is_none_at_first(trainer: MakeTrainer) -> None:
     # the network is built with the call that has the state, and told of the other
     assert [len(example.tensors) for example in caught.examples] == [2, 1]
     assert all(example.last and example.batch_size == 1 for example in caught.examples)
+
+
+def test_states_are_those_of_the_float_network(trainer: MakeTrainer) -> None:
+    class Ptq(PostTrainingQuantization):
+        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            super().on_validation_end(trainer, pl_module)
+            network = self.quantized_network(pl_module)
+            self.calls = InputCatcher(trainer, pl_module, "model", network).catch(Frames().frames[:4], 0)
+
+    module, loader = Recurrent(), DataLoader(Frames(), batch_size=4)
+    plain = copy.deepcopy(module.model)
+    callback = Ptq("w4a8", calibration_dataloader=loader)
+    trainer(callback).validate(module, loader, verbose=False)
+    state = torch.zeros(4, 8)
+    with torch.no_grad():
+        for call in callback.calls:
+            assert torch.allclose(call.args[1], state, atol=1e-6)
+            _, state = plain(call.args[0], state)
 
 
 def test_arguments_are_kept_as_they_were_at_the_call(trainer: MakeTrainer) -> None:

@@ -219,7 +219,7 @@ def test_later_format(checkpoint: tuple[Path, SmallModule], trainer: MakeTrainer
         lambda content: manifest_in(content).update(overrides={"nothing.*": "w8a8"}),
         lambda content: manifest_in(content).pop("inputs"),
         lambda content: manifest_in(content).update(inputs={"args": [{"object": "os.system"}], "kwargs": {}}),
-        lambda content: manifest_in(content).update(inputs={"args": [{"tensor": [10**9] * 3, "dtype": "float32", "batch": [0, 1]}]}),
+        lambda content: manifest_in(content).update(inputs={"args": [{"tensor": [10**9] * 3, "dtype": "float32"}]}),
         lambda content: content["state_dict"].pop("model.network.head.weight"),
         lambda content: content["state_dict"].update({"model.network.head.weight": torch.zeros(7)}),
         lambda content: content["state_dict"].update({"unknown": torch.zeros(7)}),
