@@ -28,7 +28,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_quant.callbacks.data import InputCatcher, calibration_inputs, calibration_loader
+from lightning_quant.callbacks.calls import InputCatcher
+from lightning_quant.callbacks.data import calibration_inputs, calibration_loader
 from lightning_quant.callbacks.device_export import DeviceExport
 from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.post_training import PostTrainingQuantization
@@ -418,8 +419,8 @@ class _Run:
 
     def samples(self, trainer: pl.Trainer, task: pl.LightningModule, count: int) -> list[NetworkInputs]:
         """The first calibration samples, each a call of the quantized network."""
-        name = PostTrainingQuantization(**self.quantizer()).network_name
-        catcher = InputCatcher(trainer, task, task.get_submodule(name), name)
+        quantizer = PostTrainingQuantization(**self.quantizer())
+        catcher = InputCatcher(trainer, task, quantizer.network_name, quantizer.quantized_network(task))
         inputs = calibration_inputs(trainer, calibration_loader(trainer, task, None), catcher, count)
         return first_samples(inputs, count)
 

@@ -72,6 +72,7 @@ def load_quantized(
             range_estimator=manifest["range_estimator"],
         )
         inputs = example_inputs or NetworkInputs.from_description(manifest["inputs"])
+        others = [NetworkInputs.from_description(one) for one in manifest.get("other_inputs", ())]
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint_path}: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
@@ -87,7 +88,7 @@ def load_quantized(
                 checkpoint_path, map_location="cpu", strict=False, weights_only=True, **{**_NO_INSTANTIATOR, **kwargs}
             )
         network = find_network(module, name)
-        quantized = quantize(network, inputs, recipe)
+        quantized = quantize(network, inputs, recipe, others)
         module.load_state_dict(checkpoint["state_dict"])
         check_ranges(quantized)
     except CheckpointError as error:

@@ -11,13 +11,14 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_quant.callbacks.data import InputCatcher, calibration_inputs, calibration_loader, undisturbed
+from lightning_quant.callbacks.calls import InputCatcher
+from lightning_quant.callbacks.data import calibration_inputs, calibration_loader, undisturbed
 from lightning_quant.callbacks.measuring import check_float_metric, guessing, in_place_of, measure
 from lightning_quant.callbacks.progress import progress
 from lightning_quant.callbacks.quantization import QuantizationCallback, say
 from lightning_quant.climb import Footing, climb
 from lightning_quant.ladder import Ladder, RungResult
-from lightning_quant.simulation.inputs import NetworkInputs, up_to
+from lightning_quant.simulation.inputs import NetworkInputs, counted, up_to
 from lightning_quant.simulation.techniques.technique import Technique, Workbench
 
 # How much better than chance a float network has to be, as a part of chance itself: an untrained one is off by luck.
@@ -119,10 +120,11 @@ class Climber:
 
     def _samples(self) -> Iterator[NetworkInputs]:
         callback = self.callback
-        catcher = InputCatcher(self.trainer, self.pl_module, self.network.network, callback.network_name)
+        catcher = InputCatcher(self.trainer, self.pl_module, callback.network_name, self.network)
         samples = callback.recipe.calibration_samples
         with undisturbed(), progress(self.trainer, f"Rung {self.rung}", samples) as advance:
             loader = calibration_loader(self.trainer, self.pl_module, callback.calibration_dataloader)
-            for call in up_to(calibration_inputs(self.trainer, loader, catcher, samples), samples):
+            calls = calibration_inputs(self.trainer, loader, catcher, samples)
+            for new, call in counted(up_to(calls, samples)):
                 yield call
-                advance(call.batch_size)
+                advance(new)

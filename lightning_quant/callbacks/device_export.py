@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import (
-    InputCatcher,
     calibration_inputs,
     calibration_loader,
     stage_loader,
     undisturbed,
 )
-from lightning_quant.callbacks.device_metric import LabelledBatch, first_batches, metrics_of
+from lightning_quant.callbacks.device_metric import first_batches, metrics_of
 from lightning_quant.callbacks.progress import progress
 from lightning_quant.callbacks.quantization import QuantizationCallback, say
 from lightning_quant.callbacks.reporting import write_callback_report
@@ -33,6 +33,8 @@ from lightning_quant.errors import ConfigurationError, DeviceBoundError, Lightni
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 
+# How many times as many samples are looked at for some of the exported size.
+_LOOKED_AT = 16
 POLICIES = ("warn", "raise")
 
 
@@ -232,13 +234,26 @@ class DeviceExport(Callback):
             (c.calibration_dataloader for c in trainer.callbacks if isinstance(c, QuantizationCallback)),  # type: ignore[attr-defined]
             None,
         )
-        catcher = InputCatcher(trainer, pl_module, network.network, name)
+        catcher = InputCatcher(trainer, pl_module, name, network)
         with undisturbed(), torch.inference_mode(False), torch.no_grad():
             try:
                 loader = calibration_loader(trainer, pl_module, given)
             except ConfigurationError:  # nothing is calibrated here: to compare, any data will do
                 loader = stage_loader(trainer)
-            return first_samples(calibration_inputs(trainer, loader, catcher, self.samples), self.samples)
+            among = max(_LOOKED_AT * self.samples, network.recipe.calibration_samples)
+            sizes: set[str] = set()
+
+            def noted() -> Iterator[NetworkInputs]:
+                for call in calibration_inputs(trainer, loader, catcher, among):
+                    if call.ranks == network.inputs.ranks:
+                        sizes.add(str([tuple(tensor.shape) for tensor in call.first(1).tensors]))
+                    yield call
+
+            found = first_samples(noted(), self.samples, network.inputs, among)
+            if len(sizes) > 1:
+                shapes = [tuple(tensor.shape) for tensor in found[0].tensors]
+                say(f"Inputs come in {len(sizes)} or more sizes: exported for {shapes}, and compared on those alone.")
+            return found
 
     def _measure(
         self,
@@ -251,14 +266,14 @@ class DeviceExport(Callback):
         assert self.bundle is not None
         assert self.push is not None
         with undisturbed(), torch.inference_mode(False), torch.no_grad():
-            batches = first_batches(trainer, pl_module, network, name, self.samples)
-            if batches and not _fits(batches, calls):
+            among = _LOOKED_AT * self.samples
+            batches, others = first_batches(trainer, pl_module, network, name, self.samples, calls[0], among)
+            if others and not batches:
                 rank_zero_warn(
                     "The validation samples have another size than the exported network's inputs: the device is "
                     "compared with the simulation on calibration samples, without your metric. Validate at the size "
                     "that the device is given."
                 )
-                batches = []
             if batches:
                 calls = [call for batch in batches for call in batch.calls]
             samples = Samples.of(network, self.bundle.manifest, calls)
@@ -286,9 +301,3 @@ class DeviceExport(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         bounded = [one for one in callbacks if isinstance(one, QuantizationAwareTraining) and one.climbs]
         return bounded[0].result.monitor if bounded else None
-
-
-def _fits(batches: list[LabelledBatch], calls: list[NetworkInputs]) -> bool:
-    """Whether the samples of all batches have the shapes that the network was exported with."""
-    shapes = [tensor.shape[1:] for tensor in calls[0].tensors]
-    return all([t.shape[1:] for t in call.tensors] == shapes for batch in batches for call in batch.calls)

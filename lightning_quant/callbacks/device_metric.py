@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_quant.callbacks.data import InputCatcher, batches, stage_loader
+from lightning_quant.callbacks.calls import InputCatcher
+from lightning_quant.callbacks.data import batches, stage_loader, twins
 from lightning_quant.callbacks.measuring import in_place_of
 from lightning_quant.deploy.bundle import single_samples
 from lightning_quant.deploy.samples import Tensors
 from lightning_quant.errors import CalibrationError
-from lightning_quant.simulation.inputs import NetworkInputs, with_tensors
+from lightning_quant.simulation.batch_axes import NoBatchAxisError, cut, find_axes, fit
+from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
 from lightning_quant.simulation.network import QuantizedNetwork
 
 
@@ -38,34 +41,65 @@ class LabelledBatch:
 
 
 def first_batches(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, network: QuantizedNetwork, name: str, samples: int
-) -> list[LabelledBatch]:
-    """The first ``samples`` samples of the validation data; none where there is no such data.
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    network: QuantizedNetwork,
+    name: str,
+    samples: int,
+    like: NetworkInputs,
+    among: int,
+) -> tuple[list[LabelledBatch], bool]:
+    """The first ``samples`` samples of the validation data of the exported size; none where there is no such data.
 
     Where the trainer tests, it is the test data: it is what the user looks at then.
+
+    Args:
+        trainer: whose data it is.
+        pl_module: whose steps turn it into calls.
+        network: the quantized network.
+        name: its dotted attribute.
+        samples: how many are wanted.
+        like: one sample of the size that was exported.
+        among: look no further than this number of samples.
+
+    Returns:
+        The batches, and whether there were some of another size.
     """
     if trainer.state.fn == "fit":
         source = trainer.fit_loop.epoch_loop.val_loop._data_source
         if not (source.is_defined() and trainer.enable_validation):
-            return []
+            return [], False
         loader = source.dataloader()
     else:
         loader = stage_loader(trainer)
-    catcher = InputCatcher(trainer, pl_module, network.network, name)
+    catcher = InputCatcher(trainer, pl_module, name, network)
     found: list[LabelledBatch] = []
-    wanted = samples
+    wanted, others = samples, False
+    axes = None
+    with suppress(NoBatchAxisError, ValueError):
+        axes = find_axes(*twins(loader))
     for index, batch in enumerate(batches(loader)):
-        size = catcher.catch(batch, index).batch_size
-        cut = apply_to_collection(batch, Tensor, _first, size, wanted)
+        size = max(call.batch_size for call in catcher.catch(batch, index))
+        if axes is not None and fit(batch, axes):
+            part = cut(batch, axes, 0, wanted)
+        else:
+            part = apply_to_collection(batch, Tensor, _first, size, wanted)
         try:
-            call = catcher.catch(cut, index).to(torch.device("cpu"))
+            calls = [call.to(torch.device("cpu")) for call in catcher.catch(part, index)]
         except CalibrationError:  # cut apart it is no batch any more
-            return []
-        found.append(LabelledBatch(cut, list(single_samples(call))))
-        wanted -= len(found[-1].calls)
-        if wanted <= 0:
+            return [], False
+        if len(calls) > 1:  # a state comes from the device itself: its answers cannot be played back
+            return [], False
+        one = LabelledBatch(part, list(single_samples(calls[0])))
+        if all(call.has_sizes_of(like) for call in one.calls):
+            found.append(one)
+            wanted -= len(one.calls)
+        else:
+            others = True
+        among -= len(one.calls)
+        if wanted <= 0 or among <= 0:
             break
-    return found
+    return found, others
 
 
 def _first(tensor: Tensor, size: int, wanted: int) -> Tensor:
@@ -82,10 +116,18 @@ class _Playback(nn.Module):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        count = NetworkInputs(args, kwargs).batch_size
-        rows = [list(next(self._outputs).values()) for _ in range(count)]
-        tensors = [torch.cat([torch.from_numpy(row[i]) for row in rows]) for i in range(len(rows[0]))]
-        return with_tensors(self._network[0].output_structure, tensors)
+        network = self._network[0]
+        call = NetworkInputs(args, kwargs).batched_like(network.inputs)
+        rows = [list(next(self._outputs).values()) for _ in range(call.batch_size)]
+        shapes = [answer.shape for answer in tensors_in(call.call(network.network))]
+        tensors = [_joined([torch.from_numpy(row[i]) for row in rows], shape) for i, shape in enumerate(shapes)]
+        return with_tensors(network.output_structure, tensors)
+
+
+def _joined(samples: list[Tensor], shape: torch.Size) -> Tensor:
+    """Put samples together to a batch of a shape, on the axis in which they differ from it."""
+    axes = (axis for axis, (one, all_) in enumerate(zip(samples[0].shape, shape, strict=True)) if one != all_)
+    return torch.cat(samples, next(axes, 0))
 
 
 def metrics_of(

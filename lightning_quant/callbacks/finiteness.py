@@ -23,12 +23,13 @@ def gradients_are_finite(parameters: Iterable[nn.Parameter]) -> bool:
     return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf))) if gradients else True
 
 
-def origin(network: QuantizedNetwork, inputs: NetworkInputs) -> str:
+def origin(network: QuantizedNetwork, calls: Iterable[NetworkInputs]) -> str:
     """Where the first number that is not finite comes from, in words.
 
-    The network is run once more on the inputs of the step; its state and the random numbers stay as they are.
+    The network is called once more as the step did; its state and the random numbers stay as they are.
     """
-    if not all(_finite(tensor) for tensor in inputs.tensors):
+    calls = list(calls)
+    if not all(_finite(tensor) for tensor in calls[0].tensors):
         return "the batch itself holds NaN or Inf"
     for name, parameter in network.named_parameters():
         if not _finite(parameter):
@@ -41,7 +42,8 @@ def origin(network: QuantizedNetwork, inputs: NetworkInputs) -> str:
     before = network.snapshot()
     try:
         with isolate_rng(), torch.no_grad():
-            inputs.call(network.network)
+            for call in calls:
+                call.call(network.network)
     finally:
         for handle in handles:
             handle.remove()

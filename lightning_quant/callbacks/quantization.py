@@ -6,6 +6,7 @@ import difflib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,27 +19,28 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
+from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import (
-    InputCatcher,
     batches,
     calibration_inputs,
     calibration_loader,
     stage_loader,
     stage_name,
+    twins,
     undisturbed,
 )
+from lightning_quant.callbacks.early_setup import end_early_setup, set_up_early
 from lightning_quant.callbacks.progress import progress
 from lightning_quant.errors import CalibrationError, ConfigurationError
 from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate, uncalibrated
-from lightning_quant.simulation.inputs import NetworkInputs, up_to
+from lightning_quant.simulation.inputs import NetworkInputs, counted, up_to
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.preflight import refuse, sharing_siblings
 from lightning_quant.simulation.statistics_cache import StatisticsCache
@@ -124,6 +126,7 @@ class QuantizationCallback(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._check_trainer(trainer)
+        set_up_early(trainer, pl_module, stage)
         network = find_network(pl_module, self.network_name)
         if (known := QuantizedNetwork.of(network)) is not None:
             self._check_same_recipe(known)
@@ -134,7 +137,8 @@ class QuantizationCallback(Callback):
             refuse(siblings)
         for finding in siblings:
             rank_zero_warn(f"{finding.module} {finding.problem}; {finding.remedy}.")
-        quantized = quantize(network, self._example(trainer, pl_module, network), self.recipe)
+        example, *others = self._examples(trainer, pl_module)
+        quantized = quantize(network, example, self.recipe, others)
         quantized.findings[:0] = siblings
         if self.statistics_cache is not None and trainer.world_size == 1:
             quantized.statistics_cache = StatisticsCache(self.statistics_cache)
@@ -142,10 +146,12 @@ class QuantizationCallback(Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        end_early_setup(pl_module)
         self._calibrate_once(trainer, pl_module)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        end_early_setup(pl_module)
         if trainer.state.fn == "validate":  # a fit may be validating another network
             self._calibrate_once(trainer, pl_module)
         self._hold_weights(pl_module)
@@ -156,6 +162,7 @@ class QuantizationCallback(Callback):
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        end_early_setup(pl_module)
         self._calibrate_once(trainer, pl_module)
         self._hold_weights(pl_module)
 
@@ -165,6 +172,7 @@ class QuantizationCallback(Callback):
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        end_early_setup(pl_module)
         self._calibrate_once(trainer, pl_module)
         self._hold_weights(pl_module)
 
@@ -175,18 +183,34 @@ class QuantizationCallback(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._held.close()
+        end_early_setup(pl_module)
 
-    def _example(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module) -> Any:
-        """One call of the network with one sample, from the data of the running stage."""
-        catcher = InputCatcher(trainer, pl_module, network, self.network_name)
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        end_early_setup(pl_module)
+
+    def _examples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[NetworkInputs]:
+        """Calls of the network with one sample, from the data of the running stage: one for each structure of inputs.
+
+        That with the most tensors is the first: a state that is None at the first call is a tensor at the second.
+        """
+        catcher = InputCatcher(trainer, pl_module, self.network_name)
         with undisturbed():
-            batch = next(batches(stage_loader(trainer)), None)
+            loader = stage_loader(trainer)
+            batch = next(batches(loader), None)
             if batch is None:
                 raise CalibrationError(
                     f"The data loader of trainer.{stage_name(trainer)}() gave no batch: expected at least one. Check "
                     "its data set, its sampler and drop_last."
                 )
-            return catcher.catch(batch, 0).first(1)
+            catcher.learn_axes(twins(loader))
+            calls = catcher.catch(batch, 0)
+            catcher.check_axes(calls[0])
+            calls = [replace(call.first(1), last=True) for call in calls]
+        structures: dict[str, NetworkInputs] = {}
+        for call in calls:
+            structures.setdefault(str(call.describe()), call)
+        return sorted(structures.values(), key=lambda call: -len(call.tensors))
 
     def _hold_weights(self, pl_module: pl.LightningModule) -> None:
         """Quantize each weight once until the loop that starts is over."""
@@ -198,7 +222,7 @@ class QuantizationCallback(Callback):
         network = self.quantized_network(pl_module)
         if network.calibrated:
             return
-        catcher = InputCatcher(trainer, pl_module, network.network, self.network_name)
+        catcher = InputCatcher(trainer, pl_module, self.network_name, network)
         # validation runs under inference_mode, whose tensors would break training later
         with torch.inference_mode(False), torch.no_grad():
             samples = self.recipe.calibration_samples
@@ -206,9 +230,10 @@ class QuantizationCallback(Callback):
             def inputs() -> Iterator[NetworkInputs]:
                 with undisturbed(), progress(trainer, "Calibrating", samples) as advance:
                     loader = calibration_loader(trainer, pl_module, self.calibration_dataloader)
-                    for call in up_to(calibration_inputs(trainer, loader, catcher, samples), samples):
+                    calls = calibration_inputs(trainer, loader, catcher, samples)
+                    for new, call in counted(up_to(calls, samples)):
                         yield call
-                        advance(call.batch_size)
+                        advance(new)
 
             used = calibrate(network, inputs() if isinstance(self.calibration_dataloader, Iterator) else inputs)
             if trainer.world_size > 1:  # GPUs may round differently; the ranges must not
@@ -281,9 +306,7 @@ class QuantizationCallback(Callback):
 
 
 def find_network(pl_module: pl.LightningModule, name: str) -> nn.Module:
-    """The module at the dotted attribute ``name``; built by ``configure_model`` if it is not there yet."""
-    if getattr(pl_module, name.partition(".")[0], None) is None and is_overridden("configure_model", pl_module):
-        pl_module.configure_model()  # Lightning asks for it to be idempotent, and calls it after setup()
+    """The module at the dotted attribute ``name``."""
     owner: Any = pl_module
     for part in name.split("."):
         if not hasattr(owner, part):
@@ -292,8 +315,7 @@ def find_network(pl_module: pl.LightningModule, name: str) -> nn.Module:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigurationError(
                 f"network={name!r}: {type(owner).__name__} has no attribute {part!r}; expected one of its modules: "
-                f"{', '.join(known) or 'it has none'}.{hint} (A network made in setup() comes too late: make it in "
-                "__init__ or configure_model.)"
+                f"{', '.join(known) or 'it has none'}.{hint} (It may be made in __init__, setup or configure_model.)"
             )
         owner = getattr(owner, part)
     if not isinstance(owner, nn.Module):

@@ -13,14 +13,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.climbing import Climber
-from lightning_quant.callbacks.data import InputCatcher
 from lightning_quant.callbacks.distillation import Distillation, loss_scale
 from lightning_quant.callbacks.drift import RangeDrift
+from lightning_quant.callbacks.early_setup import set_up_early
 from lightning_quant.callbacks.finiteness import gradients_are_finite, origin
 from lightning_quant.callbacks.measuring import measure, monitored
 from lightning_quant.callbacks.quantization import (
@@ -175,6 +177,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        set_up_early(trainer, pl_module, stage)
         fits = trainer.state.fn == "fit"
         is_float = QuantizedNetwork.of(find_network(pl_module, self.network_name)) is None
         if fits and (self.climbs or self.distillation):
@@ -306,6 +309,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
         self._locked.close()
         if self._only_rungs:
             trainer.fit_loop.max_epochs = 0
@@ -436,9 +440,11 @@ class QuantizationAwareTraining(QuantizationCallback):
     def _not_finite(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
         batch, index = self._batch
         network = self.quantized_network(pl_module)
-        catcher = InputCatcher(trainer, pl_module, network.network, self.network_name, first="training_step")
+        catcher = InputCatcher(trainer, pl_module, self.network_name, network, first="training_step")
         try:
-            where = origin(network, catcher.catch(batch, index))
+            with isolate_rng():
+                calls = catcher.catch(batch, index)
+            where = origin(network, calls)
         except CalibrationError:  # a training step that cannot be run twice
             where = "where they come from could not be found by running the step again"
         return (

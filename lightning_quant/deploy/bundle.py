@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,9 @@ def export_bundle(network: nn.Module | QuantizedNetwork, path: str | Path, sampl
     Args:
         network: the calibrated network.
         path: folder of the bundle; its last part names the files. An earlier bundle there is replaced.
-        samples: calls to compare simulation and export on, e.g. some calibration samples. At least one.
+        samples: calls to compare simulation and export on, e.g. some calibration samples. At least one. The files are
+            for the size that the network was built with, or that of the first sample if none has it; they are compared
+            on samples of that size.
 
     Returns:
         The bundle; its manifest holds hashes, versions, sizes, parity and the tensors without encodings.
@@ -94,9 +95,10 @@ def export_bundle(network: nn.Module | QuantizedNetwork, path: str | Path, sampl
         )
     network = known
     with on_cpu_in_eval(network.network):
-        calls = [call.to(torch.device("cpu")) for call in samples]
+        calls = [call.to(torch.device("cpu")).batched_like(network.inputs) for call in samples]
         if not calls:
             raise ExportError("No samples to check the export with: expected at least one.")
+        calls = first_samples(calls, sum(call.batch_size for call in calls), network.inputs)
         busy = ExportError(
             f"Another process is exporting to {path}: expected a folder for each. Give another folder or name, or wait."
         )
@@ -196,7 +198,7 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
     folder.mkdir()
     float_onnx, encodings_file = folder / "model.onnx", folder / "model.encodings"
     qdq = staging.path / f"{name}.onnx"
-    written = write_onnx(network, calls[0].first(1), float_onnx, qdq)
+    written = write_onnx(network, calls[0], float_onnx, qdq)
     encoded = [e["name"] for part in ("activation_encodings", "param_encodings") for e in written.encodings[part]]
     reasons, missing = audit.unexplained(written.model, encoded, network.findings)
     if missing:
@@ -237,25 +239,24 @@ def _outputs(
     session = exact_session(qdq)
     wanted = {value.name for value in session.get_inputs()}
     input_names, output_names = written.names["input_names"], written.names["output_names"]
-    for call in calls:
-        for sample in single_samples(call):
-            given = zip(input_names, sample.tensors, strict=True)
-            feeds = {name: tensor.numpy() for name, tensor in given if name in wanted}
-            expected = [tensor.numpy() for tensor in tensors_in(sample.call(network.network))]
-            answered = session.run(None, feeds)
-            sizes = [[one.shape for one in outputs] for outputs in (expected, answered)]
-            if sizes[0] != sizes[1]:
-                raise ExportError(
-                    f"{network.float_class.__name__} answers a sample with {_sizes(output_names, sizes[0])}, "
-                    f"but the graph exported from another one with {_sizes(output_names, sizes[1])}: its size "
-                    "depends on values. Expected outputs of fixed sizes, the only ones a device compiles. Move the "
-                    "post-processing out of the network (return all scores and boxes, select in the step), or "
-                    "quantize the part before it (network='model.backbone')."
-                )
-            for index, name in enumerate(output_names):  # the device has rounded what it hands back
-                if name in written.passed:
-                    expected[index] = written.passed[name].round(expected[index])
-            yield expected, answered
+    for sample in calls:
+        given = zip(input_names, sample.tensors, strict=True)
+        feeds = {name: tensor.numpy() for name, tensor in given if name in wanted}
+        expected = [tensor.numpy() for tensor in tensors_in(sample.call(network.network))]
+        answered = session.run(None, feeds)
+        sizes = [[one.shape for one in outputs] for outputs in (expected, answered)]
+        if sizes[0] != sizes[1]:
+            raise ExportError(
+                f"{network.float_class.__name__} answers a sample with {_sizes(output_names, sizes[0])}, "
+                f"but the graph exported from another one with {_sizes(output_names, sizes[1])}: its size "
+                "depends on values. Expected outputs of fixed sizes, the only ones a device compiles. Move the "
+                "post-processing out of the network (return all scores and boxes, select in the step), or "
+                "quantize the part before it (network='model.backbone')."
+            )
+        for index, name in enumerate(output_names):  # the device has rounded what it hands back
+            if name in written.passed:
+                expected[index] = written.passed[name].round(expected[index])
+        yield expected, answered
 
 
 def _sizes(names: Sequence[str], sizes: Sequence[tuple[int, ...]]) -> str:
@@ -275,22 +276,55 @@ def exact_session(path: Path) -> Any:
 
 def single_samples(call: NetworkInputs) -> Iterator[NetworkInputs]:
     """The samples of a call, one call each."""
-    size = call.batch_size
-    for index in range(size):
-        at = slice(index, index + 1)
-        yield call.map(lambda t, at=at: t[at] if t.dim() > 0 and t.shape[0] == size else t)  # type: ignore[misc]
+    return (call.samples(index, index + 1) for index in range(call.batch_size))
 
 
-def first_samples(calls: Iterable[NetworkInputs], count: int) -> list[NetworkInputs]:
-    """The first ``count`` samples of a stream of calls, one call each.
+def first_samples(
+    calls: Iterable[NetworkInputs], count: int, like: NetworkInputs | None = None, among: int | None = None
+) -> list[NetworkInputs]:
+    """The first ``count`` samples of a stream of calls, one call each, all of one size: a file has fixed shapes.
+
+    Of a step that calls the network several times they are dealt out over its calls, so that states that begin at
+    zero are not zero in all of them.
+
+    Args:
+        calls: of the network, of any size.
+        count: how many samples are wanted.
+        like: a call of the size that is wanted. If no sample has it, that of the first one is taken.
+        among: look no further than this number of samples. Default: to the end.
 
     Raises:
         CalibrationError: if there is none.
     """
-    found = list(islice((sample for call in calls for sample in single_samples(call)), count))
-    if not found:
+    like = None if like is None else like.first(1)
+    wanted: list[NetworkInputs] = []
+    others: list[NetworkInputs] = []
+    for index, samples in enumerate(_by_sample(calls)):
+        for size, found in ((like, wanted), (others[0] if others else None, others)):
+            fitting = [one for one in samples if size is not None and one.has_sizes_of(size)]
+            if fitting:
+                found.append(fitting[index % len(fitting)])
+                break
+        else:
+            if not others:
+                same_structure = (one for one in samples if like is not None and one.ranks == like.ranks)
+                others.append(next(same_structure, samples[0]))
+        if len(others if like is None else wanted) >= count or index + 1 == among:
+            break
+    if not wanted and not others:
         raise CalibrationError("The data loader gave no batch: expected at least one sample.")
-    return found
+    return (wanted or others)[:count]
+
+
+def _by_sample(calls: Iterable[NetworkInputs]) -> Iterator[list[NetworkInputs]]:
+    """For each sample, what each call of its step was given of it."""
+    step: list[NetworkInputs] = []
+    for call in calls:
+        step.append(call)
+        if call.last:
+            for index in range(max(one.batch_size for one in step)):
+                yield [one.samples(index, index + 1) for one in step if index < one.batch_size]
+            step = []
 
 
 @contextmanager

@@ -57,8 +57,8 @@ def quantize(
             if recipe.strict:
                 preflight.refuse(findings)
             sim = _simulate(network, inputs, recipe)
-        device = torch.device("cpu")
-        quantized = QuantizedNetwork(network, sim, recipe, inputs.to(device), prepared.output, findings, before)
+        calls = [call.to(torch.device("cpu")) for call in (inputs, *others)]
+        quantized = QuantizedNetwork(network, sim, recipe, calls[0], prepared.output, findings, before, calls[1:])
         set_precisions(quantized, matching(quantized, recipe.overrides))
         narrow = preflight.single_channels(quantized_layers(quantized))
         if recipe.strict:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_quant.errors import CalibrationError
 from lightning_quant.simulation import aimet, statistics_cache
-from lightning_quant.simulation.inputs import NetworkInputs, up_to
+from lightning_quant.simulation.inputs import NetworkInputs, counted, up_to
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
 
@@ -30,8 +30,9 @@ def calibrate(
     Args:
         network: the quantized network.
         batches: calls of the network with representative samples. They are consumed until
-            ``network.recipe.calibration_samples`` samples were seen; the last one is cut to fit. A function that
-            starts over with the same ones lets ``network.statistics_cache`` be used, if there is one.
+            ``network.recipe.calibration_samples`` samples were seen; the last one is cut to fit. The calls of one
+            step count once. A function that starts over with the same ones lets ``network.statistics_cache`` be used,
+            if there is one.
         weights: ``False`` keeps the ranges of the weights as they are.
 
     Returns:
@@ -54,9 +55,9 @@ def calibrate(
             if known is not None and not known.fits(network):
                 log.warning("Calibrating anew: %s was not seen by the quantizers of this network.", path)
                 known = None
-            if known is not None and known.data == _hash(up_to(batches(), wanted)):
+            if known is not None and known.data == _hash(network, batches(), wanted):
                 # layers learn in a forward pass whose outputs they read, see AIMET's protection against overflow
-                next(iter(batches())).first(1).call(network.network)
+                next(iter(batches())).batched_like(network.inputs).first(1).call(network.network)
                 known.give(network)
                 seen = known.samples
                 log.info("Calibrated with what was seen of the same %d samples before.", seen)
@@ -85,8 +86,9 @@ def _observe(
     network: QuantizedNetwork, batches: Iterable[NetworkInputs], digest: statistics_cache.DataHash | None = None
 ) -> int:
     """Run the samples through the network; how many there were."""
-    seen = 0
-    for index, batch in enumerate(up_to(batches, network.recipe.calibration_samples)):
+    seen = index = 0
+    known = (batch.batched_like(network.inputs) for batch in batches)
+    for new, batch in counted(up_to(known, network.recipe.calibration_samples)):
         for tensor in batch.tensors:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 what = "NaN" if torch.isnan(tensor).any() else "Inf"
@@ -97,7 +99,8 @@ def _observe(
         if digest is not None:
             digest.add(batch)
         batch.call(network.network)
-        seen += batch.batch_size
+        seen += new
+        index += batch.last
     if seen == 0:
         # AIMET itself would go on with ranges for the weights only, and fail at the first use.
         raise CalibrationError(
@@ -107,9 +110,9 @@ def _observe(
     return seen
 
 
-def _hash(batches: Iterable[NetworkInputs]) -> str:
+def _hash(network: QuantizedNetwork, batches: Iterable[NetworkInputs], wanted: int) -> str:
     digest = statistics_cache.DataHash()
-    for batch in batches:
+    for batch in up_to((batch.batched_like(network.inputs) for batch in batches), wanted):
         digest.add(batch)
     return str(digest)
 

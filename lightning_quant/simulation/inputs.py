@@ -8,20 +8,27 @@ here works on that structure as it is, through Lightning's own ``apply_to_collec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_quant.errors import CheckpointError
+from lightning_quant.simulation.batch_axes import Along, Axes, Items, Whole, cut, first_axis, fit, samples_in
 
 
 def tensors_in(data: Any) -> list[Tensor]:
     """Every tensor in a nested structure, in the order ``apply_to_collection`` visits them."""
     found: list[Tensor] = []
-    apply_to_collection(data, Tensor, found.append)
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor  # a PackedSequence is made anew of what comes back
+
+    apply_to_collection(data, Tensor, note)
     return found
 
 
@@ -38,10 +45,16 @@ class NetworkInputs:
     Args:
         args: positional arguments, any structure of tensors and plain values.
         kwargs: keyword arguments, likewise.
+        axes: where the samples of a batch lie in ``(args, kwargs)``, see :mod:`lightning_quant.simulation.batch_axes`.
+            ``None``: along the first axis of the first tensor that has one, and of those that are as long there.
+        last: whether the step that made this call made no other after it. The calls of one step are about the same
+            samples.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    axes: Axes = None
+    last: bool = True
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -49,33 +62,60 @@ class NetworkInputs:
         return tensors_in((self.args, self.kwargs))
 
     @property
+    def ranks(self) -> list[int]:
+        """How many axes each tensor has."""
+        return [tensor.dim() for tensor in self.tensors]
+
+    @property
     def batch_size(self) -> int:
-        """Samples in this call: the first dimension of the first tensor that has one."""
-        return next((int(tensor.shape[0]) for tensor in self.tensors if tensor.dim() > 0), 1)
+        """Samples in this call."""
+        return samples_in((self.args, self.kwargs), self._known_axes)
+
+    @property
+    def _known_axes(self) -> Axes:
+        return first_axis((self.args, self.kwargs)) if self.axes is None else self.axes
 
     def map(self, function: Callable[[Tensor], Tensor]) -> NetworkInputs:
         """The same call with ``function`` applied to each tensor."""
         args, kwargs = apply_to_collection((self.args, self.kwargs), Tensor, function)
-        return NetworkInputs(args, kwargs)
+        return replace(self, args=args, kwargs=kwargs)
 
     def first(self, samples: int) -> NetworkInputs:
         """The same call with only the first ``samples`` samples of every batched tensor."""
-        size = self.batch_size
-        return self.map(lambda t: t[:samples] if t.dim() > 0 and t.shape[0] == size else t)
+        return self.samples(0, samples)
+
+    def samples(self, start: int, stop: int) -> NetworkInputs:
+        """The same call with only the samples from ``start`` up to ``stop``."""
+        args, kwargs = cut((self.args, self.kwargs), self._known_axes, start, stop)
+        return replace(self, args=args, kwargs=kwargs)
+
+    def batched_like(self, other: NetworkInputs) -> NetworkInputs:
+        """This call with the batch axes of another one, where nothing is known of its own and they fit."""
+        known = self.axes is not None or other.axes is None or not fit((self.args, self.kwargs), other.axes)
+        return self if known else replace(self, axes=other.axes)
+
+    def has_sizes_of(self, other: NetworkInputs) -> bool:
+        """Whether the tensors are as many, as large and of the types of another call's, in the same structure."""
+        mine, theirs = (replace(one, axes=None).describe() for one in (self, other))
+        return mine == theirs
 
     def to(self, device: torch.device) -> NetworkInputs:
         """The same call with its tensors on ``device``."""
-        return self.map(lambda tensor: tensor.to(device))
+        # a PackedSequence keeps its lengths on the CPU
+        moved = apply_to_collection((self.args, self.kwargs), (Tensor, PackedSequence), lambda one: one.to(device))
+        return replace(self, args=moved[0], kwargs=moved[1])
 
     def call(self, network: nn.Module) -> Any:
-        """Run ``network`` with these arguments."""
-        return network(*self.args, **self.kwargs)
+        """Run ``network`` with copies of these arguments: it may change in place what it is given."""
+        own = self.map(torch.clone)
+        return network(*own.args, **own.kwargs)
 
     def describe(self) -> dict[str, Any]:
-        """Structure, shapes and types as JSON values, for a checkpoint's manifest."""
+        """Structure, shapes, types and batch axes, if they are known, as JSON values for a checkpoint's manifest."""
+        args, kwargs = (_UNKNOWN, _UNKNOWN) if self.axes is None else self.axes
         return {
-            "args": [_describe(arg) for arg in self.args],
-            "kwargs": {name: _describe(value) for name, value in self.kwargs.items()},
+            "args": [_describe(arg, _inner(args, index)) for index, arg in enumerate(self.args)],
+            "kwargs": {name: _describe(value, _inner(kwargs, name)) for name, value in self.kwargs.items()},
         }
 
     @classmethod
@@ -88,7 +128,16 @@ class NetworkInputs:
         try:
             budget = [_MAX_ELEMENTS]
             args = tuple(_make_up(item, budget) for item in description["args"])
-            return cls(args, {name: _make_up(item, budget) for name, item in description["kwargs"].items()})
+            made = cls(args, {name: _make_up(item, budget) for name, item in description["kwargs"].items()})
+            axes = (
+                tuple(_axes(item) for item in description["args"]),
+                {name: _axes(item) for name, item in description["kwargs"].items()},
+            )
+            if _UNKNOWN in _leaves(axes):  # written before there were any
+                return made
+            if not fit((made.args, made.kwargs), axes):
+                raise ValueError("batch axes that no tensor has")
+            return replace(made, axes=axes)
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, OverflowError) as error:
             raise CheckpointError(
                 f"The checkpoint's manifest describes inputs that cannot be made up ({error!r}): expected "
@@ -98,14 +147,24 @@ class NetworkInputs:
 
 
 def up_to(calls: Iterable[NetworkInputs], count: int) -> Iterator[NetworkInputs]:
-    """The first ``count`` samples, in the batches they come in."""
-    seen = 0
-    for batch in calls:
-        batch = batch.first(count - seen)
-        yield batch
-        seen += batch.batch_size
-        if seen >= count:
-            return
+    """The calls with the first ``count`` samples, in the batches they come in; all calls of a step."""
+    left, used = count, 0
+    for call in calls:
+        cut = call.first(left)
+        used = max(used, cut.batch_size)
+        yield cut
+        if cut.last:
+            left, used = left - used, 0
+            if left <= 0:
+                return
+
+
+def counted(calls: Iterable[NetworkInputs]) -> Iterator[tuple[int, NetworkInputs]]:
+    """Each call with the number of samples that it adds: the calls of one step are about the same ones."""
+    used = 0
+    for call in calls:
+        yield max(call.batch_size - used, 0), call
+        used = 0 if call.last else max(used, call.batch_size)
 
 
 # What a manifest may ask for. Sizes are bounded so that a damaged or hostile file cannot ask for terabytes.
@@ -116,20 +175,64 @@ _MOST_AXES = 16
 _MOST_VALUES = 4096
 
 
-def _describe(value: Any) -> Any:
+_UNKNOWN = "unknown"
+
+
+def _inner(axes: Axes, key: Any) -> Axes:
+    return _UNKNOWN if axes is _UNKNOWN else axes[key] if isinstance(axes, (dict, tuple)) else None
+
+
+def _describe(value: Any, axes: Axes) -> Any:
     if isinstance(value, Tensor):
         described: dict[str, Any] = {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
         if not value.is_floating_point() and not value.is_complex() and value.numel() <= _MOST_VALUES:
             described["values"] = value.flatten().tolist()  # masks, lengths and indices: what control flow depends on
-        return described
+        if axes is _UNKNOWN:
+            return described
+        return {**described, "batch": [axes.axis, axes.each] if isinstance(axes, Along) else None}
     if isinstance(value, Mapping):
-        return {"dict": {str(key): _describe(item) for key, item in value.items()}}
+        return {"dict": {str(key): _describe(item, _inner(axes, key)) for key, item in value.items()}}
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return {type(value).__name__: [_describe(item) for item in value]}
+        batch = {"batch": axes.each} if isinstance(axes, Items) else {}
+        inner = [
+            Whole(item.dim()) if batch and isinstance(item, Tensor) else _inner(axes, i) for i, item in enumerate(value)
+        ]
+        return {type(value).__name__: [_describe(item, one) for item, one in zip(value, inner, strict=True)], **batch}
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"value": value}
     kind = "dataclass" if is_dataclass(value) else "object"
     return {kind: f"{type(value).__module__}.{type(value).__qualname__}"}
+
+
+def _axes(item: Mapping[str, Any]) -> Axes:
+    """The batch axes in what :func:`_describe` wrote."""
+    (kind, content), *_ = item.items()
+    if kind == "tensor":
+        if item.get("batch", _UNKNOWN) is None:
+            return Whole(len(content))
+        if "batch" not in item:
+            return _UNKNOWN
+        axis, each = item["batch"]
+        if not (type(axis) is type(each) is int and 0 <= axis < len(content) and each >= 1):
+            raise ValueError(f"samples along {item['batch']!r}")
+        return Along(len(content), axis, each)
+    if kind == "dict":
+        return {key: _axes(value) for key, value in content.items()}
+    if kind in ("list", "tuple"):
+        if "batch" not in item:
+            return tuple(_axes(value) for value in content)
+        if not (type(item["batch"]) is int and item["batch"] >= 1):
+            raise ValueError(f"{item['batch']!r} entries a sample")
+        return Items(item["batch"])
+    return None
+
+
+def _leaves(axes: Axes) -> Iterator[Axes]:
+    if isinstance(axes, (dict, tuple)):
+        for inner in axes.values() if isinstance(axes, dict) else axes:
+            yield from _leaves(inner)
+    else:
+        yield axes
 
 
 def _make_up(item: Mapping[str, Any], budget: list[int]) -> Any:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ _FIELDS = {
     "equalized": bool,
     "raised": dict[str, str],
     "inputs": dict[str, Any],
+    "other_inputs": list[dict[str, Any]],
 }
 
 
@@ -74,6 +75,8 @@ class QuantizedNetwork:
     Attributes:
         network: the user's network, its layers replaced by AIMET's quantized ones.
         recipe: how it was quantized.
+        inputs: an example call, of one sample.
+        others: calls of other structure.
         findings: what the preflight found (see :mod:`lightning_quant.simulation.preflight`).
         calibrated: whether the ranges of the activations are known. Restored with the weights, and the
             only thing to ask: AIMET's own ``is_initialized()`` turns true under DDP without calibration.
@@ -95,11 +98,13 @@ class QuantizedNetwork:
         output: Any,
         findings: list[Finding],
         float_network: nn.Module,
+        others: Sequence[NetworkInputs] = (),
     ) -> None:
         self.network = network
         self.sim = sim
         self.recipe = recipe
         self.inputs = inputs
+        self.others = list(others)
         self.findings = findings
         self.calibrated = False
         self.raised: dict[str, Precision] = {}
@@ -208,6 +213,7 @@ class QuantizedNetwork:
             "equalized": self.equalized,
             "raised": {layer: str(precision) for layer, precision in self.raised.items()},
             "inputs": self.inputs.describe(),
+            "other_inputs": [other.describe() for other in self.others],
         }
 
     def take_over(self, state: Any) -> None:

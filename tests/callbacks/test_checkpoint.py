@@ -133,7 +133,7 @@ def test_manifest_says_how_it_was_quantized(checkpoint: tuple[Path, SmallModule]
         "calibrated": True,
         "equalized": False,
         "raised": {},
-        "inputs": {"args": [{"tensor": [1, 3, 8, 8], "dtype": "float32"}], "kwargs": {}},
+        "inputs": {"args": [{"tensor": [1, 3, 8, 8], "dtype": "float32", "batch": [0, 1]}], "kwargs": {}},
     }
     assert json.loads(json.dumps(manifest)) == manifest
 

@@ -675,15 +675,17 @@ def test_empty_stage_loader(trainer: MakeTrainer) -> None:
     assert type(module.model) is SmallNet
 
 
-def test_network_made_anew_in_setup(trainer: MakeTrainer) -> None:
+def test_network_made_anew_after_setup(trainer: MakeTrainer) -> None:
     class Anew(SmallModule):
-        def setup(self, stage: str) -> None:
+        def on_fit_start(self) -> None:
             self.model = small_net()
 
-    with pytest.raises(
-        ConfigurationError, match=r"'model' is SmallNet and not quantized.*Anew make it anew in its own"
-    ):
-        trainer(PostTrainingQuantization()).fit(Anew(), small_loader())
+    class Ptq(PostTrainingQuantization):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.quantized_network(pl_module)
+
+    with pytest.raises(ConfigurationError, match=r"'model' is SmallNet and not quantized.*Anew make it anew"):
+        trainer(Ptq()).fit(Anew(), small_loader(), small_loader())
 
 
 def test_quantized_network_of_the_callback(trainer: MakeTrainer) -> None:

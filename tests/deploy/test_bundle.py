@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -386,6 +387,38 @@ def test_first_samples_are_cut_out_of_the_batches() -> None:
     assert len(first_samples([call(images(2))], 5)) == 2
     with pytest.raises(CalibrationError, match="gave no batch"):
         first_samples([], 5)
+
+
+def test_first_samples_have_one_size() -> None:
+    large, small = images(6), images(6)[..., :4]
+    stream = [call(large[:2]), call(small[:3]), call(large[2:4]), call(small[3:])]
+    found = first_samples(stream, 3, call(small[:1]))
+    assert all(torch.equal(one.args[0][0], image) for one, image in zip(found, small[:3], strict=True))
+    found = first_samples(stream, 5, call(small[:1]))
+    assert all(torch.equal(one.args[0][0], image) for one, image in zip(found, small[:5], strict=True))
+    # where no sample has the size, that of the first is taken
+    for like in (None, call(large[..., :2])):
+        found = first_samples(stream, 3, like)
+        assert all(torch.equal(one.args[0][0], image) for one, image in zip(found, large[:3], strict=True))
+    assert len(first_samples(stream, 3, call(large[..., :2]), among=2)) == 2
+
+
+def test_first_samples_are_dealt_out_over_the_calls_of_a_step() -> None:
+    steps = [
+        [call(images(4), None), call(images(4), torch.ones(4, 2)), call(images(4), torch.full((4, 2), 2.0))]
+        for _ in range(2)
+    ]
+    stream = [replace(one, last=one is step[-1]) for step in steps for one in step]
+    found = first_samples(stream, 6, steps[0][1].first(1))
+    assert [float(one.args[1][0, 0]) for one in found] == [1, 2, 1, 2, 1, 2]
+    assert all(torch.equal(one.args[0][0], images(4)[i % 4]) for i, one in enumerate(found))
+
+
+def test_samples_of_another_size_are_left_out_of_the_comparison(tmp_path: Path) -> None:
+    network = calibrated(Chain(), call(images(2)))
+    sizes = [call(images(2)[..., :6]), call(images(3)), call(images(2)[..., :4])]
+    bundle = export_bundle(network, tmp_path / "net", sizes)
+    assert bundle.manifest["parity"]["samples"] == 3
 
 
 def test_float_bytes() -> None:

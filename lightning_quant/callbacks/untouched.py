@@ -1,0 +1,224 @@
+"""Nothing that a step of the user's changes stays changed: running one for calibration is no training.
+
+A step updates teachers, counters, queues and metrics before and after it calls the network. All that the
+LightningModule holds is therefore noted before the step and put back after it. Files are beyond that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import types
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
+
+# Objects of these packages keep to themselves, but for modules: trainers, loggers, data sets, optimizers.
+_CLOSED = frozenset({"torch", "lightning", "lightning_fabric", "pytorch_lightning", "aimet_torch", "lightning_quant"})
+_PLAIN = frozenset(
+    {type(None), bool, int, float, complex, str, bytes, type, types.FunctionType, torch.dtype, torch.device}
+)
+_DICTS = frozenset({dict, OrderedDict, defaultdict})
+_NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
+# Of a larger container the contents are put back, what each of them holds is not.
+_MANY = 10_000
+
+
+@contextmanager
+def untouched(
+    trainer: pl.Trainer, module: pl.LightningModule, network: nn.Module, batch: Any, to_its_end: bool
+) -> Iterator[None]:
+    """Run a step in this block as validation would, without a trace.
+
+    The module is in eval mode where its parameters are; logging, backward passes, optimizers and schedulers do
+    nothing. At the end, attributes, contents of containers, parameters, buffers, gradients, metric states and
+    random number generators of the module, of what it holds and of the batch are what they were, and so are the
+    attributes of the Trainer. Of the network, modes, hooks, gradients and weights are put back, but no attributes:
+    what a step sets there before a call holds for that call when it is made again.
+
+    Args:
+        trainer: whose loggers are not to hear of it.
+        module: whose step is run.
+        network: the network in it.
+        batch: what the step is given.
+        to_its_end: whether the step may come to where it changes the network's weights.
+    """
+    shallow = [vars(trainer), vars(trainer.strategy)]
+    with torch.no_grad(), _put_back([module, batch], shallow, network, to_its_end), _NoBackward():
+        module.eval()
+        _quiet(trainer, module)
+        yield
+
+
+def _quiet(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Let what the module does to the outside do nothing; all of it is put back with its other attributes."""
+    trainer.loggers = [DummyLogger() for _ in trainer.loggers]
+    device = next((p.device for p in module.parameters() if not p.is_meta), module.device)
+    part: Any
+    for part in module.modules():
+        if isinstance(part, _DeviceDtypeModuleMixin):
+            part._device = device  # in setup() Lightning tells where it will be
+        if isinstance(part, pl.LightningModule):
+            part.log = lambda *_, **__: None  # type: ignore[method-assign]
+            part.manual_backward = lambda *_, **__: None  # type: ignore[method-assign]
+            for name in ("optimizers", "lr_schedulers"):
+                setattr(part, name, partial(_idle, getattr(part, name)))
+
+
+def _idle(ask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    found = ask(*args, **kwargs)
+    if isinstance(found, (list, tuple)):
+        return [_Idle(one) for one in found]
+    return None if found is None else _Idle(found)
+
+
+class _Idle:
+    """An optimizer or scheduler that can be asked everything, and takes no step."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def step(self, *args: Any, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+        closure = closure or next((one for one in args if callable(one)), None)
+        return None if closure is None else closure()
+
+    def zero_grad(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+class _NoBackward(TorchFunctionMode):
+    """``loss.backward()`` does nothing: there is no graph, and nothing is to be learned."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return None if func is Tensor.backward else func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _put_back(held: list[Any], shallow: list[dict[str, Any]], network: nn.Module, values: bool) -> Iterator[None]:
+    """Afterwards, what is reached from ``held`` is what it was, and ``shallow`` have their old entries."""
+    mappings: list[tuple[Any, dict[Any, Any]]] = [(mapping, dict(mapping)) for mapping in shallow]
+    parts = list(network.modules())
+    modes = [part.training for part in parts]
+    mappings += [(hooks, dict(hooks)) for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks)]
+    tensors = [*network.parameters(), *network.buffers()]
+    undo: list[Callable[[], Any]] = [action for tensor in tensors for action in _hold_tensor(tensor, values)]
+    # the objects too, lest another one gets the number of one that is gone
+    known: dict[int, Any] = {id(value): value for value in (*parts, *tensors)}
+    waiting = list(held)
+    while waiting:
+        value = waiting.pop()
+        # thousands of these in every network, so with little ado
+        if type(value) in _PLAIN or id(value) in known:
+            continue
+        known[id(value)] = value
+        if isinstance(value, nn.Module):
+            waiting.append(value.__dict__)
+        elif isinstance(value, dict):
+            mappings.append((value, dict(value)))
+            if 0 < len(value) <= _MANY:
+                waiting += value.values()
+            if type(value) not in _DICTS and _is_open(value):
+                waiting.append(vars(value))
+        elif isinstance(value, (list, tuple, deque, set)):
+            if not isinstance(value, tuple):
+                undo.append(partial(_refill_all, value, list(value)))
+            if len(value) <= _MANY and not isinstance(value, set):
+                waiting += value
+        elif _is_open(value):
+            waiting.append(vars(value))
+        else:
+            undo += _hold(value)
+    try:
+        yield
+    finally:
+        for mapping, before in mappings:
+            if mapping or before:
+                _refill(mapping, before)
+        for action in undo:
+            action()
+        for part, mode in zip(parts, modes, strict=True):
+            part.training = mode
+
+
+def _hold(value: Any) -> list[Callable[[], Any]]:
+    """How to put a single value back."""
+    if isinstance(value, Tensor):
+        return _hold_tensor(value)
+    if isinstance(value, np.ndarray):
+        return [partial(_refill_array, value, value.copy())] if value.flags.writeable else []
+    if isinstance(value, torch.Generator):
+        return [partial(value.set_state, value.get_state())]
+    if isinstance(value, random.Random):
+        return [partial(value.setstate, value.getstate())]
+    if isinstance(value, np.random.Generator):
+        return [partial(setattr, value.bit_generator, "state", value.bit_generator.state)]
+    return []
+
+
+def _is_open(value: Any) -> bool:
+    """Whether it is an object of the user's, with attributes of its own."""
+    if isinstance(value, _NAMESPACES):
+        return True
+    if not hasattr(value, "__dict__") or isinstance(value, (Tensor, type, types.ModuleType, types.FunctionType)):
+        return False
+    packages = {base.__module__.partition(".")[0] for base in type(value).__mro__}
+    return type(value).__module__.partition(".")[0] not in sys.stdlib_module_names and not packages & _CLOSED
+
+
+def _hold_tensor(tensor: Tensor, values: bool = True) -> list[Callable[[], Any]]:
+    if is_lazy(tensor) or tensor.is_meta or tensor.layout is not torch.strided:
+        return []
+    actions: list[Callable[[], Any]] = []
+    if values:
+        actions.append(partial(_restore, tensor, tensor.detach(), tensor.detach().clone()))
+    if tensor.is_leaf and not tensor.is_inference():
+        actions.append(partial(_restore_grad, tensor, tensor.requires_grad, tensor.grad))
+        tensor.grad = None  # an optimizer that the module keeps for itself has nothing to go by
+    return actions
+
+
+def _restore(tensor: Tensor, memory: Tensor, values: Tensor) -> None:
+    """Give a tensor the memory and the values it had."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        if tensor.data_ptr() != memory.data_ptr() or tensor.shape != memory.shape:
+            tensor.data = memory  # somebody wrote tensor.data = …
+        if not torch.equal(tensor, values):
+            tensor.copy_(values)
+
+
+def _restore_grad(tensor: Tensor, requires_grad: bool, grad: Tensor | None) -> None:
+    if tensor.requires_grad != requires_grad:
+        tensor.requires_grad_(requires_grad)
+    tensor.grad = grad
+
+
+def _refill(mapping: MutableMapping[Any, Any], before: dict[Any, Any]) -> None:
+    pairs = zip(mapping.items(), before.items(), strict=False)
+    if len(mapping) != len(before) or any(a[0] is not b[0] or a[1] is not b[1] for a, b in pairs):
+        mapping.clear()
+        mapping.update(before)
+
+
+def _refill_all(container: Any, before: list[Any]) -> None:
+    if len(container) != len(before) or any(a is not b for a, b in zip(container, before, strict=False)):
+        container.clear()
+        container.update(before) if isinstance(container, set) else container.extend(before)
+
+
+def _refill_array(array: Any, before: Any) -> None:
+    array[...] = before
