@@ -13,63 +13,22 @@ from torch import Tensor, nn
 
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.callsites import running
-from lightning_quant.simulation.callsites.running import FOLDED, MADE_UP, Pass, Place, add_site, place
-from lightning_quant.simulation.callsites.sites import (
-    _AUGMENTED,
-    CONTAINERS,
-    GENERIC,
-    RULES,
-    ApartSite,
-    Site,
-    Weighted,
+from lightning_quant.simulation.callsites.functions import (
+    AUGMENTED,
+    CASTS,
+    LOSSES,
+    MOVES,
+    SEEN_THROUGH,
+    SHAPES,
     base_name,
     in_place,
+    tensors_among,
 )
+from lightning_quant.simulation.callsites.running import FOLDED, MADE_UP, SEEN, Pass, Place, add_site, place
+from lightning_quant.simulation.callsites.sites import CONTAINERS, GENERIC, RULES, ApartSite, Site, Weighted
 from lightning_quant.simulation.callsites.taken_apart import APART, STEPPING
 from lightning_quant.simulation.inplace import state_kept
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
-
-# Functions that hand values on as they are: what was rounded before stays rounded.
-MOVES = frozenset(
-    """
-    adjoint alpha_dropout apply argmax argmin as_strided as_subclass atleast_1d atleast_2d atleast_3d bernoulli
-    bfloat16 bool broadcast_tensors broadcast_to channel_shuffle chunk clone contiguous copy cpu cuda data
-    data_ptr dequantize detach detach_copy diag_embed diagonal dim double dropout dropout1d dropout2d dropout3d
-    dsplit embedding empty_like expand expand_as feature_alpha_dropout feature_dropout fill flatten flip fliplr
-    flipud float fold from_numpy full_like gather get get_device getitem half hash hsplit identity index
-    index_copy index_fill index_put index_select is_complex is_contiguous is_floating_point is_same_size
-    is_set_to is_shared item iter len mT map masked_scatter masked_select max_unpool2d meshgrid moveaxis movedim
-    nan_to_num narrow native_dropout new_empty new_full new_ones new_tensor new_zeros nonzero normal numel numpy
-    numpy_T one_hot ones_like permute pin_memory pixel_shuffle pixel_unshuffle rand_like randn_like ravel
-    register_hook repeat repeat_interleave repr requires_grad requires_grad_ reshape reshape_as retain_grad roll
-    rot90 rrelu scatter select set setitem share_memory size sort split split_with_sizes squeeze squeeze_copy
-    storage stride swapaxes swapdims t take take_along_dim tensor_split tile to to_dense tolist topk transpose
-    tril triu type type_as unbind unflatten unfold uniform unsafe_chunk unsafe_split unsqueeze untyped_storage
-    view view_as vsplit zero zeros_like
-    """.split()  # noqa: SIM905
-)
-# What a loss is made of stays as it is: the device computes none.
-LOSSES = frozenset(
-    """
-    binary_cross_entropy binary_cross_entropy_with_logits cosine_embedding_loss cross_entropy ctc_loss
-    gaussian_nll_loss hinge_embedding_loss huber_loss kl_div l1_loss margin_ranking_loss mse_loss
-    multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss nll_loss poisson_nll_loss
-    smooth_l1_loss soft_margin_loss triplet_margin_loss triplet_margin_with_distance_loss
-    """.split()  # noqa: SIM905
-)
-_SHAPES = frozenset(("size", "get", "numel", "dim", "stride", "len"))
-# Where AIMET follows a tensor through.
-_SEEN_THROUGH = frozenset(
-    """
-    as_subclass bool clone contiguous cpu cuda data_ptr detach dim double dropout empty_like expand_as flatten float
-    full_like get getitem get_device half identity is_complex is_contiguous is_floating_point is_same_size item iter len
-    narrow new_empty new_full new_ones new_tensor new_zeros numel numpy ones_like permute rand_like randn_like
-    register_hook requires_grad requires_grad_ reshape reshape_as retain_grad select setitem size squeeze stride t to
-    tolist transpose type type_as unsqueeze view view_as zeros_like repr hash bfloat16 data fill zero copy apply
-    """.split()  # noqa: SIM905
-)
-# Casts that are an operation where numbers come from integers or truth values.
-_CASTS = frozenset(("to", "float", "type", "type_as", "double", "half"))
 
 # Layers that AIMET knows as one operation and the hardware as several, or that compute no output of a device.
 _NOT_ONE = (
@@ -169,6 +128,7 @@ class Recorder:
         if FOLDED in module.__dict__ and name == "batch_norm":
             return args[0] if args else kwargs["input"]
         at = place(running, module)
+        module.__dict__.setdefault(SEEN, set()).add(at)
         pending = self.pending.get((id(module), at))
         apart = pending is not None and pending.child is None
         if apart or (pending is None and self._comes_apart(name, args, kwargs)):
@@ -179,7 +139,7 @@ class Recorder:
                 return ApartSite(name, at).answer(running, func, args, kwargs)
             finally:
                 self.repeating = before
-        given = _tensors((args, kwargs))
+        given = tensors_among((args, kwargs))
         self.used(given)
         made = None
         if pending is None and self._needs_site(name, func, given):
@@ -223,7 +183,7 @@ class Recorder:
     def _comes_apart(self, name: str, args: Any, kwargs: Any) -> bool:
         if name not in APART:
             return False
-        given = _tensors((args, kwargs))
+        given = tensors_among((args, kwargs))
         if not any(tensor.is_floating_point() for tensor in given) or not self._depends(given):
             return False
         takes = APART[name][1]
@@ -235,9 +195,9 @@ class Recorder:
     def _needs_site(self, name: str, func: Any, given: list[Tensor]) -> bool:
         if name in LOSSES or not given or not self._depends(given):
             return False
-        if name in _CASTS:
+        if name in CASTS:
             return not given[0].is_floating_point()
-        if name in MOVES and name not in _SEEN_THROUGH and given[0].is_floating_point() and id(given[0]) in self.given:
+        if name in MOVES and name not in SEEN_THROUGH and given[0].is_floating_point() and id(given[0]) in self.given:
             return True  # behind it AIMET would lose the network's input
         if name in MOVES or not any(tensor.is_floating_point() for tensor in given):
             return False
@@ -272,12 +232,12 @@ class Recorder:
             and id(value) in self.constants
         )
         holder = next((one for one in reversed(running.stack) if not isinstance(one, CONTAINERS)), None)
-        child.__dict__["_moves"] = name in MOVES and name not in _CASTS
+        child.__dict__["_moves"] = name in MOVES and name not in CASTS
         name = name if rule is not GENERIC else f"{name}*"
         return _Found(module, at, name, self.repeating, child, holder, weight)
 
     def _note(self, name: str, args: Any, kwargs: Any, result: Any, made: _Found | None = None) -> None:
-        given, new = _tensors((args, kwargs)), _tensors(result)
+        given, new = tensors_among((args, kwargs)), tensors_among(result)
         for tensor in given:
             if id(tensor) not in self.known:  # made where no function was seen
                 self._origins_known = False
@@ -286,7 +246,7 @@ class Recorder:
         if name in ("setitem", "copy", "index_copy", "index_put", "scatter", "masked_scatter") and given:
             new.append(given[0])
         constant = name in LOSSES or not self._depends(given)
-        if name in _SHAPES and not any(tensor.is_floating_point() for tensor in new):
+        if name in SHAPES and not any(tensor.is_floating_point() for tensor in new):
             constant = True
         for tensor in new:
             self.kept.append(tensor)
@@ -298,17 +258,6 @@ class Recorder:
         self.edges.append(_Edge([id(tensor) for tensor in given], [id(tensor) for tensor in new], made))
 
 
-def _tensors(data: Any) -> list[Tensor]:
-    """Tensors among the arguments of a function, in order."""
-    if isinstance(data, Tensor):
-        return [data]
-    if isinstance(data, (list, tuple)):
-        return [tensor for item in data for tensor in _tensors(item)]
-    if isinstance(data, dict):
-        return [tensor for item in data.values() for tensor in _tensors(item)]
-    return []
-
-
 def _tensors_of(root: nn.Module) -> Iterator[Tensor]:
     """What a network holds before it runs: parameters, buffers, and tensors in plain attributes."""
     yield from root.parameters()
@@ -316,7 +265,7 @@ def _tensors_of(root: nn.Module) -> Iterator[Tensor]:
     for module in root.modules():
         for name, value in vars(module).items():
             if name not in ("_parameters", "_buffers", "_modules"):
-                yield from _tensors(value)
+                yield from tensors_among(value)
 
 
 # ---- instrumenting ---------------------------------------------------------------------------------------------------
@@ -395,7 +344,8 @@ def _layers(root: nn.Module, calls: Sequence[NetworkInputs]) -> set[nn.Module]:
     return {
         module
         for module in root.modules()
-        if module is not root and is_layer(module) and (most[module] <= 1 or isinstance(module, single))
+        # what none of the calls uses, such as a head for training alone, the device does not compute
+        if module is not root and is_layer(module) and (most[module] == 1 or isinstance(module, single))
     }
 
 
@@ -423,7 +373,7 @@ def _seen_as_one(layers: Iterable[nn.Module], recorder: Recorder, changing: Iter
     in_place_layers = set(changing)
 
     def enter(_: nn.Module, args: Any) -> None:
-        recorder.used(_tensors(args))
+        recorder.used(tensors_among(args))
         stack.append(running.paused())
         stack[-1].__enter__()
 
@@ -470,7 +420,7 @@ def _install(found: Iterable[_Found]) -> None:
 
 
 def _free_name(holder: nn.Module, name: str) -> str:
-    name = _AUGMENTED.get(name, name).removesuffix("*")
+    name = AUGMENTED.get(name, name).removesuffix("*")
     base = name[1:] if name in ("radd", "rsub", "rmul", "rtruediv", "rdiv", "rmatmul", "rpow") else name
     base = {"truediv": "div"}.get(base, base)
     free, number = base, 0

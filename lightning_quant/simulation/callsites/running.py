@@ -23,6 +23,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_quant.simulation.callsites.functions import base_name, computes, tensors_among
 from lightning_quant.simulation.inputs import tensors_in
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ Place = tuple[tuple[Any, ...], int]
 
 # Where a module keeps its call sites, in its ``__dict__``: no child, no parameter, copied and pickled along.
 _SITES = "_call_sites"
+# Where it keeps the places that were looked at, whether they needed a site or not.
+SEEN = "_places_seen"
 # Where a tensor that was changed in place keeps what it is now.
 _NOW = "_changed_into"
 # A batch norm of another class than PyTorch's own that was folded into the layer before it.
@@ -74,6 +77,7 @@ class _Local(threading.local):
     def __init__(self) -> None:
         self.running: Pass | None = None
         self.recorder: Recorder | None = None  # takes part in the next pass
+        self.noted: dict[nn.Module, list[str]] | None = None
 
 
 _local = _Local()
@@ -100,13 +104,18 @@ class Interception(TorchFunctionMode):
         values = module.__dict__
         if FOLDED in values and getattr(func, "__name__", "") == "batch_norm":
             return args[0] if args else kwargs["input"]
-        sites = values.get(_SITES)
-        if sites is None:
+        sites = values.get(_SITES, {})
+        if not sites and _local.noted is None:
             return func(*args, **kwargs)
-        site = sites.get(place(running, module))
+        at = place(running, module)
+        site = sites.get(at)
         if site is not None:
             return site.answer(running, func, args, kwargs)
         result = func(*args, **kwargs)
+        if _local.noted is not None and not module.training and at not in values.get(SEEN, ()):
+            name = base_name(func)
+            if computes(name, tensors_among((args, kwargs)), result):
+                _local.noted.setdefault(module, []).append(name)
         if func is torch.zeros and isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             result.__dict__[MADE_UP] = True
         return result
@@ -339,6 +348,19 @@ def recorded_by(recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         _local.recorder = None
+
+
+@contextmanager
+def noting() -> Iterator[dict[nn.Module, list[str]]]:
+    """Note, by module, the operations that are computed in eval mode at places where none was seen before.
+
+    They stay in float: code that the examples did not come to.
+    """
+    before, _local.noted = _local.noted, {}
+    try:
+        yield _local.noted
+    finally:
+        _local.noted = before
 
 
 # ---- gradient checkpointing ------------------------------------------------------------------------------------------

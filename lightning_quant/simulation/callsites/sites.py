@@ -9,24 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.simulation.callsites.functions import AUGMENTED, in_place
 from lightning_quant.simulation.callsites.running import Pass, changed_into, place_within
 from lightning_quant.simulation.callsites.taken_apart import APART
 
-
-def base_name(func: Any) -> str:
-    """The name of a function without underscores, of ``__radd__`` as of ``add_``: radd, add."""
-    return str(getattr(func, "__name__", "")).strip("_")
-
-
-def in_place(func: Any, name: str) -> bool:
-    """Whether a function changes its first argument by its very name."""
-    own = str(getattr(func, "__name__", ""))
-    return (own.endswith("_") and not own.endswith("__")) or name in _AUGMENTED
-
-
 # These are iterated over: no place for a child of ours.
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_AUGMENTED = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ipow": "pow", "imatmul": "matmul"}
 
 
 class Site:
@@ -213,7 +201,7 @@ class Generic(Named):
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
         function = func
         if in_place(func, name):  # out of place, as every module computes
-            plain = _AUGMENTED.get(name, name)
+            plain = AUGMENTED.get(name, name)
             function = getattr(torch.Tensor, plain, None)
             if function is None:
                 return None
