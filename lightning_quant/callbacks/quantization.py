@@ -32,7 +32,11 @@ from lightning_quant.callbacks.data import (
     stage_name,
     undisturbed,
 )
+from lightning_quant.callbacks.float_view import without_quantizers
 from lightning_quant.callbacks.progress import progress
+from lightning_quant.callbacks.range_groups import RangeGroups
+from lightning_quant.callbacks.schedules import show_as_given
+from lightning_quant.callbacks.strategy_hooks import hook_strategy
 from lightning_quant.errors import CalibrationError, ConfigurationError
 from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
@@ -74,8 +78,9 @@ class QuantizationCallback(Callback):
     """Base of the quantization callbacks: puts the simulation in at ``setup`` and calibrates it once.
 
     ``setup`` runs before Lightning restores a checkpoint, makes the optimizers and wraps for DDP, so the
-    quantized network is what all three see. Calibration waits for ``on_fit_start`` (or ``on_validation_start``,
-    …), when the device is there and a restored checkpoint has said whether ranges are known already.
+    quantized network is what all three see; only ``configure_optimizers`` sees it without ranges, as in float, and they
+    join the optimizer that it made. Calibration waits for the strategy's setup to be over, when the device is there and
+    a restored checkpoint has said whether ranges are known already, and comes before any callback's ``on_fit_start``.
 
     Args and raises: see :class:`PostTrainingQuantization`.
     """
@@ -109,6 +114,9 @@ class QuantizationCallback(Callback):
         self.calibration_dataloader = calibration_dataloader
         self.statistics_cache = statistics_cache
         self._held = ExitStack()
+        self._hooked = ExitStack()
+        self._groups: RangeGroups | None = None
+        self._fixed_ranges: list[nn.Parameter] = []
 
     def quantized_network(self, pl_module: pl.LightningModule) -> QuantizedNetwork:
         """The quantized network inside ``pl_module``."""
@@ -126,7 +134,18 @@ class QuantizationCallback(Callback):
         network = find_network(pl_module, self.network_name)
         if isinstance(network, QuantizedNetwork):
             self._check_same_recipe(network)
-            return
+        else:
+            self._quantize(trainer, pl_module, network)
+        self._hooked.close()  # of a run that ended early
+        unhook = hook_strategy(
+            trainer.strategy,
+            while_optimizers_are_made=lambda: without_quantizers(self.quantized_network(pl_module).network),
+            optimizers_are_made=lambda: self._add_ranges(trainer, pl_module),
+            all_is_set_up=lambda: self._on_set_up(trainer, pl_module),
+        )
+        self._hooked.callback(unhook)
+
+    def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module) -> None:
         self._check_first_time(trainer, pl_module)
         siblings = sharing_siblings(pl_module, network, self.network_name)
         if self.recipe.strict:
@@ -141,14 +160,35 @@ class QuantizationCallback(Callback):
         setattr(pl_module.get_submodule(parent), name, quantized)
         say(f"Quantized {type(pl_module).__name__}.{self.network_name} to {self.recipe.precision}.")
 
-    @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _add_ranges(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add the ranges to the optimizers, which the user has just made without them."""
+        optimizers = trainer.strategy.optimizers
+        network = self.quantized_network(pl_module).network
+        groups = RangeGroups(optimizers, network, self.network_name, self._fixed_ranges)
+        schedulers = [config.scheduler for config in trainer.strategy.lr_scheduler_configs]
+        for optimizer in optimizers:  # schedulers that are not handed to Lightning may be kept in the module
+            show_as_given([*schedulers, *vars(pl_module).values()], optimizer, groups.is_given)
+        self._groups = groups
+
+    def _on_set_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calibrate, now that all is at its place and before anything runs the network."""
         self._calibrate_once(trainer, pl_module)
 
     @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._groups is not None:
+            self._groups.follow()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._groups is not None:  # schedulers took a last step
+            self._groups.follow()
+        self._groups, self._fixed_ranges = None, []
+
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "validate":  # a fit may be validating another network
-            self._calibrate_once(trainer, pl_module)
         self._hold_weights(pl_module)
 
     @override
@@ -157,7 +197,6 @@ class QuantizationCallback(Callback):
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._calibrate_once(trainer, pl_module)
         self._hold_weights(pl_module)
 
     @override
@@ -166,7 +205,6 @@ class QuantizationCallback(Callback):
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._calibrate_once(trainer, pl_module)
         self._hold_weights(pl_module)
 
     @override
@@ -176,6 +214,8 @@ class QuantizationCallback(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._held.close()
+        self._hooked.close()
+        self._groups, self._fixed_ranges = None, []
 
     def _example(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module) -> Any:
         """One call of the network with one sample, from the data of the running stage."""

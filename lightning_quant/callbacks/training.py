@@ -30,7 +30,6 @@ from lightning_quant.callbacks.quantization import (
     find_network,
     say,
 )
-from lightning_quant.callbacks.range_groups import split_off_all
 from lightning_quant.callbacks.resuming import save_whole
 from lightning_quant.climb import Footing
 from lightning_quant.errors import CalibrationError, CheckpointError, ConfigurationError, TrainingError
@@ -184,25 +183,27 @@ class QuantizationAwareTraining(QuantizationCallback):
         super().setup(trainer, pl_module, stage)
         quantized = self.quantized_network(pl_module)
         quantized.learn_ranges(self.train_ranges)
+        self._fixed_ranges = [one for one in quantized.range_parameters() if not one.requires_grad]
         if fits and self.climbs:
             for technique in self.techniques:
                 technique.check(quantized)
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.climbs:
+    def _on_set_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.climbs and trainer.state.fn == "fit":
             self._lock(trainer, _folder(trainer) / "ladder")
         start = time.perf_counter()
         with PeakMemory() as memory:
-            super().on_fit_start(trainer, pl_module)
+            super()._on_set_up(trainer, pl_module)
         self._calibration = time.perf_counter() - start, memory.peak_bytes
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.drift = None
         if self._drift_before is not None:
             self.drift = RangeDrift(self.quantized_network(pl_module))
             self.drift.load_state_dict(self._drift_before)
             self._drift_before = None
-        # before Lightning restores the optimizer's state, which was saved with the group split off
-        split_off_all(trainer, self.quantized_network(pl_module).range_parameters())
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -232,6 +233,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._batch = batch, batch_idx
 
     @override
@@ -276,6 +278,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
         self._stop_teaching()
         if self.climbs and self._started and self._validated_at != trainer.global_step and not trainer.interrupted:
             self._judge_training(trainer, pl_module, measure(trainer, self.result.monitor, hidden=self))
