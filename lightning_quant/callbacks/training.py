@@ -22,7 +22,7 @@ from lightning_quant.callbacks.data import InputCatcher
 from lightning_quant.callbacks.distillation import Distillation, loss_scale
 from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.finiteness import gradients_are_finite, origin
-from lightning_quant.callbacks.measuring import measure, monitored
+from lightning_quant.callbacks.measuring import measure, memories_apart, monitored
 from lightning_quant.callbacks.quantization import (
     QuantizationCallback,
     averaging,
@@ -155,6 +155,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._memory = PeakMemory()
         self._batch: tuple[Any, int] = (None, 0)
         self._locked = ExitStack()
+        self._sane = ExitStack()
         self._begin(Ladder(monitor, mode, max_drop), None)
 
     def _begin(self, ladder: Ladder, float_network: nn.Module | None) -> None:
@@ -204,6 +205,15 @@ class QuantizationAwareTraining(QuantizationCallback):
             self.drift = RangeDrift(self.quantized_network(pl_module))
             self.drift.load_state_dict(self._drift_before)
             self._drift_before = None
+
+    @override
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.climbs:  # a metric that remembers it would satisfy the ladder
+            self._sane.enter_context(memories_apart(trainer, self.quantized_network(pl_module).network))
+
+    @override
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._sane.close()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -281,7 +291,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         super().on_train_end(trainer, pl_module)
         self._stop_teaching()
         if self.climbs and self._started and self._validated_at != trainer.global_step and not trainer.interrupted:
-            self._judge_training(trainer, pl_module, measure(trainer, self.result.monitor, hidden=self))
+            network = self.quantized_network(pl_module).network
+            metric = measure(trainer, self.result.monitor, hidden=self, network=network)
+            self._judge_training(trainer, pl_module, metric)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -303,6 +315,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
+        self._sane.close()
         self._stop_teaching()
         self._started = 0.0
         self.teardown(trainer, pl_module, "fit")
