@@ -10,13 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    Callback,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -53,7 +47,6 @@ log = logging.getLogger(f"lightning.pytorch.{__name__}")
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 _STRATEGIES = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
-_FINDERS = (BatchSizeFinder, LearningRateFinder)
 
 
 @rank_zero_only
@@ -307,12 +300,6 @@ class QuantizationCallback(Callback):
             raise ConfigurationError(
                 f"{type(early).__name__} is listed before {mine}: it would average the float network, whose "
                 f"weights have other shapes. List {mine} first in callbacks=[...]."
-            )
-        finder = next((one for one in callbacks if isinstance(one, _FINDERS)), None)
-        if finder is not None and trainer.state.fn == "fit" and trainer.ckpt_path is None:
-            raise ConfigurationError(
-                f"{type(finder).__name__} with {mine}: Lightning runs it before anything else, and so before "
-                "calibration. Run PostTrainingQuantization with trainer.fit() on the module first, then this."
             )
         if pl_module._compiler_ctx is not None:
             raise ConfigurationError(

@@ -26,7 +26,7 @@ def _as_given(optimizer: Optimizer, given: Callable[[dict[str, Any]], bool]) -> 
     """The same optimizer, attribute by attribute, but for the groups that it tells of."""
     kind: Any = type(optimizer)
 
-    class AsGiven(kind):  # type: ignore[misc]
+    class AsGiven(kind):
         @property
         def param_groups(self) -> list[dict[str, Any]]:
             return [group for group in optimizer.param_groups if given(group)]
