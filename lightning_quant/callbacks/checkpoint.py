@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 
+from lightning_quant.callbacks.lightning_package import check_module_package
 from lightning_quant.callbacks.quantization import find_network
 from lightning_quant.errors import CheckpointError
 from lightning_quant.reading import read_checkpoint
@@ -59,7 +60,9 @@ def load_quantized(
 
     Raises:
         CheckpointError: if the file is damaged, not quantized, or does not fit ``module_class``.
+        ConfigurationError: if ``module_class`` is of the package ``pytorch_lightning``.
     """
+    check_module_package(module_class, "load_quantized()")
     checkpoint = _read(checkpoint_path)
     name, manifest = _manifest(checkpoint, checkpoint_path)
     try:

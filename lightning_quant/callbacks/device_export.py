@@ -20,6 +20,7 @@ from lightning_quant.callbacks.data import (
     undisturbed,
 )
 from lightning_quant.callbacks.device_metric import LabelledBatch, first_batches, metrics_of
+from lightning_quant.callbacks.lightning_package import check_trainer_package
 from lightning_quant.callbacks.progress import progress
 from lightning_quant.callbacks.quantization import QuantizationCallback, say
 from lightning_quant.callbacks.reporting import write_callback_report
@@ -146,6 +147,7 @@ class DeviceExport(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_trainer_package(trainer, type(self).__name__)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         before = callbacks[: callbacks.index(self)]
         quantized = any(isinstance(module, QuantizedNetwork) for module in pl_module.modules())

@@ -27,6 +27,7 @@ from lightning_quant.callbacks.data import (
     undisturbed,
 )
 from lightning_quant.callbacks.float_view import without_quantizers
+from lightning_quant.callbacks.lightning_package import check_trainer_package
 from lightning_quant.callbacks.progress import progress
 from lightning_quant.callbacks.range_groups import RangeGroups
 from lightning_quant.callbacks.schedules import show_as_given
@@ -123,6 +124,7 @@ class QuantizationCallback(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_trainer_package(trainer, type(self).__name__)
         self._check_trainer(trainer)
         network = find_network(pl_module, self.network_name)
         if isinstance(network, QuantizedNetwork):

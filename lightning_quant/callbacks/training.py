@@ -22,6 +22,7 @@ from lightning_quant.callbacks.data import InputCatcher
 from lightning_quant.callbacks.distillation import Distillation, loss_scale
 from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.finiteness import gradients_are_finite, origin
+from lightning_quant.callbacks.lightning_package import check_trainer_package
 from lightning_quant.callbacks.measuring import measure, memories_apart, monitored
 from lightning_quant.callbacks.quantization import (
     QuantizationCallback,
@@ -175,6 +176,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_trainer_package(trainer, type(self).__name__)
         network = find_network(pl_module, self.network_name)
         fits = trainer.state.fn == "fit"
         if fits and not isinstance(network, QuantizedNetwork) and (self.climbs or self.distillation):
