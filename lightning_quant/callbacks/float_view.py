@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
@@ -38,6 +38,18 @@ def without_quantizers(network: nn.Module) -> Iterator[dict[nn.Module, list[nn.M
             module.__dict__["_modules"] = children
             children.clear()
             children.update(dict.items(now))  # with whatever the block added
+
+
+@contextmanager
+def computing_float(network: nn.Module) -> Iterator[None]:
+    """Let a network compute without its quantizers for the length of a block."""
+    from aimet_torch.nn.base import BaseQuantizationMixin
+
+    with ExitStack() as off:
+        for module in network.modules():
+            if isinstance(module, BaseQuantizationMixin):
+                off.enter_context(module._remove_all_quantizers())
+        yield
 
 
 def _quantizers_of(module: nn.Module) -> frozenset[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,7 +26,7 @@ from lightning_quant.callbacks.data import (
     stage_name,
     undisturbed,
 )
-from lightning_quant.callbacks.float_view import without_quantizers
+from lightning_quant.callbacks.float_view import computing_float, without_quantizers
 from lightning_quant.callbacks.lightning_package import check_trainer_package
 from lightning_quant.callbacks.progress import progress
 from lightning_quant.callbacks.range_groups import RangeGroups
@@ -76,8 +76,13 @@ class QuantizationCallback(Callback):
     join the optimizer that it made. Calibration waits for the strategy's setup to be over, when the device is there and
     a restored checkpoint has said whether ranges are known already, and comes before any callback's ``on_fit_start``.
 
+    Several networks of one module are quantized by a callback for each; each calibrates with those before it quantized
+    and those after it in float.
+
     Args and raises: see :class:`PostTrainingQuantization`.
     """
+
+    climbs = False
 
     def __init__(
         self,
@@ -111,6 +116,12 @@ class QuantizationCallback(Callback):
         self._hooked = ExitStack()
         self._groups: RangeGroups | None = None
         self._fixed_ranges: list[nn.Parameter] = []
+
+    @property
+    @override
+    def state_key(self) -> str:
+        name = self.network_name
+        return super().state_key if name == "model" else self._generate_state_key(network=name)
 
     def quantized_network(self, pl_module: pl.LightningModule) -> QuantizedNetwork:
         """The quantized network inside ``pl_module``."""
@@ -167,6 +178,7 @@ class QuantizationCallback(Callback):
 
     def _on_set_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Calibrate, now that all is at its place and before anything runs the network."""
+        self._hooked.pop_all()  # they are off
         self._calibrate_once(trainer, pl_module)
 
     @override
@@ -215,7 +227,7 @@ class QuantizationCallback(Callback):
     def _example(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module) -> Any:
         """One call of the network with one sample, from the data of the running stage."""
         catcher = InputCatcher(trainer, pl_module, network, self.network_name)
-        with undisturbed():
+        with undisturbed(), self._others_in_float(trainer, pl_module):
             batch = next(batches(stage_loader(trainer)), None)
             if batch is None:
                 raise CalibrationError(
@@ -223,6 +235,17 @@ class QuantizationCallback(Callback):
                     "its data set, its sampler and drop_last."
                 )
             return catcher.catch(batch, 0).first(1)
+
+    @contextmanager
+    def _others_in_float(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+        """Let the other networks of the module that have no ranges yet compute in float."""
+        known = quantized_networks(pl_module)
+        others = {one.network_name for one in quantization_callbacks(trainer) if one is not self} & known.keys()
+        with ExitStack() as off:
+            for name in others:
+                if not known[name].calibrated:
+                    off.enter_context(computing_float(known[name].network))
+            yield
 
     def _hold_weights(self, pl_module: pl.LightningModule) -> None:
         """Quantize each weight once until the loop that starts is over."""
@@ -240,7 +263,8 @@ class QuantizationCallback(Callback):
             samples = self.recipe.calibration_samples
 
             def inputs() -> Iterator[NetworkInputs]:
-                with undisturbed(), progress(trainer, "Calibrating", samples) as advance:
+                others = self._others_in_float(trainer, pl_module)
+                with undisturbed(), others, progress(trainer, "Calibrating", samples) as advance:
                     loader = calibration_loader(trainer, pl_module, self.calibration_dataloader)
                     for call in up_to(calibration_inputs(trainer, loader, catcher, samples), samples):
                         yield call
@@ -284,12 +308,33 @@ class QuantizationCallback(Callback):
                 f"Trainer(precision={trainer.precision!r}) with {mine}: expected one of {', '.join(_PRECISIONS)}. "
                 "The simulation keeps weights and ranges in float32; 'bf16-mixed' gives the speed of bfloat16."
             )
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        others = [one for one in callbacks if isinstance(one, QuantizationCallback) and one is not self]
-        if others:
+        for other in quantization_callbacks(trainer):
+            if other is not self:
+                self._check_beside(other)
+
+    def _check_beside(self, other: QuantizationCallback) -> None:
+        """Refuse another quantization callback, unless both together have one meaning."""
+        mine, theirs, name, of_other = type(self).__name__, type(other).__name__, self.network_name, other.network_name
+        both = f"{mine} and {theirs} in one Trainer"
+        if name == of_other:
             raise ConfigurationError(
-                f"{mine} and {type(others[0]).__name__} in one Trainer: expected one quantization callback. "
-                "QuantizationAwareTraining calibrates by itself; remove the other."
+                f"{both}: expected one quantization callback for {name!r}. QuantizationAwareTraining calibrates by "
+                "itself; remove the other."
+            )
+        if f"{name}.".startswith(f"{of_other}.") or f"{of_other}.".startswith(f"{name}."):
+            raise ConfigurationError(
+                f"{both} for {name!r} and {of_other!r}, of which one is a part of the other: expected networks that "
+                "are apart. Quantize the whole, with overrides={...} for other precisions in a part."
+            )
+        if type(self) is not type(other):
+            raise ConfigurationError(
+                f"{both} for {name!r} and {of_other!r}: one ends the fit where the other one trains. Use "
+                "QuantizationAwareTraining for both; train_ranges=False keeps the ranges as calibrated."
+            )
+        if self.climbs or other.climbs:
+            raise ConfigurationError(
+                f"{both} for {name!r} and {of_other!r} with max_drop or rungs: expected neither, since a metric is "
+                "the result of both networks. Climb with one first, and quantize the other in a second fit."
             )
 
     def _check_first_time(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -308,6 +353,23 @@ class QuantizationCallback(Callback):
                 f"torch.compile() of {type(pl_module).__name__} with {mine}: expected it uncompiled, since AIMET's "
                 "simulation cannot be compiled. Pass the module itself to the Trainer."
             )
+
+
+def quantization_callbacks(trainer: pl.Trainer) -> list[QuantizationCallback]:
+    """The quantization callbacks of a Trainer, one for each network."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [one for one in callbacks if isinstance(one, QuantizationCallback)]
+
+
+def callback_of(trainer: pl.Trainer, name: str) -> QuantizationCallback | None:
+    """The callback that quantizes the network at the dotted attribute ``name``, if there is one."""
+    return next((one for one in quantization_callbacks(trainer) if one.network_name == name), None)
+
+
+def quantized_networks(pl_module: pl.LightningModule) -> dict[str, QuantizedNetwork]:
+    """The quantized networks of a module, by the dotted attribute."""
+    modules = pl_module.named_modules()
+    return {name: module for name, module in modules if isinstance(module, QuantizedNetwork)}
 
 
 def find_network(pl_module: pl.LightningModule, name: str) -> nn.Module:

@@ -19,7 +19,7 @@ def show_as_given(holders: Iterable[Any], optimizer: Optimizer, given: Callable[
         optimizer: the optimizer that they drive.
         given: whether a group is one of the user's.
     """
-    _replace(holders, optimizer, _as_given(optimizer, given), set())
+    _replace(holders, optimizer, given, set())
 
 
 def _as_given(optimizer: Optimizer, given: Callable[[dict[str, Any]], bool]) -> Any:
@@ -39,7 +39,7 @@ def _as_given(optimizer: Optimizer, given: Callable[[dict[str, Any]], bool]) -> 
             optimizer.add_param_group(param_group)
 
         def __eq__(self, other: object) -> bool:  # callbacks look for a scheduler's optimizer among the Trainer's
-            return other is self or other is optimizer
+            return other is self or other is optimizer or optimizer.__eq__(other) is True
 
         def __hash__(self) -> int:
             return hash(optimizer)
@@ -53,18 +53,25 @@ def _as_given(optimizer: Optimizer, given: Callable[[dict[str, Any]], bool]) -> 
     return view
 
 
-def _replace(holders: Iterable[Any], optimizer: Optimizer, view: Any, seen: set[int]) -> None:
+def _replace(
+    holders: Iterable[Any], optimizer: Optimizer, given: Callable[[dict[str, Any]], bool], seen: set[int]
+) -> None:
     for holder in holders:
         if id(holder) in seen or not is_scheduler_of(holder, optimizer):
             continue
         seen.add(id(holder))
         for name, value in list(vars(holder).items()):
-            if value is optimizer:
-                vars(holder)[name] = view
+            if _shows(value, optimizer):
+                vars(holder)[name] = _as_given(value, given)
             elif isinstance(value, dict):
-                _replace(value.values(), optimizer, view, seen)
+                _replace(value.values(), optimizer, given, seen)
             else:
-                _replace(value if isinstance(value, (list, tuple)) else [value], optimizer, view, seen)
+                _replace(value if isinstance(value, (list, tuple)) else [value], optimizer, given, seen)
+
+
+def _shows(value: Any, optimizer: Optimizer) -> bool:
+    """Whether an object is the optimizer, or shows it without the ranges of another network."""
+    return value is optimizer or (isinstance(value, Optimizer) and value == optimizer)
 
 
 def is_scheduler_of(value: Any, optimizer: Optimizer) -> bool:
@@ -72,4 +79,4 @@ def is_scheduler_of(value: Any, optimizer: Optimizer) -> bool:
     attributes = getattr(value, "__dict__", None)
     if not isinstance(attributes, dict) or isinstance(value, type) or hasattr(value, "zero_grad"):
         return False
-    return any(held is optimizer for held in attributes.values())
+    return any(_shows(held, optimizer) for held in attributes.values())

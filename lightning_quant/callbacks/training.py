@@ -29,6 +29,7 @@ from lightning_quant.callbacks.quantization import (
     averaging,
     end_fit,
     find_network,
+    quantization_callbacks,
     say,
 )
 from lightning_quant.callbacks.resuming import save_whole
@@ -279,6 +280,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.drift is not None and trainer.is_global_zero and every and step % every == 0:
             scalars = self.drift.note(self.quantized_network(pl_module), step)
+            if len(quantization_callbacks(trainer)) > 1:
+                scalars = {f"{self.network_name}/{name}": value for name, value in scalars.items()}
             for logger in trainer.loggers if scalars else ():
                 logger.log_metrics(scalars, step=step)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as old
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,8 +20,10 @@ from lightning_quant import (
 from lightning_quant.errors import ConfigurationError
 from tests.small import SmallNet, small_loader, small_net
 
+old = pytest.importorskip("pytorch_lightning", reason="needs the package of the old name")
 
-class OldModule(old.LightningModule):
+
+class OldModule(old.LightningModule):  # type: ignore[name-defined]
     def __init__(self) -> None:
         super().__init__()
         self.model: nn.Module = small_net()
@@ -70,4 +71,4 @@ def test_callbacks_say_what_to_import(tmp_path: Path, make: Any, stage: str) -> 
 
 def test_loading_says_what_to_import(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"OldModule.*'pytorch_lightning'.*lightning\.pytorch"):
-        load_quantized(OldModule, tmp_path / "any.ckpt")  # type: ignore[type-var]
+        load_quantized(OldModule, tmp_path / "any.ckpt")
