@@ -328,7 +328,7 @@ class QuantizationCallback(Callback):
             )
         if type(self) is not type(other):
             raise ConfigurationError(
-                f"{both} for {name!r} and {of_other!r}: one ends the fit where the other one trains. Use "
+                f"{both} for {name!r} and {of_other!r}, of which one ends the fit where the other one trains. Use "
                 "QuantizationAwareTraining for both; train_ranges=False keeps the ranges as calibrated."
             )
         if self.climbs or other.climbs:

@@ -27,7 +27,7 @@ class RangeGroups:
     everything but the decay: learning rate, momentum and whatever else schedulers, callbacks or the user change in it.
     A layer without parameters goes with those before it, in the part of the network that it stands in. Where several
     groups train them it is the one that trains most; where most is in no optimizer the range is not trained, and where
-    most is frozen it is frozen too, until that is thawed.
+    most is frozen it is frozen too, until that is thawed. A group that the user made for ranges alone stays as it is.
 
     Args:
         optimizers: those of the Trainer, as the user made them.
@@ -54,6 +54,10 @@ class RangeGroups:
             for group in optimizer.param_groups
             for parameter in group["params"]
         }
+        self._ours = set(self._followed)
+        for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            if not self.is_given(group):  # made for ranges alone, by the user
+                self._ours.difference_update(group["params"])
         self._shape: list[list[int]] = []
         self._pairs: list[tuple[Optimizer, int, int]] = []
         for optimizer in optimizers:
@@ -70,7 +74,7 @@ class RangeGroups:
 
     def is_given(self, group: dict[str, Any]) -> bool:
         """Whether a group is one of the user's."""
-        return not (group["params"] and all(parameter in self._followed for parameter in group["params"]))
+        return not (group["params"] and all(parameter in self._ours for parameter in group["params"]))
 
     def follow(self) -> None:
         """Bring every group of ranges up to date with the group that it follows."""
@@ -79,8 +83,10 @@ class RangeGroups:
         if shape != self._shape:  # at first, and when groups were added: a finetuning callback thaws layer by layer
             self._arrange()
         for optimizer, index, source in self._pairs:
-            given = optimizer.param_groups[source]
-            optimizer.param_groups[index].update({key: given[key] for key in given if key not in _OWN})
+            group, given = optimizer.param_groups[index], optimizer.param_groups[source]
+            group.update({key: given[key] for key in given if key not in _OWN})
+            if "weight_decay" in group:
+                group["weight_decay"] = 0.0
 
     def _freeze(self) -> None:
         """Keep ranges frozen that shall be: what is not to be trained is not to compute anything else."""
@@ -111,8 +117,8 @@ class RangeGroups:
             for index, group in enumerate(optimizer.param_groups):
                 inside = [parameter for parameter in group["params"] if parameter in self._followed]
                 trained.update(inside)
-                if self.is_given(group) and inside and not isinstance(optimizer, LBFGS):
-                    is_range = [parameter in self._followed for parameter in group["params"]]
+                is_range = [parameter in self._followed for parameter in group["params"]]
+                if any(is_range) and not all(is_range) and not isinstance(optimizer, LBFGS):
                     for key in ("params", "param_names"):
                         if key in group:
                             group[key] = list(compress(group[key], map(not_, is_range)))
@@ -159,8 +165,6 @@ class RangeGroups:
             given["params"].extend(ranges)
             return
         group = {**given, "params": ranges}
-        if "weight_decay" in group:
-            group["weight_decay"] = 0.0
         if "name" in group:  # which Lightning wants to be different for each
             group["name"] = f"{given['name']}-ranges"
         if "param_names" in group:

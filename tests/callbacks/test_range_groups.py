@@ -228,6 +228,43 @@ def test_optimizer_for_matrices(trainer: MakeTrainer) -> None:
         trainer(QuantizationAwareTraining(), max_epochs=1).fit(alone, small_loader())
 
 
+def test_decay_of_all_groups_is_not_for_ranges(trainer: MakeTrainer) -> None:
+    class Decays(pl.Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            for group in trainer.optimizers[0].param_groups:
+                group["weight_decay"] = 0.5
+
+    seen = []
+
+    class Steps(SGD):
+        def step(self, *arguments: Any, **named: Any) -> Any:
+            seen.append([group["weight_decay"] for group in self.param_groups])
+            return super().step(*arguments, **named)
+
+    module = SmallModule(optimizers=lambda m: Steps(m.parameters(), lr=0.01))
+    trainer(Decays(), QuantizationAwareTraining(), Decays(), max_epochs=1).fit(module, small_loader())
+    assert seen == [[0.5, 0.0]] * 4
+
+
+def test_group_made_by_hand_stays_as_it_is(trainer: MakeTrainer) -> None:
+    quantization = QuantizationAwareTraining()
+    ranges: list[nn.Parameter] = []
+
+    class Finds(pl.Callback):
+        def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+            ranges.extend(quantization.quantized_network(pl_module).range_parameters())
+
+    def optimizers(module: SmallModule) -> Any:
+        groups = [{"params": list(module.parameters())}, {"params": ranges, "lr": 1e-4, "weight_decay": 0.0}]
+        optimizer = SGD(groups, lr=0.01, weight_decay=0.1)
+        return [optimizer], [{"scheduler": LambdaLR(optimizer, [lambda t: 1.0, lambda t: 0.5]), "interval": "step"}]
+
+    module = SmallModule(optimizers=optimizers)
+    one = trainer(quantization, Finds(), max_epochs=1)
+    one.fit(module, small_loader())
+    assert [group["lr"] for group in one.optimizers[0].param_groups] == [0.01, 5e-5]
+
+
 # Schedules
 
 

@@ -158,7 +158,7 @@ def ptq(*names: str) -> list[Any]:
         (lambda: ptq("encoder", "encoder"), "one quantization callback"),
         (lambda: ptq("encoder", "encoder.conv"), "a part of the other"),
         (lambda: ptq("encoder.conv", "encoder"), "a part of the other"),
-        (lambda: [*ptq("encoder"), QuantizationAwareTraining(network="parts.decoder")], "one ends the fit"),
+        (lambda: [*ptq("encoder"), QuantizationAwareTraining(network="parts.decoder")], "of which one ends the fit"),
         (lambda: both(QuantizationAwareTraining, max_drop=0.1, monitor="val_loss"), "max_drop or rungs"),
     ],
 )
