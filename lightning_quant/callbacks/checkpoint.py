@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 
-from lightning_quant.callbacks.quantization import find_network
-from lightning_quant.errors import CheckpointError
+from lightning_quant.callbacks.lightning_package import check_module_package
+from lightning_quant.callbacks.quantization import find_network, quantized_networks
+from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.reading import read_checkpoint
 from lightning_quant.recipe import HARDWARE_CONFIGS, QuantRecipe
 from lightning_quant.simulation.build import quantize
@@ -26,10 +27,12 @@ _NO_INSTANTIATOR = {"_instantiator": None}
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """How the network in a checkpoint was quantized: precision, hardware, overrides, versions, inputs.
 
+    Of several networks it is the first one.
+
     Raises:
         CheckpointError: if the file is missing, damaged or holds no quantized network.
     """
-    return _manifest(_read(path), path)[1]
+    return next(iter(_manifests(_read(path), path).values()))
 
 
 def load_quantized(
@@ -59,9 +62,45 @@ def load_quantized(
 
     Raises:
         CheckpointError: if the file is damaged, not quantized, or does not fit ``module_class``.
+        ConfigurationError: if ``module_class`` is of the package ``pytorch_lightning``.
     """
+    check_module_package(module_class, "load_quantized()")
     checkpoint = _read(checkpoint_path)
-    name, manifest = _manifest(checkpoint, checkpoint_path)
+    manifests = _manifests(checkpoint, checkpoint_path)
+    if example_inputs is not None and len(manifests) > 1:
+        raise ConfigurationError(
+            f"example_inputs for {checkpoint_path}, which holds {len(manifests)} quantized networks: expected none, "
+            "since it is a call of one network."
+        )
+    parts = {
+        name: _recipe_and_inputs(manifest, checkpoint_path, hardware, example_inputs)
+        for name, manifest in manifests.items()
+    }
+    try:
+        with warnings.catch_warnings():
+            # the quantized part is missing on purpose here: it is built and loaded below
+            warnings.filterwarnings("ignore", message="Found keys that are", category=UserWarning)
+            module = module_class.load_from_checkpoint(
+                checkpoint_path, map_location="cpu", strict=False, weights_only=True, **{**_NO_INSTANTIATOR, **kwargs}
+            )
+        for name, (recipe, inputs, others) in parts.items():
+            quantize(find_network(module, name), inputs, recipe, others)
+        module.load_state_dict(checkpoint["state_dict"])
+        for network in quantized_networks(module).values():
+            check_ranges(network)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint_path}: {error}") from error
+    except Exception as error:  # of the class, of PyTorch or of AIMET, by what in the file does not fit
+        raise CheckpointError(
+            f"{checkpoint_path} does not fit {module_class.__name__}: {type(error).__name__}: {error}. Expected the "
+            "class and arguments the checkpoint was written with."
+        ) from error
+    return module.eval()
+
+
+def _recipe_and_inputs(
+    manifest: dict[str, Any], path: str | Path, hardware: str | None, example_inputs: NetworkInputs | None
+) -> tuple[QuantRecipe, NetworkInputs, list[NetworkInputs]]:
     try:
         if hardware is None and manifest["hardware"] not in HARDWARE_CONFIGS:
             raise ValueError(f"hardware={manifest['hardware']!r} is a file")  # never looked for by what a file says
@@ -71,34 +110,15 @@ def load_quantized(
             overrides=manifest["overrides"],
             range_estimator=manifest["range_estimator"],
         )
-        inputs = example_inputs or NetworkInputs.from_description(manifest["inputs"])
         others = [NetworkInputs.from_description(one) for one in manifest.get("other_inputs", ())]
+        return recipe, example_inputs or NetworkInputs.from_description(manifest["inputs"]), others
     except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint_path}: {error}") from error
+        raise CheckpointError(f"{path}: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"The manifest in {checkpoint_path} cannot be used: {error}. Expected what lightning_quant wrote; give "
+            f"The manifest in {path} cannot be used: {error}. Expected what lightning_quant wrote; give "
             "a hardware config of your own again, with hardware=..."
         ) from error
-    try:
-        with warnings.catch_warnings():
-            # the quantized part is missing on purpose here: it is built and loaded below
-            warnings.filterwarnings("ignore", message="Found keys that are", category=UserWarning)
-            module = module_class.load_from_checkpoint(
-                checkpoint_path, map_location="cpu", strict=False, weights_only=True, **{**_NO_INSTANTIATOR, **kwargs}
-            )
-        network = find_network(module, name)
-        quantized = quantize(network, inputs, recipe, others)
-        module.load_state_dict(checkpoint["state_dict"])
-        check_ranges(quantized)
-    except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint_path}: {error}") from error
-    except Exception as error:  # of the class, of PyTorch or of AIMET, by what in the file does not fit
-        raise CheckpointError(
-            f"{checkpoint_path} does not fit {module_class.__name__}: {type(error).__name__}: {error}. Expected the "
-            "class and arguments the checkpoint was written with."
-        ) from error
-    return module.eval()
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -119,9 +139,10 @@ def _read(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _manifest(checkpoint: dict[str, Any], path: str | Path) -> tuple[str, dict[str, Any]]:
-    """The dotted name of the quantized network in a checkpoint and its manifest."""
+def _manifests(checkpoint: dict[str, Any], path: str | Path) -> dict[str, dict[str, Any]]:
+    """The manifests of the quantized networks in a checkpoint, by dotted name."""
     suffix = "._extra_state"
+    found = {}
     for key, value in checkpoint["state_dict"].items():
         # AIMET's quantizers have a state of their own, a tensor too
         if not (isinstance(key, str) and key.endswith(suffix)) or "_quantizers." in key:
@@ -129,9 +150,11 @@ def _manifest(checkpoint: dict[str, Any], path: str | Path) -> tuple[str, dict[s
         try:
             manifest = unpacked(value)
             if isinstance(manifest, dict) and MANIFEST_KEY in manifest:
-                return key.removesuffix(suffix), check_manifest(manifest)
+                found[key.removesuffix(suffix)] = check_manifest(manifest)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
+    if found:
+        return found
     raise CheckpointError(
         f"{path} holds no quantized network: expected a checkpoint saved after PostTrainingQuantization or "
         "QuantizationAwareTraining. For a float one use load_from_checkpoint of your own class."

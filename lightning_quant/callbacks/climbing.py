@@ -112,7 +112,8 @@ class Climber:
                 module.training = training
 
     def _measure(self) -> float:
-        return measure(self.trainer, self.ladder.monitor, hidden=self.callback)
+        network = self.pl_module.get_submodule(self.callback.network_name)
+        return measure(self.trainer, self.ladder.monitor, hidden=self.callback, network=network)
 
     def _measure_other(self, network: nn.Module) -> float:
         with in_place_of(self.pl_module, self.callback.network_name, network):

@@ -20,8 +20,9 @@ from lightning_quant.callbacks.data import (
     undisturbed,
 )
 from lightning_quant.callbacks.device_metric import first_batches, metrics_of
+from lightning_quant.callbacks.lightning_package import check_trainer_package
 from lightning_quant.callbacks.progress import progress
-from lightning_quant.callbacks.quantization import QuantizationCallback, say
+from lightning_quant.callbacks.quantization import QuantizationCallback, callback_of, quantized_networks, say
 from lightning_quant.callbacks.reporting import write_callback_report
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.deploy.bundle import Bundle, export_bundle, first_samples
@@ -58,7 +59,8 @@ class DeviceExport(Callback):
             exports.
         device: name of the phone, or several of them for AI Hub.
         samples: how many samples (not batches) to compare on: the stage's own validation data if there is any.
-        name: name of the bundle. Default: class of the network and precision, e.g. ``FFNet-w8a8``.
+        name: name of the bundle. Default: class of the network and precision, e.g. ``FFNet-w8a8``. Where several
+            networks are exported, each name ends with ``-`` and the attribute.
         monitor: name of the validation metric to compute from the device's outputs, on the same samples. Default:
             that of ``QuantizationAwareTraining`` if it has a bound on it. Not under DDP.
         mode: ``"max"`` or ``"min"``, whichever is better of ``monitor``.
@@ -76,9 +78,12 @@ class DeviceExport(Callback):
         max_metric_drop: fail when ``monitor`` is worse than the float network's by more than this.
         report: write ``<dirpath>/<name>.report/report.html``, one page for everything that was found out, and give
             its pictures to the Trainer's loggers. Costs some forward passes for each layer.
+        network: dotted attribute of the one to export, if several networks of the module are quantized. Default: each,
+            with its own inputs.
 
     Attributes:
         bundle: the :class:`~lightning_quant.deploy.bundle.Bundle` written last, or ``None``.
+        bundles: all that were written at the end of the stage, by the attribute of the network.
         reports: a :class:`~lightning_quant.deploy.device_report.DeviceReport` for each device and runtime.
         passed_over: why no better target was taken, by its name.
 
@@ -109,6 +114,7 @@ class DeviceExport(Callback):
         min_psnr: float | None = None,
         max_metric_drop: float | None = None,
         report: bool = True,
+        network: str | None = None,
     ) -> None:
         if not isinstance(samples, int) or samples < 1:
             raise ConfigurationError(f"samples={samples!r}: expected a whole number of at least 1.")
@@ -142,20 +148,29 @@ class DeviceExport(Callback):
         self.min_psnr = min_psnr
         self.max_metric_drop = max_metric_drop
         self.report = report
+        self.network = network
         self.bundle: Bundle | None = None
+        self.bundles: dict[str, Bundle] = {}
         self.reports: list[DeviceReport] = []
         self.passed_over: dict[str, str] = {}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_trainer_package(trainer, type(self).__name__)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         before = callbacks[: callbacks.index(self)]
-        quantized = any(QuantizedNetwork.named_in(pl_module))
-        if not quantized and not any(isinstance(one, QuantizationCallback) for one in before):
+        names = [one.network_name for one in before if isinstance(one, QuantizationCallback)]
+        names += quantized_networks(pl_module)
+        if not names:
             raise ConfigurationError(
                 "DeviceExport without a quantization callback before it: expected PostTrainingQuantization or "
                 "QuantizationAwareTraining earlier in callbacks=[...] (move DeviceExport behind it), or a module from "
                 "load_quantized."
+            )
+        if self.network is not None and self.network not in names:
+            raise ConfigurationError(
+                f"DeviceExport(network={self.network!r}): expected a network that is quantized, one of "
+                f"{', '.join(map(repr, dict.fromkeys(names)))}."
             )
 
     @override
@@ -172,15 +187,22 @@ class DeviceExport(Callback):
         self._export(trainer, pl_module)
 
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        name, network = next(QuantizedNetwork.named_in(pl_module))
-        self.reports, self.passed_over = [], {}
+        networks = quantized_networks(pl_module)
+        self.reports, self.passed_over, self.bundles = [], {}, {}
+        for name in networks if self.network is None else [self.network]:
+            suffix = f"-{name}" if self.network is None and len(networks) > 1 else ""
+            self._export_one(trainer, pl_module, name, networks[name], suffix)
+
+    def _export_one(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, network: QuantizedNetwork, suffix: str
+    ) -> None:
         calls = self._calibration_samples(trainer, pl_module, name, network)
         log_dir = trainer.log_dir  # asks rank 0, so every rank has to ask
         if trainer.is_global_zero:
             root = Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "export")
-            stem = self.name or f"{network.float_class.__name__}-{network.recipe.precision}"
+            stem = (self.name or f"{network.float_class.__name__}-{network.recipe.precision}") + suffix
             with progress(trainer, f"Exporting {stem}"):
-                self.bundle = export_bundle(network, root / stem, calls)
+                self.bundle = self.bundles[name] = export_bundle(network, root / stem, calls)
             parity: dict[str, Any] = self.bundle.manifest["parity"]
             agreement = "equal to" if parity["psnr_db"] is None else f"{parity['psnr_db']} dB against"
             samples = f"{parity['samples']} samples in ONNX Runtime"
@@ -190,17 +212,25 @@ class DeviceExport(Callback):
         # before the device: jobs can queue for longer than processes wait for each other
         trainer.strategy.barrier("lightning_quant_export")
         if trainer.is_global_zero:
+            known = len(self.reports)
             try:
                 self._push(trainer, pl_module, name, network, calls)
             finally:
                 if self.report:
-                    self._report(trainer, network, calls)
+                    self._report(trainer, name, network, self.reports[known:], calls)
 
-    def _report(self, trainer: pl.Trainer, network: QuantizedNetwork, calls: list[NetworkInputs]) -> None:
+    def _report(
+        self,
+        trainer: pl.Trainer,
+        name: str,
+        network: QuantizedNetwork,
+        reports: list[DeviceReport],
+        calls: list[NetworkInputs],
+    ) -> None:
         assert self.bundle is not None
         try:
             with undisturbed(), torch.inference_mode(False), torch.no_grad(), progress(trainer, "Writing the report"):
-                path = write_callback_report(trainer, network, self.bundle, self.reports, calls)
+                path = write_callback_report(trainer, name, network, self.bundle, reports, calls)
             say(f"Report: {path}")
         except Exception as error:  # nor is a training run lost to a picture
             rank_zero_warn(f"The report was not written: {type(error).__name__}: {error}")
@@ -230,10 +260,8 @@ class DeviceExport(Callback):
     def _calibration_samples(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, network: QuantizedNetwork
     ) -> list[NetworkInputs]:
-        given = next(
-            (c.calibration_dataloader for c in trainer.callbacks if isinstance(c, QuantizationCallback)),  # type: ignore[attr-defined]
-            None,
-        )
+        callback = callback_of(trainer, name)
+        given = None if callback is None else callback.calibration_dataloader
         catcher = InputCatcher(trainer, pl_module, name, network)
         with undisturbed(), torch.inference_mode(False), torch.no_grad():
             try:
@@ -285,7 +313,8 @@ class DeviceExport(Callback):
             say("No better target: " + "; ".join(self.passed_over.values()) + ".")
         # with several processes its metric would wait for the others, which validate nothing now
         monitor = (self.monitor or self._bounded_metric(trainer)) if trainer.world_size == 1 else None
-        self.reports = [one.report for one in measured]
+        reports = [one.report for one in measured]
+        self.reports += reports
         for one in measured:
             if monitor and one.outputs and batches:
                 one.report.metric = metrics_of(pl_module, name, network, monitor, batches, one.outputs)
@@ -295,7 +324,7 @@ class DeviceExport(Callback):
                 say(f"{one.report.device}: {warning}")
             for logger in trainer.loggers:
                 logger.log_metrics(one.report.scalars(), step=trainer.global_step)
-        check_bounds(self.reports, self.min_psnr, self.max_metric_drop, self.mode)
+        check_bounds(reports, self.min_psnr, self.max_metric_drop, self.mode)
 
     def _bounded_metric(self, trainer: pl.Trainer) -> str | None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

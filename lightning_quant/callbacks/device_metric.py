@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import batches, stage_loader, twins
 from lightning_quant.callbacks.measuring import in_place_of
+from lightning_quant.callbacks.traces import leaving_no_trace
 from lightning_quant.deploy.bundle import single_samples
 from lightning_quant.deploy.samples import Tensors
 from lightning_quant.errors import CalibrationError
@@ -194,7 +195,9 @@ def _validate(pl_module: pl.LightningModule, name: str, network: nn.Module, kept
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        with torch.inference_mode(False), in_place_of(pl_module, name, network.cpu().eval()):
+        in_place = in_place_of(pl_module, name, network.cpu().eval())
+        # a metric that remembers would take the best of one candidate to the next
+        with torch.inference_mode(False), in_place, leaving_no_trace([pl_module], network):
             trainer.validate(pl_module, DataLoader(kept, batch_size=None), verbose=False)  # type: ignore[arg-type]
         return dict(trainer.callback_metrics)
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,9 +13,13 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
+from lightning_quant.callbacks.data import undisturbed
+from lightning_quant.callbacks.traces import leaving_no_trace
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation.inputs import tensors_in, with_tensors
 
+# Whose callbacks do not judge: they show, save and stop.
+_PACKAGES = ("lightning", "lightning_quant")
 # Where Lightning keeps what was logged, for callbacks, loggers and the progress bar.
 _SHOWN = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 
@@ -29,13 +33,17 @@ def validate_in_fit(trainer: pl.Trainer) -> None:
         trainer.training = True
 
 
-def measure(trainer: pl.Trainer, monitor: str, hidden: Callback) -> float:
+def measure(trainer: pl.Trainer, monitor: str, hidden: Callback, network: nn.Module) -> float:
     """Validate aside and return the metric: nothing is logged, no callback stops or saves because of it.
+
+    It leaves no trace in the user's module and callbacks either, nor in the random numbers that follow: a metric that
+    remembers the best value does not take it from one network to the next.
 
     Args:
         trainer: in the midst of a fit.
         monitor: name of the metric.
         hidden: the callback that asks; it does not see its own measurement.
+        network: what is measured.
 
     Raises:
         ConfigurationError: if the metric was not logged; the message lists those that were.
@@ -48,13 +56,21 @@ def measure(trainer: pl.Trainer, monitor: str, hidden: Callback) -> float:
     shown = trainer._logger_connector
     known = {name: dict(getattr(shown, name)) for name in _SHOWN}
     try:
-        validate_in_fit(trainer)
-        return monitored(trainer, monitor)
+        with undisturbed(), memories_apart(trainer, network):
+            validate_in_fit(trainer)
+            return monitored(trainer, monitor)
     finally:
         trainer.loggers = loggers
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
         for name, metrics in known.items():
             setattr(shown, name, metrics)
+
+
+def memories_apart(trainer: pl.Trainer, network: nn.Module) -> AbstractContextManager[None]:
+    """Validate in a block as if there was no validation: what module and callbacks remember is put back after it."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    users = [one for one in callbacks if type(one).__module__.partition(".")[0] not in _PACKAGES]
+    return leaving_no_trace([trainer.lightning_module, *users], network)
 
 
 def monitored(trainer: pl.Trainer, monitor: str) -> float:

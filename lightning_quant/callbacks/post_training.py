@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from typing_extensions import override
 
 from lightning_quant.callbacks.measuring import validate_in_fit
-from lightning_quant.callbacks.quantization import QuantizationCallback, end_fit, say
+from lightning_quant.callbacks.quantization import QuantizationCallback, end_fit, quantization_callbacks, say
 
 
 class PostTrainingQuantization(QuantizationCallback):
@@ -46,6 +46,6 @@ class PostTrainingQuantization(QuantizationCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         say("PostTrainingQuantization does not train: fit ends after calibration and validation.")
-        if trainer.enable_validation:
+        if trainer.enable_validation and self is quantization_callbacks(trainer)[-1]:
             validate_in_fit(trainer)
         end_fit(trainer)

@@ -5,19 +5,13 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    Callback,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
@@ -34,7 +28,12 @@ from lightning_quant.callbacks.data import (
     undisturbed,
 )
 from lightning_quant.callbacks.early_setup import end_early_setup, set_up_early
+from lightning_quant.callbacks.float_view import computing_float, without_quantizers
+from lightning_quant.callbacks.lightning_package import check_trainer_package
 from lightning_quant.callbacks.progress import progress
+from lightning_quant.callbacks.range_groups import RangeGroups
+from lightning_quant.callbacks.schedules import show_as_given
+from lightning_quant.callbacks.strategy_hooks import hook_strategy
 from lightning_quant.errors import CalibrationError, ConfigurationError
 from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
@@ -51,7 +50,6 @@ log = logging.getLogger(f"lightning.pytorch.{__name__}")
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 _STRATEGIES = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
-_FINDERS = (BatchSizeFinder, LearningRateFinder)
 
 
 @rank_zero_only
@@ -76,11 +74,17 @@ class QuantizationCallback(Callback):
     """Base of the quantization callbacks: puts the simulation in at ``setup`` and calibrates it once.
 
     ``setup`` runs before Lightning restores a checkpoint, makes the optimizers and wraps for DDP, so the
-    quantized network is what all three see. Calibration waits for ``on_fit_start`` (or ``on_validation_start``,
-    …), when the device is there and a restored checkpoint has said whether ranges are known already.
+    quantized network is what all three see; only ``configure_optimizers`` sees it without ranges, as in float, and they
+    join the optimizer that it made. Calibration waits for the strategy's setup to be over, when the device is there and
+    a restored checkpoint has said whether ranges are known already, and comes before any callback's ``on_fit_start``.
+
+    Several networks of one module are quantized by a callback for each; each calibrates with those before it quantized
+    and those after it in float.
 
     Args and raises: see :class:`PostTrainingQuantization`.
     """
+
+    climbs = False
 
     def __init__(
         self,
@@ -111,6 +115,15 @@ class QuantizationCallback(Callback):
         self.calibration_dataloader = calibration_dataloader
         self.statistics_cache = statistics_cache
         self._held = ExitStack()
+        self._hooked = ExitStack()
+        self._groups: RangeGroups | None = None
+        self._fixed_ranges: list[nn.Parameter] = []
+
+    @property
+    @override
+    def state_key(self) -> str:
+        name = self.network_name
+        return super().state_key if name == "model" else self._generate_state_key(network=name)
 
     def quantized_network(self, pl_module: pl.LightningModule) -> QuantizedNetwork:
         """The quantized network inside ``pl_module``."""
@@ -125,12 +138,24 @@ class QuantizationCallback(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_trainer_package(trainer, type(self).__name__)
         self._check_trainer(trainer)
         set_up_early(trainer, pl_module, stage)
         network = find_network(pl_module, self.network_name)
         if (known := QuantizedNetwork.of(network)) is not None:
             self._check_same_recipe(known)
-            return
+        else:
+            self._quantize(trainer, pl_module, network)
+        self._hooked.close()  # of a run that ended early
+        unhook = hook_strategy(
+            trainer.strategy,
+            while_optimizers_are_made=lambda: without_quantizers(self.quantized_network(pl_module).network),
+            optimizers_are_made=lambda: self._add_ranges(trainer, pl_module),
+            all_is_set_up=lambda: self._on_set_up(trainer, pl_module),
+        )
+        self._hooked.callback(unhook)
+
+    def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module) -> None:
         self._check_first_time(trainer, pl_module)
         siblings = sharing_siblings(pl_module, network, self.network_name)
         if self.recipe.strict:
@@ -144,16 +169,37 @@ class QuantizationCallback(Callback):
             quantized.statistics_cache = StatisticsCache(self.statistics_cache)
         say(f"Quantized {type(pl_module).__name__}.{self.network_name} to {self.recipe.precision}.")
 
-    @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _add_ranges(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add the ranges to the optimizers, which the user has just made without them."""
+        optimizers = trainer.strategy.optimizers
+        network = self.quantized_network(pl_module).network
+        groups = RangeGroups(optimizers, network, self.network_name, self._fixed_ranges)
+        schedulers = [config.scheduler for config in trainer.strategy.lr_scheduler_configs]
+        for optimizer in optimizers:  # schedulers that are not handed to Lightning may be kept in the module
+            show_as_given([*schedulers, *vars(pl_module).values()], optimizer, groups.is_given)
+        self._groups = groups
+
+    def _on_set_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calibrate, now that all is at its place and before anything runs the network."""
+        self._hooked.pop_all()  # they are off
         end_early_setup(pl_module)
         self._calibrate_once(trainer, pl_module)
 
     @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._groups is not None:
+            self._groups.follow()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._groups is not None:  # schedulers took a last step
+            self._groups.follow()
+        self._groups, self._fixed_ranges = None, []
+
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        end_early_setup(pl_module)
-        if trainer.state.fn == "validate":  # a fit may be validating another network
-            self._calibrate_once(trainer, pl_module)
         self._hold_weights(pl_module)
 
     @override
@@ -162,8 +208,6 @@ class QuantizationCallback(Callback):
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        end_early_setup(pl_module)
-        self._calibrate_once(trainer, pl_module)
         self._hold_weights(pl_module)
 
     @override
@@ -172,8 +216,6 @@ class QuantizationCallback(Callback):
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        end_early_setup(pl_module)
-        self._calibrate_once(trainer, pl_module)
         self._hold_weights(pl_module)
 
     @override
@@ -183,6 +225,8 @@ class QuantizationCallback(Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._held.close()
+        self._hooked.close()
+        self._groups, self._fixed_ranges = None, []
         end_early_setup(pl_module)
 
     @override
@@ -195,7 +239,7 @@ class QuantizationCallback(Callback):
         That with the most tensors is the first: a state that is None at the first call is a tensor at the second.
         """
         catcher = InputCatcher(trainer, pl_module, self.network_name)
-        with undisturbed():
+        with undisturbed(), self._others_in_float(trainer, pl_module):
             loader = stage_loader(trainer)
             batch = next(batches(loader), None)
             if batch is None:
@@ -211,6 +255,17 @@ class QuantizationCallback(Callback):
         for call in calls:
             structures.setdefault(str(call.describe()), call)
         return sorted(structures.values(), key=lambda call: -len(call.tensors))
+
+    @contextmanager
+    def _others_in_float(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+        """Let the other networks of the module that have no ranges yet compute in float."""
+        known = quantized_networks(pl_module)
+        others = {one.network_name for one in quantization_callbacks(trainer) if one is not self} & known.keys()
+        with ExitStack() as off:
+            for name in others:
+                if not known[name].calibrated:
+                    off.enter_context(computing_float(known[name].network))
+            yield
 
     def _hold_weights(self, pl_module: pl.LightningModule) -> None:
         """Quantize each weight once until the loop that starts is over."""
@@ -228,7 +283,8 @@ class QuantizationCallback(Callback):
             samples = self.recipe.calibration_samples
 
             def inputs() -> Iterator[NetworkInputs]:
-                with undisturbed(), progress(trainer, "Calibrating", samples) as advance:
+                others = self._others_in_float(trainer, pl_module)
+                with undisturbed(), others, progress(trainer, "Calibrating", samples) as advance:
                     loader = calibration_loader(trainer, pl_module, self.calibration_dataloader)
                     calls = calibration_inputs(trainer, loader, catcher, samples)
                     for new, call in counted(up_to(calls, samples)):
@@ -273,12 +329,33 @@ class QuantizationCallback(Callback):
                 f"Trainer(precision={trainer.precision!r}) with {mine}: expected one of {', '.join(_PRECISIONS)}. "
                 "The simulation keeps weights and ranges in float32; 'bf16-mixed' gives the speed of bfloat16."
             )
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        others = [one for one in callbacks if isinstance(one, QuantizationCallback) and one is not self]
-        if others:
+        for other in quantization_callbacks(trainer):
+            if other is not self:
+                self._check_beside(other)
+
+    def _check_beside(self, other: QuantizationCallback) -> None:
+        """Refuse another quantization callback, unless both together have one meaning."""
+        mine, theirs, name, of_other = type(self).__name__, type(other).__name__, self.network_name, other.network_name
+        both = f"{mine} and {theirs} in one Trainer"
+        if name == of_other:
             raise ConfigurationError(
-                f"{mine} and {type(others[0]).__name__} in one Trainer: expected one quantization callback. "
-                "QuantizationAwareTraining calibrates by itself; remove the other."
+                f"{both}: expected one quantization callback for {name!r}. QuantizationAwareTraining calibrates by "
+                "itself; remove the other."
+            )
+        if f"{name}.".startswith(f"{of_other}.") or f"{of_other}.".startswith(f"{name}."):
+            raise ConfigurationError(
+                f"{both} for {name!r} and {of_other!r}, of which one is a part of the other: expected networks that "
+                "are apart. Quantize the whole, with overrides={...} for other precisions in a part."
+            )
+        if type(self) is not type(other):
+            raise ConfigurationError(
+                f"{both} for {name!r} and {of_other!r}, of which one ends the fit where the other one trains. Use "
+                "QuantizationAwareTraining for both; train_ranges=False keeps the ranges as calibrated."
+            )
+        if self.climbs or other.climbs:
+            raise ConfigurationError(
+                f"{both} for {name!r} and {of_other!r} with max_drop or rungs: expected neither, since a metric is "
+                "the result of both networks. Climb with one first, and quantize the other in a second fit."
             )
 
     def _check_first_time(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -292,17 +369,27 @@ class QuantizationCallback(Callback):
                 f"{type(early).__name__} is listed before {mine}: it would average the float network, whose "
                 f"weights have other shapes. List {mine} first in callbacks=[...]."
             )
-        finder = next((one for one in callbacks if isinstance(one, _FINDERS)), None)
-        if finder is not None and trainer.state.fn == "fit" and trainer.ckpt_path is None:
-            raise ConfigurationError(
-                f"{type(finder).__name__} with {mine}: Lightning runs it before anything else, and so before "
-                "calibration. Run PostTrainingQuantization with trainer.fit() on the module first, then this."
-            )
         if pl_module._compiler_ctx is not None:
             raise ConfigurationError(
                 f"torch.compile() of {type(pl_module).__name__} with {mine}: expected it uncompiled, since AIMET's "
                 "simulation cannot be compiled. Pass the module itself to the Trainer."
             )
+
+
+def quantization_callbacks(trainer: pl.Trainer) -> list[QuantizationCallback]:
+    """The quantization callbacks of a Trainer, one for each network."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [one for one in callbacks if isinstance(one, QuantizationCallback)]
+
+
+def callback_of(trainer: pl.Trainer, name: str) -> QuantizationCallback | None:
+    """The callback that quantizes the network at the dotted attribute ``name``, if there is one."""
+    return next((one for one in quantization_callbacks(trainer) if one.network_name == name), None)
+
+
+def quantized_networks(pl_module: pl.LightningModule) -> dict[str, QuantizedNetwork]:
+    """The quantized networks of a module, by the dotted attribute."""
+    return dict(QuantizedNetwork.named_in(pl_module))
 
 
 def find_network(pl_module: pl.LightningModule, name: str) -> nn.Module:

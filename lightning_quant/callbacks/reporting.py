@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from lightning_quant.callbacks.quantization import QuantizationCallback
+from lightning_quant.callbacks.quantization import QuantizationCallback, callback_of
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.deploy.bundle import Bundle, on_cpu_in_eval
 from lightning_quant.deploy.device_report import DeviceReport
@@ -39,6 +39,7 @@ def report_folder(bundle: Bundle) -> Path:
 
 def write_callback_report(
     trainer: pl.Trainer,
+    name: str,
     network: QuantizedNetwork,
     bundle: Bundle,
     devices: Sequence[DeviceReport],
@@ -48,6 +49,7 @@ def write_callback_report(
 
     Args:
         trainer: whose callbacks know what was measured.
+        name: dotted attribute of the network.
         network: the quantized network that was exported.
         bundle: what it was exported to.
         devices: what devices made of it.
@@ -55,14 +57,15 @@ def write_callback_report(
     """
     folder = report_folder(bundle)
     calls = [call.to(torch.device("cpu")) for call in calls[:SAMPLES]]
-    training = _training(trainer)
+    callback = callback_of(trainer, name)
+    training = callback if isinstance(callback, QuantizationAwareTraining) else None
     with on_cpu_in_eval(network.network):
         figures = LayerFigures.of(network, calls, SAMPLES // 2)
         if training is not None and training.drift is not None:
             figures.drift, figures.drift_steps = training.drift.values, training.drift.steps
         overlays = _draw(network, calls, folder / "overlays")
     figures.write(folder)
-    _record(trainer, training, network, bundle, devices).write(folder)
+    _record(trainer, callback, network, bundle, devices).write(folder)
     path = write_report(folder)
     pictures = {f"overlay/{index}": picture for index, picture in enumerate(overlays)}
     if figures.sensitivity:
@@ -86,15 +89,8 @@ def log_pictures(loggers: Iterable[Logger], pictures: Mapping[str, Path], step: 
                 logger.experiment.log_artifact(logger.run_id, str(path), name.partition("/")[0])
 
 
-def _training(trainer: pl.Trainer) -> QuantizationAwareTraining | None:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((one for one in callbacks if isinstance(one, QuantizationAwareTraining)), None)
-
-
-def _reproduce(trainer: pl.Trainer) -> str:
+def _reproduce(callback: QuantizationCallback | None) -> str:
     """The quantization callback as Python, with what was not left at its default."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    callback = next((one for one in callbacks if isinstance(one, QuantizationCallback)), None)
     if callback is None:
         return ""
     recipe = callback.recipe
@@ -118,11 +114,12 @@ def _reproduce(trainer: pl.Trainer) -> str:
 
 def _record(
     trainer: pl.Trainer,
-    training: QuantizationAwareTraining | None,
+    callback: QuantizationCallback | None,
     network: QuantizedNetwork,
     bundle: Bundle,
     devices: Sequence[DeviceReport],
 ) -> RunRecord:
+    training = callback if isinstance(callback, QuantizationAwareTraining) else None
     manifest = bundle.manifest
     packages = ("lightning-quant", "lightning", "torch", "aimet-torch", "onnx", "onnxruntime")
     identity = network.recipe.identity()
@@ -138,7 +135,7 @@ def _record(
         device=[report.to_dict() for report in devices],
         artifacts={"bundle": f"../{bundle.path.name}"},
         versions={name: importlib.metadata.version(name) for name in packages},
-        reproduce=_reproduce(trainer),
+        reproduce=_reproduce(callback),
         config={"recipe": identity, "raised": manifest["raised"], "range_estimator": manifest["range_estimator"]},
     )
     if training is not None and training.climbs and training.result.best is not None:

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
+from lightning_quant.callbacks.lightning_package import check_trainer_package
 from lightning_quant.files import replacing
 
 
@@ -46,6 +47,7 @@ class ResumePoint(Checkpoint):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_trainer_package(trainer, type(self).__name__)
         self._draws_alone = trainer.world_size == 1
 
     @override

@@ -24,15 +24,16 @@ from lightning_quant.callbacks.distillation import Distillation, loss_scale
 from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.early_setup import set_up_early
 from lightning_quant.callbacks.finiteness import gradients_are_finite, origin
-from lightning_quant.callbacks.measuring import measure, monitored
+from lightning_quant.callbacks.lightning_package import check_trainer_package
+from lightning_quant.callbacks.measuring import measure, memories_apart, monitored
 from lightning_quant.callbacks.quantization import (
     QuantizationCallback,
     averaging,
     end_fit,
     find_network,
+    quantization_callbacks,
     say,
 )
-from lightning_quant.callbacks.range_groups import split_off_all
 from lightning_quant.callbacks.resuming import save_whole
 from lightning_quant.climb import Footing
 from lightning_quant.errors import CalibrationError, CheckpointError, ConfigurationError, TrainingError
@@ -158,6 +159,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._memory = PeakMemory()
         self._batch: tuple[Any, int] = (None, 0)
         self._locked = ExitStack()
+        self._sane = ExitStack()
         self._begin(Ladder(monitor, mode, max_drop), None)
 
     def _begin(self, ladder: Ladder, float_network: nn.Module | None) -> None:
@@ -177,6 +179,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        check_trainer_package(trainer, type(self).__name__)
         set_up_early(trainer, pl_module, stage)
         fits = trainer.state.fn == "fit"
         is_float = QuantizedNetwork.of(find_network(pl_module, self.network_name)) is None
@@ -187,25 +190,36 @@ class QuantizationAwareTraining(QuantizationCallback):
         if fits and is_float and (self.climbs or self.distillation):
             self._begin(Ladder(self.result.monitor, self.result.mode, self.result.max_drop), quantized.float_network)
         quantized.learn_ranges(self.train_ranges)
+        self._fixed_ranges = [one for one in quantized.range_parameters() if not one.requires_grad]
         if fits and self.climbs:
             for technique in self.techniques:
                 technique.check(quantized)
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.climbs:
+    def _on_set_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.climbs and trainer.state.fn == "fit":
             self._lock(trainer, _folder(trainer) / "ladder")
         start = time.perf_counter()
         with PeakMemory() as memory:
-            super().on_fit_start(trainer, pl_module)
+            super()._on_set_up(trainer, pl_module)
         self._calibration = time.perf_counter() - start, memory.peak_bytes
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.drift = None
         if self._drift_before is not None:
             self.drift = RangeDrift(self.quantized_network(pl_module))
             self.drift.load_state_dict(self._drift_before)
             self._drift_before = None
-        # before Lightning restores the optimizer's state, which was saved with the group split off
-        split_off_all(trainer, self.quantized_network(pl_module).range_parameters())
+
+    @override
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.climbs:  # a metric that remembers it would satisfy the ladder
+            self._sane.enter_context(memories_apart(trainer, self.quantized_network(pl_module).network))
+
+    @override
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._sane.close()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -235,6 +249,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._batch = batch, batch_idx
 
     @override
@@ -268,6 +283,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.drift is not None and trainer.is_global_zero and every and step % every == 0:
             scalars = self.drift.note(self.quantized_network(pl_module), step)
+            if len(quantization_callbacks(trainer)) > 1:
+                scalars = {f"{self.network_name}/{name}": value for name, value in scalars.items()}
             for logger in trainer.loggers if scalars else ():
                 logger.log_metrics(scalars, step=step)
 
@@ -279,9 +296,12 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
         self._stop_teaching()
         if self.climbs and self._started and self._validated_at != trainer.global_step and not trainer.interrupted:
-            self._judge_training(trainer, pl_module, measure(trainer, self.result.monitor, hidden=self))
+            network = self.quantized_network(pl_module).network
+            metric = measure(trainer, self.result.monitor, hidden=self, network=network)
+            self._judge_training(trainer, pl_module, metric)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -303,6 +323,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
+        self._sane.close()
         self._stop_teaching()
         self._started = 0.0
         self.teardown(trainer, pl_module, "fit")

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.simulation.callsites.sites import is_at_call_site
+
 
 def complete(sim: Any) -> None:
     """Give every tensor that the hardware rounds a quantizer, and what is one tensor on the device one quantizer.
@@ -26,7 +28,7 @@ def complete(sim: Any) -> None:
 
 
 def _sites(sim: Any) -> list[Any]:
-    return [module for module in sim.model.modules() if "_repeats" in module.__dict__]
+    return [module for module in sim.model.modules() if is_at_call_site(module)]
 
 
 def _share_weights(sim: Any) -> None:

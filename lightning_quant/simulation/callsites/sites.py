@@ -17,6 +17,11 @@ from lightning_quant.simulation.callsites.taken_apart import APART
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
+def is_at_call_site(module: nn.Module) -> bool:
+    """Whether a module was made for a call site."""
+    return "_owner" in vars(module)
+
+
 class Site:
     """The module that answers one operation in the code of a network.
 

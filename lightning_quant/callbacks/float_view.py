@@ -1,0 +1,99 @@
+"""A quantized network seen as the float one: what code that sorts modules and parameters expects to find."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+from lightning_quant.simulation.callsites.sites import is_at_call_site
+
+_CONTAINERS = ("input_quantizers", "output_quantizers", "param_quantizers")
+
+
+@contextmanager
+def without_quantizers(network: nn.Module) -> Iterator[dict[nn.Module, list[nn.Module]]]:
+    """Leave the quantizers out of the tree of modules for the length of a block.
+
+    ``modules()``, ``children()``, ``parameters()`` and ``state_dict()`` then tell of the float network alone, names
+    and order included. Whoever asks for a quantizer by its name gets it, so the network runs as before.
+
+    Yields:
+        The quantizers left out, by the module that they belong to, in the order of the network's modules.
+    """
+    left_out: dict[nn.Module, list[nn.Module]] = {}
+    inside: set[nn.Module] = set()
+    for module in list(network.modules()):
+        if module not in inside and (names := _quantizers_of(module)):
+            left_out[module] = [module._modules[name] for name in names]  # type: ignore[misc]
+            inside.update(part for quantizer in left_out[module] for part in quantizer.modules())
+    hidden = {module: _quantizers_of(module) | _sites_of(module) for module in network.modules()}
+    whole = {module: module._modules for module, names in hidden.items() if names}
+    try:
+        for module, children in whole.items():
+            module.__dict__["_modules"] = _WithoutQuantizers(children, hidden[module])
+        yield left_out
+    finally:
+        for module, children in whole.items():
+            now: Any = module._modules
+            module.__dict__["_modules"] = children
+            children.clear()
+            children.update(dict.items(now))  # with whatever the block added
+
+
+@contextmanager
+def computing_float(network: nn.Module) -> Iterator[None]:
+    """Let a network compute without its quantizers for the length of a block."""
+    from aimet_torch.nn.base import BaseQuantizationMixin
+
+    with ExitStack() as off:
+        for module in network.modules():
+            if isinstance(module, BaseQuantizationMixin):
+                off.enter_context(module._remove_all_quantizers())
+        yield
+
+
+def _quantizers_of(module: nn.Module) -> frozenset[str]:
+    """Names of the children of a module that only quantization gave it."""
+    from aimet_torch.nn.base import BaseQuantizationMixin
+    from aimet_torch.quantization.base import QuantizerBase
+
+    names = _CONTAINERS if isinstance(module, BaseQuantizationMixin) else ()
+    children = module._modules.items()
+    return frozenset(
+        name for name, child in children if child is not None and (name in names or isinstance(child, QuantizerBase))
+    )
+
+
+def _sites_of(module: nn.Module) -> frozenset[str]:
+    """Names of the children of a module that answer its functional operations."""
+    children = module._modules.items()
+    return frozenset(name for name, child in children if child is not None and is_at_call_site(child))
+
+
+class _WithoutQuantizers(dict[str, Any]):
+    """The children of a module, of which some are found by name only."""
+
+    def __init__(self, children: dict[str, Any], hidden: frozenset[str]) -> None:
+        super().__init__(children)
+        self._hidden = hidden
+
+    def _shown(self) -> dict[str, Any]:
+        return {name: child for name, child in super().items() if name not in self._hidden}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shown())
+
+    def __len__(self) -> int:
+        return len(self._shown())
+
+    def keys(self) -> Any:
+        return self._shown().keys()
+
+    def values(self) -> Any:
+        return self._shown().values()
+
+    def items(self) -> Any:
+        return self._shown().items()

@@ -1,0 +1,82 @@
+"""Schedulers see an optimizer as the user made it, without the groups of the ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch.optim import Optimizer
+
+
+def show_as_given(holders: Iterable[Any], optimizer: Optimizer, given: Callable[[dict[str, Any]], bool]) -> None:
+    """Let schedulers see only those groups of ``optimizer`` that were there when they were made.
+
+    A scheduler keeps something for each group that it saw, and each scheduler elsewhere: a group added behind its back
+    is passed over by one and makes another raise.
+
+    Args:
+        holders: schedulers, those that hold others included; anything else is passed over.
+        optimizer: the optimizer that they drive.
+        given: whether a group is one of the user's.
+    """
+    _replace(holders, optimizer, given, set())
+
+
+def _as_given(optimizer: Optimizer, given: Callable[[dict[str, Any]], bool]) -> Any:
+    """The same optimizer, attribute by attribute, but for the groups that it tells of."""
+    kind: Any = type(optimizer)
+
+    class AsGiven(kind):
+        @property
+        def param_groups(self) -> list[dict[str, Any]]:
+            return [group for group in optimizer.param_groups if given(group)]
+
+        @param_groups.setter
+        def param_groups(self, groups: list[dict[str, Any]]) -> None:
+            optimizer.param_groups = [*groups, *(group for group in optimizer.param_groups if not given(group))]
+
+        def add_param_group(self, param_group: dict[str, Any]) -> None:
+            optimizer.add_param_group(param_group)
+
+        def __eq__(self, other: object) -> bool:  # callbacks look for a scheduler's optimizer among the Trainer's
+            return other is self or other is optimizer or optimizer.__eq__(other) is True
+
+        def __hash__(self) -> int:
+            return hash(optimizer)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:  # a copy is one of the optimizer
+            return optimizer.__reduce_ex__(protocol)
+
+    AsGiven.__name__, AsGiven.__qualname__, AsGiven.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    view = object.__new__(AsGiven)
+    view.__dict__ = optimizer.__dict__
+    return view
+
+
+def _replace(
+    holders: Iterable[Any], optimizer: Optimizer, given: Callable[[dict[str, Any]], bool], seen: set[int]
+) -> None:
+    for holder in holders:
+        if id(holder) in seen or not is_scheduler_of(holder, optimizer):
+            continue
+        seen.add(id(holder))
+        for name, value in list(vars(holder).items()):
+            if _shows(value, optimizer):
+                vars(holder)[name] = _as_given(value, given)
+            elif isinstance(value, dict):
+                _replace(value.values(), optimizer, given, seen)
+            else:
+                _replace(value if isinstance(value, (list, tuple)) else [value], optimizer, given, seen)
+
+
+def _shows(value: Any, optimizer: Optimizer) -> bool:
+    """Whether an object is the optimizer, or shows it without the ranges of another network."""
+    return value is optimizer or (isinstance(value, Optimizer) and value == optimizer)
+
+
+def is_scheduler_of(value: Any, optimizer: Optimizer) -> bool:
+    """Whether an object keeps the optimizer and does not train with it: a wrapper that takes steps is no scheduler."""
+    attributes = getattr(value, "__dict__", None)
+    if not isinstance(attributes, dict) or isinstance(value, type) or hasattr(value, "zero_grad"):
+        return False
+    return any(_shows(held, optimizer) for held in attributes.values())
