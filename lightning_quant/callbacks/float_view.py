@@ -29,8 +29,11 @@ def without_quantizers(network: nn.Module) -> Iterator[dict[nn.Module, list[nn.M
         if module not in inside and (names := _quantizers_of(module)):
             left_out[module] = [module._modules[name] for name in names]  # type: ignore[misc]
             inside.update(part for quantizer in left_out[module] for part in quantizer.modules())
-    hidden = {module: _quantizers_of(module) | _sites_of(module) for module in network.modules()}
-    whole = {module: module._modules for module, names in hidden.items() if names}
+    hidden = {module: _quantizers_of(module) for module in left_out}
+    for module in network.modules():
+        if sites := _sites_of(module):
+            hidden[module] = hidden.get(module, frozenset()) | sites
+    whole = {module: module._modules for module in hidden}
     try:
         for module, children in whole.items():
             module.__dict__["_modules"] = _WithoutQuantizers(children, hidden[module])

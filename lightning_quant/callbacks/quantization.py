@@ -301,6 +301,14 @@ class QuantizationCallback(Callback):
                 average = getattr(callback._average_model, "module", callback._average_model)
                 average.get_submodule(self.network_name).load_state_dict(network.network.state_dict())
         say(f"Calibrated {self.network_name} with {used} samples.")
+        if network.left_in_float:
+            module, operations = next(iter(network.left_in_float.items()))
+            rank_zero_warn(
+                f"Some samples came to operations that the example of {self.network_name} did not, e.g. "
+                f"{', '.join(operations)} in {module or 'the network itself'}: they compute in float, and the exported "
+                "file has the other branch. Put the first batch of validation in order, or quantize a part without "
+                "control flow that depends on values."
+            )
         if missing := uncalibrated(network):
             rank_zero_warn(
                 f"No calibration sample reached {len(missing)} quantizers, e.g. {missing[0]!r}: these parts of "

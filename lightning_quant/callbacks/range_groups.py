@@ -188,10 +188,10 @@ def followed_by_ranges(network: nn.Module) -> dict[nn.Parameter, list[nn.Paramet
     Those of its layer; for a layer without any, those of the layers before it in the smallest part of the network that
     holds some, or of all layers there if none comes before.
     """
+    names = {module: name for name, module in network.named_modules()}  # with the modules at call sites
     with without_quantizers(network) as quantizers:
-        modules = list(network.named_modules())
-        own = {name: list(module.parameters(recurse=False)) for name, module in modules}
-        names = {module: name for name, module in modules}
+        shown = {name: list(module.parameters(recurse=False)) for name, module in network.named_modules()}
+        own = {name: shown.get(name, []) for name in names.values()}
         found: dict[nn.Parameter, list[nn.Parameter]] = {}
         for layer, parts in quantizers.items():
             followed = list(layer.parameters()) or _before(names[layer], own)

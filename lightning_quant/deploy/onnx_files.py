@@ -19,6 +19,7 @@ from lightning_quant.deploy.passed_inputs import Grid, encode_passed_inputs, rou
 from lightning_quant.errors import ExportError
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.callsites.lending import weights_lent
+from lightning_quant.simulation.callsites.running import noting
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
 
@@ -69,7 +70,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
     names = dict(zip(("input_names", "output_names"), name_tensors(network, example, given), strict=True))
     sizes = [tuple(tensor.shape) for tensor in tensors_in(given)]
     tensors = tuple(example.tensors)
-    with aimet.quiet() as aimet_torch, weights_lent(network.network):
+    with aimet.quiet() as aimet_torch, weights_lent(network.network), noting() as noted:
         from aimet_torch.onnx import _remove_dangling_nodes_and_initializers
 
         try:
@@ -85,6 +86,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
             model = onnx.load(float_file)
             _remove_dangling_nodes_and_initializers(model)
             check_fixed(model, title)
+            _check_known(network, noted)
             aimet_torch.onnx.export(
                 network.sim.model,
                 tensors,
@@ -130,6 +132,17 @@ def _write_sizes(model: onnx.ModelProto, sizes: Sequence[tuple[int, ...]]) -> No
         del shape.dim[:]
         for length in size:
             shape.dim.add().dim_value = length
+
+
+def _check_known(network: QuantizedNetwork, noted: dict[torch.nn.Module, list[str]]) -> None:
+    """Refuse a graph with operations that were never quantized: the sample took another branch than the examples."""
+    for module, operations in noted.items():
+        name = next((name for name, one in network.network.named_modules() if one is module), "")
+        raise ExportError(
+            f"The sample that {network.float_class.__name__} is exported with comes to {', '.join(operations)} in "
+            f"{name or 'the network itself'}, which nothing quantized: expected the code that the network ran when it "
+            "was quantized. Export with samples like those, or move what depends on values out of the network."
+        )
 
 
 def name_tensors(network: QuantizedNetwork, example: NetworkInputs, given: Any) -> tuple[list[str], list[str]]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_quant.errors import CalibrationError
 from lightning_quant.simulation import aimet, statistics_cache
+from lightning_quant.simulation.callsites.running import noting
 from lightning_quant.simulation.inputs import NetworkInputs, counted, up_to
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
@@ -68,8 +69,10 @@ def calibrate(
 
     # ranges must be ordinary tensors: made under inference_mode they would break training later
     kept = nullcontext() if weights else _kept(weight_quantizers(network))
-    with torch.inference_mode(False), aimet.quiet(), kept, network.weights_held():
+    with torch.inference_mode(False), aimet.quiet(), kept, network.weights_held(), noting() as noted:
         network.sim.compute_encodings(run)
+    names = {module: name for name, module in network.network.named_modules()}
+    network.left_in_float = {names[module]: list(dict.fromkeys(found)) for module, found in noted.items()}
     if endless := [name for name, quantizer in _quantizers(network) if not _finite(quantizer)]:
         raise CalibrationError(
             f"The range of {endless[0]!r} is not finite: expected finite activations, but the network itself made NaN "

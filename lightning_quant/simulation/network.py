@@ -80,6 +80,7 @@ class QuantizedNetwork:
         findings: what the preflight found (see :mod:`lightning_quant.simulation.preflight`).
         calibrated: whether the ranges of the activations are known. Restored with the weights, and the
             only thing to ask: AIMET's own ``is_initialized()`` turns true under DDP without calibration.
+        left_in_float: operations that no example of the network came to and calibration did, by module.
         raised: layers that were given a finer precision than the recipe says, to win accuracy back.
         range_estimator: how ranges are calibrated, see :meth:`observe_with`.
         statistics_cache: where calibration keeps what it saw, for other precisions; ``None``: nowhere.
@@ -110,6 +111,7 @@ class QuantizedNetwork:
         self.raised: dict[str, Precision] = {}
         self.range_estimator = recipe.range_estimator
         self.equalized = False
+        self.left_in_float: dict[str, list[str]] = {}
         self.statistics_cache: StatisticsCache | None = None
         self._bitwidths: dict[str, int] = {}
         ranges = {id(parameter) for parameter in self.range_parameters() if parameter.requires_grad}

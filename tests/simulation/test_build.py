@@ -14,8 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.errors import ConfigurationError, PreflightError
+from lightning_quant.precision import Precision
+from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet
+from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate
+from lightning_quant.simulation.callsites.sites import RULES
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.prepare import relative_difference
 from tests.simulation.networks import (
@@ -33,7 +37,7 @@ from tests.simulation.networks import (
 )
 
 aimet.load()
-from aimet_torch import batch_norm_fold, model_preparer  # noqa: E402
+from aimet_torch import batch_norm_fold  # noqa: E402
 from aimet_torch.common import quantsim  # noqa: E402
 from aimet_torch.nn import QuantizationMixin  # noqa: E402
 from aimet_torch.quantization.base import QuantizerBase  # noqa: E402
@@ -132,7 +136,7 @@ def test_global_state_of_aimet_is_restored(ignored: bool, monkeypatch: pytest.Mo
     quantized(nn.Sequential(nn.Conv2d(3, 3, 1), Sine(), nn.Conv2d(3, 3, 1)))
     quantized(Functional())
     with pytest.raises(PreflightError):
-        quantized(nn.Sequential(Sine()), strict=True)
+        quantized(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), strict=True)
     after = (
         QuantizationMixin._ignore_unknown_modules,
         dict(QuantizationMixin.cls_to_qcls),
@@ -144,9 +148,9 @@ def test_global_state_of_aimet_is_restored(ignored: bool, monkeypatch: pytest.Mo
 
 def test_functional_operations_become_modules_with_quantizers() -> None:
     made = quantized(Functional())
-    assert {"module_add", "module_relu", "module_interpolate"} <= {name for name, _ in made.network.named_modules()}
-    assert "module_add.output_quantizers.0" in bits(made)
-    assert isinstance(made.network, torch.fx.GraphModule)
+    assert {"add", "relu", "interpolate"} <= {name for name, _ in made.network.named_modules()}
+    assert "add.output_quantizers.0" in bits(made)
+    assert isinstance(made.network, Functional)
 
 
 def test_batch_norms_are_folded_into_the_same_function() -> None:
@@ -191,36 +195,35 @@ def test_a_fold_that_breaks_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch
     assert torch.allclose(float_twin(made)(images(4)), original(images(4)), atol=1e-5)
 
 
-def test_a_network_that_computes_something_else_when_traced() -> None:
+def test_a_network_that_computes_something_else_each_time_is_refused_and_left_as_it_was() -> None:
+    calls: list[int] = []
+
     class Moody(Body):
         def forward(self, x: Tensor) -> Tensor:
-            x = self.scores(x)
-            return x if isinstance(x, torch.fx.Proxy) else x * 3
+            calls.append(1)
+            return self.scores(x) * len(calls)
 
     original = Moody()
-    made = calibrated(original)
-    assert "computes something else when traced" in made.findings[0].problem
-    assert not isinstance(made.network, torch.fx.GraphModule)
-    assert torch.allclose(float_twin(made)(images(4)), original(images(4)), atol=1e-5)
+    state = {name: value.clone() for name, value in original.state_dict().items()}
+    with pytest.raises(PreflightError, match="computes something else once its operations are quantized"):
+        quantize(original, call(images()), QuantRecipe(Precision.parse("w8a8")))
+    assert type(original) is Moody
+    assert type(original.norm) is nn.BatchNorm2d
+    assert original.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in original.state_dict().items())
 
 
-def test_a_preparation_that_changes_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = model_preparer.prepare_model
-
-    def wrong(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        prepared = real(model, *args, **kwargs)
-        prepared.head.weight.data[0] *= 1.1
-        return prepared
-
-    monkeypatch.setattr(model_preparer, "prepare_model", wrong)
-    made = calibrated(Body())
-    assert "computes something else when traced" in made.findings[0].problem
+def test_a_rule_that_changes_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    add = RULES["add"]
+    monkeypatch.setattr(add, "call", lambda module, args, kwargs: 1.1 * module(*args))
+    with pytest.raises(PreflightError, match="computes something else"):
+        calibrated(Body())
 
 
-def test_a_network_that_cannot_be_traced_is_quantized_as_it_is() -> None:
+def test_control_flow_by_values_is_followed() -> None:
     original = Untraceable(Chain())
     made = calibrated(original)
-    assert "could not be traced" in made.findings[0].problem
+    assert made.findings == []
     assert type(made.network.inner.first).__name__ == "QuantizedConv2d"
     x = images(4)
     assert torch.allclose(made(x), original(x), atol=0.1)
@@ -239,7 +242,9 @@ def test_one_layer_alone() -> None:
     linear = seeded(nn.Linear(8, 4))
     made = calibrated(linear, call(torch.randn(6, 8)))
     assert made.findings == []
-    assert set(bits(made)) == {"param_quantizers.weight", "input_quantizers.0", "output_quantizers.0"}
+    parts = ("param_quantizers.weight", "input_quantizers.0", "output_quantizers.0")
+    assert set(bits(made)) == {f"linear.{part}" for part in parts}
+    assert isinstance(made.network, nn.Linear)
 
 
 @pytest.mark.parametrize("precision", ["w8a8", "w8a16", "w4a8", "w4a16"])

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.errors import CalibrationError
+from lightning_quant.precision import Precision
+from lightning_quant.recipe import QuantRecipe
+from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate, uncalibrated
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -165,25 +168,41 @@ def test_calibrating_under_inference_mode_leaves_a_network_that_trains() -> None
     assert any("quantizers" in name for name in moved)
 
 
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = Chain(), Chain()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(self.unused(x)) if float(x.detach().abs().sum()) == 0 else self.used(x)
+
+
 def test_names_the_parts_that_never_ran() -> None:
-    class Branches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.unused = Chain(), Chain()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.unused(x) if float(x.detach().abs().sum()) == 0 else self.used(x)
-
-    network = quantized(Branches())
+    zeros = call(torch.zeros(1, 3, 8, 8))
+    network = quantize(Branches(), zeros, QuantRecipe(Precision.parse("w8a8")), [call(images())])
     assert any("used.first" in name for name in uncalibrated(network))
     calibrate(network, [call(images(4))])
     left = uncalibrated(network)
     # weights have a range without any sample, activations have not
     assert left
-    assert all(name.startswith("unused.") for name in left)
+    assert all(name.startswith(("unused.", "sin.")) for name in left)
     complete = quantized(Body())
     calibrate(complete, [call(images(4))])
     assert uncalibrated(complete) == []
+
+
+def test_what_no_example_came_to_computes_in_float_and_is_named() -> None:
+    network = quantized(Branches())
+    calibrate(network, [call(images(4))])
+    assert uncalibrated(network) == []
+    assert network.left_in_float == {}
+    float_network = network.float_network
+    assert float_network is not None
+    x = torch.zeros(2, 3, 8, 8)
+    assert torch.equal(network(x), float_network(x))
+    calibrate(network, [call(images(4)), call(x)])
+    layers = {"unused.first": ["conv2d"], "unused.relu": ["relu"], "unused.second": ["conv2d"]}
+    assert network.left_in_float == {"": ["sin"], **layers}
 
 
 @pytest.mark.parametrize("precision", ["w8a8", "w8a16", "w4a8", "w4a16"])

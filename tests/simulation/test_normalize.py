@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_quant.simulation import aimet
+from lightning_quant.simulation.callsites.running import FOLDED
 from lightning_quant.simulation.normalize import use_torch_classes
 from tests.simulation.networks import Body, call, images, quantized, seeded
 
@@ -86,4 +87,8 @@ def test_timm_network_is_quantized_fully() -> None:
     network = timm.create_model("mobilenetv3_small_050", num_classes=4).eval()
     made = quantized(network, call(torch.randn(1, 3, 32, 32)))
     assert made.findings == []
-    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in made.network.modules())
+    norms = [m for m in made.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert not any(type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) for norm in norms)
+    assert all(
+        FOLDED in vars(norm) and norm.weight is norm.running_mean is None for norm in norms
+    )  # its activation goes on

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_quant.errors import PreflightError
 from lightning_quant.precision import Precision
+from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import preflight
+from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.preflight import Finding, FindingKind
 from tests.simulation.networks import (
     Body,
@@ -30,48 +31,32 @@ from tests.simulation.networks import (
 
 
 def problems(network: nn.Module) -> dict[str, str]:
-    """Problem by module, of the network as it stands (nothing prepared, nothing folded)."""
-    found = preflight.inspect(network.eval(), call(images()))
+    """Problem by module."""
+    found = quantized(network.eval()).findings
     assert len({finding.module for finding in found}) == len(found)
     return {finding.module: finding.problem for finding in found}
 
 
-def test_a_module_called_twice() -> None:
-    assert problems(SharedReLU()) == {"relu": "called 2 times in one pass: its activations have no ranges"}
-    assert problems(Chain()) == {}
+@pytest.mark.parametrize(
+    "network",
+    [
+        SharedReLU(),
+        SharedConv(),
+        Chain(),
+        Functional(),
+        Untraceable(Functional()),
+        nn.Sequential(nn.Conv2d(3, 3, 1), Sine(), nn.Identity()),
+    ],
+    ids=["one ReLU twice", "one convolution twice", "layers", "functions", "control flow by values", "unknown class"],
+)
+def test_what_was_a_problem_once_is_none(network: nn.Module) -> None:
+    assert problems(network) == {}
 
 
-def test_functional_operations_are_named_where_they_happen() -> None:
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = Functional()
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.inner(x)
-            x = torch.sin(1 - x) + F.gelu(x).softmax(1)
-            return torch.cat([x, x], 1).reshape(1, -1)[:, :4]  # moving values around is no operation
-
-    assert problems(Outer()) == {
-        "": "functional operations stay in float: add, cat, gelu, rsub, sin, softmax",
-        "inner": "functional operations stay in float: add, interpolate, relu",
-    }
-
-
-def test_shapes_and_integers_are_no_operations() -> None:
-    class Shapes(Chain):
-        def forward(self, x: Tensor) -> Tensor:
-            half = x.shape[-1] // 2 + int(torch.arange(4).sum()) * 0
-            x = super().forward(x.to(torch.float32).contiguous())
-            first, second = x[..., :half].flatten(2).chunk(2, dim=2)
-            return torch.where(x.argmax(1) > 9, 0, 1) + 0 * first.shape[0] + second.dim()
-
-    assert problems(Shapes()) == {}
-
-
-def test_a_leaf_that_aimet_does_not_know() -> None:
-    found = problems(nn.Sequential(nn.Conv2d(3, 3, 1), Sine(), nn.Identity()))
-    assert found == {"1": "AIMET has no quantized form of Sine: it stays in float"}
+def test_compiled_parts_stay_in_float() -> None:
+    script = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+    found = problems(nn.Sequential(nn.Conv2d(3, 3, 1), script))
+    assert found["1"] == "RecursiveScriptModule is compiled: what it computes stays in float"
 
 
 def test_a_batch_norm_that_is_left() -> None:
@@ -91,34 +76,16 @@ def test_parts_that_do_not_run_are_not_reported() -> None:
     assert problems(Unused()) == {}
 
 
-def test_no_hook_is_left_and_nothing_changes_even_when_the_network_raises() -> None:
+def test_nothing_changes_when_the_network_raises() -> None:
     network = Body()
     state = {name: value.clone() for name, value in network.state_dict().items()}
-    problems(network)
-    with pytest.raises(RuntimeError):
-        preflight.inspect(network, call(images(channels=5)))
+    classes = [type(module) for module in network.modules()]
+    with pytest.raises(PreflightError):
+        quantize(network, call(images(channels=5)), QuantRecipe(Precision.parse("w8a8")))
+    assert [type(module) for module in network.modules()] == classes
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    assert network.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
-
-
-def test_untraceable_network_keeps_its_functional_operations_and_reuse() -> None:
-    findings = {finding.module: finding.problem for finding in quantized(Untraceable(SharedReLU())).findings}
-    assert set(findings) == {"", "inner.relu"}
-    assert "called 2 times" in findings["inner.relu"]
-    network = Untraceable(Functional())
-    found = quantized(network).findings
-    assert [finding.module for finding in found] == ["", "", "inner"]
-    assert "could not be traced (TypeError: float()" in found[0].problem
-    assert "functional operations stay in float: abs, max" in found[1].problem
-    assert "add, interpolate, relu" in found[2].problem
-
-
-def test_tracing_removes_what_it_can() -> None:
-    assert quantized(Functional()).findings == []
-    assert quantized(SharedReLU()).findings == []
-    # no fx module for this one: it stays, and is named
-    (sine,) = quantized(nn.Sequential(nn.Conv2d(3, 3, 1), Sine(), nn.Conv2d(3, 3, 1))).findings
-    assert sine == Finding("", "functional operations stay in float: sin", sine.remedy, kind=FindingKind.LEFT_IN_FLOAT)
 
 
 def test_every_finding_says_of_what_kind_it_is() -> None:
@@ -126,16 +93,9 @@ def test_every_finding_says_of_what_kind_it_is() -> None:
         return [finding.kind for finding in quantized(network).findings]
 
     assert kinds(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1))) == [FindingKind.UNFOLDED]
-    assert kinds(Untraceable(SharedReLU()))[0] is FindingKind.UNTRACED
-    assert FindingKind.NO_RANGES in kinds(Untraceable(SharedReLU()))
+    compiled = nn.Sequential(nn.Conv2d(3, 3, 1), torch.jit.script(nn.ReLU()))
+    assert kinds(compiled) == [FindingKind.LEFT_IN_FLOAT]
     assert [kind for kind in FindingKind if kind.leaves_open] == [FindingKind.LEFT_IN_FLOAT, FindingKind.NO_RANGES]
-
-
-def test_shared_convolution_is_told_to_have_become_two() -> None:
-    (finding,) = quantized(SharedConv()).findings
-    assert finding.kind is FindingKind.COPIED
-    assert finding.module == "conv"
-    assert "called more than once: each call got a copy of its own" in finding.problem
 
 
 @pytest.mark.parametrize("last", [nn.Conv2d(4, 1, 3), nn.ConvTranspose2d(4, 1, 2)])
@@ -159,7 +119,7 @@ def test_table_is_aligned_and_strict_raises_with_it(caplog: pytest.LogCaptureFix
     assert preflight.table(findings) == (
         "module     problem      what to do\n(network)  problem one  do this\nbody.relu  two          do that"
     )
-    network = nn.Sequential(nn.Conv2d(3, 3, 1), Sine(), nn.Conv2d(3, 3, 1))
+    network = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.ReLU())
     with pytest.raises(PreflightError, match="strict=True") as caught:
         quantized(network, strict=True)
     with caplog.at_level(logging.WARNING, logger="lightning_quant"):
@@ -182,7 +142,7 @@ def test_siblings_that_share_parameters() -> None:
 
     root = Module()
     found = preflight.sharing_siblings(root, root.model, "model")
-    assert [finding.module for finding in found] == ["head", "tied"]
+    assert [finding.module for finding in found] == ["tied"]  # the very module is quantized where it is
     assert "'model'" in found[0].problem
     assert preflight.sharing_siblings(root, root.other, "other") == []
     wrapper = nn.ModuleDict({"outer": Body()})

@@ -35,7 +35,7 @@ def layers_kept() -> Iterator[None]:
         QuantizationMixin.from_module = convert
 
 
-class _First:
+class LaidOutAlike:
     """Decides how Python lays an object out; the same way for all classes of PyTorch."""
 
 
@@ -47,7 +47,8 @@ def _laid_out_alike(quantized: Any, plain: Any) -> Any:
     try:
         plain.__new__(plain).__class__ = quantized
     except TypeError:
-        made = type(quantized)(quantized.__name__, (_First, quantized), {"__module__": __name__})
+        body = {"__module__": __name__, "made_by": (_laid_out_alike, quantized, plain)}
+        made = type(quantized)(quantized.__name__, (LaidOutAlike, quantized), body)
         QuantizationMixin.implements(plain)(made)  # AIMET looks classes up by type
         QuantizationMixin.cls_to_qcls[plain] = quantized
         return made

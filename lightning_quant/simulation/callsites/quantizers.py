@@ -21,6 +21,9 @@ def complete(sim: Any) -> None:
         if module.__dict__["_moves"]:  # values that were rounded stay rounded
             for index in range(len(module.output_quantizers)):
                 module.output_quantizers[index] = None
+        if "_made_up" in vars(module):  # weights of one: their range is known
+            for parameter in module.param_quantizers.parameters():
+                parameter.requires_grad_(False)
     _share_weights(sim)
     _share_steps(sim)
     _part_activations(sim)

@@ -279,6 +279,9 @@ def instrument(root: nn.Module, calls: Sequence[NetworkInputs]) -> None:
         calls: examples; the first is traced too, since some code asks whether it is.
     """
     running.follow_checkpoints()
+    for module in root.modules():
+        if FOLDED in vars(module):  # nothing is left that could normalize
+            running.watch(module)
     layers = _layers(root, calls)
     for module in root.modules():
         if module not in layers and not isinstance(module, torch.jit.ScriptModule):
@@ -392,6 +395,8 @@ def _hooked(
 ) -> Iterator[None]:
     handles = []
     for module in list(modules):
+        if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+            continue
         if before is not None:
             handles.append(module.register_forward_pre_hook(before, prepend=True))
         if after is not None:

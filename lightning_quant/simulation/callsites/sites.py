@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.simulation.callsites.functions import AUGMENTED, in_place
+from lightning_quant.simulation.callsites.lending import LaidOutAlike
 from lightning_quant.simulation.callsites.running import Pass, changed_into, place_within
 from lightning_quant.simulation.callsites.taken_apart import APART
 
@@ -273,13 +274,14 @@ class Weighted(Rule):
         if "weight" not in values:  # lent for good, while AIMET looks at it as at any layer
             return module(args[0] if args else kwargs["input"])
         bound = self.bind(args, kwargs)
-        weight, bias = bound.get("weight"), bound.get("bias")
-        values["weight"], values["bias"] = weight, bias
+        lent = bound.get("weight"), bound.get("bias")
+        detached = tuple(None if one is None else one.detach() for one in lent)
+        # without gradients a part of a parameter says that it has one, which hooks of PyTorch's do not take
+        values["weight"], values["bias"] = lent if torch.is_grad_enabled() else detached
         try:
             return module(bound["input"])
         finally:  # without the graph that computed them
-            values["weight"] = None if weight is None else weight.detach()
-            values["bias"] = None if bias is None else bias.detach()
+            values["weight"], values["bias"] = detached
 
 
 def _linear(bound: dict[str, Any]) -> nn.Module | None:
@@ -330,6 +332,12 @@ def _instance_norm(bound: dict[str, Any]) -> nn.Module | None:
 
 class InstanceNorm(Weighted):
     """``F.instance_norm``; the NPU computes with integers only where there is a weight and a bias."""
+
+    def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
+        layer = super().make(name, func, args, kwargs)
+        if layer is not None and super().bind(args, kwargs).get("weight") is None:
+            layer.__dict__["_made_up"] = True
+        return layer
 
     def bind(self, args: Any, kwargs: Any) -> dict[str, Any]:
         bound = super().bind(args, kwargs)
@@ -442,7 +450,7 @@ def generic_class(name: str, function: Any) -> type[nn.Module]:
     plain: Any = create_wrapper_module("".join(part.title() for part in name.split("_")), function)
     plain.__module__ = __name__
 
-    class Quantized(QuantizationMixin, plain):
+    class Quantized(LaidOutAlike, QuantizationMixin, plain):
         """The function, its inputs and output quantized."""
 
         def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -455,8 +463,15 @@ def generic_class(name: str, function: Any) -> type[nn.Module]:
             return quantizer(output) if quantizer is not None and _is_float(output) else output
 
     Quantized.__name__ = Quantized.__qualname__ = f"Quantized{plain.__name__}"
+    Quantized.made_by = (_quantized_generic, name, function)
     QuantizationMixin.implements(plain)(Quantized)
     return plain
+
+
+def _quantized_generic(name: str, function: Any) -> Any:
+    from aimet_torch.nn import QuantizationMixin
+
+    return QuantizationMixin.cls_to_qcls[generic_class(name, function)]
 
 
 def _paired(args: Sequence[Any], quantizers: Sequence[Any]) -> list[tuple[Any, Any]]:

@@ -80,7 +80,8 @@ class _Fast:
     def __reduce_ex__(self, protocol: Any) -> Any:
         # the classes are made on demand and have no name that a pickle could find
         _, _, *state = cast("tuple[Any, ...]", object.__reduce_ex__(self, protocol))
-        return (_unpickled, (self.aimet_class,), *state)
+        # nor has AIMET's, where it was made on demand too
+        return (_unpickled, getattr(self.aimet_class, "made_by", (None, self.aimet_class)), *state)
 
 
 class _FastQuantizer(_Fast):
@@ -354,6 +355,6 @@ def _is_plainly_dispatched(aimet_class: Any) -> bool:
     )
 
 
-def _unpickled(aimet_class: type) -> Any:
-    made: Any = _fast_class(aimet_class)
+def _unpickled(make: Any, *of: Any) -> Any:
+    made: Any = _fast_class(of[0] if make is None else make(*of))
     return made.__new__(made)
