@@ -94,12 +94,16 @@ class SmallModule(pl.LightningModule):
         self.model = network if network is not None else small_net()
         self._optimizers = optimizers or (lambda module: torch.optim.AdamW(module.parameters(), lr=1e-2))
         self.trained_on: list[float] = []
-        self._note = cast("list[str]", []).append  # not an attribute that measurements could put back
+        self._called = cast("list[str]", []).append  # not an attribute that measurements could put back
 
     @property
     def called(self) -> list[str]:
-        called: list[str] = self._note.__self__  # type: ignore[attr-defined]
+        called: list[str] = self._called.__self__  # type: ignore[attr-defined]
         return called
+
+    def _note(self, step: str) -> None:
+        if "log" not in vars(self):  # a step that is run for the calls it makes of the network logs nothing
+            self._called(step)
 
     @property
     def quantized(self) -> QuantizedNetwork:

@@ -46,6 +46,7 @@ def quantize(
             AIMET, and with ``recipe.strict`` for every finding.
         ConfigurationError: for an override that matches no layer.
     """
+    preflight.check_plain(network)
     preflight.check_finite(network)
     modes = {name: module.training for name, module in network.named_modules()}
     before = copied(network)
@@ -57,6 +58,11 @@ def quantize(
             if recipe.strict:
                 preflight.refuse(findings)
             sim = _simulate(network, inputs, recipe)
+        if next(sim.quantizers(), None) is None:
+            raise PreflightError(
+                f"{type(network).__name__} computes nothing that could be quantized: expected layers or arithmetic. "
+                "Name the module that computes, in network=..."
+            )
         calls = [call.to(torch.device("cpu")) for call in (inputs, *others)]
         quantized = QuantizedNetwork(network, sim, recipe, calls[0], prepared.output, findings, before, calls[1:])
         set_precisions(quantized, matching(quantized, recipe.overrides))

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.simulation.callsites.running import is_watched
-
 
 def copied(network: nn.Module) -> nn.Module:
     """A deep copy; tensors that a pass left behind in attributes come along without their graph."""
@@ -29,14 +27,16 @@ def state_kept(network: nn.Module) -> Iterator[None]:
     """Run a network in a block and leave what it keeps from pass to pass as it was: counters, caches, buffers.
 
     Args:
-        network: its modules watched (see :mod:`lightning_quant.simulation.callsites`); layers keep nothing.
+        network: the network; AIMET's layers in it keep nothing of the user's.
     """
-    plain = {module: _shallow(_plain_state(module)) for module in network.modules() if is_watched(module)}
+    plain = {module: _shallow(_plain_state(module)) for module in network.modules() if not _is_aimets(module)}
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     try:
         yield
     finally:
         for module, before in plain.items():
+            if _is_aimets(module):  # it became one meanwhile
+                continue
             own = vars(module)
             for name in _plain_state(module).keys() - before.keys():
                 del own[name]
@@ -51,6 +51,10 @@ def state_kept(network: nn.Module) -> Iterator[None]:
         for buffer, values in buffers:
             if not torch.equal(buffer, values):
                 buffer.copy_(values)
+
+
+def _is_aimets(module: nn.Module) -> bool:
+    return hasattr(module, "param_quantizers") or "aimet_torch" in type(module).__module__
 
 
 def _plain_state(module: nn.Module) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from lightning_quant.errors import CheckpointError
 from lightning_quant.precision import PRECISIONS, Precision
 from lightning_quant.reading import check, fitting, shown
 from lightning_quant.recipe import QuantRecipe
+from lightning_quant.simulation.callsites.inlining import functions_inlined
 from lightning_quant.simulation.callsites.running import watched_class
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
 from lightning_quant.simulation.preflight import Finding
@@ -61,7 +62,8 @@ class FlatNetwork(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the network on the flat ``tensors`` and return every tensor of its output, in order."""
         args, kwargs = with_tensors((self._structure.args, self._structure.kwargs), tensors)
-        return tuple(tensors_in(self.network(*args, **kwargs)))
+        with functions_inlined() if torch._C._get_tracing_state() is not None else nullcontext():
+            return tuple(tensors_in(self.network(*args, **kwargs)))
 
 
 class QuantizedNetwork:

@@ -71,6 +71,16 @@ def check_finite(network: nn.Module) -> None:
             )
 
 
+def check_plain(network: nn.Module) -> None:
+    """Refuse compiled parts, which run where nothing can be quantized."""
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise PreflightError(
+                f"{name or 'The network itself'} of {type(network).__name__} is compiled by TorchScript: expected "
+                "plain modules, since nothing inside can be quantized. Leave torch.jit.script and torch.jit.trace away."
+            )
+
+
 def refuse(findings: list[Finding]) -> None:
     """Raise for the findings, for ``strict=True``.
 
@@ -106,10 +116,6 @@ def inspect(network: nn.Module) -> list[Finding]:
                     kind=FindingKind.UNFOLDED,
                 )
             )
-        if isinstance(module, torch.jit.ScriptModule):
-            problem = f"{type(module).__name__} is compiled: what it computes stays in float"
-            remedy = "give the network the module itself, without torch.jit.script"
-            findings.append(Finding(name, problem, remedy, kind=FindingKind.LEFT_IN_FLOAT))
     return findings
 
 

@@ -75,7 +75,6 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "weights near 1e-39": lambda: with_weights(lambda n: n[0].weight.mul_(1e-38)),
     "denormal weights": lambda: with_weights(lambda n: [n[0].weight.mul_(1e-42), n[0].bias.zero_()]),
     "constant": Constant,
-    "nothing to quantize": Reshape,
     "shared weights": Shared,
     "one element": one_element,
     "frozen": frozen,
@@ -114,6 +113,12 @@ def test_networks(name: str, precision: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_samples(name: str, precision: str, tmp_path: Path) -> None:
     check(small(), SAMPLES[name](), precision, tmp_path)
+
+
+@PRECISIONS
+def test_nothing_to_quantize(precision: str) -> None:
+    with pytest.raises(PreflightError, match="Reshape computes nothing that could be quantized"):
+        calibrated(Reshape(), call(images(4)), precision=precision)
 
 
 @PRECISIONS

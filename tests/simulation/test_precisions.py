@@ -115,13 +115,17 @@ def test_a_concatenation_still_runs_restores_and_has_finer_outputs(
     assert error() == coarse
 
 
-def test_a_layer_between_functional_operations_is_refused_and_nothing_changes() -> None:
+def test_a_layer_between_functional_operations_is_made_finer() -> None:
     network = calibrated(Untraceable(Body()), precision="w4a8")
-    before, snapshot = bits(network), network.snapshot()
-    with pytest.raises(ConfigurationError, match=r"AIMET cannot give inner\.head another precision: RuntimeError"):
-        set_precisions(network, {"inner.head": FINEST})
-    assert changed(network, before) == {}
-    assert_same_tensors(network.state_dict(), snapshot)
+    before = bits(network)
+    set_precisions(network, {"inner.head": FINEST})
+    assert {name.rpartition(".")[0].partition(".output")[0] for name in changed(network, before)} == {
+        "inner.head.param_quantizers",
+        "inner.head",
+        "inner.relu.relu_1",
+    }
+    calibrate(network, [call(images(8))])
+    network(images(2)).sum().backward()
 
 
 def test_a_concatenation_itself_is_refused() -> None:

@@ -53,10 +53,11 @@ def test_what_was_a_problem_once_is_none(network: nn.Module) -> None:
     assert problems(network) == {}
 
 
-def test_compiled_parts_stay_in_float() -> None:
-    script = torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
-    found = problems(nn.Sequential(nn.Conv2d(3, 3, 1), script))
-    assert found["1"] == "RecursiveScriptModule is compiled: what it computes stays in float"
+@pytest.mark.parametrize("make", [torch.jit.script, lambda part: torch.jit.trace(part, images())])
+def test_compiled_parts_are_refused(make: Any) -> None:
+    part = make(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+    with pytest.raises(PreflightError, match="1 of Sequential is compiled by TorchScript"):
+        quantized(nn.Sequential(nn.Conv2d(3, 3, 1), part))
 
 
 def test_a_batch_norm_that_is_left() -> None:
@@ -93,8 +94,7 @@ def test_every_finding_says_of_what_kind_it_is() -> None:
         return [finding.kind for finding in quantized(network).findings]
 
     assert kinds(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1))) == [FindingKind.UNFOLDED]
-    compiled = nn.Sequential(nn.Conv2d(3, 3, 1), torch.jit.script(nn.ReLU()))
-    assert kinds(compiled) == [FindingKind.LEFT_IN_FLOAT]
+    assert kinds(Untraceable(SharedReLU())) == []
     assert [kind for kind in FindingKind if kind.leaves_open] == [FindingKind.LEFT_IN_FLOAT, FindingKind.NO_RANGES]
 
 

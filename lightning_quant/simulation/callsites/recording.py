@@ -24,8 +24,18 @@ from lightning_quant.simulation.callsites.functions import (
     in_place,
     tensors_among,
 )
-from lightning_quant.simulation.callsites.running import FOLDED, MADE_UP, SEEN, Pass, Place, add_site, place
-from lightning_quant.simulation.callsites.sites import CONTAINERS, GENERIC, RULES, ApartSite, Site, Weighted
+from lightning_quant.simulation.callsites.running import (
+    CONTAINERS,
+    FOLDED,
+    MADE_UP,
+    OF_A_LIST,
+    SEEN,
+    Pass,
+    Place,
+    add_site,
+    place,
+)
+from lightning_quant.simulation.callsites.sites import GENERIC, RULES, ApartSite, Site, Weighted
 from lightning_quant.simulation.callsites.taken_apart import APART, STEPPING
 from lightning_quant.simulation.inplace import state_kept
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
@@ -231,7 +241,8 @@ class Recorder:
             and value.numel() > 1
             and id(value) in self.constants
         )
-        holder = next((one for one in reversed(running.stack) if not isinstance(one, CONTAINERS)), None)
+        # a list is iterated over: its sites go to the module around it, if there is one
+        holder = next((one for one in reversed(running.stack) if not isinstance(one, CONTAINERS)), running.stack[0])
         child.__dict__["_moves"] = name in MOVES and name not in CASTS
         name = name if rule is not GENERIC else f"{name}*"
         return _Found(module, at, name, self.repeating, child, holder, weight)
@@ -282,9 +293,10 @@ def instrument(root: nn.Module, calls: Sequence[NetworkInputs]) -> None:
     for module in root.modules():
         if FOLDED in vars(module):  # nothing is left that could normalize
             running.watch(module)
-    layers = _layers(root, calls)
+    with state_kept(root):
+        layers = _layers(root, calls)
     for module in root.modules():
-        if module not in layers and not isinstance(module, torch.jit.ScriptModule):
+        if module not in layers:
             running.watch(module)
     with state_kept(root):
         others = _changing_what_others_use(root, calls, layers)
@@ -395,8 +407,6 @@ def _hooked(
 ) -> Iterator[None]:
     handles = []
     for module in list(modules):
-        if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
-            continue
         if before is not None:
             handles.append(module.register_forward_pre_hook(before, prepend=True))
         if after is not None:
@@ -421,6 +431,8 @@ def _install(found: Iterable[_Found]) -> None:
         own["_repeats"] = (id(one.module), one.at[0]) if one.repeats else None
         name = _free_name(one.holder, one.name)
         one.holder.add_module(name, one.child)
+        if isinstance(one.holder, CONTAINERS):
+            vars(one.holder)[OF_A_LIST] = (*vars(one.holder).get(OF_A_LIST, ()), name)
         add_site(one.module, one.at, Site(one.name, one.holder, name, own=one.holder is one.module))
 
 

@@ -9,6 +9,7 @@ as if nobody were looking.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import threading
 from collections.abc import Callable
@@ -27,13 +28,13 @@ from lightning_quant.simulation.callsites.functions import base_name, computes, 
 from lightning_quant.simulation.inputs import tensors_in
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from lightning_quant.simulation.callsites.recording import Recorder
     from lightning_quant.simulation.callsites.sites import ApartSite, Site
 
-# The code that stands where an operation is called: qualified name, first line and instruction of each frame from the
-# operation up to the module's forward; then the how-manieth time in this pass.
+# The code that stands where an operation is called: name, first line and position of each frame from the operation up
+# to the module's forward; then the how-manieth time in this pass.
 Place = tuple[tuple[Any, ...], int]
 
 # Where a module keeps its call sites, in its ``__dict__``: no child, no parameter, copied and pickled along.
@@ -44,14 +45,25 @@ SEEN = "_places_seen"
 _NOW = "_changed_into"
 # A batch norm of another class than PyTorch's own that was folded into the layer before it.
 FOLDED = "_folded_away"
+# Names of the sites that a list of modules holds itself, and where they are while it is read.
+OF_A_LIST, SET_ASIDE = "_sites_of_a_list", "_sites_set_aside"
+# These are iterated over: no place for a child of ours, where there is another.
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # What PyTorch's recurrent layers mark a first state with that nobody gave them.
 MADE_UP = "_is_made_up"
 
 # Frames that hand an operation on, and those at which a module's own code begins.
+_HANDING_ON: Any = (
+    torch.overrides,
+    torch.functional,
+    nn.functional,
+    torch._tensor,
+    torch._jit_internal,
+    torch.autograd.function,
+)
 _HERE = Path(__file__).parent
 _HANDS_ON = frozenset(
-    [str(_HERE / "recording.py"), str(_HERE / "sites.py")]
-    + [m.__file__ for m in (torch.overrides, torch.functional, nn.functional, torch._tensor, torch._jit_internal)]
+    [str(_HERE / name) for name in ("recording.py", "sites.py", "inlining.py")] + [m.__file__ for m in _HANDING_ON]
 )
 _BEGINS = frozenset(
     file for file in (sys.modules[nn.Module.__module__].__file__, torch.utils.checkpoint.__file__, __file__) if file
@@ -122,9 +134,15 @@ class Interception(TorchFunctionMode):
 
 
 @functools.cache
-def _stable(frames: tuple[Any, ...]) -> tuple[tuple[str, int, int], ...]:
-    """Frames in a form that can be pickled."""
-    return tuple((code.co_qualname, code.co_firstlineno, at) for code, at in frames)
+def _stable(frames: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
+    """Frames in a form that can be pickled: name and first line of the code, and which part of its text is run."""
+    return tuple((code.co_qualname, code.co_firstlineno, *_position(code, at)) for code, at in frames)
+
+
+def _position(code: CodeType, at: int) -> tuple[int | None, ...]:
+    """Lines and columns of an instruction; its number differs by whether Python or C is called there."""
+    position = next(itertools.islice(code.co_positions(), at // 2, None))
+    return position if None not in position else (at,)
 
 
 def place(running: Pass, module: nn.Module) -> Place:
@@ -140,10 +158,11 @@ def place(running: Pass, module: nn.Module) -> Place:
         elif file not in _HANDS_ON:
             frames.append((code, frame.f_lasti))
         frame = frame.f_back
-    key = (id(module), running.within, *frames)
+    found = (*running.within, *_stable(tuple(frames)))
+    key = id(module), found
     count = running.counts.get(key, 0)
     running.counts[key] = count + 1
-    return (*running.within, *_stable(tuple(frames))), count
+    return found, count
 
 
 def current(value: Any) -> Any:
@@ -216,7 +235,7 @@ def watched_class(cls: Any, *more: Any) -> Any:
             return plain_call(self, *args, **kwargs)
         running.stack.append(self)
         try:
-            with _flat(self):
+            with _flat(self), _sites_set_aside(self):
                 return plain_call(self, *args, **kwargs)
         finally:
             running.stack.pop()
@@ -251,10 +270,45 @@ def watched_class(cls: Any, *more: Any) -> Any:
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
+    if issubclass(cls, CONTAINERS):
+        body |= {name: _without_sites(getattr(cls, name)) for name in _ITERATING if hasattr(cls, name)}
     for one in more:
         body |= {name: value for name, value in vars(one).items() if callable(value)}
     watched = type(cls)(cls.__name__, (cls,), body)
     return watched
+
+
+# How lists of modules are read; the modules at call sites that a list at the root has to hold are none of its own.
+_ITERATING = ("__iter__", "__len__", "__getitem__", "__contains__", "keys", "values", "items")
+
+
+def _without_sites(read: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(read)
+    def reading(self: nn.Module, *args: Any) -> Any:
+        with _sites_set_aside(self):
+            found = read(self, *args)
+            return iter(list(found)) if read.__name__ == "__iter__" else found
+
+    return reading
+
+
+def _sites_set_aside(module: nn.Module) -> AbstractContextManager[None]:
+    names = module.__dict__.get(OF_A_LIST)
+    return nullcontext() if not names else _set_aside(module, names)
+
+
+@contextmanager
+def _set_aside(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    children = module._modules
+    if not all(name in children for name in names):  # they are already
+        yield
+        return
+    aside = module.__dict__[SET_ASIDE] = {name: children.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        children.update(aside)
+        del module.__dict__[SET_ASIDE]
 
 
 _QUANTIZERS = ("param_quantizers", "input_quantizers", "output_quantizers")
@@ -273,7 +327,7 @@ def _begin(module: nn.Module, plain_call: Callable[..., Any], args: Any, kwargs:
     running = _local.running = Pass(_local.recorder)
     running.stack.append(module)
     try:
-        with running.mode, _flat(module):
+        with running.mode, _flat(module), _sites_set_aside(module):
             output = plain_call(module, *args, **kwargs)
         if running.recorder is not None:
             running.recorder.end(output)
@@ -397,6 +451,8 @@ def follow_checkpoints() -> None:
         return without_reentrant(_keeping_place(fn), *args, **kwargs)
 
     def apply(function: Any, *args: Any) -> Any:
+        if torch._C._get_tracing_state() is not None:
+            return function(*args[1:])  # the first says whether to keep the state of the random numbers
         return reentrant(_keeping_place(function), *args)
 
     module._checkpoint_without_reentrant_generator_impl = generator

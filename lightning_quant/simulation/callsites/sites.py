@@ -11,11 +11,8 @@ from torch import Tensor, nn
 
 from lightning_quant.simulation.callsites.functions import AUGMENTED, in_place
 from lightning_quant.simulation.callsites.lending import LaidOutAlike
-from lightning_quant.simulation.callsites.running import Pass, changed_into, place_within
+from lightning_quant.simulation.callsites.running import CONTAINERS, SET_ASIDE, Pass, changed_into, place_within
 from lightning_quant.simulation.callsites.taken_apart import APART
-
-# These are iterated over: no place for a child of ours.
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def is_at_call_site(module: nn.Module) -> bool:
@@ -42,11 +39,12 @@ class Site:
     def module(self, running: Pass) -> nn.Module:
         """The module that answers: of the network that runs, which can be a copy that AIMET made."""
         stack = running.stack
-        holder = stack[-1] if self.own else next((m for m in reversed(stack) if not isinstance(m, CONTAINERS)), None)
+        holder: nn.Module | None = stack[-1]
+        if not self.own:
+            holder = next((m for m in reversed(stack) if not isinstance(m, CONTAINERS)), None)
         found = None if holder is None else holder._modules.get(self.child)
-        if found is None:  # a list that is called on its own
-            found = self.holder._modules[self.child]
-        assert found is not None
+        if found is None:  # of a list that is called on its own, or at the root
+            found = self.holder._modules.get(self.child) or vars(self.holder)[SET_ASIDE][self.child]
         return found
 
     def answer(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:

@@ -118,8 +118,9 @@ def multi_head_attention(
         padding = additive(key_padding_mask, q, keep=False)[:, None, None, :]
         mask = padding if mask is None else mask + padding
     seen, looked = _attend(q, k, v, mask, dropout_p if training else 0.0)
-    joined = seen.transpose(1, 2).reshape(batch, length, width)
-    output = F.linear(joined, out_proj_weight, out_proj_bias).transpose(0, 1)
+    # laid out in memory as PyTorch does, which decides what a dropout behind it drops
+    joined = seen.permute(2, 0, 1, 3).reshape(length, batch, width)
+    output = F.linear(joined, out_proj_weight, out_proj_bias)
     if not batched:
         output = output.squeeze(1)
     if not need_weights:

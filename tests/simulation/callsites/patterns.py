@@ -1,0 +1,521 @@
+"""Networks as people write them, each with one thing that depends on more than one traced call."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import StochasticDepth
+
+from lightning_quant.simulation.inputs import NetworkInputs
+
+
+class Pattern(NamedTuple):
+    """A network and how it is called.
+
+    Args:
+        network: makes it.
+        calls: what it is called with, with 3 samples.
+        apart: whether an operation is taken apart, which reorders sums.
+    """
+
+    network: Callable[[], nn.Module]
+    calls: Callable[[], list[NetworkInputs]]
+    apart: bool = False
+
+
+def image(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*(shape or (3, 3, 8, 8)), generator=torch.Generator().manual_seed(seed))
+
+
+def one_image() -> list[NetworkInputs]:
+    return [NetworkInputs((image(),))]
+
+
+def sequence() -> list[NetworkInputs]:
+    return [NetworkInputs((image(3, 6, 8),))]
+
+
+class Of(nn.Module):
+    """Two convolutions (or linear layers) and a function between them."""
+
+    def __init__(self, function: Callable[..., Any], linear: bool = False, **parts: nn.Module) -> None:
+        super().__init__()
+        self.first: nn.Module = nn.Linear(8, 8) if linear else nn.Conv2d(3, 8, 3, padding=1)
+        self.last: nn.Module = nn.Linear(8, 4) if linear else nn.Conv2d(8, 4, 1)
+        self.function = function
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.last(self.function(self, self.first(x), *args, **kwargs))
+
+
+class TwoModes(nn.Module):
+    """Raw maps in training, boxes and scores in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.heads = nn.ModuleList([nn.Conv2d(8, 6, 1), nn.Conv2d(8, 6, 1)])
+
+    def forward(self, x: Tensor) -> Any:
+        a = F.silu(self.stem(x))
+        maps = [head(a) for head in self.heads]
+        if self.training:
+            return maps
+        boxes, scores = torch.cat([one.flatten(2) for one in maps], 2).split((4, 2), 1)
+        return boxes.sigmoid() * 32, scores.sigmoid()
+
+
+class LossInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.body(x)
+        if targets is None:
+            return {"logits": logits}
+        return {"loss": F.cross_entropy(logits, targets) + 1e-3 * logits.square().mean(), "logits": logits}
+
+
+class WithoutGradient(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.backbone(x)
+        return self.head(x.mean((2, 3)) + x.detach().amax((2, 3)))
+
+
+class Reversed(torch.autograd.Function):
+    """Gradients are turned around."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return -0.5 * gradient
+
+
+class Swish(torch.autograd.Function):
+    """The memory-saving one of many EfficientNets."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(x)
+        return gradient * (s * (1 + x * (1 - s)))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool, as_function: bool) -> None:
+        super().__init__()
+        self.reentrant, self.as_function = reentrant, as_function
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def around(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.block(x)) * 0.5 + x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.as_function:
+            x = checkpoint(self.around, x, use_reentrant=self.reentrant)  # type: ignore[assignment]
+            x = checkpoint(lambda y: F.relu(self.block(y)) + y, x, use_reentrant=self.reentrant)  # type: ignore[assignment]
+        else:
+            x = x + checkpoint(self.block, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+class AuxiliaryAttribute(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gate, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = F.relu(self.conv(x)).mean((2, 3))
+        g = torch.sigmoid(self.gate(f))
+        self.aux = g.mean(1)
+        return self.head(f * g)
+
+
+class Schedule(nn.Module):
+    """Reads a counter that it keeps, as warm-ups inside networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.steps += 1
+        return self.conv(x) * min(1.0, 0.5 + 0.1 * int(self.steps))
+
+
+class MovingMean(nn.Module):
+    """Keeps a mean of what it saw in a float buffer, in training and in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        self.mean.mul_(0.9).add_(x.detach().mean((0, 2, 3)), alpha=0.1)
+        return x - self.mean[:, None, None]
+
+
+class InPlaceSkip(nn.Module):
+    """The first ReLU of the block changes what the shortcut hands on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return x + self.body(x)
+
+
+class ByShape(nn.Module):
+    """Pads to an even size, where that is not so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if y.shape[-1] % 2:
+            y = F.pad(y, (0, 1)) * 2
+        return F.avg_pool2d(y, 2)
+
+
+class ByValue(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.conv(x)) if float(x.detach().mean()) > -10 else torch.tanh(self.other(x))
+
+
+class SharedParts(nn.Module):
+    """One activation for all, one block twice, one weight in two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.block = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.LeakyReLU(0.1))
+        self.act = nn.ReLU()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.block(self.block(self.act(self.stem(x))))).mean((2, 3))
+        return self.two(self.act(self.one(x)))
+
+
+class Residual(nn.Sequential):
+    """A list of layers with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x) + x)
+
+
+class Standardized(nn.Conv2d):
+    """Weight standardization: what is computed with is not the parameter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.weight.mean((1, 2, 3), keepdim=True)
+        deviation = self.weight.std((1, 2, 3), keepdim=True) + 1e-5
+        return F.conv2d(x, (self.weight - mean) / deviation, self.bias, self.stride, self.padding)
+
+
+class Functional(nn.Module):
+    """Weights as plain parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(8, 3, 3, 3) / 5)
+        self.matrix = nn.Parameter(torch.randn(8, 4))
+        self.shift = nn.Parameter(torch.randn(4))
+        self.scale = nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(F.conv2d(x, self.kernel, padding=1)) * self.scale
+        return x.mean((2, 3)) @ self.matrix + self.shift
+
+
+class Attend(nn.Module):
+    def __init__(self, causal: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.causal, self.dropout = causal, dropout
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, self.causal and mask is None)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class AttendByHand(nn.Module):
+    """As in nanoGPT: a triangle of ones in a buffer, minus infinity filled in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.drop = nn.Linear(8, 24), nn.Linear(8, 4), nn.Dropout(0.3)
+        self.register_buffer("triangle", torch.tril(torch.ones(16, 16)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        size = x.shape[1]
+        scores = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
+        scores = scores.masked_fill(self.triangle[:size, :size] == 0, float("-inf"))
+        return self.out(self.drop(F.softmax(scores, dim=-1)) @ v)
+
+
+class WholeAttention(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **options)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, weights = self.attention(x, x, x, key_padding_mask=padding)
+        return self.norm(x + y), weights
+
+
+class Recurrent(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.out = nn.LazyLinear(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.layer(x)[0])
+
+
+class Stepwise(nn.Module):
+    """A cell in a loop of the user's, with a state that is None at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.GRUCell(8, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        assert state is not None
+        return self.out(state), state
+
+
+class Normed(nn.Module):
+    """Root mean square norms, by hand and by PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+        self.norm, self.out = nn.RMSNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+        return self.out(self.norm(x))
+
+
+class Mixed(nn.Module):
+    """Arguments of every kind, some by name, some left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, batch: dict[str, Any], *more: Tensor, scale: float = 1.0, skip: Tensor | None = None) -> Any:
+        x = self.conv(batch["image"])
+        for one in more:
+            x = x + one
+        if skip is not None:
+            x = x * torch.sigmoid(skip)
+        return OrderedDict(out=x * scale, sizes=batch["sizes"] + 1)
+
+
+class Features(nn.Module):
+    """A hook of the network's own changes what a block hands on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.one.register_forward_hook(_doubled)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x))
+
+
+def _doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output * 2 + 1
+
+
+def padded() -> list[NetworkInputs]:
+    mask = torch.zeros(3, 6, dtype=torch.bool)
+    mask[1:, 4:] = True
+    return [NetworkInputs((image(3, 6, 8), mask)), *sequence()]
+
+
+def kept() -> list[NetworkInputs]:
+    mask = torch.ones(3, 1, 1, 6, dtype=torch.bool)
+    mask[1:, ..., 4:] = False
+    return [NetworkInputs((image(3, 6, 8), mask)), NetworkInputs((image(3, 6, 8), image(6, 6, seed=1))), *sequence()]
+
+
+def mixed() -> list[NetworkInputs]:
+    batch = {"image": image(), "sizes": torch.arange(3)}
+    return [
+        NetworkInputs((batch, image(3, 4, 8, 8, seed=1)), {"skip": image(3, 4, 8, 8, seed=2)}),
+        NetworkInputs((batch,), {"scale": 2.0}),
+    ]
+
+
+def between(function: Callable[..., Any], apart: bool = False, linear: bool = False, **parts: Any) -> Pattern:
+    return Pattern(
+        lambda: Of(function, linear, **{name: make() for name, make in parts.items()}),
+        sequence if linear else one_image,
+        apart,
+    )
+
+
+def padded_named() -> list[NetworkInputs]:
+    mask = torch.zeros(3, 6, dtype=torch.bool)
+    mask[1:, 4:] = True
+    return [NetworkInputs((image(3, 6, 8),), {"src_key_padding_mask": mask}), *sequence()]
+
+
+def before_relu(layer: Callable[[], nn.Module]) -> Pattern:
+    return Pattern(lambda: nn.Sequential(layer(), nn.ReLU()), one_image)
+
+
+def pruned() -> nn.Module:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    prune.l1_unstructured(network[0], "weight", 0.5)
+    return network
+
+
+def _added_in_place(module: Any, x: Tensor) -> Tensor:
+    y = x
+    y += 1
+    y = y.mul_(2)
+    return x - y.clone().relu_()
+
+
+def _filled(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, :4] = x[:, :4] * 2
+    y[:, 4:].copy_(x[:, 4:])
+    return y
+
+
+PATTERNS: dict[str, Pattern] = {
+    # what depends on the mode
+    "functional dropout": between(lambda m, x: F.dropout(x, 0.5, training=m.training)),
+    "dropout of channels": between(lambda m, x: F.dropout2d(F.relu(x), 0.5, training=m.training)),
+    "dropout modules": between(lambda m, x: m.drop(m.drop(x)), drop=lambda: nn.Dropout(0.3)),
+    "alpha dropout": between(lambda m, x: m.drop(F.selu(x)), drop=lambda: nn.AlphaDropout(0.3)),
+    "stochastic depth": between(lambda m, x: x + m.drop(torch.tanh(x)), drop=lambda: StochasticDepth(0.5, "row")),
+    "noise in training": between(lambda m, x: x + 0.1 * torch.randn_like(x) if m.training else x),
+    "two modes": Pattern(TwoModes, one_image, apart=True),
+    "head for training alone": between(lambda m, x: x + m.aux(x) if m.training else x, aux=lambda: nn.Conv2d(8, 8, 1)),
+    # what depends on the call
+    "loss inside": Pattern(
+        LossInside, lambda: [*one_image(), NetworkInputs((image(),), {"targets": torch.arange(3)})]
+    ),
+    "masks": Pattern(Attend, kept, apart=True),
+    "padding": Pattern(WholeAttention, padded, apart=True),
+    "arguments of every kind": Pattern(Mixed, mixed),
+    "sizes": Pattern(ByShape, lambda: [*one_image(), NetworkInputs((image(3, 3, 8, 7),))]),
+    "values": Pattern(ByValue, one_image),
+    "state that is None at first": Pattern(
+        Stepwise, lambda: [NetworkInputs((image(3, 4, 8), image(3, 6))), NetworkInputs((image(3, 4, 8),))], apart=True
+    ),
+    # what autograd sees
+    "no gradient": Pattern(WithoutGradient, one_image),
+    "gradient reversal": between(lambda m, x: Reversed.apply(x)),
+    "custom backward": between(lambda m, x: Swish.apply(x)),
+    "detach": between(lambda m, x: x + (torch.round(x) - x).detach()),
+    "checkpointed block": Pattern(partial(Checkpointed, False, False), one_image),
+    "checkpointed block, reentrant": Pattern(partial(Checkpointed, True, False), one_image),
+    "checkpointed functions": Pattern(partial(Checkpointed, False, True), one_image),
+    "checkpointed functions, reentrant": Pattern(partial(Checkpointed, True, True), one_image),
+    # what a network keeps
+    "auxiliary loss in an attribute": Pattern(AuxiliaryAttribute, one_image),
+    "counter": Pattern(Schedule, one_image),
+    "moving mean": Pattern(MovingMean, one_image),
+    # operations in place
+    "in place": between(_added_in_place),
+    "in place on the shortcut": Pattern(InPlaceSkip, one_image),
+    "functional in place": between(lambda m, x: F.relu(x, inplace=True) + x),
+    "filled in": between(lambda m, x: _filled(x)),
+    # structure
+    "shared parts": Pattern(SharedParts, one_image),
+    "list with a forward": Pattern(lambda: nn.Sequential(Residual(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))), one_image),
+    "root list with a forward": Pattern(lambda: Residual(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)), one_image),
+    "one layer": Pattern(lambda: nn.Conv2d(3, 4, 3), one_image),
+    "hooks": Pattern(Features, one_image),
+    # weights
+    "weights as parameters": Pattern(Functional, one_image),
+    "weight norm": before_relu(lambda: parametrizations.weight_norm(nn.Conv2d(3, 4, 3))),
+    "weight norm of old": before_relu(lambda: nn.utils.weight_norm(nn.Conv2d(3, 4, 3))),
+    "orthogonal": between(
+        lambda m, x: m.inner(x), linear=True, inner=lambda: parametrizations.orthogonal(nn.Linear(8, 8))
+    ),
+    "pruned": Pattern(pruned, one_image),
+    "standardized": Pattern(lambda: nn.Sequential(Standardized(3, 4, 3), nn.ReLU()), one_image),
+    # functions
+    "arithmetic": between(lambda m, x: 2 - (x / 3 + 1) * x.mean((2, 3), keepdim=True) - -x),
+    "concatenation": between(lambda m, x: torch.cat([x, x.flip(2)], 1)[:, ::2]),
+    "stack": between(lambda m, x: torch.stack((x, x * 2), 1).sum(1)),
+    "interpolation": between(lambda m, x: F.interpolate(F.max_pool2d(x, 2), scale_factor=2.0, mode="bilinear")),
+    "activations": between(lambda m, x: F.hardswish(x) + F.gelu(x) + F.elu(x, 0.5) + x.clamp(-1, 1) + F.softplus(x)),
+    "activations taken apart": between(lambda m, x: F.silu(x) + F.mish(x) + F.glu(torch.cat([x, x], 1), 1), apart=True),
+    "norms": between(lambda m, x: m.group(x) + m.instance(x) + F.layer_norm(x, x.shape[-1:]), apart=True,
+                     group=lambda: nn.GroupNorm(2, 8), instance=lambda: nn.InstanceNorm2d(8, affine=True)),
+    "root mean square norms": Pattern(Normed, sequence, apart=True),
+    "normalize": between(lambda m, x: F.normalize(x, dim=1), apart=True),
+    "einsum": between(lambda m, x: x + torch.einsum("bchw,bdhw->bcd", x, x)[..., None], apart=True),
+    "attention": Pattern(partial(Attend, causal=True, dropout=0.4), sequence, apart=True),
+    "attention by hand": Pattern(AttendByHand, sequence, apart=True),
+    "multi-head attention": Pattern(partial(WholeAttention, dropout=0.2), sequence, apart=True),
+    "transformer": Pattern(
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True), 2),
+        padded_named,
+        True,
+    ),
+    "GRU": Pattern(
+        lambda: Recurrent(nn.GRU(8, 5, 2, batch_first=True, dropout=0.3, bidirectional=True)), sequence, True
+    ),
+    "LSTM": Pattern(lambda: Recurrent(nn.LSTM(8, 5, 2, batch_first=True, proj_size=3)), sequence, True),
+    "RNN": Pattern(lambda: Recurrent(nn.RNN(8, 5, nonlinearity="relu", bias=False)), sequence, True),
+}  # fmt: skip
