@@ -26,6 +26,8 @@ _ENCODERS = {
     "Segformer": _TRANSFORMER,
     "DPT": _PLAIN_TRANSFORMERS,
 }
+# PAN halves the image seven times; ONNX pools to 1, 2, 3 and 6 bins only from sizes that they divide.
+_SIZES = {"PAN": 128, "PSPNet": 96, "UPerNet": 192}
 
 
 def _make(decoder: str, encoder: str) -> nn.Module:
@@ -38,7 +40,7 @@ def _make(decoder: str, encoder: str) -> nn.Module:
 def entries() -> list[Entry]:
     """The networks of segmentation_models_pytorch."""
     return [
-        Entry(f"smp/{decoder}-{encoder}", partial(_make, decoder, encoder), images(128 if decoder == "PAN" else 64))
+        Entry(f"smp/{decoder}-{encoder}", partial(_make, decoder, encoder), images(_SIZES.get(decoder, 64)))
         for decoder, encoders in _ENCODERS.items()
         for encoder in encoders
     ]

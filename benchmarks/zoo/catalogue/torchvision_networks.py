@@ -13,8 +13,9 @@ from torchvision.models.video.mvit import MSBlockConfig
 
 from benchmarks.zoo.catalogue.entry import Entry, images, noise
 
+# name → (side of the image, options); AlexNet and VGG pool to a fixed size that ONNX cannot give from fewer pixels
 _CLASSIFIERS: dict[str, tuple[int, dict[str, Any]]] = {
-    "alexnet": (64, {}),
+    "alexnet": (224, {}),
     "convnext_tiny": (64, {}),
     "densenet121": (64, {}),
     "efficientnet_b0": (64, {}),
@@ -32,7 +33,7 @@ _CLASSIFIERS: dict[str, tuple[int, dict[str, Any]]] = {
     "squeezenet1_1": (64, {}),
     "swin_t": (64, {}),
     "swin_v2_t": (64, {}),
-    "vgg11_bn": (64, {}),
+    "vgg11_bn": (224, {}),
 }
 _SEGMENTATION = ("fcn_resnet50", "deeplabv3_resnet50", "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large")
 _VIDEO: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {

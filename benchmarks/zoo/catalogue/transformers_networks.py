@@ -134,7 +134,7 @@ _NETWORKS: dict[str, tuple[Callable[[], nn.Module], _Samples]] = {
     "depth_anything": (_depth_anything, images(56)),
     "detr": (_detr, images(64)),
     "mask2former": (_mask2former, images(128)),
-    "upernet-convnext": (_upernet, images(64)),
+    "upernet-convnext": (_upernet, images(192)),
     "yolos": (_model("YolosForObjectDetection", "YolosConfig", **_SMALL, image_size=[64, 64], patch_size=16, num_detection_tokens=10), images(64)),
     "sam-vision-encoder": (_sam_encoder, images(64)),
     "clip-vision": (_clip("Vision"), images(64)),

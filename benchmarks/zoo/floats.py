@@ -1,0 +1,73 @@
+"""Which values of a QDQ file no QuantizeLinear rounds, counted from the file alone, whoever wrote it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+_FLOAT = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE}
+# They hand values on as they are: what was rounded before stays rounded.
+_MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Identity", "Expand", "Tile",
+          "Gather", "DepthToSpace", "SpaceToDepth"}  # fmt: skip
+# The NPU computes these together with what stands before them.
+_FUSED = {"Relu", "Clip", "HardSwish", "PRelu", "LeakyRelu"}
+_FUSES = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "Sub", "BatchNormalization"}
+# Inputs that are settings rather than operands; of the others in this table all after the first are.
+_SETTINGS = {"Clip", "Resize", "Pad", "Pow", "TopK", "OneHot", "Range", "Dropout", "ConstantOfShape", "ReduceMean"}
+
+
+def left_in_float(path: str | Path) -> list[str]:
+    """Names of the values of the network, and of its constants, that are computed with in float.
+
+    Convolution and activation in one, as the NPU computes them, need no rounding in between. Values that follow from
+    shapes alone are no values of the network.
+    """
+    model = onnx.load(path)
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input, *graph.output)}
+    types |= {one.name: one.data_type for one in graph.initializer}
+    constants = {one.name for one in graph.initializer}
+    consumers: dict[str, list[Any]] = defaultdict(list)
+    for node in graph.node:
+        for name in filter(None, node.input):
+            consumers[name].append(node)
+        if node.op_type in ("Constant", "Shape", "Size") or all(n in constants for n in node.input if n):
+            constants.update(node.output)
+    results = {value.name for value in graph.output}
+
+    def rounded(name: str, by: str) -> bool:
+        """Whether all that reads a value reads it rounded."""
+        if name in results:
+            return False
+        return all(
+            node.op_type == "QuantizeLinear"
+            or (node.op_type in _MOVES and all(rounded(output, node.op_type) for output in node.output))
+            or (node.op_type in _FUSED and by in _FUSES and len(consumers[name]) == 1)
+            for node in consumers[name]
+        )
+
+    left = [v.name for v in graph.input if v.name not in constants and types[v.name] in _FLOAT and not rounded(v.name, "")]
+    for node in graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") or set(node.output) <= constants:
+            continue
+        if node.op_type not in _MOVES:
+            left += [o for o in node.output if o and types.get(o) in _FLOAT and not rounded(o, node.op_type)]
+        operands = node.input[:1] if node.op_type in _SETTINGS else node.input
+        if node.op_type != "Where":  # its condition chooses; the others are operands
+            operands = [name for name in operands if name]
+        left += [name for name in operands if name in constants and _undecoded(name, types, graph)]
+    return list(dict.fromkeys(left))
+
+
+def _undecoded(name: str, types: dict[str, int], graph: onnx.GraphProto) -> bool:
+    """Whether a constant is given in float, rather than as integers with a scale."""
+    if types.get(name) not in _FLOAT:
+        return False
+    maker = next((node for node in graph.node if name in node.output), None)
+    while maker is not None and maker.op_type in _MOVES:
+        name = maker.input[0]
+        maker = next((node for node in graph.node if name in node.output), None)
+    return maker is None or maker.op_type != "DequantizeLinear"
