@@ -19,7 +19,9 @@ def available() -> bool:
     return importlib.util.find_spec("onnxruntime_qnn") is not None
 
 
-def emulate(qdq: Path, samples: list[dict[str, np.ndarray]], folder: Path, timeout: float) -> tuple[dict[str, Any], Any]:
+def emulate(
+    qdq: Path, samples: list[dict[str, np.ndarray]], folder: Path, timeout: float
+) -> tuple[dict[str, Any], Any]:
     """Compile a QDQ file and compute samples; returns the placement and the outputs by name, sample by sample."""
     folder.mkdir()
     for index, sample in enumerate(samples):
@@ -35,4 +37,5 @@ def emulate(qdq: Path, samples: list[dict[str, np.ndarray]], folder: Path, timeo
 
 def placed(npu: list[str], cpu: list[str], islands: list[str]) -> dict[str, Any]:
     """The placement as the record keeps it: counts, and the first names where one should be zero."""
-    return {"npu": len(npu), "cpu": len(cpu), "islands": len(islands), "cpu_names": cpu[:8], "island_names": islands[:8]}
+    counts = {"npu": len(npu), "cpu": len(cpu), "islands": len(islands)}
+    return {**counts, "cpu_names": cpu[:8], "island_names": islands[:8]}

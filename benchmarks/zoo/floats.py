@@ -15,8 +15,9 @@ _MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "S
 # The NPU computes these together with what stands before them.
 _FUSED = {"Relu", "Clip", "HardSwish", "PRelu", "LeakyRelu"}
 _FUSES = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "Sub", "BatchNormalization"}
-# Inputs that are settings rather than operands; of the others in this table all after the first are.
-_SETTINGS = {"Clip", "Resize", "Pad", "Pow", "TopK", "OneHot", "Range", "Dropout", "ConstantOfShape", "ReduceMean"}
+# How many inputs are operands, where what follows are settings: limits, sizes, mean and variance of a norm.
+_OPERANDS = {"Clip": 1, "Resize": 1, "Pad": 1, "Pow": 1, "TopK": 1, "OneHot": 1, "Range": 0, "Dropout": 1,
+             "ConstantOfShape": 0, "ReduceMean": 1, "BatchNormalization": 3}  # fmt: skip
 
 
 def left_in_float(path: str | Path) -> list[str]:
@@ -49,15 +50,14 @@ def left_in_float(path: str | Path) -> list[str]:
             for node in consumers[name]
         )
 
-    left = [v.name for v in graph.input if v.name not in constants and types[v.name] in _FLOAT and not rounded(v.name, "")]
+    given = [v.name for v in graph.input if v.name not in constants and types[v.name] in _FLOAT]
+    left = [name for name in given if not rounded(name, "")]
     for node in graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") or set(node.output) <= constants:
             continue
         if node.op_type not in _MOVES:
             left += [o for o in node.output if o and types.get(o) in _FLOAT and not rounded(o, node.op_type)]
-        operands = node.input[:1] if node.op_type in _SETTINGS else node.input
-        if node.op_type != "Where":  # its condition chooses; the others are operands
-            operands = [name for name in operands if name]
+        operands = node.input[: _OPERANDS.get(node.op_type, len(node.input))]
         left += [name for name in operands if name in constants and _undecoded(name, types, graph)]
     return list(dict.fromkeys(left))
 

@@ -39,7 +39,11 @@ def loss(output: Any) -> Tensor:
 
 
 class ZooModule(pl.LightningModule):
-    """The network as a user would have it: in ``self.model``, called in the steps."""
+    """The network as a user would have it: in ``self.model``, called in the steps.
+
+    Args:
+        name: its name in the catalogue; all that a checkpoint needs to build it again.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -80,6 +84,13 @@ def trainer(folder: Path, *callbacks: pl.Callback) -> pl.Trainer:
     )  # fmt: skip
 
 
+def warm_up(record: Record, folder: Path) -> None:
+    """Quantize a small network, so that what is built on first use is there."""
+    with record.stage("ptq"):
+        quantization = lq.PostTrainingQuantization("w8a8", calibration_samples=SAMPLES)
+        trainer(folder, quantization).validate(ZooModule("torch/gru"), verbose=False)
+
+
 def measure(record: Record, folder: Path) -> None:
     """All stages for the network and precision of a record."""
     warnings.filterwarnings("ignore")
@@ -115,6 +126,7 @@ def _train_a_step(module: ZooModule, precision: str, folder: Path, record: Recor
     training = lq.QuantizationAwareTraining(precision, calibration_samples=SAMPLES, monitor="val_loss", mode="min")
     trainer(folder, training).fit(module)
     record.values["without_gradient"] = len(module.without_gradient)
+    record.values["without_gradient_names"] = module.without_gradient[:8]
     if not module.losses or not all(math.isfinite(value) for value in module.losses):
         raise RuntimeError(f"the losses of the step are {module.losses}: expected finite ones")
 

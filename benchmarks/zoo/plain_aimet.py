@@ -20,6 +20,17 @@ from lightning_quant.deploy import parity
 _SECONDS = 600.0
 
 
+class AsTuple(nn.Module):
+    """A network whose answer is of a kind that AIMET does not take: its tensors in a tuple."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensors(self.network(*inputs)))
+
+
 def measure(record: Record, folder: Path) -> None:
     """All stages for the network and precision of a record."""
     warnings.filterwarnings("ignore")
@@ -31,6 +42,9 @@ def measure(record: Record, folder: Path) -> None:
         record.values["parameters"] = sum(parameter.numel() for parameter in network.parameters())
     if not record.passed("build"):
         return
+    with torch.no_grad():
+        taken = _plain(network(*example))
+    network = network if taken else AsTuple(network)
     network = _prepared_and_folded(network, example, record)
     with record.stage("simulate"):
         from aimet_torch import QuantizationSimModel
@@ -110,6 +124,10 @@ def _emulate(sim: Any, samples: tuple[Tensor, ...], qdq: Path, folder: Path, rec
     record.values |= emulator.placed(placement["npu"], list(placement["fallen_back"]), placement["float_islands"])
     got = [[output[name] for name in order] for output in outputs]
     record.values["emulated"] = parity.compare(zip(_expected(sim, samples), got, strict=True)).as_dict()
+
+
+def _plain(output: Any) -> bool:
+    return isinstance(output, Tensor) or (isinstance(output, tuple) and all(isinstance(one, Tensor) for one in output))
 
 
 def _feeds(samples: tuple[Tensor, ...], session: Any, count: int = 2) -> list[dict[str, np.ndarray]]:

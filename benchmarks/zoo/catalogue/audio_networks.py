@@ -40,7 +40,9 @@ class _Tagger(nn.Module):
 def _conv_tasnet() -> nn.Module:
     from torchaudio.models import ConvTasNet
 
-    return ConvTasNet(2, enc_num_feats=64, msk_num_feats=32, msk_num_hidden_feats=64, msk_num_layers=3, msk_num_stacks=1)
+    return ConvTasNet(
+        2, enc_num_feats=64, msk_num_feats=32, msk_num_hidden_feats=64, msk_num_layers=3, msk_num_stacks=1
+    )
 
 
 def _conformer() -> nn.Module:
@@ -59,9 +61,6 @@ def _wav2letter() -> nn.Module:
     from torchaudio.models import Wav2Letter
 
     return Wav2Letter(num_classes=10, input_type="mfcc", num_features=16)
-
-
-    return HDemucs(["drums", "rest"], channels=8, depth=4, nfft=512)
 
 
 def _wavernn() -> nn.Module:

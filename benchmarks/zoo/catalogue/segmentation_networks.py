@@ -37,10 +37,21 @@ def _make(decoder: str, encoder: str) -> nn.Module:
     return getattr(smp, decoder)(encoder, encoder_weights=None, classes=5, **options)  # type: ignore[no-any-return]
 
 
+def _unet_without_batch_norms() -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    decoder_norm = {"type": "instancenorm", "affine": True}
+    return smp.Unet(  # type: ignore[no-any-return]
+        "tu-resnet18", encoder_weights=None, classes=5, decoder_use_norm=decoder_norm, norm_layer="groupnorm"
+    )
+
+
 def entries() -> list[Entry]:
     """The networks of segmentation_models_pytorch."""
-    return [
+    found = [
         Entry(f"smp/{decoder}-{encoder}", partial(_make, decoder, encoder), images(_SIZES.get(decoder, 64)))
         for decoder, encoders in _ENCODERS.items()
         for encoder in encoders
     ]
+    note = "GroupNorm and InstanceNorm"
+    return [*found, Entry("smp/Unet-groupnorm", _unet_without_batch_norms, images(64), note)]

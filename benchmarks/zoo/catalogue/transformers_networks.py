@@ -124,10 +124,19 @@ _SPEECH = {**_SMALL, "conv_dim": (32, 32), "conv_stride": (5, 2), "conv_kernel":
            "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4,
            "mask_time_prob": 0.0, "mask_feature_prob": 0.0, "layerdrop": 0.0}  # fmt: skip
 
+_DISTILBERT = {"vocab_size": 100, "max_position_embeddings": 32, "n_layers": 2, "n_heads": 4, "dim": 64,
+               "hidden_dim": 128}  # fmt: skip
+_MOBILEBERT = {**_SMALL, **_TEXT, "embedding_size": 32, "intra_bottleneck_size": 32, "true_hidden_size": 32}
+_GPT2 = {"vocab_size": 100, "n_positions": 32, "n_embd": 64, "n_layer": 2, "n_head": 4, "use_cache": False,
+         "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+_YOLOS = {**_SMALL, "image_size": [64, 64], "patch_size": 16, "num_detection_tokens": 10}
+_SPECTROGRAM = {**_SMALL, "max_length": 64, "num_mel_bins": 32}
+_DINO = {**_SMALL, "image_size": 56, "patch_size": 14}
+
 _Samples = Callable[[int, Any], Inputs]
 _NETWORKS: dict[str, tuple[Callable[[], nn.Module], _Samples]] = {
     "vit": (_model("ViTForImageClassification", "ViTConfig", **_SMALL, **_IMAGE), images(64)),
-    "dinov2": (_model("Dinov2ForImageClassification", "Dinov2Config", **_SMALL, image_size=56, patch_size=14), images(56)),
+    "dinov2": (_model("Dinov2ForImageClassification", "Dinov2Config", **_DINO), images(56)),
     "segformer": (_model("SegformerForSemanticSegmentation", "SegformerConfig", **_SEGFORMER), images(64)),
     "mobilevit": (_model("MobileViTForImageClassification", "MobileViTConfig", **_MOBILEVIT), images(64)),
     "swin": (_model("SwinForImageClassification", "SwinConfig", **_SWIN), images(128)),
@@ -135,21 +144,24 @@ _NETWORKS: dict[str, tuple[Callable[[], nn.Module], _Samples]] = {
     "detr": (_detr, images(64)),
     "mask2former": (_mask2former, images(128)),
     "upernet-convnext": (_upernet, images(192)),
-    "yolos": (_model("YolosForObjectDetection", "YolosConfig", **_SMALL, image_size=[64, 64], patch_size=16, num_detection_tokens=10), images(64)),
+    "yolos": (_model("YolosForObjectDetection", "YolosConfig", **_YOLOS), images(64)),
     "sam-vision-encoder": (_sam_encoder, images(64)),
     "clip-vision": (_clip("Vision"), images(64)),
     "clip-text": (_clip("Text"), tokens(16, 100)),
     "bert": (_model("BertForSequenceClassification", "BertConfig", **_SMALL, **_TEXT), tokens(16, 100)),
-    "distilbert": (_model("DistilBertForSequenceClassification", "DistilBertConfig", vocab_size=100, max_position_embeddings=32, n_layers=2, n_heads=4, dim=64, hidden_dim=128), tokens(16, 100)),
-    "mobilebert": (_model("MobileBertForSequenceClassification", "MobileBertConfig", **_SMALL, **_TEXT, embedding_size=32, intra_bottleneck_size=32, true_hidden_size=32), tokens(16, 100)),
+    "distilbert": (_model("DistilBertForSequenceClassification", "DistilBertConfig", **_DISTILBERT), tokens(16, 100)),
+    "mobilebert": (_model("MobileBertForSequenceClassification", "MobileBertConfig", **_MOBILEBERT), tokens(16, 100)),
     "t5-encoder": (_t5_encoder, tokens(16, 100)),
-    "gpt2": (_model("GPT2LMHeadModel", "GPT2Config", vocab_size=100, n_positions=32, n_embd=64, n_layer=2, n_head=4, use_cache=False, bos_token_id=1, eos_token_id=2), tokens(16, 100)),
+    "gpt2": (_model("GPT2LMHeadModel", "GPT2Config", **_GPT2), tokens(16, 100)),
     "llama": (_model("LlamaForCausalLM", "LlamaConfig", **_DECODER), tokens(16, 100)),
     "qwen3": (_model("Qwen3ForCausalLM", "Qwen3Config", **_DECODER, head_dim=16), tokens(16, 100)),
     "whisper-encoder": (_whisper_encoder, noise(16, 64)),
     "wav2vec2": (_model("Wav2Vec2ForCTC", "Wav2Vec2Config", **_SPEECH), noise(640)),
-    "audio-spectrogram-transformer": (_model("ASTForAudioClassification", "ASTConfig", **_SMALL, max_length=64, num_mel_bins=32), noise(64, 32)),
-}  # fmt: skip
+    "audio-spectrogram-transformer": (
+        _model("ASTForAudioClassification", "ASTConfig", **_SPECTROGRAM),
+        noise(64, 32),
+    ),
+}
 
 
 def entries() -> list[Entry]:
