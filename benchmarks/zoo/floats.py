@@ -13,7 +13,7 @@ _FLOAT = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOU
 _MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Identity", "Expand", "Tile",
           "Gather", "DepthToSpace", "SpaceToDepth"}  # fmt: skip
 # The NPU computes these together with what stands before them.
-_FUSED = {"Relu", "Clip", "HardSwish", "PRelu", "LeakyRelu"}
+_FUSED = {"Relu", "Clip"}
 _FUSES = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Mul", "Sub", "BatchNormalization"}
 # How many inputs are operands, where what follows are settings: limits, sizes, mean and variance of a norm.
 _OPERANDS = {"Clip": 1, "Resize": 1, "Pad": 1, "Pow": 1, "TopK": 1, "OneHot": 1, "Range": 0, "Dropout": 1,
@@ -23,8 +23,8 @@ _OPERANDS = {"Clip": 1, "Resize": 1, "Pad": 1, "Pow": 1, "TopK": 1, "OneHot": 1,
 def left_in_float(path: str | Path) -> list[str]:
     """Names of the values of the network, and of its constants, that are computed with in float.
 
-    Convolution and activation in one, as the NPU computes them, need no rounding in between. Values that follow from
-    shapes alone are no values of the network.
+    Convolution and activation, or product and bias, are one operation of the NPU: no rounding in between is needed.
+    Values that follow from shapes alone are no values of the network.
     """
     model = onnx.load(path)
     graph = onnx.shape_inference.infer_shapes(model).graph
@@ -37,6 +37,7 @@ def left_in_float(path: str | Path) -> list[str]:
             consumers[name].append(node)
         if node.op_type in ("Constant", "Shape", "Size") or all(n in constants for n in node.input if n):
             constants.update(node.output)
+    fixed = constants.__contains__
     results = {value.name for value in graph.output}
 
     def rounded(name: str, by: str) -> bool:
@@ -47,6 +48,7 @@ def left_in_float(path: str | Path) -> list[str]:
             node.op_type == "QuantizeLinear"
             or (node.op_type in _MOVES and all(rounded(output, node.op_type) for output in node.output))
             or (node.op_type in _FUSED and by in _FUSES and len(consumers[name]) == 1)
+            or (node.op_type == "Add" and by == "MatMul" and len(consumers[name]) == 1 and any(map(fixed, node.input)))
             for node in consumers[name]
         )
 

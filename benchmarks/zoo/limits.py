@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,7 @@ def measured(function: Measurement, key: dict[str, str], limit_s: float, limit_g
     with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
         path = Path(folder) / "record.json"
         started = time.perf_counter()
-        process = context.Process(target=_run, args=(function, key, folder))
+        process = context.Process(target=_run, args=(function, key, folder, limit_s, os.getpid()))
         process.start()
         assert process.pid is not None
         peak, why = 0.0, None
@@ -68,13 +69,13 @@ def measured(function: Measurement, key: dict[str, str], limit_s: float, limit_g
     return {**line, "peak_gb": round(peak, 2)}
 
 
-def _run(function: Measurement, key: dict[str, str], folder: str) -> None:
-    os.setsid()  # a group of its own: killed with all its children
+def _run(function: Measurement, key: dict[str, str], folder: str, limit_s: float, starter: int) -> None:
+    threading.Thread(target=_end_with, args=(starter,), daemon=True).start()
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
     os.chdir(folder)  # for what a library leaves in the current folder
-    record = Record(Path(folder) / "record.json", key)
+    record = Record(Path(folder) / "record.json", key, limit_s)
     work = Path(folder) / "work"
     work.mkdir()
     try:
@@ -83,6 +84,13 @@ def _run(function: Measurement, key: dict[str, str], folder: str) -> None:
         record.values["errors"]["build"] = described(error)
         with record.stage("zoo"):
             raise
+
+
+def _end_with(starter: int) -> None:
+    """End this process when the one that started it was killed; the emulator's ends when this one does."""
+    while psutil.pid_exists(starter):
+        time.sleep(1)
+    os._exit(1)
 
 
 def _gigabytes(pid: int) -> float:

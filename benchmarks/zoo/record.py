@@ -19,6 +19,8 @@ STAGES = {
     OURS: ("build", "ptq", "qat", "save", "load", "export", "emulator"),
     PLAIN: ("build", "prepare", "fold", "simulate", "calibrate", "qat", "export", "emulator"),
 }
+# PSNR in dB of the emulated NPU against the simulation below which its output has nothing to do with it.
+GARBAGE_DB = 10.0
 _LONGEST_MESSAGE = 400
 
 
@@ -28,10 +30,12 @@ class Record:
     Args:
         path: the file.
         key: ``network``, ``by`` and ``precision``.
+        limit_s: seconds from now after which the process is killed.
     """
 
-    def __init__(self, path: Path, key: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, key: Mapping[str, str], limit_s: float) -> None:
         self.path = path
+        self._deadline = time.perf_counter() + limit_s
         self.values: dict[str, Any] = {**key, "passed": [], "errors": {}, "seconds": {}, "running": None}
         self._write()
 
@@ -50,6 +54,11 @@ class Record:
         self.values["running"] = None
         self.values["seconds"].setdefault(name, round(time.perf_counter() - started, 2))
         self._write()
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that a stage may take which ends by itself, at least one."""
+        return max(self._deadline - time.perf_counter() - 3, 1.0)
 
     def passed(self, name: str) -> bool:
         return name in self.values["passed"]
@@ -110,3 +119,9 @@ def all_the_way(line: Mapping[str, Any]) -> bool:
     needless = ("prepare", "fold") if line["by"] == PLAIN else ()
     failed = [stage for stage in line["errors"] if stage not in needless]
     return emulated(line) and not failed and not line["islands"] and not line["cpu"]
+
+
+def garbage(line: Mapping[str, Any]) -> bool:
+    """Whether the emulated NPU computed something else altogether."""
+    value = line["emulated"]["psnr_db"] if emulated(line) else None
+    return value is not None and value < GARBAGE_DB

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.zoo.record import FILES, OURS, PLAIN, all_the_way, emulated, reached, read, stopped
+from benchmarks.zoo.record import FILES, GARBAGE_DB, OURS, PLAIN, all_the_way, emulated, garbage, reached, read, stopped
 from lightning_quant.deploy.parity import COARSE_BAR, FINE_BAR
 from lightning_quant.precision import Precision
 
@@ -30,9 +30,9 @@ does not take, such as a dictionary, is made a tuple for it.
 
 **All the way** means: every stage passed, and the compiler put every layer on the NPU with none of them in float. \
 How close the exported file is to its simulation is a column of its own: random weights amplify a single rounding, \
-and {coarse:.0f} dB (16-bit activations: {fine:.0f} dB), the bar for a trained network, says little here. *Values in \
-float* are those in the file that no QuantizeLinear rounds. The seconds are of one busy core. Compiled and emulated; \
-not measured on hardware.
+and {coarse:.0f} dB (16-bit activations: {fine:.0f} dB), the bar for a trained network, says little here. *Garbage* \
+is an output of the emulated NPU below {garbage:.0f} dB. *Values in float* are those in the file that no \
+QuantizeLinear rounds. The seconds are of one busy core. Compiled and emulated; not measured on hardware.
 """
 
 _TAIL = """
@@ -59,7 +59,7 @@ def page(lines: Sequence[Line]) -> str:
     sources: dict[str, list[str]] = defaultdict(list)
     for name in networks:
         sources[name.partition("/")[0]].append(name)
-    parts = [_HEAD.format(total=len(networks), coarse=COARSE_BAR, fine=FINE_BAR), _counts(lines)]
+    parts = [_HEAD.format(total=len(networks), coarse=COARSE_BAR, fine=FINE_BAR, garbage=GARBAGE_DB), _counts(lines)]
     for source, members in sources.items():
         parts += [f"\n## {source}\n", _of_source(members, found)]
     parts += ["\n## Where they stop\n", _stops(lines), _TAIL.format(how=_how(lines))]
@@ -67,7 +67,7 @@ def page(lines: Sequence[Line]) -> str:
 
 
 def _counts(lines: Sequence[Line]) -> str:
-    heads = ["", "tried", "exported", "compiled", "all the way", "of these above the bar"]
+    heads = ["", "tried", "exported", "compiled", "all the way", "of these above the bar", "of these garbage"]
     rows = []
     for by, tool in _TOOLS.items():
         for precision in _PRECISIONS:
@@ -76,6 +76,7 @@ def _counts(lines: Sequence[Line]) -> str:
                 whole = [line for line in mine if all_the_way(line)]
                 exported = sum("export" in line["passed"] for line in mine)
                 figures = [len(mine), exported, sum(map(emulated, mine)), f"**{len(whole)}**", sum(map(_close, whole))]
+                figures.append(sum(map(garbage, whole)))
                 rows.append([f"{tool}, {precision.upper()}", *map(str, figures)])
     return _table(heads, rows)
 
