@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def left_in_float(path: str | Path) -> list[str]:
     types |= {one.name: one.data_type for one in graph.initializer}
     constants = {one.name for one in graph.initializer}
     consumers: dict[str, list[Any]] = defaultdict(list)
+    makers = {name: node for node in graph.node for name in node.output}
     for node in graph.node:
         for name in filter(None, node.input):
             consumers[name].append(node)
@@ -60,16 +62,14 @@ def left_in_float(path: str | Path) -> list[str]:
         if node.op_type not in _MOVES:
             left += [o for o in node.output if o and types.get(o) in _FLOAT and not rounded(o, node.op_type)]
         operands = node.input[: _OPERANDS.get(node.op_type, len(node.input))]
-        left += [name for name in operands if name in constants and _undecoded(name, types, graph)]
+        left += [name for name in operands if name in constants and _is_float(name, types, makers)]
     return list(dict.fromkeys(left))
 
 
-def _undecoded(name: str, types: dict[str, int], graph: onnx.GraphProto) -> bool:
+def _is_float(name: str, types: Mapping[str, int], makers: Mapping[str, onnx.NodeProto]) -> bool:
     """Whether a constant is given in float, rather than as integers with a scale."""
     if types.get(name) not in _FLOAT:
         return False
-    maker = next((node for node in graph.node if name in node.output), None)
-    while maker is not None and maker.op_type in _MOVES:
-        name = maker.input[0]
-        maker = next((node for node in graph.node if name in node.output), None)
-    return maker is None or maker.op_type != "DequantizeLinear"
+    while name in makers and makers[name].op_type in _MOVES:
+        name = makers[name].input[0]
+    return name not in makers or makers[name].op_type != "DequantizeLinear"

@@ -21,6 +21,8 @@ STAGES = {
 }
 # PSNR in dB of the emulated NPU against the simulation below which its output has nothing to do with it.
 GARBAGE_DB = 10.0
+# Seconds before the deadline at which a stage that can end by itself shall: what it found is still to be written.
+_MARGIN_S = 10.0
 _LONGEST_MESSAGE = 400
 
 
@@ -58,7 +60,7 @@ class Record:
     @property
     def left_s(self) -> float:
         """Seconds that a stage may take which ends by itself, at least one."""
-        return max(self._deadline - time.perf_counter() - 3, 1.0)
+        return max(self._deadline - time.perf_counter() - _MARGIN_S, 1.0)
 
     def passed(self, name: str) -> bool:
         return name in self.values["passed"]
