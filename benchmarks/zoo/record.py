@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ STAGES = {
 GARBAGE_DB = 10.0
 # Seconds before the deadline at which a stage that can end by itself shall: what it found is still to be written.
 _MARGIN_S = 10.0
+# Plain AIMET goes on with the network as it was where these fail.
+_NEEDLESS = ("prepare", "fold")
 _LONGEST_MESSAGE = 400
 
 
@@ -72,24 +75,24 @@ class Record:
 
 def described(error: BaseException) -> dict[str, str]:
     """Type and message of an error, short enough for a line."""
-    message = " ".join(str(error).split())
+    message = re.sub(r"/\S*/zoo-\w+/", "", " ".join(str(error).split()))  # where this run's folder was
     return {"type": type(error).__name__, "message": message[:_LONGEST_MESSAGE]}
 
 
 def reached(line: Mapping[str, Any]) -> str:
-    """The last stage before the first that failed; ``""`` when the first one did."""
-    last = ""
+    """The last stage before the first that stopped it; ``""`` when the first one did."""
+    last, end = "", stopped(line)
     for stage in STAGES[line["by"]]:
-        if stage in line["errors"]:
-            return last
-        if stage in line["passed"]:
-            last = stage
+        if stage == end:
+            break
+        last = stage if stage in line["passed"] else last
     return last
 
 
 def stopped(line: Mapping[str, Any]) -> str | None:
-    """The first stage that failed, if one did."""
-    return next((stage for stage in STAGES[line["by"]] if stage in line["errors"]), None)
+    """The first stage whose failure ended a network's way, if one did."""
+    needless = _NEEDLESS if line["by"] == PLAIN else ()
+    return next((stage for stage in STAGES[line["by"]] if stage in line["errors"] and stage not in needless), None)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -114,13 +117,8 @@ def emulated(line: Mapping[str, Any]) -> bool:
 
 
 def all_the_way(line: Mapping[str, Any]) -> bool:
-    """Whether every stage passed and nothing on the device computes in float or on the CPU.
-
-    Plain AIMET's preparing and folding may fail: it then goes on with the network as it was.
-    """
-    needless = ("prepare", "fold") if line["by"] == PLAIN else ()
-    failed = [stage for stage in line["errors"] if stage not in needless]
-    return emulated(line) and not failed and not line["islands"] and not line["cpu"]
+    """Whether every stage passed that is needed, and nothing on the device computes in float or on the CPU."""
+    return emulated(line) and stopped(line) is None and not line["islands"] and not line["cpu"]
 
 
 def garbage(line: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.zoo.record import FILES, GARBAGE_DB, OURS, PLAIN, all_the_way, emulated, garbage, reached, read, stopped
+from benchmarks.zoo.record import FILES, GARBAGE_DB, OURS, PLAIN, all_the_way, emulated, garbage, reached, read
 from lightning_quant.deploy.parity import COARSE_BAR, FINE_BAR
 from lightning_quant.precision import Precision
 
@@ -100,15 +100,12 @@ def _way(line: Line | None) -> str:
         return "–"
     if all_the_way(line):
         return "all the way"
+    failed = " and ".join(line["errors"])
     if emulated(line):
-        failed = [stage for stage in line["errors"] if stage != "emulator"]
-        return "compiled" + (f", without {' and '.join(failed)}" if failed else "")
-    stage = stopped(line)
+        return f"compiled, {failed} failed" if failed else "compiled"
     if "export" in line["passed"]:
-        return f"exported; {stage or 'not compiled'} failed" if stage else "exported"
-    last = reached(line)
-    failed = list(line["errors"])
-    return f"{', '.join(failed)} failed" + (f" (after {last})" if last else "")
+        return f"exported, {failed} failed" if failed else "exported"
+    return f"{failed} failed" + (f", {last} passed" if (last := reached(line)) else "")
 
 
 def _placement(line: Line | None) -> str:
