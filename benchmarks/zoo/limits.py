@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.zoo.record import Record, described
+from benchmarks.zoo.record import Record
 
 # Imported once, in a process that the others are forked from: seconds for each measurement otherwise.
 _PRELOADED = ["torch", "torchvision", "timm", "lightning.pytorch", "aimet_torch", "lightning_quant"]
@@ -81,9 +81,8 @@ def _run(function: Measurement, key: dict[str, str], folder: str, limit_s: float
     try:
         function(record, work)
     except Exception as error:  # outside of any stage: of the zoo itself, and told as such
-        record.values["errors"]["build"] = described(error)
-        with record.stage("zoo"):
-            raise
+        with record.stage("build"):
+            raise error
 
 
 def _end_with(starter: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,7 @@ def measure(record: Record, folder: Path) -> None:
     """All stages for the network and precision of a record."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    sys.setrecursionlimit(20_000)  # copying a long traced graph goes node by node
     entry = catalogue()[record.values["network"]]
     example, samples = entry.batch(1), entry.batch(SAMPLES)
     with record.stage("build"):
