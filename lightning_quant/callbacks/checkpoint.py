@@ -16,7 +16,7 @@ from lightning_quant.reading import read_checkpoint
 from lightning_quant.recipe import HARDWARE_CONFIGS, QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.inputs import NetworkInputs
-from lightning_quant.simulation.network import MANIFEST_KEY, check_manifest, check_ranges, unpacked
+from lightning_quant.simulation.network import MANIFEST_KEY, check_manifest, check_ranges
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 
@@ -144,15 +144,11 @@ def _manifests(checkpoint: dict[str, Any], path: str | Path) -> dict[str, dict[s
     suffix = "._extra_state"
     found = {}
     for key, value in checkpoint["state_dict"].items():
-        # AIMET's quantizers have a state of their own, a tensor too
-        if not (isinstance(key, str) and key.endswith(suffix)) or "_quantizers." in key:
-            continue
-        try:
-            manifest = unpacked(value)
-            if isinstance(manifest, dict) and MANIFEST_KEY in manifest:
-                found[key.removesuffix(suffix)] = check_manifest(manifest)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from error
+        if isinstance(key, str) and key.endswith(suffix) and isinstance(value, dict) and MANIFEST_KEY in value:
+            try:
+                found[key.removesuffix(suffix)] = check_manifest(value)
+            except CheckpointError as error:
+                raise CheckpointError(f"{path}: {error}") from error
     if found:
         return found
     raise CheckpointError(

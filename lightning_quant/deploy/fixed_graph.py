@@ -77,8 +77,16 @@ def check_repeatable(network: nn.Module, inputs: NetworkInputs, given: Any, titl
         ExportError: naming the operations that draw.
     """
     drawn: set[tuple[str, str]] = set()
-    with torch.random.fork_rng(devices=[]), _Watch(drawn) as watch, watch.tracker:
-        again = inputs.call(network)
+    # the tracker hooks whatever needs a gradient, and takes parts of parameters for that without one
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]), _Watch(drawn) as watch, watch.tracker:
+            again = inputs.call(network)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
     pairs = zip(tensors_in(given), tensors_in(again), strict=False)
     same = all(one.shape == two.shape and torch.equal(one.nan_to_num(), two.nan_to_num()) for one, two in pairs)
     if drawn and not same:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.metadata
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -311,46 +310,22 @@ class _Quantized:
             return getattr(known, name)
 
     def get_extra_state(self: Any) -> Any:
-        """The manifest; :meth:`torch.nn.Module.state_dict` stores it beside the weights.
-
-        As a tensor: who goes through a state dict, an exporter or an average of weights, expects nothing else.
-        """
+        """The manifest; :meth:`torch.nn.Module.state_dict` stores it beside the weights."""
+        if torch.onnx.is_in_onnx_export():  # which takes every state for a tensor, as AIMET's quantizers know too
+            return torch.empty(0)
         own = type(self).watched.get_extra_state
-        packed = torch.frombuffer(bytearray(json.dumps(self.__dict__[_STATE].manifest()).encode()), dtype=torch.uint8)
-        return packed if own is nn.Module.get_extra_state else {_OF_THE_NETWORK: own(self), MANIFEST_KEY: packed}
+        manifest: dict[str, Any] = self.__dict__[_STATE].manifest()
+        return manifest if own is nn.Module.get_extra_state else {**manifest, _OF_THE_NETWORK: own(self)}
 
     def set_extra_state(self: Any, state: Any) -> None:
         """Take the manifest over."""
+        self.__dict__[_STATE].take_over(state)
         if isinstance(state, dict) and _OF_THE_NETWORK in state:
             type(self).watched.set_extra_state(self, state[_OF_THE_NETWORK])
-            state = state.get(MANIFEST_KEY)
-        self.__dict__[_STATE].take_over(unpacked(state))
 
 
-# Beside the manifest where the network's own class keeps a state of its own.
+# In the manifest, where the network's own class keeps a state of its own.
 _OF_THE_NETWORK = "of_the_network"
-_MOST_BYTES = 2**25
-
-
-def unpacked(state: Any) -> Any:
-    """The manifest as a state dict holds it, in plain values; whatever else is there as it is.
-
-    Raises:
-        CheckpointError: when it is damaged.
-    """
-    if isinstance(state, dict) and _OF_THE_NETWORK in state:
-        state = state.get(MANIFEST_KEY)
-    if not isinstance(state, Tensor):
-        return state
-    try:
-        if state.dtype is not torch.uint8 or state.dim() != 1 or state.numel() > _MOST_BYTES:
-            raise ValueError(f"it is a tensor of {state.numel()} {state.dtype}")
-        return json.loads(state.cpu().numpy().tobytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"The manifest in the checkpoint is damaged: {error}. Expected what lightning_quant wrote; take another "
-            "checkpoint, or quantize anew."
-        ) from error
 
 
 def _weights_hash(network: nn.Module) -> str:

@@ -73,11 +73,12 @@ def test_round_trip(checkpoint: tuple[Path, SmallModule]) -> None:
         assert torch.equal(loaded.model(images), module.eval().model(images))
 
 
-def test_network_passed_in_is_left_alone(checkpoint: tuple[Path, SmallModule]) -> None:
-    path, _ = checkpoint
+def test_network_passed_in_is_the_one_that_is_quantized(checkpoint: tuple[Path, SmallModule]) -> None:
+    path, module = checkpoint
     network = small_net(seed=9)
-    lq.load_quantized(SmallModule, path, network=network)
-    assert_same_tensors(network.state_dict(), small_net(seed=9).state_dict())
+    loaded = lq.load_quantized(SmallModule, path, network=network)
+    assert loaded.model is network
+    assert_same_tensors(network.state_dict(), module.model.state_dict())
 
 
 def test_loaded_module_goes_on(checkpoint: tuple[Path, SmallModule], trainer: MakeTrainer) -> None:

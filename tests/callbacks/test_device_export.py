@@ -215,7 +215,7 @@ def test_by_default_the_best_target_that_is_there(
     assert DeviceReport.read(tmp_path / "out/net.device/onnxruntime/report.json") == report
     assert report.against_float is not None
     # the module is as it was: with its Trainer, on its device, in its mode
-    assert isinstance(module.model, QuantizedNetwork)
+    assert QuantizedNetwork.of(module.model) is not None
 
 
 def test_without_the_float_network_nothing_is_compared_with_it(trainer: MakeTrainer, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_training_that_was_good_enough_is_not_taken_up_again(tmp_path: Path) -> 
 
         def on_validation_epoch_end(self) -> None:
             trained = {0: 0.0, 4: 0.9}.get(self.trainer.global_step, 0.8)
-            self.log("worse", trained if isinstance(self.model, QuantizedNetwork) else 1.0)
+            self.log("worse", trained if QuantizedNetwork.of(self.model) is not None else 1.0)
 
     def fit(*callbacks: pl.Callback, ckpt_path: Any = None) -> pl.Trainer:
         trainer = pl.Trainer(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
-from lightning_quant.simulation.network import FORMAT_VERSION, FlatNetwork, check_manifest, unpacked
+from lightning_quant.simulation.network import FORMAT_VERSION, FlatNetwork, check_manifest
 from tests.simulation.networks import (
     Answer,
     AnyInputs,
@@ -169,7 +169,7 @@ def test_state_dict_survives_a_file_with_weights_only(precision: str) -> None:
     torch.save(made.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    manifest = unpacked(state["_extra_state"])
+    manifest = state["_extra_state"]
     assert manifest["precision"] == precision
     assert manifest["calibrated"] is True
     other = quantized(Body(), precision=precision).eval()

@@ -66,7 +66,7 @@ def computes(name: str, given: list[Tensor], result: Any) -> bool:
     """Whether a function made floating-point values that the hardware would round anew."""
     if name in MOVES or name in LOSSES or not (isinstance(result, Tensor) and result.is_floating_point()):
         return False
-    return any(tensor.is_floating_point() for tensor in given)
+    return any(tensor.is_floating_point() and tensor.dim() for tensor in given)  # without axes: sizes, in a trace
 
 
 def tensors_among(data: Any) -> list[Tensor]:

@@ -11,21 +11,34 @@ import torch
 
 @contextmanager
 def functions_inlined() -> Iterator[None]:
-    """Let a trace see through the autograd functions of others than AIMET, whose forward holds call sites."""
-    original = torch.autograd.Function.__dict__["apply"]
+    """Let a trace see through autograd functions, whose forward may hold call sites.
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if cls.__module__.partition(".")[0] in ("aimet_torch", "torch"):
-            return original.__get__(None, cls)(*args, **kwargs)
-        if cls.setup_context is not torch.autograd.function._SingleLevelFunction.setup_context:
-            return cls.forward(*args, **kwargs)
-        return cls.forward(_NoContext(), *args, **kwargs)
-
-    torch.autograd.Function.apply = classmethod(apply)
+    Those of PyTorch and AIMET, and those that say themselves how they are exported, stay as they are.
+    """
+    patched = [cls for cls in _subclasses(torch.autograd.Function) if "apply" not in vars(cls) and _is_opaque(cls)]
+    for cls in patched:
+        cls.apply = classmethod(_inlined)
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original
+        for cls in patched:
+            del cls.apply
+
+
+def _subclasses(cls: Any) -> Iterator[Any]:
+    for one in cls.__subclasses__():
+        yield one
+        yield from _subclasses(one)
+
+
+def _is_opaque(cls: Any) -> bool:
+    return cls.__module__.partition(".")[0] not in ("aimet_torch", "torch") and not hasattr(cls, "symbolic")
+
+
+def _inlined(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    if cls.setup_context is not torch.autograd.Function.setup_context:  # its forward takes no context
+        return cls.forward(*args, **kwargs)
+    return cls.forward(_NoContext(), *args, **kwargs)
 
 
 class _NoContext:

@@ -157,6 +157,8 @@ def place(running: Pass, module: nn.Module) -> Place:
                 break
         elif file not in _HANDS_ON:
             frames.append((code, frame.f_lasti))
+            if code.co_name == "forward" and code.co_varnames[:1] == ("self",):
+                break  # what wraps a forward may take other ways in a trace
         frame = frame.f_back
     found = (*running.within, *_stable(tuple(frames)))
     key = id(module), found
