@@ -253,7 +253,7 @@ class QuantizationCallback(Callback):
             calls = [replace(call.first(1), last=True) for call in calls]
         structures: dict[str, NetworkInputs] = {}
         for call in calls:
-            structures.setdefault(str(call.describe()), call)
+            structures.setdefault(str(call.structure()), call)
         return sorted(structures.values(), key=lambda call: -len(call.tensors))
 
     @contextmanager

@@ -96,8 +96,13 @@ class NetworkInputs:
 
     def has_sizes_of(self, other: NetworkInputs) -> bool:
         """Whether the tensors are as many, as large and of the types of another call's, in the same structure."""
-        mine, theirs = (replace(one, axes=None).describe() for one in (self, other))
+        mine, theirs = (replace(one, axes=None).structure() for one in (self, other))
         return mine == theirs
+
+    def structure(self) -> dict[str, Any]:
+        """What :meth:`describe` says but for values."""
+        found: dict[str, Any] = _without_values(self.describe())
+        return found
 
     def to(self, device: torch.device) -> NetworkInputs:
         """The same call with its tensors on ``device``."""
@@ -180,6 +185,15 @@ _UNKNOWN = "unknown"
 
 def _inner(axes: Axes, key: Any) -> Axes:
     return _UNKNOWN if axes is _UNKNOWN else axes[key] if isinstance(axes, (dict, tuple)) else None
+
+
+def _without_values(described: Any) -> Any:
+    if isinstance(described, list):
+        return [_without_values(item) for item in described]
+    if isinstance(described, dict):
+        left_out = ("values",) if "tensor" in described else ()
+        return {name: _without_values(item) for name, item in described.items() if name not in left_out}
+    return described
 
 
 def _describe(value: Any, axes: Axes) -> Any:

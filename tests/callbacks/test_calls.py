@@ -182,7 +182,7 @@ def test_networks_of_a_gan(trainer: MakeTrainer, name: str) -> None:
     one.fit(module, small_loader())
     if name == "critic":  # the second of its calls is the one with the large images
         largest = float(small_loader().dataset[:][0].max()) * 10
-        assert float(found["critic.network.stem.input_quantizers.0.max"]) == pytest.approx(largest, rel=0.02)
+        assert float(found["critic.stem.input_quantizers.0.max"]) == pytest.approx(largest, rel=0.02)
     untrained = {key: value for key, value in before.items() if not key.startswith(name)}
     assert untrained
     assert all(torch.equal(found[key], value) for key, value in untrained.items())  # calibration trained nothing

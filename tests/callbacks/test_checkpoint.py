@@ -125,6 +125,7 @@ def test_manifest_says_how_it_was_quantized(checkpoint: tuple[Path, SmallModule]
     assert manifest == {
         "lightning_quant": version("lightning-quant"),
         "format_version": 1,
+        "other_inputs": [],
         "aimet_torch": version("aimet-torch"),
         "torch": version("torch"),
         "precision": "w4a8",
@@ -221,7 +222,7 @@ def test_later_format(checkpoint: tuple[Path, SmallModule], trainer: MakeTrainer
         lambda content: manifest_in(content).pop("inputs"),
         lambda content: manifest_in(content).update(inputs={"args": [{"object": "os.system"}], "kwargs": {}}),
         lambda content: manifest_in(content).update(inputs={"args": [{"tensor": [10**9] * 3, "dtype": "float32"}]}),
-        lambda content: content["state_dict"].pop("model.network.head.weight"),
+        lambda content: content["state_dict"].pop("model.head.weight"),
         lambda content: content["state_dict"].update({"model.network.head.weight": torch.zeros(7)}),
         lambda content: content["state_dict"].update({"unknown": torch.zeros(7)}),
     ],

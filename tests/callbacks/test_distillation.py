@@ -108,7 +108,9 @@ def test_the_teacher_stays_as_it_is_and_leaves_no_trace(trainer: MakeTrainer) ->
     module = SmallModule(network, sgd)
     callback = lq.QuantizationAwareTraining("w4a8", distillation=WEIGHT)
     fit(trainer, module, callback)
-    assert_same_tensors(network.state_dict(), before)
+    teacher = module.quantized.float_network
+    assert teacher is not None
+    assert_same_tensors(teacher.state_dict(), before)
     assert not module.quantized._forward_hooks
     assert {name.partition(".")[0] for name in module.state_dict()} == {"model"}
 

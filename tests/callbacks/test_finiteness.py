@@ -62,7 +62,7 @@ def fit(module: pl.LightningModule, callback: pl.Callback, folder: Path) -> None
     ("what", "where"),
     [
         ("batch", "the batch itself holds NaN or Inf"),
-        ("layer", "the output of layer 'module_truediv' is the first that is not finite"),
+        ("layer", "the output of layer 'div' is the first that is not finite"),
         ("loss", "it comes from the loss or its gradient"),
     ],
 )

@@ -371,7 +371,9 @@ def test_shared_parts_are_pointed_out(trainer: MakeTrainer) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.model: Any = small_net()
-            self.last = self.model.head
+            self.last = nn.Linear(6, 4)
+            self.last.weight = self.model.head.weight
+            self.same = self.model.head  # the layer itself, which is quantized where it is
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self.model(batch[0])

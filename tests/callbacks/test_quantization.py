@@ -67,7 +67,7 @@ def quantized_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stored_ranges(checkpoint: Path) -> dict[str, Tensor]:
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
-    prefix = "model.network."
+    prefix = "model."
     return {
         name.removeprefix(prefix): value
         for name, value in state.items()
@@ -119,7 +119,7 @@ def test_second_run_keeps_the_network(trainer: MakeTrainer, callback: Any) -> No
     network, ranges = module.quantized, encodings(module.quantized)
     one.validate(module, small_loader(), verbose=False)
     trainer(callback()).test(module, small_loader(), verbose=False)
-    assert module.model is network
+    assert module.quantized is network
     assert_same_tensors(encodings(network), ranges)
 
 
@@ -244,7 +244,7 @@ def test_quantized_module_under_a_callback_of_another_precision(trainer: MakeTra
 
 
 def test_resume_without_the_callback_fails_in_lightning(trainer: MakeTrainer, quantized_checkpoint: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: .*model\.network"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\) in state_dict: .*model\.stem\.param_quantizers"):
         trainer(max_epochs=2).fit(SmallModule(), small_loader(), ckpt_path=quantized_checkpoint)
 
 
@@ -467,11 +467,18 @@ def test_modules_in_eval_mode_stay_in_eval_mode(trainer: MakeTrainer) -> None:
     assert not module.model.get_submodule("2").training
 
 
-def test_float_network_of_the_user_is_not_changed(trainer: MakeTrainer) -> None:
-    network = small_net()
-    before = copy.deepcopy(network.state_dict())
-    trainer(QuantizationAwareTraining(), max_epochs=1).fit(SmallModule(network), small_loader())
-    assert_same_tensors(network.state_dict(), before)
+def test_the_users_network_is_the_one_that_is_quantized_and_a_copy_of_the_float_one_is_kept(
+    trainer: MakeTrainer,
+) -> None:
+    network, module = small_net(), SmallModule(None)
+    before, module.model, layers = copy.deepcopy(network.state_dict()), network, list(network.modules())
+    trainer(QuantizationAwareTraining(), max_epochs=1).fit(module, small_loader())
+    assert module.model is network
+    assert isinstance(network, SmallNet)
+    assert [one for one in layers if one not in set(network.modules())] == [layers[2]]  # the batch norm is folded
+    kept = module.quantized.float_network
+    assert kept is not None
+    assert_same_tensors(kept.state_dict(), before)
 
 
 # The same numbers as a script written by hand
@@ -506,12 +513,15 @@ def test_encodings_are_those_of_a_script_written_by_hand(
                 model(images)
 
     sim.compute_encodings(run)
-    by_hand = {k: v.detach() for k, v in sim.model.state_dict().items() if k.endswith((".min", ".max"))}
+    state = sim.model.state_dict()
+    by_hand = {k.removeprefix("module_"): v.detach() for k, v in state.items() if k.endswith((".min", ".max"))}
     module = SmallModule()
     callback = PostTrainingQuantization(f"w{weights}a{activations}", range_estimator=estimator)
     trainer(callback).fit(module, small_loader())
     assert len(by_hand) == 18
-    assert_same_tensors(encodings(module.quantized), by_hand)
+    mine = encodings(module.quantized)
+    assert_same_tensors({name: mine[name] for name in by_hand}, by_hand)
+    assert mine.keys() == by_hand.keys()
     with torch.no_grad():
         images = small_data().tensors[0]
         assert torch.equal(module.quantized.eval()(images), sim.model.eval()(images).as_subclass(Tensor))
@@ -592,14 +602,18 @@ def test_network_that_cannot_run(trainer: MakeTrainer) -> None:
 
 
 def test_strict_refuses_a_network_with_findings(trainer: MakeTrainer) -> None:
-    class Branching(SmallNet):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x if x.sum() > 0 else -x)
+    class NormedInput(SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.BatchNorm2d(3)
 
-    module = SmallModule(Branching())
-    with pytest.raises(PreflightError, match=r"strict=True(?s:.*)could not be traced"):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.first(x))
+
+    module = SmallModule(NormedInput())
+    with pytest.raises(PreflightError, match=r"strict=True(?s:.*)first +BatchNorm2d could not be folded"):
         trainer(PostTrainingQuantization(strict=True)).fit(module, small_loader())
-    assert type(module.model) is Branching
+    assert type(module.model) is NormedInput
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate"])
@@ -663,4 +677,4 @@ def test_quantized_network_of_the_callback(trainer: MakeTrainer) -> None:
     module = SmallModule()
     callback = PostTrainingQuantization()
     trainer(callback).fit(module, small_loader())
-    assert callback.quantized_network(module) is module.model
+    assert callback.quantized_network(module).network is module.model

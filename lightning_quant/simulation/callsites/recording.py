@@ -306,9 +306,7 @@ def instrument(root: nn.Module, calls: Sequence[NetworkInputs]) -> None:
     recorder = Recorder(root)
     with torch.no_grad(), state_kept(root), _seen_as_one(layers, recorder):
         for call in calls:
-            with running.recorded_by(recorder):
-                recorder.begin(call.tensors)
-                call.call(root)
+            _recorded(root, call, recorder)
         _traced(root, calls[0], recorder)
     _install(recorder.pending.values())
 
@@ -324,13 +322,18 @@ def _changing_what_others_use(
             vars(module)["inplace"] = False  # so that its input and its output are two tensors
         with torch.no_grad(), _seen_as_one(layers, recorder, changing):
             for call in calls if changing else ():
-                with running.recorded_by(recorder):
-                    recorder.begin(call.tensors)
-                    call.call(root)
+                _recorded(root, call, recorder)
     finally:
         for module in changing:
             vars(module)["inplace"] = True
     return recorder.aliased
+
+
+def _recorded(root: nn.Module, call: NetworkInputs, recorder: Recorder) -> None:
+    own = call.map(torch.clone)  # it may change what it is given
+    recorder.begin(own.tensors)
+    with running.recorded_by(recorder):
+        root(*own.args, **own.kwargs)
 
 
 def _traced(root: nn.Module, call: NetworkInputs, recorder: Recorder) -> None:
