@@ -13,7 +13,7 @@ from lightning_quant.errors import PreflightError
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet, preflight
 from lightning_quant.simulation.callsites import quantizers
-from lightning_quant.simulation.callsites.lending import layers_kept, weights_lent
+from lightning_quant.simulation.callsites.lending import layers_kept, shapes_of_traces, weights_lent
 from lightning_quant.simulation.fast import kernels
 from lightning_quant.simulation.inplace import copied, state_kept, undone_on_error
 from lightning_quant.simulation.inputs import NetworkInputs
@@ -95,7 +95,7 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
     try:
         # A class AIMET does not know is the user's own, whose operations are call sites.
         QuantizationMixin.ignore_unknown_modules(True)
-        with state_kept(network), layers_kept(), weights_lent(network):
+        with state_kept(network), layers_kept(), shapes_of_traces(), weights_lent(network):
             sim = QuantizationSimModel(
                 FlatNetwork(network, inputs).eval(),
                 tuple(inputs.tensors),

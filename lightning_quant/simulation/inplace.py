@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.simulation.callsites.running import FOLDED, OF_A_LIST, SEEN, SITES
+
 
 def copied(network: nn.Module) -> nn.Module:
     """A deep copy; tensors that a pass left behind in attributes come along without their graph."""
@@ -59,10 +61,10 @@ def _is_aimets(module: nn.Module) -> bool:
 
 def _plain_state(module: nn.Module) -> dict[str, Any]:
     """Attributes of the user's own: neither PyTorch's nor this package's."""
-    return {name: v for name, v in vars(module).items() if name not in _PYTORCHS and not isinstance(v, nn.Module)}
+    return {name: v for name, v in vars(module).items() if name not in _NOT_THE_USERS and not isinstance(v, nn.Module)}
 
 
-_PYTORCHS = vars(nn.Module()).keys()
+_NOT_THE_USERS = {*vars(nn.Module()), SITES, SEEN, FOLDED, OF_A_LIST}
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 
@@ -71,3 +73,41 @@ def weights_lent(network: nn.Module) -> Iterator[None]:
             for part in ("weight", "bias"):
                 lent = layer._parameters.pop(part)
                 layer.__dict__[part] = None if lent is None else lent.detach()
+
+
+@contextmanager
+def shapes_of_traces() -> Iterator[None]:
+    """Let AIMET know the sizes in code that is run in a trace only, as some libraries have it for masks.
+
+    It looks them up in a pass without a trace, and takes a layer that it did not see there for a sign of a wrong graph.
+    """
+    from aimet_torch.meta import connectedgraph
+
+    graph = connectedgraph.ConnectedGraph
+    original = graph.__dict__["_generate_module_tensor_shapes_lookup_table"]
+
+    def table(model: nn.Module, model_input: Any) -> Any:
+        found = original.__func__(model, model_input)
+
+        def note(module: nn.Module, inputs: Any, output: Any) -> None:
+            sizes = apply_to_collection((inputs, output), Tensor, _of_its_size)
+            given, made = map(connectedgraph._get_module_tensor_shapes_entry, sizes)
+            found[module] = tuple(one if isinstance(one, list) else [one] for one in (given, made))
+
+        handles = [module.register_forward_hook(note) for module in model.modules() if module not in found]
+        try:
+            torch.jit.trace(model, model_input, check_trace=False, strict=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    graph._generate_module_tensor_shapes_lookup_table = staticmethod(table)
+    try:
+        yield
+    finally:
+        graph._generate_module_tensor_shapes_lookup_table = original
+
+
+def _of_its_size(tensor: Tensor) -> Tensor:
+    return torch.empty([int(size) for size in tensor.shape], device="meta")

@@ -24,7 +24,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_quant.simulation.callsites.functions import base_name, computes, tensors_among
+from lightning_quant.simulation.callsites.functions import CASTS, base_name, computes, tensors_among
 from lightning_quant.simulation.inputs import tensors_in
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 Place = tuple[tuple[Any, ...], int]
 
 # Where a module keeps its call sites, in its ``__dict__``: no child, no parameter, copied and pickled along.
-_SITES = "_call_sites"
+SITES = "_call_sites"
 # Where it keeps the places that were looked at, whether they needed a site or not.
 SEEN = "_places_seen"
 # Where a tensor that was changed in place keeps what it is now.
@@ -68,6 +68,10 @@ _HANDS_ON = frozenset(
 _BEGINS = frozenset(
     file for file in (sys.modules[nn.Module.__module__].__file__, torch.utils.checkpoint.__file__, __file__) if file
 )
+
+
+# Functions that ONNX does not have → what computes the same of other functions, for a trace.
+IN_TRACES: dict[Any, Callable[..., Any]] = {}
 
 
 class Pass:
@@ -107,6 +111,8 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if running.changes:
             args, kwargs = current(args), current(kwargs)
+        if torch._C._get_tracing_state() is not None and _is_idle_cast(func, args, kwargs):
+            return args[0]
         recorder = running.recorder
         if recorder is not None:
             return recorder.operation(running, func, args, kwargs)
@@ -116,13 +122,15 @@ class Interception(TorchFunctionMode):
         values = module.__dict__
         if FOLDED in values and getattr(func, "__name__", "") == "batch_norm":
             return args[0] if args else kwargs["input"]
-        sites = values.get(_SITES, {})
+        sites = values.get(SITES, {})
         if not sites and _local.noted is None:
             return func(*args, **kwargs)
         at = place(running, module)
         site = sites.get(at)
         if site is not None:
             return site.answer(running, func, args, kwargs)
+        if torch._C._get_tracing_state() is not None:
+            func = IN_TRACES.get(func, func)
         result = func(*args, **kwargs)
         if _local.noted is not None and not module.training and at not in values.get(SEEN, ()):
             name = base_name(func)
@@ -131,6 +139,15 @@ class Interception(TorchFunctionMode):
         if func is torch.zeros and isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             result.__dict__[MADE_UP] = True
         return result
+
+
+def _is_idle_cast(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a cast leaves a tensor the object it was; a trace writes it down all the same, which AIMET loses."""
+    if base_name(func) not in CASTS or not args or not isinstance(args[0], Tensor) or kwargs.get("copy"):
+        return False
+    given = args[0]
+    made = func(torch.empty((), dtype=given.dtype, device=given.device), *args[1:], **kwargs)
+    return isinstance(made, Tensor) and made.dtype == given.dtype and made.device == given.device
 
 
 @functools.cache
@@ -199,12 +216,12 @@ def place_within(running: Pass, at: tuple[Any, ...]) -> Iterator[None]:
 
 def sites_of(module: nn.Module) -> dict[Place, Site | ApartSite]:
     """The call sites of a module; empty where it has none."""
-    return module.__dict__.get(_SITES, {})
+    return module.__dict__.get(SITES, {})
 
 
 def add_site(module: nn.Module, at: Place, site: Site | ApartSite) -> None:
     """Let ``site`` answer the operation at a place in the code of ``module``."""
-    module.__dict__.setdefault(_SITES, {})[at] = site
+    module.__dict__.setdefault(SITES, {})[at] = site
 
 
 # ---- modules that take part ------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_quant.simulation.callsites.running import MADE_UP
+from lightning_quant.simulation.callsites.running import IN_TRACES, MADE_UP
 
 # What a masked position gets added: softmax makes 2e-22 of it, and unlike -inf it lies within a range.
 MASKED = -50.0
@@ -443,3 +443,11 @@ APART: dict[str, tuple[Callable[..., Any], Callable[..., bool] | None]] = {
 }
 # Those that compute step after step with the same layer: one range for each tensor over all steps.
 STEPPING = frozenset(_PARTS)
+
+
+def _cumsum(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return torch.cumsum(input.long() if input.dtype == torch.bool else input, *args, **kwargs)
+
+
+# of positions and masks, which nothing rounds
+IN_TRACES |= {torch.diff: diff, torch.cumsum: _cumsum, Tensor.cumsum: _cumsum}
