@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_quant.errors import CalibrationError
 from lightning_quant.simulation import aimet, statistics_cache
-from lightning_quant.simulation.callsites.running import noting
+from lightning_quant.simulation.callsites.running import IN_TRACES_ONLY, noting
 from lightning_quant.simulation.inputs import NetworkInputs, counted, up_to
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
@@ -102,6 +102,9 @@ def _observe(
         if digest is not None:
             digest.add(batch)
         batch.call(network.network)
+        if index == 0 and any(IN_TRACES_ONLY in vars(module) for module in network.network.modules()):
+            # code for exporters alone, which wants its ranges too
+            torch.jit.trace(network.sim.model, tuple(batch.first(1).tensors), check_trace=False, strict=False)
         seen += new
         index += batch.last
     if seen == 0:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.errors import PreflightError
 from lightning_quant.simulation import aimet
+from lightning_quant.simulation.callsites.lending import shapes_of_traces
 from lightning_quant.simulation.callsites.recording import instrument
 from lightning_quant.simulation.callsites.running import FOLDED
 from lightning_quant.simulation.inplace import copied, state_kept, undone_on_error
@@ -140,7 +141,8 @@ def _fold_batch_norms(
             module.affine = True
     expected = [_drawing_the_same(call, twin) for call in calls]
     try:
-        pairs = fold_all_batch_norms(FlatNetwork(twin, inputs).eval(), None, dummy_input=tuple(inputs.tensors))
+        with shapes_of_traces():
+            pairs = fold_all_batch_norms(FlatNetwork(twin, inputs).eval(), None, dummy_input=tuple(inputs.tensors))
         actual = [_drawing_the_same(call, twin) for call in calls]
         difference = max(map(relative_difference, expected, actual))
     except Exception as error:  # AIMET raises whatever its graph builder met

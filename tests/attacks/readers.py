@@ -205,7 +205,7 @@ def make_genuine(folder: Path) -> None:
     content = {"pytorch-lightning_version": "2.6.0", "epoch": 0, "global_step": 0, "hyper_parameters": {}}
     (folder / "float").mkdir()
     torch.save({**content, "state_dict": module.state_dict()}, folder / "float/float.ckpt")
-    module.model = calibrated(small_net(), overrides={"head": "w8a16"})
+    module.model = calibrated(small_net(), overrides={"head": "w8a16"}).network
     (folder / "checkpoint").mkdir()
     torch.save({**content, "state_dict": module.state_dict()}, folder / "checkpoint/last.ckpt")
 

@@ -27,6 +27,7 @@ from lightning_quant.simulation.callsites.functions import (
 from lightning_quant.simulation.callsites.running import (
     CONTAINERS,
     FOLDED,
+    IN_TRACES_ONLY,
     MADE_UP,
     OF_A_LIST,
     SEEN,
@@ -79,6 +80,7 @@ class _Found:
     at: Place
     name: str  # of the function; with a star for the generic rule
     repeats: bool  # one step of several that are alike
+    traced: bool  # seen in a trace only
     child: nn.Module | None = None  # what answers it; ``None``: it is taken apart
     holder: nn.Module | None = None
     weight: Tensor | None = None
@@ -143,7 +145,7 @@ class Recorder:
         apart = pending is not None and pending.child is None
         if apart or (pending is None and self._comes_apart(name, args, kwargs)):
             if pending is None:
-                self._add(_Found(module, at, name, self.repeating))
+                self._add(_Found(module, at, name, self.repeating, _is_traced()))
             before, self.repeating = self.repeating, self.repeating or name in STEPPING
             try:
                 return ApartSite(name, at).answer(running, func, args, kwargs)
@@ -245,7 +247,7 @@ class Recorder:
         holder = next((one for one in reversed(running.stack) if not isinstance(one, CONTAINERS)), running.stack[0])
         child.__dict__["_moves"] = name in MOVES and name not in CASTS
         name = name if rule is not GENERIC else f"{name}*"
-        return _Found(module, at, name, self.repeating, child, holder, weight)
+        return _Found(module, at, name, self.repeating, _is_traced(), child, holder, weight)
 
     def _note(self, name: str, args: Any, kwargs: Any, result: Any, made: _Found | None = None) -> None:
         given, new = tensors_among((args, kwargs)), tensors_among(result)
@@ -277,6 +279,10 @@ def _tensors_of(root: nn.Module) -> Iterator[Tensor]:
         for name, value in vars(module).items():
             if name not in ("_parameters", "_buffers", "_modules"):
                 yield from tensors_among(value)
+
+
+def _is_traced() -> bool:
+    return torch._C._get_tracing_state() is not None
 
 
 # ---- instrumenting ---------------------------------------------------------------------------------------------------
@@ -430,6 +436,8 @@ def _install(found: Iterable[_Found]) -> None:
         one.child.eval()
         own = vars(one.child)
         own["_weight_of"] = one.weight  # until the simulation is built
+        if one.traced:
+            own[IN_TRACES_ONLY] = True
         own["_owner"] = id(one.module)
         own["_repeats"] = (id(one.module), one.at[0]) if one.repeats else None
         name = _free_name(one.holder, one.name)

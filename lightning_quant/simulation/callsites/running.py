@@ -45,6 +45,8 @@ SEEN = "_places_seen"
 _NOW = "_changed_into"
 # A batch norm of another class than PyTorch's own that was folded into the layer before it.
 FOLDED = "_folded_away"
+# What the module at a call site is marked with that only a trace comes to.
+IN_TRACES_ONLY = "_in_traces_only"
 # Names of the sites that a list of modules holds itself, and where they are while it is read.
 OF_A_LIST, SET_ASIDE = "_sites_of_a_list", "_sites_set_aside"
 # These are iterated over: no place for a child of ours, where there is another.
