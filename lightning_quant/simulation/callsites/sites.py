@@ -275,7 +275,9 @@ class Weighted(Rule):
         lent = bound.get("weight"), bound.get("bias")
         detached = tuple(None if one is None else one.detach() for one in lent)
         # without gradients a part of a parameter says that it has one, which hooks of PyTorch's do not take
-        values["weight"], values["bias"] = lent if torch.is_grad_enabled() else detached
+        # nor as parameters: setting one on a module, as AIMET does for a moment, would register it there
+        plain = tuple(one.as_subclass(Tensor) if isinstance(one, nn.Parameter) else one for one in lent)
+        values["weight"], values["bias"] = plain if torch.is_grad_enabled() else detached
         try:
             return module(bound["input"])
         finally:  # without the graph that computed them

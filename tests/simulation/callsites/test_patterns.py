@@ -14,6 +14,7 @@ from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate
+from lightning_quant.simulation.callsites.running import is_range
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.techniques.layer_outputs import unrounded
@@ -102,6 +103,9 @@ def test_rounded(name: str) -> None:
         assert not torch.equal(a, b)
         assert (a - b).norm() <= 0.25 * b.norm().clamp_min(0.1)
     assert expected_gradients.keys() <= gradients.keys()
+    assert not {name for name, _ in network.named_parameters() if not is_range(name)} - set(
+        dict(float_network.named_parameters())
+    )
     assert any(key not in expected_gradients for key in gradients)  # the ranges
 
 
