@@ -17,7 +17,7 @@ from lightning_quant.segmentation.task import SegmentationTask
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--precision", default="w4a8")
-parser.add_argument("--max-drop", type=float, default=0.005)
+parser.add_argument("--max-drop", type=float, default=0.006)
 options = parser.parse_args()
 
 pl.seed_everything(0)
