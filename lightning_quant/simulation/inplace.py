@@ -31,25 +31,21 @@ def state_kept(network: nn.Module) -> Iterator[None]:
     Args:
         network: the network; AIMET's layers in it keep nothing of the user's.
     """
-    plain = {module: _shallow(_plain_state(module)) for module in network.modules() if not _is_aimets(module)}
+    own_modules = [module for module in network.modules() if not _is_aimets(module)]
+    plain = {module: (_shallow(_plain_state(module)), dict(module._buffers)) for module in own_modules}
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     try:
         yield
     finally:
-        for module, before in plain.items():
+        for module, (before, held) in plain.items():
             if _is_aimets(module):  # it became one meanwhile
                 continue
+            _filled(module._buffers, held)  # a buffer can be assigned anew: self.mean = ...
             own = vars(module)
             for name in _plain_state(module).keys() - before.keys():
                 del own[name]
             for name, value in before.items():
-                if isinstance(own.get(name), list) and isinstance(value, list):
-                    own[name][:] = value
-                elif isinstance(own.get(name), (dict, set)) and isinstance(value, (dict, set)):
-                    own[name].clear()
-                    own[name].update(value)
-                else:
-                    own[name] = value
+                own[name] = _filled(own.get(name), value)
         for buffer, values in buffers:
             if not torch.equal(buffer, values):
                 buffer.copy_(values)
@@ -70,18 +66,31 @@ _NOT_THE_USERS = {*vars(nn.Module()), SITES, SEEN, FOLDED, OF_A_LIST}
 @contextmanager
 def undone_on_error(network: nn.Module) -> Iterator[None]:
     """Change a network in place, or not at all."""
-    modules = [(module, type(module), _shallow(vars(module))) for module in network.modules()]
+    # the collections themselves come back, not copies: handles of hooks remove theirs from the one they know
+    modules = [(m, type(m), dict(vars(m)), _shallow(vars(m))) for m in network.modules()]
     values = [(parameter, parameter.data) for parameter in network.parameters()]
     try:
         yield
     except BaseException:
-        for module, cls, own in modules:
+        for module, cls, own, contents in modules:
             module.__class__ = cls
             vars(module).clear()
-            vars(module).update(own)
+            vars(module).update({name: _filled(value, contents[name]) for name, value in own.items()})
         for parameter, data in values:
             parameter.data = data
         raise
+
+
+def _filled(now: Any, before: Any) -> Any:
+    """The collection that is there now with the contents of before, or what was there before if it is no collection."""
+    if isinstance(now, list) and isinstance(before, list):
+        now[:] = before
+        return now
+    if isinstance(now, (dict, set)) and isinstance(before, type(now)):
+        now.clear()
+        now.update(before)
+        return now
+    return before
 
 
 def _shallow(own: dict[str, Any]) -> dict[str, Any]:

@@ -139,10 +139,10 @@ class Recorder:
         module = running.stack[-1]
         if FOLDED in module.__dict__ and name == "batch_norm":
             return args[0] if args else kwargs["input"]
-        at = place(running, module)
+        at = place(running, module, name)
         module.__dict__.setdefault(SEEN, set()).add(at)
         pending = self.pending.get((id(module), at))
-        apart = pending is not None and pending.child is None
+        apart = pending is not None and pending.child is None and ApartSite(name, at).fits(running, args, kwargs)
         if apart or (pending is None and self._comes_apart(name, args, kwargs)):
             if pending is None:
                 self._add(_Found(module, at, name, self.repeating, _is_traced()))
@@ -154,7 +154,7 @@ class Recorder:
         given = tensors_among((args, kwargs))
         self.used(given)
         made = None
-        if pending is None and self._needs_site(name, func, given):
+        if pending is None and kwargs.get("out") is None and self._needs_site(name, func, given):
             made = self._make(running, module, at, name, func, args, kwargs)
         result = func(*args, **kwargs)
         if made is not None and not (isinstance(result, Tensor) and result.is_floating_point()) and name not in MOVES:
@@ -193,7 +193,7 @@ class Recorder:
         return any(id(tensor) not in self.constants for tensor in tensors)
 
     def _comes_apart(self, name: str, args: Any, kwargs: Any) -> bool:
-        if name not in APART:
+        if name not in APART or kwargs.get("out") is not None:
             return False
         given = tensors_among((args, kwargs))
         if not any(tensor.is_floating_point() for tensor in given) or not self._depends(given):

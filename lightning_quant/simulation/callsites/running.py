@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from lightning_quant.simulation.callsites.sites import ApartSite, Site
 
 # The code that stands where an operation is called: name, first line and position of each frame from the operation up
-# to the module's forward; then the how-manieth time in this pass.
+# to the module's forward, and the function's name; then the how-manieth time in this pass.
 Place = tuple[tuple[Any, ...], int]
 
 # Where a module keeps its call sites, in its ``__dict__``: no child, no parameter, copied and pickled along.
@@ -127,17 +127,22 @@ class Interception(TorchFunctionMode):
         sites = values.get(SITES, {})
         if not sites and _local.noted is None:
             return func(*args, **kwargs)
-        at = place(running, module)
+        name = base_name(func)
+        at = place(running, module, name)
         site = sites.get(at)
-        if site is not None:
+        if site is not None and site.fits(running, args, kwargs):
             return site.answer(running, func, args, kwargs)
         if torch._C._get_tracing_state() is not None:
             func = IN_TRACES.get(func, func)
         result = func(*args, **kwargs)
-        if _local.noted is not None and not module.training and at not in values.get(SEEN, ()):
-            name = base_name(func)
-            if computes(name, tensors_among((args, kwargs)), result):
-                _local.noted.setdefault(module, []).append(name)
+        known = site is None and at in values.get(SEEN, ()) and kwargs.get("out") is None
+        if (
+            _local.noted is not None
+            and not module.training
+            and not known
+            and computes(name, tensors_among((args, kwargs)), result)
+        ):
+            _local.noted.setdefault(module, []).append(name)
         if func is torch.zeros and isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             result.__dict__[MADE_UP] = True
         return result
@@ -164,8 +169,11 @@ def _position(code: CodeType, at: int) -> tuple[int | None, ...]:
     return position if None not in position else (at,)
 
 
-def place(running: Pass, module: nn.Module) -> Place:
-    """Where in the code of ``module`` the operation stands that is handled now; counts it."""
+def place(running: Pass, module: nn.Module, name: str) -> Place:
+    """Where in the code of ``module`` the operation stands that is handled now; counts it.
+
+    The function's base name is part of it: one call can be of several, as in ``for act in (relu, sigmoid): act(x)``.
+    """
     frame: FrameType | None = sys._getframe(1)
     frames: list[tuple[CodeType, int]] = []
     while frame is not None:
@@ -179,7 +187,7 @@ def place(running: Pass, module: nn.Module) -> Place:
             if code.co_name == "forward" and code.co_varnames[:1] == ("self",):
                 break  # what wraps a forward may take other ways in a trace
         frame = frame.f_back
-    found = (*running.within, *_stable(tuple(frames)))
+    found = (*running.within, *_stable(tuple(frames)), name)
     key = id(module), found
     count = running.counts.get(key, 0)
     running.counts[key] = count + 1
@@ -429,7 +437,7 @@ def recorded_by(recorder: Recorder) -> Iterator[None]:
 def noting() -> Iterator[dict[nn.Module, list[str]]]:
     """Note, by module, the operations that are computed in eval mode at places where none was seen before.
 
-    They stay in float: code that the examples did not come to.
+    They stay in float: code that the examples did not come to, or not with these settings.
     """
     before, _local.noted = _local.noted, {}
     try:

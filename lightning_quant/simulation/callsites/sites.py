@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,6 +48,10 @@ class Site:
             found = self.holder._modules.get(self.child) or vars(self.holder)[SET_ASIDE][self.child]
         return found
 
+    def fits(self, running: Pass, args: Any, kwargs: Any) -> bool:
+        """Whether the module computes what is called with these arguments; if not, the function does, in float."""
+        return kwargs.get("out") is None and RULES.get(self.name, GENERIC).fits(self.module(running), args, kwargs)
+
     def answer(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
         """Compute what was called."""
         result = RULES.get(self.name, GENERIC).call(self.module(running), args, kwargs)
@@ -67,11 +72,14 @@ class ApartSite:
         self.name = name
         self.at = at
 
+    def fits(self, running: Pass, args: Any, kwargs: Any) -> bool:
+        """Whether the operation can be computed as several with these arguments; if not, the function does it."""
+        takes = APART[self.name][1]
+        return kwargs.get("out") is None and (takes is None or takes(*args, **kwargs))
+
     def answer(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
         """Compute what was called."""
-        compute, takes = APART[self.name]
-        if takes is not None and not takes(*args, **kwargs):
-            return func(*args, **kwargs)
+        compute = APART[self.name][0]
         with running.mode, place_within(running, self.at):
             result = compute(*args, **kwargs)
         if in_place(func, self.name) or kwargs.get("inplace"):
@@ -80,12 +88,16 @@ class ApartSite:
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
-class Rule:
+class Rule(ABC):
     """How one kind of function becomes a module, and how the module is called."""
 
+    @abstractmethod
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
         """The module for a call, or ``None`` where the rule does not fit; the generic one is taken then."""
-        raise NotImplementedError
+
+    def fits(self, module: Any, args: Any, kwargs: Any) -> bool:
+        """Whether a module that was made for one call computes another at the same place."""
+        return True
 
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
         """Compute with the module."""
@@ -106,10 +118,14 @@ class Binary(Rule):
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
         from aimet_torch.nn.modules import custom
 
-        if len(self.operands(args, kwargs)) != 2 or kwargs.get("alpha", 1) != 1 or kwargs.get("rounding_mode"):
+        if not self.fits(None, args, kwargs):
             return None
         made: nn.Module = getattr(custom, self.module)()
         return made
+
+    def fits(self, module: Any, args: Any, kwargs: Any) -> bool:
+        two = len(self.operands(args, kwargs)) == 2
+        return two and kwargs.get("alpha", 1) == 1 and not kwargs.get("rounding_mode")
 
     def operands(self, args: Any, kwargs: Any) -> list[Any]:
         found = [*args[:2], *(value for key, value in kwargs.items() if key in _SECOND)]
@@ -142,12 +158,16 @@ class Configured(Rule):
         return {name: value for name, value in given.items() if name not in _IGNORED}
 
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
-        settings = self._settings(args, kwargs)
-        if any(isinstance(value, Tensor) for value in settings.values()):
+        if not self.fits(None, args, kwargs):
             return None
+        settings = self._settings(args, kwargs)
         made = self.factory(**settings)
         made.__dict__["_settings"] = settings
         return made
+
+    def fits(self, module: Any, args: Any, kwargs: Any) -> bool:
+        plain = len(args) <= 1 and not kwargs
+        return plain or not any(isinstance(value, Tensor) for value in self._settings(args, kwargs).values())
 
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
         if len(args) > 1 or kwargs:
@@ -259,8 +279,13 @@ class Weighted(Rule):
                 del layer._parameters[part]
                 layer.__dict__[part] = None
             layer.__dict__["_lent"] = ()
+            layer.__dict__["_settings"] = _settings(bound)
             self._lend(layer, bound)
         return layer
+
+    def fits(self, module: Any, args: Any, kwargs: Any) -> bool:
+        settings = _settings(self.bind(args, kwargs))
+        return settings is not None and settings == module.__dict__["_settings"]
 
     def _lend(self, layer: Any, bound: dict[str, Any]) -> None:
         values = layer.__dict__
@@ -282,6 +307,23 @@ class Weighted(Rule):
             return module(bound["input"])
         finally:  # without the graph that computed them
             values["weight"], values["bias"] = detached
+
+
+def _settings(bound: dict[str, Any]) -> dict[str, Any] | None:
+    """What a function is called with beside its input and weights; ``None`` where tensors are among it.
+
+    Of the axes that are normalized over the number alone: in a trace their sizes are tensors, and a layer refuses
+    others than its own.
+    """
+    found: dict[str, Any] = {}
+    for name, value in bound.items():
+        if name == "normalized_shape":
+            found[name] = len(value)
+        elif isinstance(value, Tensor) and name not in ("input", "weight", "bias"):
+            return None
+        elif name not in ("input", "weight", "bias"):
+            found[name] = tuple(value) if isinstance(value, list) else value
+    return found
 
 
 def _linear(bound: dict[str, Any]) -> nn.Module | None:

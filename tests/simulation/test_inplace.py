@@ -1,0 +1,61 @@
+"""What a network keeps from pass to pass, and a change that fails half way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.simulation.inplace import state_kept, undone_on_error
+
+
+class Keeping(nn.Module):
+    mean: Tensor
+    history: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("history", torch.zeros(0, 3))
+        self.seen: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + x.mean(0)  # assigned, not changed in place
+        self.history = torch.cat([self.history, x])  # of another shape
+        self.seen.append(len(x))
+        return x - self.mean
+
+
+def test_buffers_that_are_assigned_anew() -> None:
+    network = nn.Sequential(Keeping(), nn.BatchNorm1d(3))
+    kept = network[0]
+    assert isinstance(kept, Keeping)
+    before = kept.mean, kept.history, kept.seen
+    with state_kept(network):
+        network(torch.ones(4, 3))
+        assert len(kept.history) == 4
+    assert (kept.mean, kept.history, kept.seen) == before  # the very objects
+    assert kept.mean.sum() == 0
+    assert kept.seen == []
+    assert network[1].num_batches_tracked == 0
+
+
+def test_hooks_can_be_removed_after_a_change_that_failed() -> None:
+    network = nn.Sequential(nn.Linear(3, 3))
+    calls: list[int] = []
+    handle = network[0].register_forward_hook(lambda *_: calls.append(1))
+
+    @undone_on_error(network)
+    def change() -> None:
+        network[0].register_forward_hook(lambda *_: calls.append(2))
+        network.append(nn.ReLU())
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        change()
+    assert len(network) == 1
+    network(torch.ones(1, 3))
+    assert calls == [1]
+    handle.remove()
+    network(torch.ones(1, 3))
+    assert calls == [1]
