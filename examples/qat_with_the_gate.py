@@ -2,7 +2,7 @@
 
 `fit` measures the float network, tries the rungs from cheap to dear, and trains only if none is within max_drop.
 
-Run: python examples/qat_with_the_gate.py                 (under a minute on a CPU)
+Run: python examples/qat_with_the_gate.py                 (about a minute on a CPU)
      python examples/qat_with_the_gate.py --max-drop -1   (no rung can be good enough: it trains)
 """
 
@@ -17,7 +17,7 @@ from lightning_quant.segmentation.task import SegmentationTask
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--precision", default="w4a8")
-parser.add_argument("--max-drop", type=float, default=0.006)
+parser.add_argument("--max-drop", type=float, default=0.005)
 options = parser.parse_args()
 
 pl.seed_everything(0)
@@ -31,7 +31,7 @@ quantization = lq.QuantizationAwareTraining(
     options.precision,
     max_drop=options.max_drop,
     monitor="val_miou",
-    rungs=("ptq", "bn_reestimation", "seq_mse"),
+    rungs=("ptq", "bn_reestimation", "seq_mse", "adaround"),
 )
 pl.Trainer(max_epochs=1, callbacks=[quantization], **quiet).fit(module, datamodule=data)
 
