@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.callbacks.lightning_package import check_module_package
 from lightning_quant.callbacks.quantization import find_network, quantized_networks
@@ -84,7 +87,9 @@ def load_quantized(
                 checkpoint_path, map_location="cpu", strict=False, weights_only=True, **{**_NO_INSTANTIATOR, **kwargs}
             )
         for name, (recipe, inputs, others) in parts.items():
-            quantize(find_network(module, name), inputs, recipe, others)
+            given = find_network(module, name)
+            _without_folded_norms(given, {k.removeprefix(f"{name}."): v for k, v in checkpoint["state_dict"].items()})
+            quantize(given, inputs, recipe, others)
         module.load_state_dict(checkpoint["state_dict"])
         for network in quantized_networks(module).values():
             check_ranges(network)
@@ -96,6 +101,31 @@ def load_quantized(
             "class and arguments the checkpoint was written with."
         ) from error
     return module.eval()
+
+
+def _without_folded_norms(network: nn.Module, state: dict[str, Any]) -> None:
+    """Let a float network compute what the one in a checkpoint does, of which it was given the weights.
+
+    The batch norms in it were folded into these weights. It has them still, and would normalize a second time: numbers
+    that are far from any network's, by which it could not be judged whether quantizing it changes them.
+
+    Args:
+        network: the float network, its weights loaded.
+        state: the network's part of the checkpoint.
+    """
+    for name, module in network.named_modules():
+        bias = state.get(f"{name}.bias")
+        if isinstance(bias, Tensor) and "bias" in module._parameters and module.bias is None:
+            module.bias = nn.Parameter(bias.clone())
+        if not isinstance(module, _BatchNorm) or module.running_var is None or f"{name}.running_var" in state:
+            continue
+        assert module.running_mean is not None
+        module.running_mean.zero_()
+        module.running_var.fill_(1.0 - module.eps)
+        with torch.no_grad():
+            for parameter, value in ((module.weight, 1.0), (module.bias, 0.0)):
+                if parameter is not None:
+                    parameter.fill_(value)
 
 
 def _recipe_and_inputs(

@@ -19,6 +19,7 @@ from torch import nn
 
 from lightning_quant.deploy import audit, parity
 from lightning_quant.deploy.onnx_files import ENCODINGS_VERSION, FLOAT_OPSET, QDQ_OPSET, OnnxFiles, write_onnx
+from lightning_quant.deploy.qdq_graph import exact_session
 from lightning_quant.errors import CalibrationError, ExportError
 from lightning_quant.files import alone
 from lightning_quant.precision import PRECISIONS
@@ -261,17 +262,6 @@ def _outputs(
 
 def _sizes(names: Sequence[str], sizes: Sequence[tuple[int, ...]]) -> str:
     return ", ".join(f"{name!r} of {list(size)}" for name, size in zip(names, sizes, strict=False))
-
-
-def exact_session(path: Path) -> Any:
-    """An ONNX Runtime session on the host's CPU that computes every node as it is written."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    # The optimized integer kernels saturate on CPUs without VNNI (57 → 35 dB).
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def single_samples(call: NetworkInputs) -> Iterator[NetworkInputs]:

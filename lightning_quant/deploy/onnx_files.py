@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_quant.deploy import biases, shared_grids
+from lightning_quant.deploy import activations, biases, constants, shared_grids
 from lightning_quant.deploy.fixed_graph import check_fixed, check_repeatable
 from lightning_quant.deploy.passed_inputs import Grid, encode_passed_inputs, round_passed_inputs
 from lightning_quant.errors import ExportError
@@ -70,7 +72,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
     names = dict(zip(("input_names", "output_names"), name_tensors(network, example, given), strict=True))
     sizes = [tuple(tensor.shape) for tensor in tensors_in(given)]
     tensors = tuple(example.tensors)
-    with aimet.quiet() as aimet_torch, weights_lent(network.network), noting() as noted:
+    with aimet.quiet() as aimet_torch, weights_lent(network.network), _going_the_usual_way(), noting() as noted:
         from aimet_torch.onnx import _remove_dangling_nodes_and_initializers
 
         try:
@@ -87,6 +89,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
             _remove_dangling_nodes_and_initializers(model)
             check_fixed(model, title)
             _check_known(network, noted)
+            gone = constants.fold_constants(model)
             aimet_torch.onnx.export(
                 network.sim.model,
                 tensors,
@@ -108,13 +111,18 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
         # a parameter that several modules share goes into the file under one of its names
         parameters = network.sim.model.named_parameters(remove_duplicate=False)
         floats = {name: value.detach().numpy() for name, value in parameters if name.endswith("bias")}
+        constants.fold_constants(quantized)
         shared = shared_grids.share_grids(quantized)
+        parted = activations.part_activations(quantized)
+        encoded = constants.encode_constants(quantized)
         passed = round_passed_inputs(quantized)
         coarser = biases.rescale_biases(quantized, floats)
     encodings_file = float_file.with_suffix(".encodings")
     encodings = json.loads(encodings_file.read_text())
     written = copy.deepcopy(encodings)
+    constants.update_encodings(encodings, gone, encoded)
     shared_grids.update_encodings(encodings, shared)
+    activations.update_encodings(encodings, parted)
     biases.update_encodings(encodings, coarser)
     encode_passed_inputs(model, encodings)
     if encodings != written:
@@ -123,6 +131,26 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
         _write_sizes(graph, sizes)
         onnx.save(graph, file)
     return OnnxFiles(model, encodings, names, passed)
+
+
+@contextmanager
+def _going_the_usual_way() -> Iterator[None]:
+    """Hide from the network's own code that it is exported.
+
+    Libraries go another way then, around what older exporters could not write. The way that was quantized, calibrated
+    and measured is the one that is wanted. PyTorch, AIMET and this package are told the truth.
+    """
+    told = torch.onnx.is_in_onnx_export
+
+    def is_in_onnx_export() -> bool:
+        asking = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+        return asking in ("torch", "aimet_torch", "lightning_quant") and told()
+
+    torch.onnx.is_in_onnx_export = is_in_onnx_export
+    try:
+        yield
+    finally:
+        torch.onnx.is_in_onnx_export = told
 
 
 def _write_sizes(model: onnx.ModelProto, sizes: Sequence[tuple[int, ...]]) -> None:

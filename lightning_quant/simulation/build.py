@@ -142,10 +142,18 @@ def _tie_resizes(sim: Any) -> None:
 
     if sim._hw_version is None or not sim.connected_graph.is_safe():  # as AIMET does for its own
         return
+    resize: Any
+    resizes: Any = (Interpolate, nn.Upsample)
     for op in reversed(sim.connected_graph.ordered_ops):  # a resize of a resize gets its range from behind
         resize = sim._get_qmodule(op)
         if isinstance(resize, Interpolate) and resize.output_quantizers[0] is not None:
             _quantize_like(sim, op, resize.output_quantizers[0])
+    for op in sim.connected_graph.ordered_ops:  # a tensor that goes into two of them has the range of one
+        resize = sim._get_qmodule(op)
+        if isinstance(resize, resizes) and resize.output_quantizers[0] is not None:
+            before = quantizers.rounding(sim, op.inputs[0].producer)
+            if before not in (None, resize.output_quantizers[0]):
+                resize.input_quantizers[0] = resize.output_quantizers[0]
 
 
 def _quantize_like(sim: Any, op: Any, quantizer: nn.Module) -> None:

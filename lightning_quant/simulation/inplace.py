@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,6 +24,31 @@ def copied(network: nn.Module) -> nn.Module:
                 memo[id(value)] = value.detach().clone()
     with torch.inference_mode(False):
         return copy.deepcopy(network, memo)
+
+
+def part_shared_activations(network: nn.Module) -> None:
+    """Give each place its own module where several, or several networks, share one without weights.
+
+    Libraries keep one activation for all layers, often as an attribute of the layer's class: what is changed in it
+    would change in every network that was built in this process, and its quantizers would be those of a hundred places.
+
+    Args:
+        network: changed in place.
+    """
+    places = [(parent, name, child) for parent in network.modules() for name, child in parent._modules.items()]
+    counts = Counter(child for _, _, child in places)
+    of_classes = {
+        id(value)
+        for cls in {cls for module in network.modules() for cls in type(module).__mro__}
+        for value in vars(cls).values()
+        if isinstance(value, nn.Module)
+    }
+    for parent, name, child in places:
+        if child is None:
+            continue
+        shared = counts[child] > 1 or id(child) in of_classes
+        if shared and next(chain(child.parameters(), child.buffers()), None) is None:
+            parent._modules[name] = copy.deepcopy(child)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from lightning_quant.simulation import aimet
 from lightning_quant.simulation.callsites.lending import shapes_of_traces
 from lightning_quant.simulation.callsites.recording import instrument
 from lightning_quant.simulation.callsites.running import FOLDED
-from lightning_quant.simulation.inplace import copied, state_kept, undone_on_error
+from lightning_quant.simulation.inplace import copied, part_shared_activations, state_kept, undone_on_error
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import FlatNetwork
 from lightning_quant.simulation.normalize import use_torch_classes
@@ -79,6 +79,7 @@ def prepare_in_place(
         undone_on_error(network),
     ):
         network.eval()
+        part_shared_activations(network)
         twin = copied(network)
         outputs = []
         for call in calls:
@@ -131,6 +132,7 @@ def _fold_batch_norms(
     if not any(isinstance(module, _BatchNorm) for module in twin.modules()):
         return {}, []
     instrument(twin, calls)
+    owners = _owners(twin)
     norms = {module: name for name, module in twin.named_modules() if isinstance(module, _BatchNorm)}
     layers = {module: name for name, module in twin.named_modules()}
     before = {name: copy.deepcopy(module) for module, name in layers.items() if hasattr(module, "weight")}
@@ -143,6 +145,9 @@ def _fold_batch_norms(
     try:
         with shapes_of_traces():
             pairs = fold_all_batch_norms(FlatNetwork(twin, inputs).eval(), None, dummy_input=tuple(inputs.tensors))
+        for layer, _ in pairs:
+            if layer in owners and owners[layer].bias is None:  # what is lent is changed where it lies
+                owners[layer].bias = layer._parameters["bias"]
         actual = [_drawing_the_same(call, twin) for call in calls]
         difference = max(map(relative_difference, expected, actual))
     except Exception as error:  # AIMET raises whatever its graph builder met
@@ -155,6 +160,7 @@ def _fold_batch_norms(
         return {}, [Finding("", problem, remedy, kind=FindingKind.UNFOLDED)]
     found = {}
     for layer, norm in pairs:
+        layer = owners.get(layer, layer)
         name = layers[layer]
         own = renamed.get(name, name)
         _take_over(network.get_submodule(own), layer)
@@ -162,6 +168,25 @@ def _fold_batch_norms(
         if _follows(norm, before[name], layer):
             found[own] = norm
     return found, []
+
+
+def _owners(twin: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The modules whose own weights are lent to a call site as they are, by the layer there.
+
+    Nothing can be folded into weights that are computed anew in each pass; such a layer is made one that AIMET does not
+    know.
+    """
+    lenders = {module._parameters["weight"]: module for module in twin.modules() if "weight" in module._parameters}
+    found = {}
+    for layer in list(twin.modules()):
+        if "_lent" not in vars(layer):
+            continue
+        owner = lenders.get(vars(layer).get("_weight_of"))
+        if owner is not None:
+            found[layer] = owner
+        else:
+            layer.__class__ = type("Computed", (type(layer),), {})
+    return found
 
 
 def _take_over(layer: Any, folded: Any) -> None:

@@ -73,6 +73,38 @@ def test_round_trip(checkpoint: tuple[Path, SmallModule]) -> None:
         assert torch.equal(loaded.model(images), module.eval().model(images))
 
 
+class Steep(LightningModule):
+    """Batch norms that multiply by a hundred, so that a network that had them twice would be far from any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        parts: list[nn.Module] = []
+        for index in range(6):
+            norm = nn.BatchNorm2d(3)
+            assert norm.running_var is not None
+            norm.running_var.fill_(1e-4)
+            conv = nn.Conv2d(3, 3, 3, padding=1, bias=index % 2 == 0)
+            nn.init.normal_(conv.weight, std=0.002)
+            parts += [conv, norm, nn.SiLU()]
+        self.model = nn.Sequential(*parts)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("mean", self.model(batch[0]).mean())
+
+
+def test_batch_norms_that_were_folded_are_not_there_twice(trainer: MakeTrainer, tmp_path: Path) -> None:
+    module = Steep()
+    one = trainer(lq.PostTrainingQuantization("w8a16", calibration_dataloader=small_loader()))
+    one.validate(module, small_loader())
+    one.save_checkpoint(tmp_path / "steep.ckpt")
+    images = small_data()[0][0][None]
+    loaded = lq.load_quantized(Steep, tmp_path / "steep.ckpt")
+    assert not any(isinstance(one, nn.BatchNorm2d) for one in loaded.modules())
+    assert not loaded.model.findings
+    assert torch.equal(loaded.model(images), module.eval().model(images))
+
+
 def test_network_passed_in_is_the_one_that_is_quantized(checkpoint: tuple[Path, SmallModule]) -> None:
     path, module = checkpoint
     network = small_net(seed=9)

@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from lightning_quant.deploy.bundle import Bundle, exact_session
+from lightning_quant.deploy.bundle import Bundle
+from lightning_quant.deploy.qdq_graph import exact_session
 from lightning_quant.deploy.targets.htp_emulator import HtpEmulatorTarget
 
 NO_EMULATOR = HtpEmulatorTarget("SM8650").unavailable()

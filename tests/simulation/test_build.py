@@ -182,10 +182,11 @@ def test_a_wrong_fold_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("broken", ["raises", "nan"])
 def test_a_fold_that_breaks_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    def fold(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def fold(model: nn.Module, *args: Any, **kwargs: Any) -> list[Any]:
         if broken == "raises":
             raise KeyError("no such operation")
         model.network.conv.weight.data[0] = float("nan")
+        return []
 
     monkeypatch.setattr(batch_norm_fold, "fold_all_batch_norms", fold)
     original = Body()

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.precision import Precision
+from lightning_quant.recipe import QuantRecipe
+from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.inplace import state_kept, undone_on_error
+from tests.simulation.networks import call
+
+RECIPE = QuantRecipe(Precision.parse("w8a8"), calibration_samples=4)
 
 
 class Keeping(nn.Module):
@@ -59,3 +65,37 @@ def test_hooks_can_be_removed_after_a_change_that_failed() -> None:
     handle.remove()
     network(torch.ones(1, 3))
     assert calls == [1]
+
+
+class Convolution(nn.Module):
+    """As in a library: one activation for all, an attribute of the class."""
+
+    activation = nn.SiLU()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.act = self.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.conv(x))  # type: ignore[no-any-return]
+
+
+def test_networks_that_share_an_activation_are_two() -> None:
+    torch.manual_seed(0)
+    teacher, student = (nn.Sequential(Convolution(), Convolution()) for _ in range(2))
+    images = torch.randn(4, 3, 8, 8)
+    expected = teacher(images)
+    quantized = quantize(student, call(images), RECIPE)
+    assert torch.equal(teacher(images), expected)
+    assert type(Convolution.activation) is nn.SiLU
+    assert {"0.act.mul", "1.act.mul"} <= dict(quantized.network.named_modules()).keys()
+    both = quantize(teacher, call(images), RECIPE)
+    assert next(both.sim.quantizers()) is not next(quantized.sim.quantizers())
+
+
+def test_a_shared_module_with_weights_stays_shared() -> None:
+    shared = nn.Linear(3, 3)
+    network = nn.Sequential(shared, nn.ReLU(), shared)
+    quantize(network, call(torch.randn(4, 3)), RECIPE)
+    assert network[0] is network[2] is shared

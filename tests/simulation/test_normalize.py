@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.callsites.running import FOLDED
 from lightning_quant.simulation.normalize import use_torch_classes
-from tests.simulation.networks import Body, call, images, quantized, seeded
+from lightning_quant.simulation.techniques.layer_outputs import unrounded
+from tests.simulation.networks import Body, calibrated, call, images, quantized, seeded
 
 timm = pytest.importorskip("timm")
 aimet.load()
@@ -92,3 +93,39 @@ def test_timm_network_is_quantized_fully() -> None:
     assert all(
         FOLDED in vars(norm) and norm.weight is norm.running_mean is None for norm in norms
     )  # its activation goes on
+
+
+class PaddedAsTensorFlow(nn.Conv2d):
+    """As timm's: the size of the padding follows from that of the input, and the function is called."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        missing = [max(0, (-(-size // 2) - 1) * 2 + 3 - size) for size in input.shape[-2:]]
+        padding = [part for one in reversed(missing) for part in (one // 2, one - one // 2)]
+        return F.conv2d(F.pad(input, padding), self.weight, self.bias, self.stride)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_batch_norm_behind_a_convolution_that_is_called_as_a_function(bias: bool) -> None:
+    network = nn.Sequential(PaddedAsTensorFlow(3, 4, 3, 2, bias=bias), nn.BatchNorm2d(4), nn.ReLU())
+    seeded(network)
+    network.eval()
+    images = torch.randn(2, 3, 9, 8)
+    expected = network(images)
+    made = calibrated(network, call(images))
+    assert isinstance(made.network[1], nn.Identity)
+    assert not made.findings
+    assert made.network[0].bias is not None
+    with unrounded(made):
+        torch.testing.assert_close(made.network(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_norm_behind_weights_that_are_computed_is_left() -> None:
+    network = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.ReLU())
+    seeded(network)
+    network.eval()
+    images = torch.randn(2, 3, 9, 8)
+    expected = network(images)
+    made = calibrated(network, call(images))
+    assert isinstance(made.network[1], nn.BatchNorm2d)
+    with unrounded(made):
+        torch.testing.assert_close(made.network(images), expected, rtol=1e-4, atol=1e-5)

@@ -35,6 +35,14 @@ LOSSES = frozenset(
     """.split()  # noqa: SIM905
 )
 SHAPES = frozenset(("size", "get", "numel", "dim", "stride", "len"))
+# Tensors that are made from the size and type of another, whose values they do not take.
+MADE_LIKE = frozenset(
+    """
+    empty_like full_like new_empty new_full new_ones new_zeros normal_like ones_like rand_like randn_like zeros_like
+    """.split()  # noqa: SIM905
+)
+# They take values of their first argument alone; of the second its size or type.
+LIKE_ANOTHER = frozenset(("expand_as", "reshape_as", "type_as", "view_as"))
 # Where AIMET follows a tensor through.
 SEEN_THROUGH = frozenset(
     """
@@ -67,6 +75,13 @@ def computes(name: str, given: list[Tensor], result: Any) -> bool:
     if name in MOVES or name in LOSSES or not (isinstance(result, Tensor) and result.is_floating_point()):
         return False
     return any(tensor.is_floating_point() and tensor.dim() for tensor in given)  # without axes: sizes, in a trace
+
+
+def values_taken(name: str, given: list[Tensor]) -> list[Tensor]:
+    """Those of a function's arguments whose values it computes with; of others it takes the size or type alone."""
+    if name in MADE_LIKE:
+        return []
+    return given[:1] if name in LIKE_ANOTHER else given
 
 
 def tensors_among(data: Any) -> list[Tensor]:

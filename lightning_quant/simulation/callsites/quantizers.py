@@ -17,6 +17,8 @@ def complete(sim: Any) -> None:
     Args:
         sim: AIMET's simulation, newly built; changed in place.
     """
+    from lightning_quant.simulation.callsites import bounded  # imports AIMET
+
     for module in _sites(sim):
         if module.__dict__["_moves"]:  # values that were rounded stay rounded
             for index in range(len(module.output_quantizers)):
@@ -26,8 +28,10 @@ def complete(sim: Any) -> None:
                 parameter.requires_grad_(False)
     _share_weights(sim)
     _share_steps(sim)
+    _fuse_activations(sim)
     _part_activations(sim)
     _quantize_constants(sim)
+    bounded.bound(sim)
 
 
 def _sites(sim: Any) -> list[Any]:
@@ -74,6 +78,24 @@ def _share_steps(sim: Any) -> None:
                     own[index] = theirs[index]
 
 
+def _fuse_activations(sim: Any) -> None:
+    """Round once behind a ReLU, not before it as well, where one range was tied to both sides.
+
+    AIMET gives what a concatenation takes one range, and hands it on to what stands before a ReLU there. The range then
+    covers values that the ReLU takes away, and the NPU does not fuse a ReLU whose zero is not the least integer.
+    """
+    for op in sim.connected_graph.ordered_ops:
+        after = sim._get_qmodule(op)
+        source = op.inputs[0].producer if isinstance(after, (nn.ReLU, nn.ReLU6)) and op.inputs else None
+        if source is None or len(source.output_ops) != 1:
+            continue
+        before = sim._get_qmodule(source)
+        if len(getattr(before, "output_quantizers", ())) != 1:
+            continue
+        if before.output_quantizers[0] is not None and before.output_quantizers[0] is after.output_quantizers[0]:
+            before.output_quantizers[0] = None
+
+
 def _part_activations(sim: Any) -> None:
     """Round what goes into LeakyReLU, PReLU and Hardswish: the NPU's compiler fuses ReLU and Clip only."""
     for op in sim.connected_graph.ordered_ops:
@@ -100,3 +122,16 @@ def _quantize_constants(sim: Any) -> None:
                 module.input_quantizers.append(None)
             if module.input_quantizers[index] is None:
                 module.input_quantizers[index] = copy.deepcopy(like)
+
+
+def rounding(sim: Any, source: Any) -> Any:
+    """The quantizer behind an operation, or behind the one whose values it hands on."""
+    while source is not None:
+        producer = sim._get_qmodule(source)
+        quantizers: Any = getattr(producer, "output_quantizers", ())
+        if len(quantizers) == 1 and quantizers[0] is not None:
+            return quantizers[0]
+        if not source.is_grid_preserving_op():
+            return None
+        source = source.inputs[0].producer
+    return None

@@ -23,6 +23,7 @@ from lightning_quant.simulation.callsites.functions import (
     base_name,
     in_place,
     tensors_among,
+    values_taken,
 )
 from lightning_quant.simulation.callsites.running import (
     CONTAINERS,
@@ -54,6 +55,8 @@ _NOT_ONE = (
     nn.PairwiseDistance,
     nn.modules.loss._Loss,
 )
+# AIMET's package of classes that are several operations to the hardware, whole layers of a language model among them.
+_OF_TRANSFORMERS = "aimet_torch.nn.transformers"
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -63,7 +66,8 @@ def is_layer(module: nn.Module) -> bool:
 
     if isinstance(module, nn.Identity):
         return True
-    if type(module) not in QuantizationMixin.cls_to_qcls or isinstance(module, _NOT_ONE):
+    quantized = QuantizationMixin.cls_to_qcls.get(type(module))
+    if quantized is None or quantized.__module__.startswith(_OF_TRANSFORMERS) or isinstance(module, _NOT_ONE):
         return False
     own = vars(module)
     if "forward" in own or module._forward_hooks or module._forward_pre_hooks:
@@ -205,7 +209,7 @@ class Recorder:
             return False
 
     def _needs_site(self, name: str, func: Any, given: list[Tensor]) -> bool:
-        if name in LOSSES or not given or not self._depends(given):
+        if name in LOSSES or not given or not self._depends(values_taken(name, given)):
             return False
         if name in CASTS:
             return not given[0].is_floating_point()
@@ -258,6 +262,7 @@ class Recorder:
                 self.kept.append(tensor)
         if name in ("setitem", "copy", "index_copy", "index_put", "scatter", "masked_scatter") and given:
             new.append(given[0])
+        given = values_taken(name, given)
         constant = name in LOSSES or not self._depends(given)
         if name in SHAPES and not any(tensor.is_floating_point() for tensor in new):
             constant = True

@@ -113,8 +113,11 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if running.changes:
             args, kwargs = current(args), current(kwargs)
-        if torch._C._get_tracing_state() is not None and _is_idle_cast(func, args, kwargs):
-            return args[0]
+        if torch._C._get_tracing_state() is not None:
+            if func in _SIZES:
+                return _as_numbers(func, args, kwargs)
+            if _is_idle_cast(func, args, kwargs):
+                return args[0]
         recorder = running.recorder
         if recorder is not None:
             return recorder.operation(running, func, args, kwargs)
@@ -146,6 +149,25 @@ class Interception(TorchFunctionMode):
         if func is torch.zeros and isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             result.__dict__[MADE_UP] = True
         return result
+
+
+_SHAPE: Any = Tensor.shape
+_SIZES = frozenset((Tensor.size, _SHAPE.__get__, Tensor.numel, Tensor.nelement, Tensor.__len__, torch.numel))
+
+
+def _as_numbers(func: Any, args: Any, kwargs: Any) -> Any:
+    """Answer what is asked of a size as outside of a trace, where it is a number: a device has one graph for one size.
+
+    A trace hands out tensors for it. What is computed of these (padding, masks, positions) would go into the graph, and
+    code that asks whether a size is a tensor would go another way.
+    """
+    tracer: Any = torch._C
+    state = tracer._get_tracing_state()
+    tracer._set_tracing_state(None)
+    try:
+        return func(*args, **kwargs)
+    finally:
+        tracer._set_tracing_state(state)
 
 
 def _is_idle_cast(func: Any, args: Any, kwargs: Any) -> bool:

@@ -216,6 +216,16 @@ class Named(Rule):
         return module(*args, **kwargs)
 
 
+class Padding(Named):
+    """``F.pad``, told what it pads with: AIMET's exporter cannot read a Pad in front that leaves it out."""
+
+    def call(self, module: Any, args: Any, kwargs: Any) -> Any:
+        given = dict(zip(("input", "pad", "mode", "value"), args, strict=False)) | kwargs
+        if given.get("mode", "constant") == "constant" and given.get("value") is None:
+            given["value"] = 0.0
+        return module(given.pop("input"), **given)
+
+
 class Generic(Named):
     """A module made for the function, where AIMET has none: nothing stays in float for lack of an entry here."""
 
@@ -391,12 +401,49 @@ class InstanceNorm(Weighted):
         return bound
 
 
+def _batch_norm(bound: dict[str, Any]) -> nn.Module | None:
+    if bound.get("running_mean") is None or bound.get("weight") is None or bound.get("bias") is None:
+        return None
+    dimensions = bound["input"].dim() - 2
+    factory = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}.get(dimensions)
+    if factory is None:
+        return None
+    return factory(bound["weight"].numel(), bound.get("eps", 1e-5), device="meta")
+
+
+class BatchNorm(Weighted):
+    """``F.batch_norm`` with weight and bias; its statistics are lent as well, and updated as the function does."""
+
+    def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
+        layer = super().make(name, func, args, kwargs)
+        if layer is not None:
+            layer._buffers.clear()
+            layer.__dict__["num_batches_tracked"] = None
+            self._lend_statistics(layer, self.bind(args, kwargs))
+        return layer
+
+    def _lend_statistics(self, layer: Any, bound: dict[str, Any]) -> None:
+        values = layer.__dict__
+        for part in ("running_mean", "running_var"):
+            values[part] = bound.get(part)
+        values["training"], values["momentum"] = bound.get("training", False), bound.get("momentum", 0.1)
+
+    def fits(self, module: Any, args: Any, kwargs: Any) -> bool:
+        bound = self.bind(args, kwargs)
+        return all(isinstance(bound.get(part), Tensor) for part in ("running_mean", "running_var", "weight", "bias"))
+
+    def call(self, module: Any, args: Any, kwargs: Any) -> Any:
+        self._lend_statistics(module, self.bind(args, kwargs))
+        return super().call(module, args, kwargs)
+
+
 def _prelu(bound: dict[str, Any]) -> nn.Module | None:
     return nn.PReLU(bound["weight"].numel(), device="meta")
 
 
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _INSTANCE = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
 
 RULES: dict[str, Rule] = {
@@ -444,7 +491,6 @@ RULES: dict[str, Rule] = {
             "pow": "Pow",
             "ipow": "Pow",
             "sqrt": "Sqrt",
-            "rsqrt": "RSqrt",
             "exp": "Exponential",
             "log": "Log",
             "abs": "Abs",
@@ -456,16 +502,17 @@ RULES: dict[str, Rule] = {
             "amin": "AMin",
             "cumsum": "CumSum",
             "norm": "Norm",
-            "pad": "Pad",
             "grid_sample": "GridSample",
             "square": "Square",
         }.items()
     },
+    "pad": Padding("Pad"),
     "linear": Weighted(("input", "weight", "bias"), _linear),
     **{f"conv{d}d": Weighted(_CONVOLUTION, _convolution(transposed=False)) for d in (1, 2, 3)},
     **{f"conv_transpose{d}d": Weighted(_TRANSPOSED, _convolution(transposed=True)) for d in (1, 2, 3)},
     "layer_norm": Weighted(("input", "normalized_shape", "weight", "bias", "eps"), _layer_norm),
     "instance_norm": InstanceNorm(_INSTANCE, _instance_norm),
+    "batch_norm": BatchNorm(_BATCH_NORM, _batch_norm),
     "prelu": Weighted(("input", "weight"), _prelu),
 }
 GENERIC = Generic()

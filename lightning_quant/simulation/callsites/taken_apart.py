@@ -280,6 +280,32 @@ def rms_norm(
     return normed if weight is None else normed * weight
 
 
+def power(input: Tensor, exponent: float) -> Tensor:
+    """``x ** n`` for the exponents that PyTorch computes as products and roots: the NPU has no power in integers."""
+    if exponent < 0:
+        return 1.0 / power(input, -exponent)
+    if exponent == 0.5:
+        return torch.sqrt(input)
+    if exponent == 1:
+        return input
+    return torch.square(input) if exponent == 2 else torch.square(input) * input
+
+
+def takes_power(input: Any, exponent: Any) -> bool:
+    """Whether it is 1, 2, 3, a square root, or one over these."""
+    return isinstance(input, Tensor) and not isinstance(exponent, Tensor) and abs(exponent) in (0.5, 1, 2, 3)
+
+
+def rsqrt(input: Tensor) -> Tensor:
+    """``torch.rsqrt``."""
+    return 1.0 / torch.sqrt(input)
+
+
+def reciprocal(input: Tensor) -> Tensor:
+    """``torch.reciprocal``."""
+    return 1.0 / input
+
+
 def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """``F.silu``."""
     return input * torch.sigmoid(input)
@@ -294,6 +320,31 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
     """``F.glu``."""
     value, gate = input.chunk(2, dim)
     return value * torch.sigmoid(gate)
+
+
+def norm(
+    input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None, out: Any = None
+) -> Tensor:
+    """``torch.norm`` of vectors, and ``torch.linalg.vector_norm`` with ``ord`` by position, for p = 2."""
+    squares = input * input
+    return torch.sqrt(squares.sum() if dim is None else squares.sum(dim, keepdim=keepdim))
+
+
+def takes_norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None) -> bool:
+    """Whether it is the Euclidean length."""
+    return p in ("fro", 2, None) and dtype is None
+
+
+def vector_norm(input: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+    """``torch.linalg.vector_norm`` for the Euclidean length."""
+    return norm(input, ord, dim, keepdim)
+
+
+def takes_vector_norm(
+    input: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None, out: Any = None
+) -> bool:
+    """Whether it is the Euclidean length."""
+    return ord == 2 and dtype is None
 
 
 def normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Tensor:
@@ -429,8 +480,14 @@ APART: dict[str, tuple[Callable[..., Any], Callable[..., bool] | None]] = {
     "rms_norm": (rms_norm, None),
     "silu": (silu, None),
     "mish": (mish, None),
+    **dict.fromkeys(("pow", "ipow"), (power, takes_power)),
+    "rsqrt": (rsqrt, None),
+    "reciprocal": (reciprocal, None),
     "glu": (glu, None),
     "normalize": (normalize, takes_normalize),
+    "norm": (norm, takes_norm),
+    "linalg_vector_norm": (vector_norm, takes_vector_norm),
+    "vector_norm": (vector_norm, takes_vector_norm),
     "stack": (stack, None),
     "addcmul": (addcmul, None),
     "addcdiv": (addcdiv, None),
@@ -449,5 +506,15 @@ def _cumsum(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return torch.cumsum(input.long() if input.dtype == torch.bool else input, *args, **kwargs)
 
 
+def _clamp(input: Tensor, min: Any = None, max: Any = None, **kwargs: Any) -> Tensor:
+    """With one limit: AIMET's exporter cannot read a Clip that leaves the other out."""
+    if kwargs or (min is None) == (max is None):
+        return torch.clamp(input, min, max, **kwargs)
+    limit = min if max is None else max
+    limit = limit if isinstance(limit, Tensor) else torch.tensor(limit, dtype=input.dtype, device=input.device)
+    return torch.maximum(input, limit) if max is None else torch.minimum(input, limit)
+
+
 # of positions and masks, which nothing rounds
 IN_TRACES |= {torch.diff: diff, torch.cumsum: _cumsum, Tensor.cumsum: _cumsum}
+IN_TRACES |= {torch.clamp: _clamp, Tensor.clamp: _clamp}

@@ -76,6 +76,39 @@ class TwoModes(nn.Module):
         return boxes.sigmoid() * 32, scores.sigmoid()
 
 
+class OneActivation(nn.Module):
+    """One module without weights that stands in every place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        act = nn.SiLU()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), act, nn.Conv2d(8, 8, 3), act)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.body(x).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    """A batch norm of a library's own, which calls the function itself."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        normed = F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, self.eps
+        )
+        return F.relu(normed)
+
+
+def masked_by_size(m: nn.Module, x: Tensor) -> Tensor:
+    """As shifted windows are masked: zeros of the input's size, written to by position."""
+    mask = x.new_zeros(x.shape[1:])
+    for number, part in enumerate((slice(0, -4), slice(-4, -2), slice(-2, None))):
+        mask[:, part] = number
+    return x + mask.masked_fill(mask != 0, -2.0)
+
+
 class LossInside(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -504,6 +537,16 @@ PATTERNS: dict[str, Pattern] = {
                      group=lambda: nn.GroupNorm(2, 8), instance=lambda: nn.InstanceNorm2d(8, affine=True)),
     "root mean square norms": Pattern(Normed, sequence, apart=True),
     "normalize": between(lambda m, x: F.normalize(x, dim=1), apart=True),
+    "powers": between(lambda m, x: x.pow(2) + 0.1 * x**3 - torch.square(x) * 0.5, apart=True),
+    "root": between(lambda m, x: torch.sqrt(x.abs() + 0.1) + (x * x + 0.1) ** 0.5, apart=True),
+    "inverse root": between(lambda m, x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6), apart=True),
+    "inverse": between(lambda m, x: torch.reciprocal(1 + x * x) + (2 + torch.tanh(x)) ** -1, apart=True),
+    "length": between(lambda m, x: x / (x.norm(dim=1, keepdim=True) + 1e-6), apart=True),
+    "length of linalg": between(lambda m, x: x / torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True), apart=True),
+    "quotient": between(lambda m, x: torch.tanh(x) / (x.abs() + 0.1)),
+    "mask made of a size": between(masked_by_size),
+    "batch norm of a library": between(lambda m, x: m.norm(torch.tanh(x)), norm=lambda: NormAndActivation(8)),
+    "one activation for all": Pattern(OneActivation, one_image, apart=True),
     "einsum": between(lambda m, x: x + torch.einsum("bchw,bdhw->bcd", x, x)[..., None], apart=True),
     "attention": Pattern(partial(Attend, causal=True, dropout=0.4), sequence, apart=True),
     "attention by hand": Pattern(AttendByHand, sequence, apart=True),

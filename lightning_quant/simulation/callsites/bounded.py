@@ -1,0 +1,69 @@
+"""Division and square root where rounding made a zero of what was none.
+
+Eight bits hold nothing between zero and 1/255 of the largest value. A length or a variance that is small beside others
+becomes zero, what is divided by it infinite, and a network that trained without trouble does not train any more.
+
+Importing this module imports AIMET.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from aimet_torch.nn import QuantizationMixin
+from aimet_torch.nn.modules import custom
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_quant.simulation.callsites.quantizers import rounding
+
+
+class Quotient(custom.QuantizedDivide):
+    """A division by at least one step of the grid that its divisor was rounded to, where no divisor is negative.
+
+    The second input quantizer is the one that the divisor was rounded by.
+    """
+
+    @override
+    def forward(self, x: Any, y: Any) -> Any:
+        quantizer = self.input_quantizers[1]
+        if quantizer is not None and isinstance(y, Tensor) and quantizer.is_initialized():
+            step, is_signed = _grid(quantizer)
+            if not is_signed:
+                y = torch.maximum(y, y.new_tensor(step))  # in a file Max: a Clip of one limit is not safe with the NPU
+        return super().forward(x, y)
+
+
+class Root(custom.QuantizedSqrt):
+    """A square root without a slope at zero, where the true one is infinite: as ``torch.norm`` has it."""
+
+    @override
+    def forward(self, x: Any) -> Any:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return super().forward(x)
+        zero = x == 0
+        return super().forward(x.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
+
+
+def _grid(quantizer: Any) -> tuple[float, bool]:
+    """The step of a grid, and whether numbers below zero are on it."""
+    with torch.no_grad():
+        return float(quantizer.get_scale().max()), bool(quantizer.get_min().min() < 0)
+
+
+def bound(sim: Any) -> None:
+    """Let the divisions and square roots of a simulation, newly built, keep clear of a zero that rounding made."""
+    for plain, bounded in ((custom.Divide, Quotient), (custom.Sqrt, Root)):
+        QuantizationMixin.qcls_to_cls[bounded] = plain
+    for op in sim.connected_graph.ordered_ops:
+        module = sim._get_qmodule(op)
+        kind: Any = type(module)
+        if kind is custom.QuantizedSqrt:
+            module.__class__ = Root
+        elif kind is custom.QuantizedDivide and len(op.inputs) == 2:
+            quantizers: Any = module.input_quantizers
+            quantizer = rounding(sim, op.inputs[1].producer)
+            if quantizers[1] is None and quantizer is not None:
+                module.__class__ = Quotient
+                quantizers[1] = quantizer
