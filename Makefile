@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson zoo torture screenshots docs docs-serve test check lock audit build clean
+.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson zoo elsewhere torture screenshots docs docs-serve test check lock audit build clean
 
 # Options of the benchmark, e.g. ACCURACY='--networks lraspp --longer 4'. See python -m benchmarks.accuracy --help.
 ACCURACY ?=
@@ -67,6 +67,11 @@ zoo: install  ## how far 192 networks of other packages go, ours beside plain AI
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(ULTRALYTICS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo $(ZOO)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo --plain --precisions w8a8 $(ZOO)
+
+elsewhere: install  ## a SegFormer and a YOLO on photographs: float, PTQ, QAT, exported, emulated (half an hour)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[zoo,qnn]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(ULTRALYTICS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.elsewhere --camvid $(CAMVID)
 
 torture: install  ## kills, full disks, hostile files, faults, odd numbers, endurance: one table (under 30 minutes)
 	$(BIN)/python -m tests.torture

@@ -32,10 +32,13 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 def loss(output: Any) -> Tensor:
-    """A number to minimize that every part of an output has a share in: there are no labels."""
+    """A number to minimize that every part of an output has a share in: there are no labels.
+
+    Each part counts alike, whatever its unit: boxes in pixels would give gradients that no training has.
+    """
     parts = [t.float().square().mean() for t in tensors(output) if t.is_floating_point() and t.requires_grad]
     parts = parts or [t.float().square().mean() for t in tensors(output) if t.is_floating_point()]
-    return torch.stack(parts).sum()
+    return torch.stack([part / part.detach().clamp(min=1e-12) for part in parts]).sum()
 
 
 class ZooModule(pl.LightningModule):
