@@ -38,7 +38,7 @@ def loss(output: Any) -> Tensor:
     """
     parts = [t.float().square().mean() for t in tensors(output) if t.is_floating_point() and t.requires_grad]
     parts = parts or [t.float().square().mean() for t in tensors(output) if t.is_floating_point()]
-    return torch.stack([part / part.detach().clamp(min=1e-12) for part in parts]).sum()
+    return torch.stack([part / part.detach().clamp(min=1.0) for part in parts]).sum()
 
 
 class ZooModule(pl.LightningModule):
