@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -72,7 +70,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
     names = dict(zip(("input_names", "output_names"), name_tensors(network, example, given), strict=True))
     sizes = [tuple(tensor.shape) for tensor in tensors_in(given)]
     tensors = tuple(example.tensors)
-    with aimet.quiet() as aimet_torch, weights_lent(network.network), _going_the_usual_way(), noting() as noted:
+    with aimet.quiet() as aimet_torch, weights_lent(network.network), noting() as noted:
         from aimet_torch.onnx import _remove_dangling_nodes_and_initializers
 
         try:
@@ -131,26 +129,6 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
         _write_sizes(graph, sizes)
         onnx.save(graph, file)
     return OnnxFiles(model, encodings, names, passed)
-
-
-@contextmanager
-def _going_the_usual_way() -> Iterator[None]:
-    """Hide from the network's own code that it is exported.
-
-    Libraries go another way then, around what older exporters could not write. The way that was quantized, calibrated
-    and measured is the one that is wanted. PyTorch, AIMET and this package are told the truth.
-    """
-    told = torch.onnx.is_in_onnx_export
-
-    def is_in_onnx_export() -> bool:
-        asking = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
-        return asking in ("torch", "aimet_torch", "lightning_quant") and told()
-
-    torch.onnx.is_in_onnx_export = is_in_onnx_export
-    try:
-        yield
-    finally:
-        torch.onnx.is_in_onnx_export = told
 
 
 def _write_sizes(model: onnx.ModelProto, sizes: Sequence[tuple[int, ...]]) -> None:

@@ -378,13 +378,43 @@ def _begin(module: nn.Module, plain_call: Callable[..., Any], args: Any, kwargs:
     running = _local.running = Pass(_local.recorder)
     running.stack.append(module)
     try:
-        with running.mode, _flat(module), _sites_set_aside(module):
+        usual = nullcontext() if torch._C._get_tracing_state() is None else _going_the_usual_way()
+        with usual, running.mode, _flat(module), _sites_set_aside(module):
             output = plain_call(module, *args, **kwargs)
         if running.recorder is not None:
             running.recorder.end(output)
         return apply_to_collection(output, Tensor, _plain) if _is_marked(running, output) else output
     finally:
         _local.running = None
+
+
+# Who is told the truth about a trace or an export.
+_TOLD = ("torch", "aimet_torch", "lightning_quant")
+
+
+@contextmanager
+def _going_the_usual_way() -> Iterator[None]:
+    """Hide from the network's own code that it is traced or exported.
+
+    Libraries go another way then, around what older exporters could not write, or with sizes that are tensors. The way
+    that was quantized, calibrated and measured is the one that is wanted.
+    """
+    asked: list[tuple[Any, str, Any]] = [
+        (torch.jit, "is_tracing", torch.jit.is_tracing),
+        (torch.onnx, "is_in_onnx_export", torch.onnx.is_in_onnx_export),
+    ]
+    for module, name, told in asked:
+        setattr(module, name, functools.partial(_answered, told))
+    try:
+        yield
+    finally:
+        for module, name, told in asked:
+            setattr(module, name, told)
+
+
+def _answered(told: Callable[[], bool]) -> bool:
+    asking = str(sys._getframe(1).f_globals.get("__name__", ""))
+    return asking.partition(".")[0] in _TOLD and told()
 
 
 def _plain(tensor: Tensor) -> Tensor:
