@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import torch
@@ -84,6 +85,8 @@ def _fuse_activations(sim: Any) -> None:
     AIMET gives what a concatenation takes one range, and hands it on to what stands before a ReLU there. The range then
     covers values that the ReLU takes away, and the NPU does not fuse a ReLU whose zero is not the least integer.
     """
+    modules = (sim._get_qmodule(op) for op in sim.connected_graph.ordered_ops)
+    users = Counter(one for module in modules for one in getattr(module, "output_quantizers", ()) if one is not None)
     for op in sim.connected_graph.ordered_ops:
         after = sim._get_qmodule(op)
         source = op.inputs[0].producer if isinstance(after, (nn.ReLU, nn.ReLU6)) and op.inputs else None
@@ -92,7 +95,9 @@ def _fuse_activations(sim: Any) -> None:
         before = sim._get_qmodule(source)
         if len(getattr(before, "output_quantizers", ())) != 1:
             continue
-        if before.output_quantizers[0] is not None and before.output_quantizers[0] is after.output_quantizers[0]:
+        quantizer = before.output_quantizers[0]
+        # of these two alone: the hardware configuration has it so
+        if quantizer is not None and quantizer is after.output_quantizers[0] and users[quantizer] > 2:
             before.output_quantizers[0] = None
 
 
