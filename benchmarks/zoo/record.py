@@ -75,7 +75,7 @@ class Record:
 
 def described(error: BaseException) -> dict[str, str]:
     """Type and message of an error, short enough for a line."""
-    message = re.sub(r"/\S*/zoo-\w+/", "", " ".join(str(error).split()))  # where this run's folder was
+    message = re.sub(r"/\S*/(zoo-\w+|site-packages)/", "", " ".join(str(error).split()))  # where it ran
     return {"type": type(error).__name__, "message": message[:_LONGEST_MESSAGE]}
 
 

@@ -88,7 +88,8 @@ def load_quantized(
             )
         for name, (recipe, inputs, others) in parts.items():
             given = find_network(module, name)
-            _without_folded_norms(given, {k.removeprefix(f"{name}."): v for k, v in checkpoint["state_dict"].items()})
+            prefix, state = f"{name}.", checkpoint["state_dict"]
+            _without_folded_norms(given, {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
             quantize(given, inputs, recipe, others)
         module.load_state_dict(checkpoint["state_dict"])
         for network in quantized_networks(module).values():

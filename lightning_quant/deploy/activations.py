@@ -75,9 +75,12 @@ def _write_single_limits(model: onnx.ModelProto) -> None:
             continue
         if takers[0].op_type != "QuantizeLinear" or len(takers[0].input) < 3:
             continue
-        scale, zero_point = (graph.array(name) for name in takers[0].input[1:])
-        ends = [(limit - float(zero_point)) * float(scale) for limit in _ends(zero_point)]
         limits = [graph.number(name) for name in (*node.input[1:], "", "")][:2]
+        if any(limit is None and name for name, limit in zip(node.input[1:], limits, strict=False)):
+            continue  # a limit that is computed
+        scale, zero_point = (graph.array(name) for name in takers[0].input[1:])
+        integers = np.iinfo(zero_point.dtype)
+        ends = [(limit - float(zero_point)) * float(scale) for limit in (integers.min, integers.max)]
         low, high = (None if one is None or not ends[0] < one < ends[1] else one for one in limits)
         if (low is None) == (high is None):
             continue
@@ -91,11 +94,6 @@ def _write_single_limits(model: onnx.ModelProto) -> None:
         model.graph.initializer.append(numpy_helper.from_array(np.float32(number), name))
         node.op_type = "Max" if low is not None else "Min"
         node.input.append(name)
-
-
-def _ends(zero_point: np.ndarray) -> tuple[int, int]:
-    limits = np.iinfo(zero_point.dtype)
-    return int(limits.min), int(limits.max)
 
 
 def _reaches_below_zero(graph: QdqGraph, quantizer: onnx.NodeProto) -> bool:

@@ -161,11 +161,11 @@ def encode_constants(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         beside = [graph.producers.get(name) for name in node.input if name not in values]
-        read = [one for one in beside if one and of_integers(one) and graph.array(one.input[1]).size == 1]
+        read = [one for one in beside if one and of_integers(one) and _is_activation(graph, one)]
         if node.op_type in _ALIKE and read and len(node.input) > 1:
             kind = graph.array(read[0].input[2]).dtype
             for index, name in enumerate(node.input):
-                if name not in values or not np.isfinite(values[name]).all():
+                if name not in values or not values[name].size or not np.isfinite(values[name]).all():
                     continue
                 if (name, str(kind)) not in made:
                     scale, zero_point, integers = _on_grid(values[name], kind)
@@ -191,6 +191,12 @@ def encode_constants(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
     if entries:
         graph.replace_nodes(nodes)
     return entries
+
+
+def _is_activation(graph: QdqGraph, node: onnx.NodeProto) -> bool:
+    """Whether a node reads integers of 8 or 16 bits by one scale and zero point: a bias has 32."""
+    grid = [graph.array(name) for name in node.input[1:] if name in graph.constants]
+    return len(grid) == 2 and grid[0].size == 1 and grid[1].dtype.itemsize <= 2
 
 
 def _on_grid(values: np.ndarray, kind: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -48,7 +48,18 @@ def part_shared_activations(network: nn.Module) -> None:
             continue
         shared = counts[child] > 1 or id(child) in of_classes
         if shared and next(chain(child.parameters(), child.buffers()), None) is None:
-            parent._modules[name] = copy.deepcopy(child)
+            parent._modules[name] = _one_more(child)
+
+
+def _one_more(module: nn.Module) -> nn.Module:
+    """A module of its own that is called as the other is: hooks and what it keeps stay those of the one."""
+    made = copy.copy(module)
+    for part in ("_parameters", "_buffers"):
+        made.__dict__[part] = dict(module.__dict__[part])
+    made.__dict__["_modules"] = {
+        name: None if child is None else _one_more(child) for name, child in module._modules.items()
+    }
+    return made
 
 
 @contextmanager

@@ -49,6 +49,17 @@ def test_one_that_is_computed_with_the_convolution_stays() -> None:
     assert operations(model, "Relu")[0].input[0] == "conv"
 
 
+def test_a_limit_that_is_computed_stays() -> None:
+    model = beside_values_below_zero("Clip", limits=(-1.0, 6.0), rounded=True)
+    (clip,) = operations(model, "Clip")
+    clip.input[1] = "lowest"
+    place = list(model.graph.node).index(clip)
+    model.graph.node.insert(place, onnx.helper.make_node("ReduceMin", ["x_qdq"], ["lowest"], keepdims=0))
+    part_activations(model)
+    (clip,) = operations(model, "Clip")
+    assert list(clip.input[1:]) == ["lowest", "high"]
+
+
 def test_encodings_follow() -> None:
     encodings = {"activation_encodings": [{"name": "act", "scale": [0.03]}, {"name": "other"}], "param_encodings": []}
     update_encodings(encodings, {"conv": "act"})

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
+from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.inplace import state_kept, undone_on_error
 from tests.simulation.networks import call
 
@@ -92,6 +93,28 @@ def test_networks_that_share_an_activation_are_two() -> None:
     assert {"0.act.mul", "1.act.mul"} <= dict(quantized.network.named_modules()).keys()
     both = quantize(teacher, call(images), RECIPE)
     assert next(both.sim.quantizers()) is not next(quantized.sim.quantizers())
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.heard: list[int] = []
+
+    def hear(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        self.heard.append(output.shape[1])
+
+
+def test_hooks_on_a_shared_module_are_heard_where_they_were() -> None:
+    act, listener = nn.ReLU(), Listener()
+    network = nn.Sequential(nn.Linear(4, 3), act, nn.Linear(3, 2), act)
+    handle = act.register_forward_hook(listener.hear)
+    known = quantize(network, call(torch.randn(2, 4)), RECIPE)
+    calibrate(known, [call(torch.randn(2, 4))])
+    listener.heard.clear()
+    network(torch.randn(2, 4))
+    assert listener.heard == [3, 2]
+    handle.remove()
+    network(torch.randn(2, 4))
+    assert listener.heard == [3, 2]
 
 
 def test_a_shared_module_with_weights_stays_shared() -> None:

@@ -11,12 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from aimet_torch.nn import QuantizationMixin
 from aimet_torch.nn.modules import custom
 from torch import Tensor
 from typing_extensions import override
-
-from lightning_quant.simulation.callsites.quantizers import rounding
 
 
 class Quotient(custom.QuantizedDivide):
@@ -50,20 +47,3 @@ def _grid(quantizer: Any) -> tuple[float, bool]:
     """The step of a grid, and whether numbers below zero are on it."""
     with torch.no_grad():
         return float(quantizer.get_scale().max()), bool(quantizer.get_min().min() < 0)
-
-
-def bound(sim: Any) -> None:
-    """Let the divisions and square roots of a simulation, newly built, keep clear of a zero that rounding made."""
-    for plain, bounded in ((custom.Divide, Quotient), (custom.Sqrt, Root)):
-        QuantizationMixin.qcls_to_cls[bounded] = plain
-    for op in sim.connected_graph.ordered_ops:
-        module = sim._get_qmodule(op)
-        kind: Any = type(module)
-        if kind is custom.QuantizedSqrt:
-            module.__class__ = Root
-        elif kind is custom.QuantizedDivide and len(op.inputs) == 2:
-            quantizers: Any = module.input_quantizers
-            quantizer = rounding(sim, op.inputs[1].producer)
-            if quantizers[1] is None and quantizer is not None:
-                module.__class__ = Quotient
-                quantizers[1] = quantizer

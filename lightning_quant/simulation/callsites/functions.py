@@ -38,7 +38,7 @@ SHAPES = frozenset(("size", "get", "numel", "dim", "stride", "len"))
 # Tensors that are made from the size and type of another, whose values they do not take.
 MADE_LIKE = frozenset(
     """
-    empty_like full_like new_empty new_full new_ones new_zeros normal_like ones_like rand_like randn_like zeros_like
+    empty_like full_like new_empty new_full new_ones new_zeros ones_like rand_like randn_like zeros_like
     """.split()  # noqa: SIM905
 )
 # They take values of their first argument alone; of the second its size or type.

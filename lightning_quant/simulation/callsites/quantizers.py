@@ -18,8 +18,6 @@ def complete(sim: Any) -> None:
     Args:
         sim: AIMET's simulation, newly built; changed in place.
     """
-    from lightning_quant.simulation.callsites import bounded  # imports AIMET
-
     for module in _sites(sim):
         if module.__dict__["_moves"]:  # values that were rounded stay rounded
             for index in range(len(module.output_quantizers)):
@@ -32,7 +30,7 @@ def complete(sim: Any) -> None:
     _fuse_activations(sim)
     _part_activations(sim)
     _quantize_constants(sim)
-    bounded.bound(sim)
+    _bound_divisions(sim)
 
 
 def _sites(sim: Any) -> list[Any]:
@@ -127,6 +125,27 @@ def _quantize_constants(sim: Any) -> None:
                 module.input_quantizers.append(None)
             if module.input_quantizers[index] is None:
                 module.input_quantizers[index] = copy.deepcopy(like)
+
+
+def _bound_divisions(sim: Any) -> None:
+    """Let divisions and square roots keep clear of a zero that rounding made."""
+    from aimet_torch.nn import QuantizationMixin
+    from aimet_torch.nn.modules import custom
+
+    from lightning_quant.simulation.callsites.bounded import Quotient, Root  # imports AIMET
+
+    QuantizationMixin.qcls_to_cls |= {Quotient: custom.Divide, Root: custom.Sqrt}  # where it looks for the way back
+    for op in sim.connected_graph.ordered_ops:
+        module = sim._get_qmodule(op)
+        kind: Any = type(module)
+        if kind is custom.QuantizedSqrt:
+            module.__class__ = Root
+        elif kind is custom.QuantizedDivide and len(op.inputs) == 2:
+            quantizers: Any = module.input_quantizers
+            quantizer = rounding(sim, op.inputs[1].producer)
+            if quantizers[1] is None and quantizer is not None:
+                module.__class__ = Quotient
+                quantizers[1] = quantizer
 
 
 def rounding(sim: Any, source: Any) -> Any:

@@ -426,7 +426,8 @@ class BatchNorm(Weighted):
         values = layer.__dict__
         for part in ("running_mean", "running_var"):
             values[part] = bound.get(part)
-        values["training"], values["momentum"] = bound.get("training", False), bound.get("momentum", 0.1)
+        for setting, default in (("training", False), ("momentum", 0.1), ("eps", 1e-5)):
+            values[setting] = bound.get(setting, default)
 
     def fits(self, module: Any, args: Any, kwargs: Any) -> bool:
         bound = self.bind(args, kwargs)

@@ -325,17 +325,21 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
 def norm(
     input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None, out: Any = None
 ) -> Tensor:
-    """``torch.norm`` of vectors, and ``torch.linalg.vector_norm`` with ``ord`` by position, for p = 2."""
-    squares = input * input
-    return torch.sqrt(squares.sum() if dim is None else squares.sum(dim, keepdim=keepdim))
+    """``torch.norm`` for p = 2."""
+    axes = tuple(range(input.dim())) if dim is None else dim
+    return torch.sqrt((input * input).sum(axes, keepdim=keepdim))
 
 
-def takes_norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None) -> bool:
+def takes_norm(
+    input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None, out: Any = None
+) -> bool:
     """Whether it is the Euclidean length."""
     return p in ("fro", 2, None) and dtype is None
 
 
-def vector_norm(input: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Tensor:
+def vector_norm(
+    input: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None, out: Any = None
+) -> Tensor:
     """``torch.linalg.vector_norm`` for the Euclidean length."""
     return norm(input, ord, dim, keepdim)
 
@@ -511,7 +515,7 @@ def _clamp(input: Tensor, min: Any = None, max: Any = None, **kwargs: Any) -> Te
     if kwargs or (min is None) == (max is None):
         return torch.clamp(input, min, max, **kwargs)
     limit = min if max is None else max
-    limit = limit if isinstance(limit, Tensor) else torch.tensor(limit, dtype=input.dtype, device=input.device)
+    limit = torch.as_tensor(limit, dtype=torch.result_type(input, limit), device=input.device)
     return torch.maximum(input, limit) if max is None else torch.minimum(input, limit)
 
 

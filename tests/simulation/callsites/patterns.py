@@ -542,6 +542,7 @@ PATTERNS: dict[str, Pattern] = {
     "inverse root": between(lambda m, x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6), apart=True),
     "inverse": between(lambda m, x: torch.reciprocal(1 + x * x) + (2 + torch.tanh(x)) ** -1, apart=True),
     "length": between(lambda m, x: x / (x.norm(dim=1, keepdim=True) + 1e-6), apart=True),
+    "length of all": between(lambda m, x: x / x.norm(keepdim=True), apart=True),
     "length of linalg": between(lambda m, x: x / torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True), apart=True),
     "quotient": between(lambda m, x: torch.tanh(x) / (x.abs() + 0.1)),
     "mask made of a size": between(masked_by_size),

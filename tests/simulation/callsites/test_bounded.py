@@ -65,6 +65,13 @@ def test_a_divisor_of_either_sign_is_left_as_it_is() -> None:
     assert (division(torch.ones(1, 4), y) < 0).any()
 
 
+def test_a_divisor_of_another_precision_has_one_grid() -> None:
+    known = calibrated(Divided("sum"), call(ROWS), overrides={"add": "w8a16", "div": "w8a16"})
+    (division,) = (module for module in known.network.modules() if isinstance(module, Quotient))
+    (before,) = known.network.get_submodule("add").output_quantizers
+    assert division.input_quantizers[1] is before
+
+
 def test_zero_has_a_length_without_a_slope() -> None:
     known = calibrated(Divided("length"), call(ROWS))
     x = torch.zeros(1, 4, requires_grad=True)
