@@ -173,8 +173,8 @@ def _fold_batch_norms(
 def _owners(twin: nn.Module) -> dict[nn.Module, nn.Module]:
     """The modules whose own weights are lent to a call site as they are, by the layer there.
 
-    Nothing can be folded into weights that are computed anew in each pass; such a layer is made one that AIMET does not
-    know.
+    Nothing can be folded into weights that are computed anew in each pass, and a batch norm that is called as a
+    function belongs to a module that does more; such a layer is made one that AIMET does not know.
     """
     lenders = {module._parameters["weight"]: module for module in twin.modules() if "weight" in module._parameters}
     found = {}
@@ -182,7 +182,7 @@ def _owners(twin: nn.Module) -> dict[nn.Module, nn.Module]:
         if "_lent" not in vars(layer):
             continue
         owner = lenders.get(vars(layer).get("_weight_of"))
-        if owner is not None:
+        if owner is not None and not isinstance(layer, _BatchNorm):
             found[layer] = owner
         else:
             layer.__class__ = type("Computed", (type(layer),), {})

@@ -80,11 +80,12 @@ def test_what_follows_from_sizes_is_known(tmp_path: Path) -> None:
     np.testing.assert_allclose(computed(model, tmp_path, **X), before, atol=1e-5)
 
 
-@pytest.mark.parametrize("operation", ["Add", "Sub", "Mul", "Div", "Max", "Min"])
-@pytest.mark.parametrize("value", [1.0, -0.044715, 1e-6, 0.0])
+OPERATIONS = ("Add", "Sub", "Mul", "Div", "Max", "Min")
+NUMBERS = [(operation, value) for operation in OPERATIONS for value in (1.0, -0.044715, 1e-6, 0.0)]
+
+
+@pytest.mark.parametrize(("operation", "value"), [one for one in NUMBERS if one not in (("Div", 0.0), ("Div", 1e-6))])
 def test_a_number_is_on_its_grid_exactly(tmp_path: Path, operation: str, value: float) -> None:
-    if operation == "Div" and abs(value) < 1e-3:
-        pytest.skip("divided by zero, or by next to nothing")
     model = number(operation, value)
     before = computed(model, tmp_path, **X)
     fold_constants(model)
