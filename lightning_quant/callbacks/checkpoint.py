@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -89,7 +90,7 @@ def load_quantized(
         for name, (recipe, inputs, others) in parts.items():
             given = find_network(module, name)
             prefix, state = f"{name}.", checkpoint["state_dict"]
-            _without_folded_norms(given, {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+            _make_judgeable(given, {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
             quantize(given, inputs, recipe, others)
         module.load_state_dict(checkpoint["state_dict"])
         for network in quantized_networks(module).values():
@@ -104,16 +105,20 @@ def load_quantized(
     return module.eval()
 
 
-def _without_folded_norms(network: nn.Module, state: dict[str, Any]) -> None:
-    """Let a float network compute what the one in a checkpoint does, of which it was given the weights.
+def _make_judgeable(network: nn.Module, state: dict[str, Any]) -> None:
+    """Give a float network numbers by which it can be judged whether quantizing changes them; its own are loaded after.
 
-    The batch norms in it were folded into these weights. It has them still, and would normalize a second time: numbers
-    that are far from any network's, by which it could not be judged whether quantizing it changes them.
+    It has the weights of the one in a checkpoint, and still the batch norms that were folded into them: it would
+    normalize a second time. Weights that were trained with their activations cut off at the ends of ranges can grow
+    without bound, too, where nothing is cut off.
 
     Args:
         network: the float network, its weights loaded.
         state: the network's part of the checkpoint.
     """
+    for parameter in network.parameters():
+        if parameter.dim() > 1 and parameter.is_floating_point():
+            parameter.data = F.normalize(parameter.data.flatten(1)).reshape(parameter.shape)  # rows of length one
     for name, module in network.named_modules():
         bias = state.get(f"{name}.bias")
         if isinstance(bias, Tensor) and "bias" in module._parameters and module.bias is None:

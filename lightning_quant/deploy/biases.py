@@ -76,6 +76,34 @@ def rescale_biases(model: onnx.ModelProto, biases: Mapping[str, np.ndarray]) -> 
     return coarser
 
 
+def complete_norms(model: onnx.ModelProto) -> None:
+    """Write the ones and zeros of layer norms without weight or bias as integers: else the NPU computes in float.
+
+    Args:
+        model: a QDQ graph; changed in place.
+    """
+    from onnx import helper
+
+    graph = QdqGraph(model)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type == "LayerNormalization" and of_integers(graph.source(node.input[0])):
+            read_from = graph.producers.get(node.input[1])
+            weight = graph.known(read_from.input[0] if read_from and of_integers(read_from) else node.input[1])
+            size = 0 if weight is None else weight.size
+            for index, (part, value, kind) in enumerate((("weight", 1, np.uint8), ("bias", 0, np.int32)), 1):
+                given = graph.known(node.input[index]) if len(node.input) > index else np.zeros(size)
+                if given is None or not size or not (given == value).all():
+                    continue
+                grid = {"q": np.full(size, value, kind), "scale": np.float32(1.0), "zero_point": kind(0)}
+                read = [graph.add(f"{node.name}.{part}_{name}", np.asarray(array)) for name, array in grid.items()]
+                output = graph.free(f"{node.name}.{part}_qdq")
+                nodes.append(helper.make_node("DequantizeLinear", read, [output], f"{output}_dq"))
+                node.input[index:] = [output, *node.input[index + 1 :]]
+        nodes.append(node)
+    graph.replace_nodes(nodes)
+
+
 def update_encodings(encodings: dict[str, Any], coarser: dict[str, list[float]]) -> None:
     """Write the scales that :func:`rescale_biases` gave weights into AIMET's encodings (version 1.0.0)."""
     for entry in encodings["param_encodings"]:

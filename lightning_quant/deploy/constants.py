@@ -168,7 +168,8 @@ def encode_constants(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
                 if name not in values or not values[name].size or not np.isfinite(values[name]).all():
                     continue
                 if (name, str(kind)) not in made:
-                    scale, zero_point, integers = _on_grid(values[name], kind)
+                    # zeros are on every grid: the other's, as the NPU adds what is of far apart scales inexactly
+                    scale, zero_point, integers = _on_grid(values[name], kind, graph.array(read[0].input[1]))
                     read_back = (integers.astype(np.float32) - zero_point) * scale
                     if not np.allclose(read_back, values[name], rtol=0, atol=_ROUNDING * np.abs(values[name]).max()):
                         continue
@@ -199,11 +200,17 @@ def _is_activation(graph: QdqGraph, node: onnx.NodeProto) -> bool:
     return len(grid) == 2 and grid[0].size == 1 and grid[1].dtype.itemsize <= 2
 
 
-def _on_grid(values: np.ndarray, kind: np.dtype[Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scale, zero point and integers; a single value is hit exactly."""
+def _on_grid(
+    values: np.ndarray, kind: np.dtype[Any], scale_of_zeros: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scale, zero point and integers; a single value is hit exactly, and whole numbers if they are not too many."""
     least, largest = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
-    steps = 1 if least == largest or values.size == 1 else np.iinfo(kind).max
-    scale = np.float32((largest - least) / steps or 1.0)
+    steps: float = 1 if least == largest or values.size == 1 else np.iinfo(kind).max
+    whole = np.rint(values)
+    if np.array_equal(whole, values) and (divisor := int(np.gcd.reduce(whole.astype(np.int64), axis=None))):
+        whole_steps = (largest - least) / divisor
+        steps = steps // whole_steps * whole_steps or steps
+    scale = np.float32((largest - least) / steps or scale_of_zeros.item())
     zero_point = np.rint(-least / scale)
     integers = np.clip(np.rint(values / scale) + zero_point, 0, np.iinfo(kind).max)
     return np.array(scale), np.array(zero_point, kind), integers.astype(kind)

@@ -113,6 +113,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
         shared = shared_grids.share_grids(quantized)
         parted = activations.part_activations(quantized)
         encoded = constants.encode_constants(quantized)
+        biases.complete_norms(quantized)
         passed = round_passed_inputs(quantized)
         coarser = biases.rescale_biases(quantized, floats)
     encodings_file = float_file.with_suffix(".encodings")

@@ -62,18 +62,30 @@ class QdqGraph:
 
         return numpy_helper.to_array(self.constants[name])
 
-    def number(self, name: str) -> float | None:
-        """The value of a constant that is a single number, an initializer or a Constant's; ``None`` for others."""
+    def known(self, name: str) -> np.ndarray | None:
+        """The values of a constant, an initializer's or a Constant's; ``None`` for others."""
         from onnx import numpy_helper
 
         node = self.producers.get(name)
         if name in self.constants:
-            array = self.array(name)
-        elif node is not None and node.op_type == "Constant" and node.attribute[0].name == "value":
-            array = numpy_helper.to_array(node.attribute[0].t)
-        else:
-            return None
-        return float(array.item()) if array.size == 1 else None
+            return self.array(name)
+        if node is not None and node.op_type == "Constant" and node.attribute[0].name == "value":
+            return numpy_helper.to_array(node.attribute[0].t)
+        return None
+
+    def number(self, name: str) -> float | None:
+        """The value of a constant that is a single number; ``None`` for others."""
+        array = self.known(name)
+        return float(array.item()) if array is not None and array.size == 1 else None
+
+    def add(self, name: str, array: np.ndarray) -> str:
+        """Add an initializer and return its name: ``name``, or that with a number where it is taken."""
+        from onnx import numpy_helper
+
+        free = self.free(name)
+        self.model.graph.initializer.append(numpy_helper.from_array(array, free))
+        self.constants[free] = self.model.graph.initializer[-1]
+        return free
 
     def replace_nodes(self, nodes: list[onnx.NodeProto]) -> None:
         """Give the model other nodes, some of them its own; what nothing uses any more is taken out."""

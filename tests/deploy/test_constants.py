@@ -95,6 +95,15 @@ def test_a_number_is_on_its_grid_exactly(tmp_path: Path, operation: str, value: 
     assert all(len(node.input) < 2 or "_qdq" in node.input[1] for node in operations(model, operation))
 
 
+def test_whole_numbers_are_on_their_grid_exactly(tmp_path: Path) -> None:
+    model = number("Div", 1.0)
+    (node,) = (node for node in model.graph.node if node.op_type == "Constant")
+    node.attribute[0].t.CopyFrom(onnx.numpy_helper.from_array(np.float32([[1], [3], [64], [32]]), "number"))
+    before = computed(model, tmp_path, **X)
+    assert encode_constants(model)
+    np.testing.assert_array_equal(computed(model, tmp_path, **X), before)
+
+
 def test_encodings_follow() -> None:
     entries = [{"name": "kept"}, {"name": "folded"}]
     encodings = {"activation_encodings": entries, "param_encodings": [{"name": "table"}]}

@@ -13,13 +13,13 @@ MOVES = frozenset(
     bfloat16 bool broadcast_tensors broadcast_to channel_shuffle chunk clone contiguous copy cpu cuda data
     data_ptr dequantize detach detach_copy diag_embed diagonal dim double dropout dropout1d dropout2d dropout3d
     dsplit embedding empty_like expand expand_as feature_alpha_dropout feature_dropout fill flatten flip fliplr
-    flipud float fold from_numpy full_like gather get get_device getitem half hash hsplit identity index
-    index_copy index_fill index_put index_select is_complex is_contiguous is_floating_point is_same_size
-    is_set_to is_shared item iter len mT map masked_scatter masked_select max_unpool2d meshgrid moveaxis movedim
+    flipud float from_numpy full_like gather get get_device getitem half hash hsplit identity index
+    index_select is_complex is_contiguous is_floating_point is_same_size
+    is_set_to is_shared item iter len mT map masked_select max_unpool2d meshgrid moveaxis movedim
     nan_to_num narrow native_dropout new_empty new_full new_ones new_tensor new_zeros nonzero normal numel numpy
     numpy_T one_hot ones_like permute pin_memory pixel_shuffle pixel_unshuffle rand_like randn_like ravel
     register_hook repeat repeat_interleave repr requires_grad requires_grad_ reshape reshape_as retain_grad roll
-    rot90 rrelu scatter select set setitem share_memory size sort split split_with_sizes squeeze squeeze_copy
+    rot90 rrelu select set setitem share_memory size sort split split_with_sizes squeeze squeeze_copy
     storage stride swapaxes swapdims t take take_along_dim tensor_split tile to to_dense tolist topk transpose
     tril triu type type_as unbind unflatten unfold uniform unsafe_chunk unsafe_split unsqueeze untyped_storage
     view view_as vsplit zero zeros_like
@@ -42,7 +42,7 @@ MADE_LIKE = frozenset(
     """.split()  # noqa: SIM905
 )
 # They take values of their first argument alone; of the second its size or type.
-LIKE_ANOTHER = frozenset(("expand_as", "reshape_as", "type_as", "view_as"))
+LIKE_ANOTHER = frozenset(("expand_as", "reshape_as", "to", "type_as", "view_as"))
 # Where AIMET follows a tensor through.
 SEEN_THROUGH = frozenset(
     """
@@ -67,7 +67,7 @@ def base_name(func: Any) -> str:
 def in_place(func: Any, name: str) -> bool:
     """Whether a function changes its first argument by its very name."""
     own = str(getattr(func, "__name__", ""))
-    return (own.endswith("_") and not own.endswith("__")) or name in AUGMENTED
+    return (own.endswith("_") and not own.endswith("__")) or name in AUGMENTED or own == "__setitem__"
 
 
 def computes(name: str, given: list[Tensor], result: Any) -> bool:

@@ -52,6 +52,8 @@ _NOT_ONE = (
     nn.Mish,
     nn.GLU,
     nn.CosineSimilarity,
+    nn.Fold,
+    nn.Unfold,
     nn.PairwiseDistance,
     nn.modules.loss._Loss,
 )
@@ -118,8 +120,12 @@ class Recorder:
     kept: list[Any] = field(default_factory=list)  # alive, so that no id is given twice
     edges: list[_Edge] = field(default_factory=list)
     given: set[int] = field(default_factory=set)
+    held: set[int] = field(default_factory=set)  # what the network keeps from pass to pass
+    fresh: set[int] = field(default_factory=set)  # made of numbers alone
     repeating: bool = False
     stale: dict[int, nn.Module] = field(default_factory=dict)  # what a layer in place was given
+    seen_changed: dict[int, tuple[int, Place]] = field(default_factory=dict)  # by an operation in place on another
+    refused: set[tuple[int, Place]] = field(default_factory=set)  # such operations, of which somebody sees the change
     aliased: set[nn.Module] = field(default_factory=set)
 
     def begin(self, inputs: Sequence[Tensor]) -> None:
@@ -127,10 +133,13 @@ class Recorder:
         self.kept.clear()
         self.edges.clear()
         self.constants = {id(tensor): tensor for tensor in _tensors_of(self.root)}
+        self.held = set(self.constants)
+        self.fresh.clear()
         self.known = {id(tensor) for tensor in inputs} | self.constants.keys()
         self.kept.extend(inputs)
         self.given = {id(tensor) for tensor in inputs}
         self.stale.clear()
+        self.seen_changed.clear()
         self._origins_known = True
 
     def operation(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
@@ -146,15 +155,22 @@ class Recorder:
         at = place(running, module, name)
         module.__dict__.setdefault(SEEN, set()).add(at)
         pending = self.pending.get((id(module), at))
+        if (id(module), at) in self.refused:
+            result = func(*args, **kwargs)
+            self._note(name, args, kwargs, result)
+            return result
         apart = pending is not None and pending.child is None and ApartSite(name, at).fits(running, args, kwargs)
-        if apart or (pending is None and self._comes_apart(name, args, kwargs)):
+        if apart or (pending is None and self._comes_apart(name, func, args, kwargs)):
             if pending is None:
                 self._add(_Found(module, at, name, self.repeating, _is_traced()))
             before, self.repeating = self.repeating, self.repeating or name in STEPPING
             try:
-                return ApartSite(name, at).answer(running, func, args, kwargs)
+                result = ApartSite(name, at).answer(running, func, args, kwargs)
             finally:
                 self.repeating = before
+            if name == "setitem":
+                self.seen_changed |= dict.fromkeys(self._sharing_memory(args[0]), (id(module), at))
+            return result
         given = tensors_among((args, kwargs))
         self.used(given)
         made = None
@@ -172,13 +188,29 @@ class Recorder:
 
     def used(self, tensors: Iterable[Tensor]) -> None:
         """Somebody computes with these."""
-        if self.stale:
-            self.aliased.update(self.stale[id(tensor)] for tensor in tensors if id(tensor) in self.stale)
+        for tensor in tensors if self.stale or self.seen_changed else ():
+            if id(tensor) in self.stale:
+                self.aliased.add(self.stale[id(tensor)])
+            if id(tensor) in self.seen_changed:
+                self.refused.add(self.seen_changed[id(tensor)])
+
+    def forget(self) -> None:
+        """What was found in the place of operations that are refused now."""
+        gone = [at for _, at in self.refused]
+        self.pending = {key: found for key, found in self.pending.items() if found.at[0][:2] not in gone}
+        for key in self.refused:
+            self.pending.pop(key, None)
+
+    def _sharing_memory(self, tensor: Tensor) -> Iterator[int]:
+        """The tensors that change with this one."""
+        base = tensor if tensor._base is None else tensor._base
+        return (id(one) for one in self.kept if one is not tensor and (one is base or one._base is base))
 
     def end(self, output: Any) -> None:
         """After a pass: which operations its outputs depend on."""
-        self.used(tensors_in(output))
-        outputs = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
+        made = [running.current(tensor) for tensor in tensors_in(output)]
+        self.used(made)
+        outputs = [tensor for tensor in made if tensor.is_floating_point()]
         outputs = [tensor for tensor in outputs if tensor.dim()] or outputs
         needed = {id(tensor) for tensor in outputs}
         spared = []
@@ -196,10 +228,12 @@ class Recorder:
     def _depends(self, tensors: Iterable[Tensor]) -> bool:
         return any(id(tensor) not in self.constants for tensor in tensors)
 
-    def _comes_apart(self, name: str, args: Any, kwargs: Any) -> bool:
+    def _comes_apart(self, name: str, func: Any, args: Any, kwargs: Any) -> bool:
         if name not in APART or kwargs.get("out") is not None:
             return False
         given = tensors_among((args, kwargs))
+        if in_place(func, name) and id(given[0]) in self.held:
+            return False
         if not any(tensor.is_floating_point() for tensor in given) or not self._depends(given):
             return False
         takes = APART[name][1]
@@ -217,8 +251,14 @@ class Recorder:
             return True  # behind it AIMET would lose the network's input
         if name in MOVES or not any(tensor.is_floating_point() for tensor in given):
             return False
-        # what is kept from pass to pass is changed itself
-        return not (in_place(func, name) and id(given[0]) in self.constants)
+        # what is kept from pass to pass is changed itself; a sum that begins with zeros has the other's values
+        if not in_place(func, name) or id(given[0]) not in self.constants:
+            return True
+        return id(given[0]) not in self.held and not self._is_zero(given[0])
+
+    def _is_zero(self, tensor: Tensor) -> bool:
+        """Whether a tensor holds zeros, which are on every grid, and always will."""
+        return id(tensor) in self.fresh and not tensor.any()
 
     def _make(
         self, running: Pass, module: nn.Module, at: Place, name: str, func: Any, args: Any, kwargs: Any
@@ -246,6 +286,7 @@ class Recorder:
             and value.is_floating_point()
             and value.numel() > 1
             and id(value) in self.constants
+            and not self._is_zero(value)
         )
         # a list is iterated over: its sites go to the module around it, if there is one
         holder = next((one for one in reversed(running.stack) if not isinstance(one, CONTAINERS)), running.stack[0])
@@ -271,8 +312,12 @@ class Recorder:
             self.known.add(id(tensor))
             if constant:
                 self.constants[id(tensor)] = tensor
+                if not given:
+                    self.fresh.add(id(tensor))
             else:
                 self.constants.pop(id(tensor), None)
+            if given:
+                self.fresh.discard(id(tensor))
         self.edges.append(_Edge([id(tensor) for tensor in given], [id(tensor) for tensor in new], made))
 
 
@@ -341,10 +386,14 @@ def _changing_what_others_use(
 
 
 def _recorded(root: nn.Module, call: NetworkInputs, recorder: Recorder) -> None:
-    own = call.map(torch.clone)  # it may change what it is given
-    recorder.begin(own.tensors)
-    with running.recorded_by(recorder):
-        root(*own.args, **own.kwargs)
+    refused = None
+    while refused != recorder.refused:
+        refused = set(recorder.refused)
+        recorder.forget()
+        own = call.map(torch.clone)  # it may change what it is given
+        recorder.begin(own.tensors)
+        with running.recorded_by(recorder):
+            root(*own.args, **own.kwargs)
 
 
 def _traced(root: nn.Module, call: NetworkInputs, recorder: Recorder) -> None:

@@ -113,7 +113,8 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if running.changes:
             args, kwargs = current(args), current(kwargs)
-        if torch._C._get_tracing_state() is not None:
+        traced = torch._C._get_tracing_state() is not None
+        if traced:
             if func in _SIZES:
                 return _as_numbers(func, args, kwargs)
             if _is_idle_cast(func, args, kwargs):
@@ -128,14 +129,14 @@ class Interception(TorchFunctionMode):
         if FOLDED in values and getattr(func, "__name__", "") == "batch_norm":
             return args[0] if args else kwargs["input"]
         sites = values.get(SITES, {})
-        if not sites and _local.noted is None:
+        if not sites and _local.noted is None and not traced:
             return func(*args, **kwargs)
         name = base_name(func)
         at = place(running, module, name)
         site = sites.get(at)
         if site is not None and site.fits(running, args, kwargs):
             return site.answer(running, func, args, kwargs)
-        if torch._C._get_tracing_state() is not None:
+        if traced:
             func = IN_TRACES.get(func, func)
         result = func(*args, **kwargs)
         known = site is None and at in values.get(SEEN, ()) and kwargs.get("out") is None
@@ -161,11 +162,18 @@ def _as_numbers(func: Any, args: Any, kwargs: Any) -> Any:
     A trace hands out tensors for it. What is computed of these (padding, masks, positions) would go into the graph, and
     code that asks whether a size is a tensor would go another way.
     """
+    with untraced():
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Leave what is computed in a block out of a trace: its results are constants there."""
     tracer: Any = torch._C
     state = tracer._get_tracing_state()
     tracer._set_tracing_state(None)
     try:
-        return func(*args, **kwargs)
+        yield
     finally:
         tracer._set_tracing_state(state)
 

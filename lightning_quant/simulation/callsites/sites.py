@@ -393,11 +393,11 @@ class InstanceNorm(Weighted):
 
     def bind(self, args: Any, kwargs: Any) -> dict[str, Any]:
         bound = super().bind(args, kwargs)
-        channels, device = bound["input"].shape[1], bound["input"].device
+        channels, like = bound["input"].shape[1], {"dtype": bound["input"].dtype, "device": bound["input"].device}
         if bound.get("weight") is None:
-            bound["weight"] = torch.ones(channels, device=device)
+            bound["weight"] = torch.ones(channels, **like)
         if bound.get("bias") is None:
-            bound["bias"] = torch.zeros(channels, device=device)
+            bound["bias"] = torch.zeros(channels, **like)
         return bound
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_quant.simulation.callsites import resampling, written_parts
 from lightning_quant.simulation.callsites.running import IN_TRACES, MADE_UP
 
 # What a masked position gets added: softmax makes 2e-22 of it, and unlike -inf it lies within a range.
@@ -501,6 +502,14 @@ APART: dict[str, tuple[Callable[..., Any], Callable[..., bool] | None]] = {
     "masked_fill": (masked_fill, takes_masked_fill),
     "diff": (diff, None),
     "einsum": (einsum, takes_einsum),
+    "interpolate": (resampling.interpolate, resampling.takes_interpolate),
+    "fold": (resampling.fold, None),
+    "unfold": (resampling.unfold, resampling.takes_unfold),
+    "setitem": (written_parts.set_item, written_parts.takes_set_item),
+    "index_put": (written_parts.index_put, written_parts.takes_index_put),
+    "index_copy": (written_parts.index_copy, written_parts.takes_index),
+    "index_fill": (written_parts.index_fill, written_parts.takes_index),
+    "scatter": (written_parts.scatter, written_parts.takes_scatter),
 }
 # Those that compute step after step with the same layer: one range for each tensor over all steps.
 STEPPING = frozenset(_PARTS)
@@ -522,3 +531,5 @@ def _clamp(input: Tensor, min: Any = None, max: Any = None, **kwargs: Any) -> Te
 # of positions and masks, which nothing rounds
 IN_TRACES |= {torch.diff: diff, torch.cumsum: _cumsum, Tensor.cumsum: _cumsum}
 IN_TRACES |= {torch.clamp: _clamp, Tensor.clamp: _clamp}
+# of positions that are learned
+IN_TRACES |= {F.interpolate: resampling.interpolate}

@@ -118,12 +118,16 @@ class Whole(nn.Module):
 @settings(deadline=None, derandomize=True, max_examples=40)
 @given(plan=st.lists(PLANS, min_size=1, max_size=4), training=st.booleans())
 def test_nothing_rounded(plan: list[Any], training: bool) -> None:
-    """Batch norms are folded, so with one of them training is compared in its eval mode."""
+    """Batch norms are folded, so with one of them training is compared in its eval mode.
+
+    In 64 bits, as nested norms make much of what 32 bits round.
+    """
     torch.manual_seed(1)
     network = Whole(plan).eval()
-    float_network = copy.deepcopy(network)
-    inputs = call(image())
-    known = quantized(network, [inputs])
+    float_network = copy.deepcopy(network).double()
+    known = quantized(network, [call(image())])
+    network.double()
+    inputs = call(image().double())
     if not any(isinstance(module, nn.BatchNorm2d) for module in float_network.modules()):
         float_network.load_state_dict(state_of(network, float_network))
         for one in (network, float_network):

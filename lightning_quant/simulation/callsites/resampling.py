@@ -1,0 +1,79 @@
+"""Ways to another size that ONNX does not have, as products with matrices of numbers and convolutions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_quant.simulation.callsites.running import paused, untraced
+
+
+def interpolate(input: Tensor, size: Any = None, scale_factor: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+    """``F.interpolate``; with antialiasing it is linear along each axis: (N, C, H, W) between two matrices."""
+    if not takes_interpolate(input, size, scale_factor, *args, **kwargs):
+        return F.interpolate(input, size, scale_factor, *args, **kwargs)
+    rows, columns = (
+        _along(input, axis, _of(size, axis), _of(scale_factor, axis), *args, **kwargs).to(input) for axis in (0, 1)
+    )
+    return torch.matmul(rows, torch.matmul(input, columns.T))
+
+
+def takes_interpolate(input: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Whether it is one of images with antialiasing, which is the seventh argument."""
+    return input.dim() == 4 and bool(kwargs.get("antialias", args[5] if len(args) > 5 else False))
+
+
+def _of(value: Any, axis: int) -> Any:
+    return value[axis] if isinstance(value, (tuple, list)) else value
+
+
+def _along(input: Tensor, axis: int, size: Any, scale: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """What each value along an axis is made of: (new size, old size)."""
+    with paused(), untraced(), torch.no_grad():
+        old = int(input.shape[2 + axis])
+        each = torch.eye(old)[None, None]
+        wanted = (None if size is None else (int(size), old)), (None if scale is None else (float(scale), 1.0))
+        return F.interpolate(each, *wanted, *args, **kwargs)[0, 0]
+
+
+def unfold(input: Tensor, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1) -> Tensor:
+    """``F.unfold``, (N, C, H, W) to (N, C * kernel, blocks): a convolution that picks values."""
+    channels = input.shape[1]
+    weight = _picking(input, _pair(kernel_size)).repeat(channels, 1, 1, 1)
+    return F.conv2d(input, weight, None, stride, padding, dilation, channels).flatten(2)
+
+
+def takes_unfold(input: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Whether it is that of images, not ``Tensor.unfold(dimension, size, step)``."""
+    return input.dim() == 4 and len(args) != 3 and not kwargs.keys() & {"dimension", "size", "step"}
+
+
+def _picking(like: Tensor, kernel: tuple[int, int]) -> Tensor:
+    size = math.prod(kernel)
+    return torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, 1, *kernel)
+
+
+def fold(
+    input: Tensor, output_size: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
+) -> Tensor:
+    """``F.fold``, (N, C * kernel, blocks) to (N, C, *output_size): a transposed convolution that adds up the blocks."""
+    if input.dim() == 2:
+        return fold(input[None], output_size, kernel_size, dilation, padding, stride)[0]
+    kernel, dilation, padding, stride = map(_pair, (kernel_size, dilation, padding, stride))
+    output = _pair(output_size)
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    room = [o + 2 * p - span for o, p, span in zip(output, padding, spans, strict=True)]
+    blocks = [r // s + 1 for r, s in zip(room, stride, strict=True)]
+    left = [r % s for r, s in zip(room, stride, strict=True)]
+    channels = input.shape[1] // math.prod(kernel)
+    one = input.reshape(-1, math.prod(kernel), *blocks)  # the NPU takes no groups here
+    added = F.conv_transpose2d(one, _picking(input, kernel), None, stride, padding, left, 1, dilation)
+    return added.reshape(-1, channels, *output)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))

@@ -1,0 +1,168 @@
+"""Values written into a part of a tensor: as a concatenation, of which the parts are picked by their places.
+
+``y[:, 2:] = z`` leaves values of two origins in one tensor. The NPU computes ONNX's ScatterND in float, and
+ScatterElements with wrong numbers where the two are of different grids; a concatenation brings both to one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WHOLE = slice(None)
+
+
+def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
+    """``tensor[index] = value``, out of place."""
+    key = _per_axis(index, tensor.dim())
+    if not isinstance(value, Tensor):
+        value = tensor.new_full((), value)
+    value = value.to(tensor.dtype)
+    spans = [_span(part, size) for part, size in zip(key, tensor.shape, strict=True)]
+    if all(span is not None for span in spans):
+        shape = [stop - start for start, stop in spans]  # type: ignore[misc]
+        kept = [size for size, part in zip(shape, key, strict=True) if not isinstance(part, int)]
+        return _between(tensor, spans, _shaped(_shaped(value, kept), shape))
+    first = next(axis for axis, part in enumerate(key) if not _is_whole(part))
+    last = next(axis for axis, part in reversed(list(enumerate(key))) if not _is_whole(part))
+    before, written, behind = tensor.shape[:first], tensor.shape[first : last + 1], tensor.shape[last + 1 :]
+    size = math.prod(written)
+    taken = torch.arange(size, device=tensor.device).reshape(written)[tuple(key[first : last + 1])]
+    count = taken.numel()
+    value = _shaped(_shaped(value, [*before, *taken.shape, *behind]), [*before, count, *behind])
+    places = torch.arange(size, device=tensor.device)
+    places[taken.flatten()] = size + torch.arange(count, device=tensor.device)
+    return _shaped(_picked(_shaped(tensor, [*before, size, *behind]), value, places, first), tensor.shape)
+
+
+def _between(tensor: Tensor, spans: Sequence[Any], value: Tensor, axis: int = 0) -> Tensor:
+    """What is before a value, the value, and what is behind it, along each axis from one on."""
+    while axis < tensor.dim() and spans[axis] == (0, tensor.shape[axis]):
+        axis += 1
+    if axis == tensor.dim():
+        return value.clone()
+    start, stop = spans[axis]
+    parts = [
+        tensor.narrow(axis, 0, start),
+        _between(tensor.narrow(axis, start, stop - start), spans, value, axis + 1),
+        tensor.narrow(axis, stop, tensor.shape[axis] - stop),
+    ]
+    return torch.cat([part for part in parts if part.shape[axis]], axis)
+
+
+def _picked(tensor: Tensor, value: Tensor, places: Tensor, axis: int) -> Tensor:
+    """Rows of two tensors by their places, those of the second behind those of the first.
+
+    The NPU's compiler reads zeros for the last row of a tensor, so one more follows that nobody takes.
+    """
+    return torch.cat([tensor, value, tensor.narrow(axis, 0, 1)], axis).index_select(axis, places)
+
+
+def takes_set_item(tensor: Tensor, index: Any, value: Any) -> bool:
+    """Whether the places do not depend on values."""
+    return _is_fixed(index, tensor) and _is_written(value, tensor)
+
+
+def index_put(tensor: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:
+    """``torch.index_put``."""
+    return set_item(tensor, tuple(indices), values)
+
+
+def takes_index_put(tensor: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> bool:
+    """Whether values are written, not added, and the places do not depend on values."""
+    return not accumulate and _is_fixed(tuple(indices), tensor) and _is_written(values, tensor)
+
+
+def index_copy(tensor: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """``torch.index_copy``."""
+    return set_item(tensor, (*[_WHOLE] * (dim % tensor.dim()), index), source)
+
+
+def index_fill(tensor: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
+    """``torch.index_fill``."""
+    return index_copy(tensor, dim, index, value)
+
+
+def takes_index(tensor: Tensor, dim: int, index: Tensor, source: Any) -> bool:
+    """Whether it writes finite floating-point values."""
+    return _is_written(source, tensor)
+
+
+def scatter(tensor: Tensor, dim: int, index: Tensor, src: Any = None, *, value: Any = None) -> Tensor:
+    """``torch.scatter``."""
+    source = value if src is None else src
+    if not isinstance(source, Tensor):
+        source = tensor.new_full((), source).expand(index.shape)
+    source = source[tuple(slice(size) for size in index.shape)]
+    places = torch.arange(tensor.numel(), device=tensor.device)
+    written = len(places) + torch.arange(index.numel(), device=tensor.device)
+    places = places.reshape(tensor.shape).scatter(dim, index, written.reshape(index.shape))
+    flat = _picked(tensor.reshape(-1), source.to(tensor.dtype).reshape(-1), places.reshape(-1), 0)
+    return _shaped(flat, tensor.shape)
+
+
+def takes_scatter(tensor: Tensor, dim: int, index: Tensor, src: Any = None, **kwargs: Any) -> bool:
+    """Whether values are written, not added or multiplied."""
+    source = kwargs.get("value") if src is None else src
+    return not kwargs.keys() - {"value"} and source is not None and _is_written(source, tensor)
+
+
+def _shaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Repeated or reshaped, where it is of another shape; axes of one in front may be too many."""
+    if list(tensor.shape) == list(shape):
+        return tensor
+    if tensor.numel() == math.prod(shape):
+        return tensor.reshape(shape)
+    return tensor.reshape(tensor.shape[max(tensor.dim() - len(shape), 0) :]).expand(shape)
+
+
+def _is_written(value: Any, into: Tensor) -> bool:
+    if not into.is_floating_point() or not into.dim():
+        return False
+    return value.is_floating_point() if isinstance(value, Tensor) else math.isfinite(value)
+
+
+def _per_axis(index: Any, axes: int) -> list[Any]:
+    """An index without an ellipsis: one part for each axis."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    at = next((place for place, part in enumerate(parts) if part is ...), len(parts))
+    behind = parts[at + 1 :]
+    return [*parts[:at], *[_WHOLE] * (axes - at - len(behind)), *behind]
+
+
+def _span(part: Any, size: int) -> tuple[int, int] | None:
+    """Where a part of an index begins and ends, if it leaves nothing out in between."""
+    if isinstance(part, int):
+        return part % size, part % size + 1
+    if not isinstance(part, slice):
+        return None
+    start, stop, step = part.indices(size)
+    return (start, stop) if step == 1 else None
+
+
+def _is_whole(part: Any) -> bool:
+    return isinstance(part, slice) and part.start in (None, 0) and part.stop is None and part.step in (None, 1)
+
+
+def _is_fixed(index: Any, tensor: Tensor) -> bool:
+    """Whether an index has one part for an axis, numbers all, and lists of them side by side."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if any(part is None or isinstance(part, bool) or _is_mask(part) for part in parts):
+        return False
+    key = _per_axis(index, tensor.dim())
+    listed = [axis for axis, part in enumerate(key) if not isinstance(part, slice)]
+    if all(isinstance(key[axis], int) for axis in listed):
+        return True
+    return listed == list(range(listed[0], listed[-1] + 1))
+
+
+def _is_mask(part: Any) -> bool:
+    if isinstance(part, Tensor):
+        return part.is_floating_point() or part.dtype in (torch.bool, torch.uint8)
+    if isinstance(part, Sequence):
+        return any(not isinstance(one, int) or isinstance(one, bool) for one in part)
+    return not isinstance(part, (int, slice, type(...)))

@@ -1,0 +1,198 @@
+"""Operations that ONNX or the NPU lacks, written with those they have: the same numbers, in integers on the NPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_quant.deploy.bundle import export_bundle
+from lightning_quant.simulation.techniques.layer_outputs import unrounded
+from tests.deploy.qdq import NO_EMULATOR, emulated
+from tests.simulation.networks import calibrated, call
+
+IMAGES = torch.randn(8, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+
+
+# ---- values written into a part of a tensor --------------------------------------------------------------------------
+def every_third(m: Rewritten, y: Tensor) -> Tensor:
+    """As in the heads that find the joints of people: visibility and two coordinates take turns."""
+    points = y.clone()
+    points[:, 2::3] = points[:, 2::3].sigmoid()
+    points[:, 0::3] = points[:, 0::3] * 2.0 + 0.5
+    return points
+
+
+def a_block(m: Rewritten, y: Tensor) -> Tensor:
+    y = y * 0.5
+    y[:, 1:, 2:, 2:] += y[:, 1:, :1, :1].sigmoid()
+    return y
+
+
+def a_number(m: Rewritten, y: Tensor) -> Tensor:
+    y = y + 0.0
+    y[..., 0] = 9.0
+    y[:, 2, 1:3] = 0
+    return y
+
+
+def places_in_a_list(m: Rewritten, y: Tensor) -> Tensor:
+    y = y + 0.0
+    y[:, [0, 4]] = y[:, :2].sigmoid() * 9.0
+    y[:, 1, torch.tensor([2, 3])] = y[:1, 5, :2]
+    return y
+
+
+def from_nothing(m: Rewritten, y: Tensor) -> Tensor:
+    made = y.new_zeros(y.shape)
+    made[:, 0::2] = y[:, 0::2].sigmoid()
+    made[:, 1::2] = y[:, 1::2] * 3.0
+    return made
+
+
+def through_a_view(m: Rewritten, y: Tensor) -> Tensor:
+    rows = y.flatten(2)
+    rows[:, :2] = rows[:, 2:4].sigmoid() * 9.0
+    return rows * 0.5
+
+
+def put(m: Rewritten, y: Tensor) -> Tensor:
+    return torch.index_copy(y, 1, torch.tensor([0, 4]), y[:, :2].sigmoid() * 9.0)
+
+
+def put_in_place(m: Rewritten, y: Tensor) -> Tensor:
+    y = y + 0.0
+    y.index_copy_(1, torch.tensor([0, 4]), y[:, :2].sigmoid() * 9.0)
+    return y.index_fill_(2, torch.tensor([1]), -3.0)
+
+
+def scattered(m: Rewritten, y: Tensor) -> Tensor:
+    at = torch.tensor([0, 4]).reshape(1, 2, 1, 1).expand(y.shape[0], 2, *y.shape[2:])
+    return y.scatter(1, at, y[:, :2].sigmoid() * 9.0)
+
+
+def zeros_added_to(m: Rewritten, y: Tensor) -> Tensor:
+    added = torch.zeros_like(y)
+    for factor in (1.0, 2.0):
+        added += torch.sigmoid(y * factor)
+    return added
+
+
+# ---- other sizes -----------------------------------------------------------------------------------------------------
+def smoothed(m: Rewritten, y: Tensor) -> Tensor:
+    return F.interpolate(y, size=(13, 5), mode="bicubic", antialias=True)
+
+
+def smoothed_by_a_factor(m: Rewritten, y: Tensor) -> Tensor:
+    return F.interpolate(y, scale_factor=0.5, mode="bilinear", antialias=True) * 2
+
+
+def positions_smoothed(m: Rewritten, y: Tensor) -> Tensor:
+    return y + F.interpolate(m.positions, size=y.shape[2:], mode="bicubic", antialias=True)
+
+
+def patches(m: Rewritten, y: Tensor) -> Tensor:
+    return F.fold(F.unfold(y, 3, padding=1, stride=2), (8, 8), 3, padding=1, stride=2)
+
+
+def wide_patches(m: Rewritten, y: Tensor) -> Tensor:
+    return F.fold(F.unfold(y, (2, 3), 1, (1, 0), (2, 1)), (8, 8), (2, 3), 1, (1, 0), (2, 1))
+
+
+# ---- norms without a bias --------------------------------------------------------------------------------------------
+def by_a_weight(m: Rewritten, y: Tensor) -> Tensor:
+    return F.layer_norm(y, (8,), m.positions[0, 0, 0, :1] + torch.arange(8.0))
+
+
+def by_nothing(m: Rewritten, y: Tensor) -> Tensor:
+    return F.layer_norm(y, (8,))
+
+
+def of_a_layer(m: Rewritten, y: Tensor) -> Tensor:
+    return m.norm(y)
+
+
+REWRITTEN = [
+    every_third, a_block, a_number, places_in_a_list, from_nothing, through_a_view, put, put_in_place, scattered,
+    zeros_added_to, smoothed, smoothed_by_a_factor, positions_smoothed, patches, wide_patches, by_a_weight, by_nothing,
+    of_a_layer,
+]  # fmt: skip
+
+
+class Rewritten(nn.Module):
+    def __init__(self, function: Callable[[Rewritten, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.norm = nn.LayerNorm(8, bias=False)
+        self.positions = nn.Parameter(torch.randn(1, 6, 7, 7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, self.conv(x))
+
+
+@pytest.mark.parametrize("function", REWRITTEN)
+def test_every_value_is_rounded_and_the_npu_computes_it(
+    tmp_path: Path, function: Callable[[Rewritten, Tensor], Tensor]
+) -> None:
+    torch.manual_seed(0)
+    network = Rewritten(function).eval()
+    float_network = copy.deepcopy(network)
+    known = calibrated(network, call(IMAGES))
+    expected = float_network(IMAGES)
+    with unrounded(known):
+        torch.testing.assert_close(known.network(IMAGES), expected, rtol=0, atol=1e-5)
+    rounded = known.network(IMAGES).detach()
+    assert len(rounded[0].unique()) <= 256
+    assert (rounded - expected).abs().max() < 0.05 * (expected.max() - expected.min())
+    bundle = export_bundle(known, tmp_path / "bundle", [call(IMAGES)])
+    assert bundle.manifest["parity"]["psnr_db"] is None or bundle.manifest["parity"]["psnr_db"] > 50
+    if NO_EMULATOR is None:
+        report, (output,) = emulated(onnx.load(bundle.qdq), tmp_path / "device", **{"x": IMAGES[:1].numpy()})
+        assert not report.float_islands
+        assert not report.layers["CPU"]
+        step = float(rounded.max() - rounded.min()) / 255
+        steps_off = (torch.from_numpy(output) - rounded[:1]).abs() / step
+        assert (steps_off > 3.1).float().mean() < 0.005  # a norm makes more of one step before it
+
+
+def seen_by_another(m: Rewritten, y: Tensor) -> Tensor:
+    y = y + 0.0
+    first = y[:, :2]
+    y[:, 0] = y[:, 1].sigmoid() * 9.0
+    return y * first.mean()
+
+
+def written_through(m: Rewritten, y: Tensor) -> Tensor:
+    y = y + 0.0
+    y.view(y.shape[0], 3, 2, -1)[:, :, 0] = y.view(y.shape[0], 3, 2, -1)[:, :, 1].sigmoid()
+    return y * 3
+
+
+def where_negative(m: Rewritten, y: Tensor) -> Tensor:
+    y = y + 0.0
+    y[y < 0] = y[y < 0] * 0.1
+    return y
+
+
+def windows(m: Rewritten, y: Tensor) -> Tensor:
+    return y.unfold(2, 4, 4).unfold(3, 4, 4).mean((-1, -2))
+
+
+def dilated_patches(m: Rewritten, y: Tensor) -> Tensor:  # the NPU has no dilated transposed convolution
+    return F.fold(F.unfold(y, 3, 2, 2), (8, 8), 3, 2, 2)
+
+
+@pytest.mark.parametrize("function", [dilated_patches, seen_by_another, written_through, where_negative, windows])
+def test_what_is_left_as_it_is_computes_the_same(function: Callable[[Rewritten, Tensor], Tensor]) -> None:
+    network = Rewritten(function).eval()
+    float_network = copy.deepcopy(network)
+    known = calibrated(network, call(IMAGES))
+    with unrounded(known):
+        torch.testing.assert_close(known.network(IMAGES), float_network(IMAGES), rtol=0, atol=1e-5)
