@@ -20,6 +20,7 @@ from lightning_quant.errors import ExportError
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.callsites.lending import weights_lent
 from lightning_quant.simulation.callsites.running import noting
+from lightning_quant.simulation.exportable import FLOAT_OPSET
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 ENCODINGS_VERSION = "1.0.0"
 # 16-bit activations and 4-bit weights exist in QuantizeLinear from this opset on.
 QDQ_OPSET = 21
-FLOAT_OPSET = 17
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet, preflight
 from lightning_quant.simulation.callsites import quantizers
 from lightning_quant.simulation.callsites.lending import layers_kept, shapes_of_traces, weights_lent
+from lightning_quant.simulation.exportable import not_in_onnx
 from lightning_quant.simulation.fast import kernels
 from lightning_quant.simulation.inplace import copied, state_kept, undone_on_error
 from lightning_quant.simulation.inputs import NetworkInputs
@@ -55,6 +56,8 @@ def quantize(
         inputs = prepared.inputs
         with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]), aimet.quiet():
             findings = prepared.findings + preflight.inspect(network)
+            with state_kept(network):
+                findings += not_in_onnx(network, inputs)
             if recipe.strict:
                 preflight.refuse(findings)
             sim = _simulate(network, inputs, recipe)

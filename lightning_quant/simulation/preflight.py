@@ -27,6 +27,7 @@ class FindingKind(Enum):
     UNFOLDED = "unfolded"
     SHARED = "shared"
     NARROW = "narrow"
+    NOT_IN_ONNX = "not in ONNX"
 
     @property
     def leaves_open(self) -> bool:

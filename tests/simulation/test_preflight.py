@@ -68,6 +68,27 @@ def test_a_batch_norm_that_is_left() -> None:
     assert "could not be folded" in first.problem
 
 
+class Spectrum(nn.Module):
+    """Ends in operations that PyTorch's exporter does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return torch.fft.rfft2(x).abs().mean() + x
+
+
+def test_what_onnx_does_not_have_is_named_before_calibration() -> None:
+    (found,) = quantized(Spectrum().eval()).findings
+    assert found.kind is FindingKind.NOT_IN_ONNX
+    line = Spectrum.forward.__code__.co_firstlineno + 2
+    assert found.problem == f"fft_rfft2 in test_preflight.py, line {line}, is not in ONNX: the export will fail"
+    with pytest.raises(PreflightError, match="fft_rfft2"):
+        quantized(Spectrum().eval(), strict=True)
+
+
 def test_parts_that_do_not_run_are_not_reported() -> None:
     class Unused(Chain):
         def __init__(self) -> None:

@@ -1,0 +1,53 @@
+"""Whether a network can be written as ONNX: asked before calibration and training, not after."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.onnx.utils
+from torch import nn
+
+import lightning_quant
+from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.network import FlatNetwork
+from lightning_quant.simulation.preflight import Finding, FindingKind
+
+# Of the float graph that AIMET's encodings belong to.
+FLOAT_OPSET = 17
+
+
+def not_in_onnx(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
+    """Name the operations of a network that PyTorch's exporter cannot write, and where they stand in the code.
+
+    Args:
+        network: the network with its call sites, in eval mode.
+        inputs: an example call.
+    """
+    flat = FlatNetwork(network, inputs).eval()
+    try:
+        graph, kinds = torch.onnx.utils.unconvertible_ops(flat, tuple(inputs.tensors), opset_version=FLOAT_OPSET)
+    except torch.onnx.OnnxExporterError:  # it cannot be traced: AIMET says why
+        return []
+    lines = {node.kind(): str(node.sourceRange()) for node in graph.nodes()}
+    return [
+        Finding(
+            "",
+            f"{kind.removeprefix('aten::')}{_place(lines.get(kind, ''))} is not in ONNX: the export will fail",
+            "compute it of other operations, or leave it out of the network: let it return what goes in",
+            kind=FindingKind.NOT_IN_ONNX,
+        )
+        for kind in dict.fromkeys(kinds)
+    ]
+
+
+def _place(source: str) -> str:
+    """The innermost line of the user's code, of ``file(line): function`` in a row each."""
+    import aimet_torch
+
+    others = tuple(str(Path(file).parent) for file in (torch.__file__, aimet_torch.__file__, lightning_quant.__file__))
+    for line in source.splitlines():
+        file, _, rest = line.partition("(")
+        if file.endswith(".py") and not file.startswith(others):
+            return f" in {Path(file).name}, line {rest.partition(')')[0]},"
+    return ""
