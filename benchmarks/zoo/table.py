@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from benchmarks.zoo.record import FILES, GARBAGE_DB, OURS, PLAIN, all_the_way, e
 from lightning_quant.deploy.parity import COARSE_BAR, FINE_BAR
 from lightning_quant.precision import Precision
 
+TRAINED = Path(__file__).parents[1] / "results" / "elsewhere"
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "networks.md"
 _TOOLS = {OURS: "lightning_quant", PLAIN: "plain AIMET"}
 _PRECISIONS = ("w8a8", "w8a16", "w4a16")
@@ -33,6 +35,15 @@ How close the exported file is to its simulation is a column of its own: random 
 and {coarse:.0f} dB (16-bit activations: {fine:.0f} dB), the bar for a trained network, says little here. *Garbage* \
 is an output of the emulated NPU below {garbage:.0f} dB. *Values in float* are those in the file that no \
 QuantizeLinear rounds. The seconds are of one busy core. Compiled and emulated; not measured on hardware.
+"""
+
+_TRAINED = """
+## Trained on photographs
+
+Two networks of other packages, trained from random weights on street photographs (CamVid in Cityscapes layout), then \
+quantized, trained on for one epoch, exported and emulated. The metric on the device is that of the outputs of the \
+emulated NPU, beside the simulation's and float's on the same images; closeness is to the simulation. Not measured on \
+hardware. `make elsewhere`.
 """
 
 _TAIL = """
@@ -62,7 +73,7 @@ def page(lines: Sequence[Line]) -> str:
     parts = [_HEAD.format(total=len(networks), coarse=COARSE_BAR, fine=FINE_BAR, garbage=GARBAGE_DB), _counts(lines)]
     for source, members in sources.items():
         parts += [f"\n## {source}\n", _of_source(members, found)]
-    parts += ["\n## Where they stop\n", _stops(lines), _TAIL.format(how=_how(lines))]
+    parts += ["\n## Where they stop\n", _stops(lines), _TRAINED, _trained(), _TAIL.format(how=_how(lines))]
     return "\n".join(parts)
 
 
@@ -92,6 +103,21 @@ def _of_source(members: Iterable[str], found: Mapping[tuple[str, str, str], Line
         row = [name.partition("/")[2], _way(first), _placement(first), _left(first), _decibel(first, "parity")]
         row += [_decibel(first, "emulated"), f"{first['seconds']['all']:.0f}" if first else "–", *others]
         rows.append([*row, _way(plain), _placement(plain), _left(plain)])
+    return _table(heads, rows)
+
+
+def _trained() -> str:
+    heads = ["network", "precision", "metric", "float", "PTQ", "QAT", "file dB", "emulated dB"]
+    heads += ["on these images: float", "simulation", "device", "NPU / CPU / in float"]
+    rows = []
+    for path in sorted(TRAINED.glob("*.json")):
+        one = json.loads(path.read_text())
+        export = one["export"]
+        row = [one["network"], one["precision"].upper(), one["monitor"]]
+        row += [f"{one[stage]:.3f}" for stage in ("float", "ptq", "qat")]
+        row += [f"{export[which]['psnr_db']:.0f}" for which in ("parity", "against_simulation")]
+        row += [f"{export['metric_on_these'][which]:.3f}" for which in ("float", "simulation", "device")]
+        rows.append([*row, f"{export['layers']['NPU']} / {export['layers']['CPU']} / {export['in_float']}"])
     return _table(heads, rows)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_quant.deploy.fixed_graph import random_operations
-from lightning_quant.deploy.qdq_graph import QdqGraph, exact_session, hands_on, of_integers
+from lightning_quant.deploy.qdq_graph import QdqGraph, exact_session, hands_on, of_integers, sizes_of
 
 if TYPE_CHECKING:
     import onnx
@@ -47,7 +47,7 @@ def _fold(model: onnx.ModelProto) -> bool:
     from onnx import helper, numpy_helper
 
     graph = QdqGraph(model)
-    sizes = _sizes(model)
+    sizes = sizes_of(model)
     drawing = {id(node) for node in random_operations(model)}
     known = set(graph.constants)
     fixed: list[onnx.NodeProto] = []
@@ -89,19 +89,6 @@ def _fold(model: onnx.ModelProto) -> bool:
         model.graph.initializer.append(numpy_helper.from_array(array, tensor))
     graph.replace_nodes([*read, *(node for node in model.graph.node if not wanted & set(node.output))])
     return True
-
-
-def _sizes(model: onnx.ModelProto) -> dict[str, list[int]]:
-    """The sizes of tensors, as far as they are known."""
-    import onnx
-
-    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    found = {}
-    for value in (*graph.value_info, *graph.input):
-        tensor = value.type.tensor_type
-        if tensor.HasField("shape") and all(axis.HasField("dim_value") for axis in tensor.shape.dim):
-            found[value.name] = [axis.dim_value for axis in tensor.shape.dim]
-    return found
 
 
 def _computed(

@@ -15,6 +15,7 @@ import torch
 
 from lightning_quant.deploy import activations, biases, constants, shared_grids
 from lightning_quant.deploy.fixed_graph import check_fixed, check_repeatable
+from lightning_quant.deploy.many_axes import leave_out_ones
 from lightning_quant.deploy.passed_inputs import Grid, encode_passed_inputs, round_passed_inputs
 from lightning_quant.errors import ExportError
 from lightning_quant.simulation import aimet
@@ -116,6 +117,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
         biases.complete_norms(quantized)
         passed = round_passed_inputs(quantized)
         coarser = biases.rescale_biases(quantized, floats)
+        leave_out_ones(quantized)
     encodings_file = float_file.with_suffix(".encodings")
     encodings = json.loads(encodings_file.read_text())
     written = copy.deepcopy(encodings)
@@ -124,6 +126,9 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
     activations.update_encodings(encodings, parted)
     biases.update_encodings(encodings, coarser)
     encode_passed_inputs(model, encodings)
+    for name, origin in leave_out_ones(model).items():
+        entries = encodings["activation_encodings"]
+        entries += [{**entry, "name": name} for entry in entries if entry["name"] == origin]
     if encodings != written:
         encodings_file.write_text(json.dumps(encodings, indent=2) + "\n")
     for graph, file in ((model, float_file), (quantized, qdq_file)):

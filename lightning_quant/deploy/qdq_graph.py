@@ -147,6 +147,19 @@ def of_integers(node: onnx.NodeProto | None) -> bool:
     return node is not None and node.op_type == "DequantizeLinear" and len(node.input) > 1
 
 
-def axis_of(node: onnx.NodeProto) -> int:
-    """Along which axis the scales of a QuantizeLinear or DequantizeLinear lie; ONNX's default is 1."""
-    return next((int(attribute.i) for attribute in node.attribute if attribute.name == "axis"), 1)
+def axis_of(node: onnx.NodeProto, default: int = 1) -> int:
+    """Along which axis a node works; that of a QuantizeLinear or DequantizeLinear is 1 where it does not say."""
+    return next((int(attribute.i) for attribute in node.attribute if attribute.name == "axis"), default)
+
+
+def sizes_of(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """The sizes of tensors, constants among them, as far as they are known."""
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    found = {one.name: list(one.dims) for one in graph.initializer}
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        tensor = value.type.tensor_type
+        if tensor.HasField("shape") and all(axis.HasField("dim_value") for axis in tensor.shape.dim):
+            found[value.name] = [axis.dim_value for axis in tensor.shape.dim]
+    return found

@@ -118,10 +118,35 @@ def of_a_layer(m: Rewritten, y: Tensor) -> Tensor:
     return m.norm(y)
 
 
+# ---- more axes than the NPU has --------------------------------------------------------------------------------------
+def windows_of_an_image(m: Rewritten, y: Tensor) -> Tensor:
+    parts = y.reshape(-1, 6, 2, 4, 2, 4).permute(0, 2, 4, 3, 5, 1)
+    return m.linear(parts).reshape(-1, 4, 16, 6)
+
+
+def queries_keys_values(m: Rewritten, y: Tensor) -> Tensor:
+    groups = y.flatten(2).reshape(-1, 4, 8, 3, 2, 2).permute(3, 0, 1, 4, 2, 5)
+    query, key, value = groups.unbind(0)
+    return (query @ key.transpose(-2, -1)).softmax(-1) @ value
+
+
+def queries_keys_values_split(m: Rewritten, y: Tensor) -> Tensor:
+    query, key, value = y.flatten(2).reshape(-1, 4, 8, 3, 2, 2).permute(3, 0, 1, 4, 2, 5).chunk(3)
+    return query.squeeze(0) * key.squeeze(0).sigmoid() + value.squeeze(0)
+
+
+def rows_and_columns(m: Rewritten, y: Tensor) -> Tensor:
+    scores = y.reshape(-1, 1, 2, 4, 6, 8)
+    rows, columns = y[:, :, :, 0].mean(1), y[:, :, 0].mean(1)
+    scores = scores + rows[:, None, :2, None, None, None] + columns[:, None, None, None, None]
+    scores = scores * 0.3 * torch.arange(1.0, 7.0).reshape(1, 1, 1, 1, 6, 1)
+    return scores.reshape(-1, 8, 48)
+
+
 REWRITTEN = [
     every_third, a_block, a_number, places_in_a_list, from_nothing, through_a_view, put, put_in_place, scattered,
     zeros_added_to, smoothed, smoothed_by_a_factor, positions_smoothed, patches, wide_patches, by_a_weight, by_nothing,
-    of_a_layer,
+    of_a_layer, windows_of_an_image, queries_keys_values, queries_keys_values_split, rows_and_columns,
 ]  # fmt: skip
 
 
@@ -130,6 +155,7 @@ class Rewritten(nn.Module):
         super().__init__()
         self.function = function
         self.conv = nn.Conv2d(3, 6, 3)
+        self.linear = nn.Linear(6, 6)
         self.norm = nn.LayerNorm(8, bias=False)
         self.positions = nn.Parameter(torch.randn(1, 6, 7, 7))
 
