@@ -232,7 +232,9 @@ class Recorder:
         if name not in APART or kwargs.get("out") is not None:
             return False
         given = tensors_among((args, kwargs))
-        if in_place(func, name) and id(given[0]) in self.held:
+        if in_place(func, name) and self._is_kept(given[0]):
+            return False
+        if name == "setitem" and id(given[0]) in self.given:  # who called the network sees the change
             return False
         if not any(tensor.is_floating_point() for tensor in given) or not self._depends(given):
             return False
@@ -254,7 +256,11 @@ class Recorder:
         # what is kept from pass to pass is changed itself; a sum that begins with zeros has the other's values
         if not in_place(func, name) or id(given[0]) not in self.constants:
             return True
-        return id(given[0]) not in self.held and not self._is_zero(given[0])
+        return not self._is_kept(given[0]) and not self._is_zero(given[0])
+
+    def _is_kept(self, tensor: Tensor) -> bool:
+        """Whether the network keeps a tensor from pass to pass, or one that this is a view of."""
+        return id(tensor) in self.held or id(tensor._base) in self.held
 
     def _is_zero(self, tensor: Tensor) -> bool:
         """Whether a tensor holds zeros, which are on every grid, and always will."""

@@ -221,6 +221,25 @@ class MovingMean(nn.Module):
         return x - self.mean[:, None, None]
 
 
+class Memory(nn.Module):
+    """Keeps what it saw in rows of a buffer, which it writes as a whole, in parts and through views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("rows", torch.zeros(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        seen = x.detach().mean((0, 2, 3))
+        self.rows[0] = seen
+        row = self.rows[1]
+        row[:2] = row[2:]
+        row[2:] = seen[2:]
+        self.rows[2].mul_(0.9).add_(seen, alpha=0.1)
+        return x - self.rows.sum(0)[:, None, None] * row.sum()
+
+
 class InPlaceSkip(nn.Module):
     """The first ReLU of the block changes what the shortcut hands on."""
 
@@ -506,6 +525,7 @@ PATTERNS: dict[str, Pattern] = {
     "auxiliary loss in an attribute": Pattern(AuxiliaryAttribute, one_image),
     "counter": Pattern(Schedule, one_image),
     "moving mean": Pattern(MovingMean, one_image),
+    "rows of a buffer": Pattern(Memory, one_image),
     # operations in place
     "in place": between(_added_in_place),
     "in place on the shortcut": Pattern(InPlaceSkip, one_image),
