@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_quant.errors import ConfigurationError, PreflightError
@@ -393,3 +394,26 @@ def test_without_a_hardware_config_of_the_npu_ranges_are_not_tied() -> None:
     resize = [module for module in modules.values() if type(module).__name__ == "QuantizedInterpolate"][-1]
     relu = next(module for module in modules.values() if type(module).__name__ == "QuantizedReLU")
     assert relu.output_quantizers[0] is not resize.output_quantizers[0]
+
+
+class Activated(nn.Module):
+    """Two convolutions, the same activation behind each."""
+
+    def __init__(self, activation: Any) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.second(self.activation(self.first(x))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [nn.ReLU(), nn.ReLU6(), F.relu, F.relu6, lambda x: F.hardtanh(x, 0, 6), lambda x: x.clamp(0, 6), torch.relu_],
+    ids=["ReLU", "ReLU6", "relu", "relu6", "hardtanh", "clamp", "relu_"],
+)
+def test_an_activation_that_the_hardware_computes_with_a_convolution_has_the_only_rounding(activation: Any) -> None:
+    network = quantized(Activated(activation).eval(), call(images())).network
+    convolutions: Any = (network.first, network.second)
+    assert [layer.output_quantizers[0] for layer in convolutions] == [None, None]

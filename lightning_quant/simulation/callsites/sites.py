@@ -183,7 +183,12 @@ _IGNORED = ("inplace", "_stacklevel", "dtype")
 
 def _clip(min: float | None = None, max: float | None = None) -> nn.Module:
     largest = torch.finfo(torch.float32).max
-    return nn.Hardtanh(-largest if min is None else float(min), largest if max is None else float(max))
+    return _hardtanh(-largest if min is None else float(min), largest if max is None else float(max))
+
+
+def _hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> nn.Module:
+    # by this class AIMET knows that the hardware computes it with the convolution before it
+    return nn.ReLU6() if (min_val, max_val) == (0.0, 6.0) else nn.Hardtanh(min_val, max_val)
 
 
 class Clip(Configured):
@@ -475,7 +480,7 @@ RULES: dict[str, Rule] = {
     "elu": Configured(nn.ELU, "alpha", "inplace"),
     "selu": Configured(nn.SELU, "inplace"),
     "softplus": Configured(nn.Softplus, "beta", "threshold"),
-    "hardtanh": Configured(nn.Hardtanh, "min_val", "max_val", "inplace"),
+    "hardtanh": Configured(_hardtanh, "min_val", "max_val", "inplace"),
     "clamp": Clip(_clip, "min", "max"),
     "clip": Clip(_clip, "min", "max"),
     "clamp_min": Clip(_clip, "min"),
