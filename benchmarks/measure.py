@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import statistics
@@ -20,10 +21,10 @@ from benchmarks.networks import NETWORKS, RESNET18
 from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.segmentation.datamodule import CityscapesDataModule
+from lightning_quant.simulation import aimet
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.inputs import NetworkInputs
-from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.prepare import prepare
+from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork
 
 RESULTS = Path(__file__).parent / "results" / "speed"
 
@@ -85,12 +86,18 @@ def photographs(camvid: str, count: int, size: tuple[int, int] = (192, 256)) -> 
 
 
 def float_and_simulated(name: str, precision: str, images: Tensor, **recipe: Any) -> tuple[nn.Module, QuantizedNetwork]:
-    """A network with its batch norms folded, and its simulation, not calibrated; both in eval mode."""
+    """A network with its batch norms folded and nothing else changed, and its simulation, not calibrated."""
+    aimet.load()
+    from aimet_torch.batch_norm_fold import fold_all_batch_norms
+
     torch.manual_seed(0)
     network = (RESNET18() if name == "resnet18" else NETWORKS[name].build()).eval()
+    folded = copy.deepcopy(network)
     call = NetworkInputs((images[:1],))
+    with torch.no_grad(), aimet.quiet():
+        fold_all_batch_norms(FlatNetwork(folded, call).eval(), None, dummy_input=tuple(call.tensors))
     made = QuantRecipe(Precision.parse(precision), calibration_samples=len(images), **recipe)
-    return prepare(network, call).network.eval(), quantize(network, call, made).eval()
+    return folded, quantize(network, call, made).eval()
 
 
 def scores(output: Any) -> Tensor:

@@ -116,8 +116,8 @@ def _make_judgeable(network: nn.Module, state: dict[str, Any]) -> None:
         network: the float network, its weights loaded.
         state: the network's part of the checkpoint.
     """
-    for parameter in network.parameters():
-        if parameter.dim() > 1 and parameter.is_floating_point():
+    for name, parameter in network.named_parameters():
+        if name in state and parameter.dim() > 1 and parameter.is_floating_point():
             parameter.data = F.normalize(parameter.data.flatten(1)).reshape(parameter.shape)  # rows of length one
     for name, module in network.named_modules():
         bias = state.get(f"{name}.bias")

@@ -105,6 +105,38 @@ def test_batch_norms_that_were_folded_are_not_there_twice(trainer: MakeTrainer, 
     assert torch.equal(loaded.model(images), module.eval().model(images))
 
 
+class Activated(nn.BatchNorm2d):
+    """As timm has it: it is folded if it computes what a batch norm with an activation behind it does."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))  # type: ignore[no-any-return]
+
+
+class Deep(Steep):
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Sequential(nn.Conv2d(4, 4, 1, bias=False), Activated()) for _ in range(12)]
+        self.model = nn.Sequential(nn.Conv2d(3, 4, 3), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_weights_that_only_ranges_hold_in_bounds(trainer: MakeTrainer, tmp_path: Path) -> None:
+    module = Deep()
+    one = trainer(lq.PostTrainingQuantization(calibration_dataloader=small_loader()))
+    one.validate(module, small_loader(), verbose=False)
+    with torch.no_grad():
+        for index in range(1, 13):
+            weight = module.model[index][0].weight.abs_().mul_(1e6)
+            weight[::2] *= -1 if index > 10 else 1  # from infinity less infinity on there are no numbers
+            weight[:, ::2] *= -1 if index > 10 else 1
+    one.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = lq.load_quantized(Deep, tmp_path / "last.ckpt")
+    assert_same_tensors(loaded.state_dict(), module.state_dict())
+
+
 def test_network_passed_in_is_the_one_that_is_quantized(checkpoint: tuple[Path, SmallModule]) -> None:
     path, module = checkpoint
     network = small_net(seed=9)
