@@ -18,7 +18,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 import lightning_quant as lq
+from lightning_quant.deploy.bundle import export_bundle
 from lightning_quant.errors import CheckpointError
+from lightning_quant.simulation.inputs import NetworkInputs
 from tests.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
 
 MakeTrainer = Callable[..., Trainer]
@@ -103,6 +105,25 @@ def test_batch_norms_that_were_folded_are_not_there_twice(trainer: MakeTrainer, 
     assert not any(isinstance(one, nn.BatchNorm2d) for one in loaded.modules())
     assert not loaded.model.findings
     assert torch.equal(loaded.model(images), module.eval().model(images))
+
+
+def test_ends_of_a_range_that_training_carried_past_each_other(
+    checkpoint: tuple[Path, SmallModule], tmp_path: Path
+) -> None:
+    path, _ = checkpoint
+
+    def cross(content: dict[str, Any]) -> None:
+        state = content["state_dict"]
+        least = next(name for name in state if "output_quantizers" in name and name.endswith(".min"))
+        most = least.removesuffix("min") + "max"
+        state[least], state[most] = state[most], state[least]
+
+    loaded = lq.load_quantized(SmallModule, edited(path, cross))
+    image = small_data()[0][0][None]
+    assert loaded.model(image).isfinite().all()
+    bundle = export_bundle(loaded.quantized, tmp_path / "bundle", [NetworkInputs((image,))])
+    parity = bundle.manifest["parity"]["psnr_db"]
+    assert parity is None or parity > 60
 
 
 class Activated(nn.BatchNorm2d):
