@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import pkgutil
 from pathlib import Path
 
 import torch
@@ -24,6 +27,7 @@ def not_in_onnx(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
         network: the network with its call sites, in eval mode.
         inputs: an example call.
     """
+    _know_all_operations()
     flat = FlatNetwork(network, inputs).eval()
     try:
         graph, kinds = torch.onnx.utils.unconvertible_ops(flat, tuple(inputs.tensors), opset_version=FLOAT_OPSET)
@@ -41,6 +45,14 @@ def not_in_onnx(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
     ]
 
 
+@functools.cache
+def _know_all_operations() -> None:
+    """Import PyTorch's tables of what it can write; by itself it does so in an export only."""
+    for module in pkgutil.iter_modules(torch.onnx.__path__):
+        if module.name.startswith("symbolic_opset"):
+            importlib.import_module(f"torch.onnx.{module.name}")
+
+
 def _place(source: str) -> str:
     """The innermost line of the user's code, of ``file(line): function`` in a row each."""
     import aimet_torch
@@ -48,6 +60,6 @@ def _place(source: str) -> str:
     others = tuple(str(Path(file).parent) for file in (torch.__file__, aimet_torch.__file__, lightning_quant.__file__))
     for line in source.splitlines():
         file, _, rest = line.partition("(")
-        if file.endswith(".py") and not file.startswith(others):
+        if file.endswith(".py") and not file.startswith(others) and Path(file).name != "typing_extensions.py":
             return f" in {Path(file).name}, line {rest.partition(')')[0]},"
     return ""

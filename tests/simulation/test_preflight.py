@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -87,6 +89,30 @@ def test_what_onnx_does_not_have_is_named_before_calibration() -> None:
     assert found.problem == f"fft_rfft2 in test_preflight.py, line {line}, is not in ONNX: the export will fail"
     with pytest.raises(PreflightError, match="fft_rfft2"):
         quantized(Spectrum().eval(), strict=True)
+
+
+IN_ONNX = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tests.simulation.networks import call, quantized
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+    def forward(self, x):
+        x = F.grid_sample(self.conv(x), torch.zeros(1, 4, 4, 2), align_corners=False)
+        x = x + F.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return x + torch.ones(4, 4).tril()
+
+assert quantized(Network().eval(), call(torch.randn(1, 3, 8, 8))).findings == []
+"""
+
+
+def test_what_later_versions_of_onnx_have_is_known_in_a_new_process() -> None:
+    done = subprocess.run([sys.executable, "-c", IN_ONNX], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_parts_that_do_not_run_are_not_reported() -> None:
