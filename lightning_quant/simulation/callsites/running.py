@@ -391,6 +391,8 @@ def _begin(module: nn.Module, plain_call: Callable[..., Any], args: Any, kwargs:
             output = plain_call(module, *args, **kwargs)
         if running.recorder is not None:
             running.recorder.end(output)
+        if running.changes:
+            _keep_current(module)
         return apply_to_collection(output, Tensor, _plain) if _is_marked(running, output) else output
     finally:
         _local.running = None
@@ -423,6 +425,17 @@ def _going_the_usual_way() -> Iterator[None]:
 def _answered(told: Callable[[], bool]) -> bool:
     asking = str(sys._getframe(1).f_globals.get("__name__", ""))
     return asking.partition(".")[0] in _TOLD and told()
+
+
+def _keep_current(root: nn.Module) -> None:
+    """Give attributes what tensors changed in place have become: after the pass they are read as they lie."""
+    for module in root.modules():
+        values = vars(module)
+        for name, value in list(values.items()):
+            if name in ("_parameters", "_buffers", "_modules") or not isinstance(value, (Tensor, list, tuple, dict)):
+                continue
+            if any(current(tensor) is not tensor for tensor in tensors_among(value)):
+                values[name] = current(value)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -240,6 +240,38 @@ class Memory(nn.Module):
         return x - self.rows.sum(0)[:, None, None] * row.sum()
 
 
+class KeptChanged(nn.Module):
+    """Keeps what it changes in place in attributes; who reads them after the pass sees the change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.written: Tensor | None = None
+        self.others: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x[:, 0] = x[:, 1].sigmoid() * 9
+        self.written = x
+        y = x + 0.0
+        self.others = [y, {"again": y}]
+        y.mul_(3.0)
+        return y
+
+
+class ReadsKept(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = KeptChanged()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x) * 2  # type: ignore[no-any-return]
+
+    def read(self) -> list[Tensor]:
+        assert self.part.written is not None
+        return [self.part.written, self.part.others[0], self.part.others[1]["again"]]
+
+
 class InPlaceSkip(nn.Module):
     """The first ReLU of the block changes what the shortcut hands on."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_quant.deploy.bundle import export_bundle
 from lightning_quant.simulation.techniques.layer_outputs import unrounded
 from tests.deploy.qdq import NO_EMULATOR, emulated
+from tests.simulation.callsites.patterns import ReadsKept
 from tests.simulation.networks import calibrated, call
 
 IMAGES = torch.randn(8, 3, 10, 10, generator=torch.Generator().manual_seed(0))
@@ -222,3 +223,14 @@ def test_what_is_left_as_it_is_computes_the_same(function: Callable[[Rewritten, 
     known = calibrated(network, call(IMAGES))
     with unrounded(known):
         torch.testing.assert_close(known.network(IMAGES), float_network(IMAGES), rtol=0, atol=1e-5)
+
+
+def test_what_is_kept_in_attributes_is_what_it_was_changed_into() -> None:
+    network = ReadsKept().eval()
+    float_network = copy.deepcopy(network)
+    known = calibrated(network, call(IMAGES))
+    with unrounded(known):
+        known.network(IMAGES)
+    float_network(IMAGES)
+    for actual, expected in zip(known.network.read(), float_network.read(), strict=True):  # type: ignore[operator]
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
