@@ -284,7 +284,15 @@ def is_watched(module: nn.Module) -> bool:
 @functools.cache
 def watched_class(cls: Any, *more: Any) -> Any:
     """The subclass of ``cls`` whose calls are part of a pass; it has the methods of the classes ``more`` too."""
-    plain_call = cls.__call__
+    plain_call, plain_forward = cls.__call__, cls.forward
+
+    @functools.wraps(plain_forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        output = plain_forward(self, *args, **kwargs)
+        running = _local.running
+        if running is None or not running.changes or all(current(one) is one for one in tensors_in(output)):
+            return output
+        return apply_to_collection(output, Tensor, current)  # hooks keep what they are given
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         running = _local.running
@@ -321,6 +329,7 @@ def watched_class(cls: Any, *more: Any) -> Any:
 
     body = {
         "__call__": call,
+        "forward": forward,
         "__new__": new,
         "__reduce_ex__": reduce,
         "named_parameters": named_parameters,

@@ -234,3 +234,17 @@ def test_what_is_kept_in_attributes_is_what_it_was_changed_into() -> None:
     float_network(IMAGES)
     for actual, expected in zip(known.network.read(), float_network.read(), strict=True):  # type: ignore[operator]
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_hooks_are_given_what_it_was_changed_into() -> None:
+    network = ReadsKept().eval()
+    float_network = copy.deepcopy(network)
+    seen: list[Tensor] = []
+    for one in (network, float_network):
+        one.part.register_forward_hook(lambda _, __, output: seen.append(output))
+    known = calibrated(network, call(IMAGES))
+    seen.clear()
+    with unrounded(known):
+        known.network(IMAGES)
+    float_network(IMAGES)
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=1e-5)
