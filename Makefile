@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson zoo elsewhere torture screenshots docs docs-serve test check lock audit build clean
+.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson zoo elsewhere torture screenshots docs docs-serve test check-gpu check lock audit build clean
 
 # Options of the benchmark, e.g. ACCURACY='--networks lraspp --longer 4'. See python -m benchmarks.accuracy --help.
 ACCURACY ?=
@@ -78,6 +78,9 @@ torture: install  ## kills, full disks, hostile files, faults, odd numbers, endu
 
 screenshots: demo  ## the pictures in README, of the demo's reports (needs Chromium)
 	$(BIN)/python -m benchmarks.screenshots multirun/demo
+
+check-gpu: install  ## on a CUDA GPU: the kernels and training there against the CPU's (2 minutes)
+	$(BIN)/python -m pytest -n 8 tests/gpu
 
 test: install  ## the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -15,7 +15,6 @@ from lightning_quant.simulation import aimet, preflight
 from lightning_quant.simulation.callsites import quantizers
 from lightning_quant.simulation.callsites.lending import layers_kept, shapes_of_traces, weights_lent
 from lightning_quant.simulation.exportable import not_in_onnx
-from lightning_quant.simulation.fast import kernels
 from lightning_quant.simulation.inplace import copied, state_kept, undone_on_error
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork
@@ -127,10 +126,7 @@ def _accelerate(network: nn.Module) -> None:
     """Put a simulation on the short path, see :mod:`lightning_quant.simulation.fast`."""
     from lightning_quant.simulation.fast.layers import accelerate
 
-    left = accelerate(network)
-    if reason := kernels.unavailable():
-        log.info("Fake quantization runs on AIMET's own kernels, which is slower on a CPU: %s.", reason)
-    elif left:
+    if left := accelerate(network):
         log.info("%d quantizers, e.g. %s, run on AIMET's own kernels: block sizes or other kinds.", len(left), left[0])
 
 

@@ -25,7 +25,7 @@ namespace {
 
 using at::Tensor;
 
-enum Activation : int64_t { NONE = 0, RELU = 1, HARDSWISH = 2 };
+enum Activation : int64_t { NONE = 0, RELU = 1, HARDSWISH = 2, RELU6 = 3 };
 
 constexpr int64_t GRAIN = 32768;  // numbers a thread takes at least, as in ATen
 constexpr int64_t BLOCK = 2048;   // numbers summed in float before they are added to a double
@@ -67,6 +67,8 @@ inline float activate(float x, Activation activation) {
   switch (activation) {
     case RELU:
       return x < 0.f ? 0.f : x;  // NaN stays NaN
+    case RELU6:
+      return x < 0.f ? 0.f : x > 6.f ? 6.f : x;
     case HARDSWISH: {
       const float shifted = x + 3.f;
       const float positive = shifted < 0.f ? 0.f : shifted;
@@ -81,11 +83,18 @@ inline float activation_gradient(float grad, float x, Activation activation) {
   switch (activation) {
     case RELU:
       return x <= 0.f ? 0.f : grad;
+    case RELU6:
+      return x <= 0.f || x >= 6.f ? 0.f : grad;
     case HARDSWISH:
       return x <= -3.f ? 0.f : x >= 3.f ? grad : grad * (x / 3.f + 0.5f);
     default:
       return grad;
   }
+}
+
+// Whether an activation gives no gradient to a number, and to all others theirs.
+inline bool cuts_off(float x, Activation activation) {
+  return (activation == RELU || activation == RELU6) && (x <= 0.f || (activation == RELU6 && x >= 6.f));
 }
 
 // Eight bytes of 0 and 1 to the bits of one byte, and back: the multiplications put each bit where it belongs.
@@ -133,10 +142,10 @@ void forward_run(const float* __restrict x, float* __restrict y, void* __restric
       const bool above = q > qmax, inside = q >= qmin && q <= qmax;
       if constexpr (kept == CODES) {
         const float error = rounding_error(rounded, scaled, value, scale, inverse) * CODE_SCALE;
-        const int16_t code = activation == RELU && x[i] <= 0.f ? CUT_OFF : int16_t(int32_t(std::nearbyint(error)));
+        const int16_t code = cuts_off(x[i], activation) ? CUT_OFF : int16_t(int32_t(std::nearbyint(error)));
         codes[i] = inside ? code : above ? ABOVE : BELOW;
       }
-      if constexpr (kept == BITS) passes[i - start] = inside && !(activation == RELU && x[i] <= 0.f);
+      if constexpr (kept == BITS) passes[i - start] = inside && !cuts_off(x[i], activation);
       q = q < qmin ? qmin : q;
       q = above ? qmax : q;
       y[i] = (q + offset) * scale;
@@ -280,7 +289,10 @@ void with_activation(int64_t activation, bool learned, const Call& call) {
       return pick(std::integral_constant<Activation, RELU>{});
     case HARDSWISH:
       return pick(std::integral_constant<Activation, HARDSWISH>{});
+    case RELU6:
+      return pick(std::integral_constant<Activation, RELU6>{});
     default:
+      TORCH_CHECK(activation == NONE, "activation ", activation, " is not computed here");
       return pick(std::integral_constant<Activation, NONE>{});
   }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import os
 import platform
@@ -33,15 +34,25 @@ class Activation(IntEnum):
     NONE = 0
     RELU = 1
     HARDSWISH = 2
+    RELU6 = 3
+    SILU = 4  # on GPUs only: its exponential has other last bits than PyTorch's
 
 
 @functools.cache
 def unavailable() -> str | None:
     """Build and load the kernels, once a process; the reason why there are none, or ``None``.
 
+    Called where a tensor on the CPU is to be quantized, so that a machine that only uses its GPU builds nothing.
     The build takes some 20 seconds and is kept below ``TORCH_EXTENSIONS_DIR`` or the user's cache folder, by version
     of PyTorch and instruction set. Setting ``LIGHTNING_QUANT_STOCK=1`` turns the kernels off.
     """
+    reason = _reason()
+    if reason is not None:
+        log.info("Fake quantization runs on AIMET's own kernels, which is slower on a CPU: %s.", reason)
+    return reason
+
+
+def _reason() -> str | None:
     if os.environ.get("LIGHTNING_QUANT_STOCK") == "1":
         return "LIGHTNING_QUANT_STOCK=1 is set"
     if platform.system() != "Linux":
@@ -55,7 +66,9 @@ def unavailable() -> str | None:
 
 def _load() -> None:
     capability = torch.backends.cpu.get_cpu_capability()
-    name = re.sub(r"\W", "_", f"lightning_quant_{torch.__version__}_{capability}").lower()
+    source = Path(__file__).with_name("kernels.cpp")
+    version = hashlib.sha256(source.read_bytes()).hexdigest()[:8]  # another version of this package has its own
+    name = re.sub(r"\W", "_", f"lightning_quant_{torch.__version__}_{capability}_{version}").lower()
     cache = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(cache) / "lightning_quant" / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +82,7 @@ def _load() -> None:
 
         cpp_extension.load(
             name,
-            [str(Path(__file__).with_name("kernels.cpp"))],
+            [str(source)],
             extra_cflags=_FLAGS + instructions,
             extra_ldflags=["-fopenmp"],
             build_directory=str(folder),

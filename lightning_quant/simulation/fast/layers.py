@@ -30,12 +30,17 @@ from aimet_torch.utils import StatisticsNotFoundError
 from torch import Tensor, nn
 
 from lightning_quant.simulation.callsites.running import current, paused, running_pass
-from lightning_quant.simulation.fast import kernels
+from lightning_quant.simulation.fast import gpu, kernels
 from lightning_quant.simulation.fast.kernels import Activation
 from lightning_quant.simulation.fast.observers import accelerate_analyzer, slow_down_analyzer
 
 # One pass computes these together with the quantization of what they put out.
-_FUSED = {nn.ReLU: Activation.RELU, nn.Hardswish: Activation.HARDSWISH}
+_FUSED = {
+    nn.ReLU: Activation.RELU,
+    nn.ReLU6: Activation.RELU6,
+    nn.Hardswish: Activation.HARDSWISH,
+    nn.SiLU: Activation.SILU,
+}
 # Layers whose forward pass AIMET wraps in nothing but their quantizers, in its own words or in a detour of its own.
 _PLAIN = (nn.Hardsigmoid, nn.Hardswish, nn.ConstantPad2d, nn.ZeroPad2d, nn.ReflectionPad2d, custom.Concat)
 
@@ -88,22 +93,25 @@ class _FastQuantizer(_Fast):
     """Fake quantization by the compiled kernel."""
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        fused = self.after(input, Activation.NONE)
+        fused = self.after(input)
         return self.aimet_class.forward(self, input) if fused is None else fused
 
-    def after(self: Any, input: Tensor, activation: Activation) -> Tensor | None:
-        """Fake-quantize ``activation(input)``; ``None`` where AIMET has to."""
+    def after(
+        self: Any, input: Tensor, activation: Activation = Activation.NONE, dtype: torch.dtype | None = None
+    ) -> Tensor | None:
+        """Fake-quantize ``activation(input)``; ``None`` where AIMET has to.
+
+        On a GPU the result can be asked for in another ``dtype``, for an operation that would round it to that anyway.
+        """
         parameters = self._parameters
         low, high = parameters.get("min"), parameters.get("max")
         if (
             low is None
             or high is None
-            or input.dtype is not torch.float32
-            or not input.is_cpu
             or low.dtype is not torch.float32
             or self.block_size is not None
             or self.zero_point_shift
-            or kernels.unavailable() is not None
+            or not _has_kernel(input, activation)
             or _is_traced()
             or not _known(self, low, high)
         ):
@@ -111,9 +119,10 @@ class _FastQuantizer(_Fast):
         if type(input) is not Tensor:
             input = input.as_subclass(Tensor)
         qmin, qmax = self.qmin, self.qmax
-        return torch.ops.lightning_quant.fake_quantize(
-            input, low, high, qmin, qmax, self._symmetric, _smallest_scale(qmax - qmin), activation
-        )
+        grid = (low, high, qmin, qmax, self._symmetric, _smallest_scale(qmax - qmin), activation)
+        if input.is_cpu:
+            return torch.ops.lightning_quant.fake_quantize(input, *grid)
+        return gpu.fake_quantize(input, *grid, dtype) if qmax - qmin <= gpu.MOST_STEPS else None
 
     @contextlib.contextmanager
     def _compute_encodings(self: Any, passthrough: bool = False) -> Iterator[None]:
@@ -230,13 +239,24 @@ class _FastWeighted(_FastLayer):
         weight = self.weight
         quantizer = self._modules["param_quantizers"]._modules["weight"]
         held = self.__dict__.get("_held_weight")
-        if quantizer is None or held is None or torch.is_grad_enabled() or weight.is_inference():
-            return weight if quantizer is None else quantizer(weight)
+        if quantizer is None:
+            return weight
+        # what autocast would round it to next, for every batch anew
+        dtype = torch.get_autocast_dtype("cuda") if weight.is_cuda and torch.is_autocast_enabled("cuda") else None
+        if held is None or torch.is_grad_enabled() or weight.is_inference():
+            return _quantized(quantizer, weight, dtype)
         ends = quantizer._parameters.values()
-        state = (weight.data_ptr(), weight._version, *(end._version for end in ends), quantizer.qmin, quantizer.qmax)
-        if held.get("state") != state:
-            held.update(state=state, weight=quantizer(weight))
+        state = weight.data_ptr(), weight._version, *(end._version for end in ends), quantizer.qmin, quantizer.qmax
+        if held.get("state") != (*state, dtype):
+            held.update(state=(*state, dtype), weight=_quantized(quantizer, weight, dtype))
         return held["weight"]
+
+
+def _quantized(quantizer: Any, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not _is_plain(quantizer):
+        return quantizer(weight)
+    made = quantizer.after(weight, dtype=dtype)
+    return quantizer(weight) if made is None else made
 
 
 @contextlib.contextmanager
@@ -276,6 +296,12 @@ def _is_float(value: Any) -> bool:
 def _plain(value: Any) -> Any:
     """Without AIMET's tensor subclass, which slows every operation on it."""
     return value.as_subclass(Tensor) if isinstance(value, QuantizedTensorBase) else value
+
+
+def _has_kernel(input: Tensor, activation: Activation) -> bool:
+    if input.is_cpu:
+        return input.dtype is torch.float32 and activation is not Activation.SILU and kernels.unavailable() is None
+    return input.is_cuda and input.dtype in gpu.TYPES and gpu.unavailable() is None
 
 
 def _is_traced() -> bool:

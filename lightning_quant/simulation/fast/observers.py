@@ -20,6 +20,9 @@ from torch import Tensor
 
 from lightning_quant.simulation.fast import kernels
 
+# Numbers that are worked on at a time, where that takes several copies of them.
+_AT_A_TIME = 2**24
+
 
 class FastHistogramObserver(_HistogramObserver):
     """Histograms of all channels at once; batches after the first are counted once instead of twice."""
@@ -43,10 +46,8 @@ class FastHistogramObserver(_HistogramObserver):
         # as AIMET's _create_bin_edges does for one channel
         left, right = torch.where(low == high, low - 0.5, low), torch.where(low == high, high + 0.5, high)
         step = ((right - left) / self.num_bins).view(-1, 1)
-        edges = torch.arange(0, self.num_bins + 1) * step + left.view(-1, 1)
-        counts = torch.ops.lightning_quant.histograms(
-            input_tensor, left, edges[:, -1].contiguous().view(left.shape), self.num_bins
-        )
+        edges = torch.arange(0, self.num_bins + 1, device=step.device) * step + left.view(-1, 1)
+        counts = histograms(input_tensor, left, edges[:, -1].contiguous().view(left.shape), self.num_bins)
         rows = zip(counts, edges, low.flatten(), high.flatten(), strict=True)
         return [_Histogram(*row) for row in rows]
 
@@ -64,7 +65,7 @@ class FastHistogramObserver(_HistogramObserver):
             # AIMET spreads the old counts over wider bins when the range grows; an empty batch makes it do just that
             super().merge_stats([_Histogram(min=new.min, max=new.max)], input_tensor.new_empty((1, 0)))
             now = self.stats[0]
-        counts = torch.ops.lightning_quant.histograms(input_tensor, low.view(1), high.view(1), self.num_bins)
+        counts = histograms(input_tensor, low.view(1), high.view(1), self.num_bins)
         self.stats[0] = _Histogram(now.histogram + counts[0], now.bin_edges, low, high)
 
 
@@ -73,15 +74,13 @@ class FastTfEnhancedEncodingAnalyzer(TfEnhancedEncodingAnalyzer):
 
     def _select_best_candidates(self, test_deltas: Tensor, test_offsets: Tensor, stats: Any, num_steps: int) -> Any:
         counts = torch.stack([one.histogram for one in stats])
-        if kernels.unavailable() or counts.dtype is not torch.float32 or not counts.is_cpu:
+        if counts.dtype is not torch.float32 or not _has_kernel(counts):
             return super()._select_best_candidates(test_deltas, test_offsets, stats, num_steps)
         edges = torch.stack([one.bin_edges for one in stats])
         width = edges[:, 1:2] - edges[:, :1]
-        centres = edges[:, :1] + width / 2 + width * torch.arange(counts.shape[1])
+        centres = edges[:, :1] + width / 2 + width * torch.arange(counts.shape[1], device=counts.device)
         scales, offsets = test_deltas.flatten(1), test_offsets.expand(test_deltas.shape).flatten(1).contiguous()
-        noise = torch.ops.lightning_quant.quantization_noise(
-            counts, centres, scales.contiguous(), offsets, num_steps, self.gamma
-        )
+        noise = quantization_noise(counts, centres, scales.contiguous(), offsets, num_steps, self.gamma)
         best = noise.argmin(dim=1, keepdim=True)
         if test_offsets.numel() == 1:
             return scales.gather(1, best), test_offsets
@@ -148,12 +147,61 @@ def slow_down_analyzer(analyzer: Any) -> None:
 
 def _is_covered(observer: Any, tensor: Tensor) -> bool:
     return (
-        observer.block_size is None
-        and tensor.dtype is torch.float32
-        and tensor.is_cpu
-        and type(tensor) is Tensor
-        and kernels.unavailable() is None
+        observer.block_size is None and tensor.dtype is torch.float32 and type(tensor) is Tensor and _has_kernel(tensor)
     )
+
+
+def _has_kernel(tensor: Tensor) -> bool:
+    return tensor.is_cuda or (tensor.is_cpu and kernels.unavailable() is None)
+
+
+def histograms(tensor: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
+    """Counts in equal bins between ``low`` and ``high``, float32 [ranges, bins]: see ``kernels.cpp``."""
+    if tensor.is_cpu:
+        return torch.ops.lightning_quant.histograms(tensor, low, high, bins)
+    return counted_by_bin(tensor, low, high, bins)
+
+
+def counted_by_bin(tensor: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
+    """The same in PyTorch's own operations, for all ranges at once."""
+    ranges = low.numel()
+    missing = tensor.dim() - low.dim()
+    axis = next((missing + at for at, size in enumerate(low.shape) if size != 1), None)
+    rows = tensor.reshape(1, -1) if axis is None else tensor.movedim(axis, 0).reshape(ranges, -1)
+    left, width = low.reshape(-1, 1), (high - low).reshape(-1, 1)
+    counts = torch.zeros(ranges * (bins + 1), dtype=torch.int64, device=tensor.device)
+    first = torch.arange(ranges, device=tensor.device).view(-1, 1) * (bins + 1)
+    for part in rows.split(max(1, _AT_A_TIME // ranges), dim=1):
+        places = (part - left).mul_(float(bins)).div_(width).clamp_(0, bins - 1)
+        places = torch.where(part.isnan(), bins, places).to(torch.int64).add_(first)
+        counts += torch.bincount(places.flatten(), minlength=len(counts))
+    return counts.view(ranges, bins + 1)[:, :bins].to(torch.float32)
+
+
+def quantization_noise(
+    counts: Tensor, centres: Tensor, scales: Tensor, offsets: Tensor, steps: int, gamma: float
+) -> Tensor:
+    """The error of quantizing histograms to each of the grids, [ranges, grids]: see ``kernels.cpp``."""
+    if counts.is_cpu:
+        return torch.ops.lightning_quant.quantization_noise(counts, centres, scales, offsets, steps, gamma)
+    return noise_of_all_grids(counts, centres, scales, offsets, steps, gamma)
+
+
+def noise_of_all_grids(
+    counts: Tensor, centres: Tensor, scales: Tensor, offsets: Tensor, steps: int, gamma: float
+) -> Tensor:
+    """The same in PyTorch's own operations."""
+    at_a_time = max(1, _AT_A_TIME // (counts.shape[1] * scales.shape[1]))
+    parts = []
+    for count, centre, scale, offset in zip(
+        *(one.split(at_a_time) for one in (counts, centres, scales, offsets)), strict=True
+    ):
+        scale, offset, centre, count = scale[:, :, None], offset[:, :, None], centre[:, None], count[:, None]
+        exact = torch.round(centre / scale - offset)
+        clipped = exact.clamp(0, steps)
+        errors = ((clipped + offset) * scale - centre).square() * count
+        parts.append(torch.where(clipped == exact, errors, errors * gamma).sum(dim=2))
+    return torch.cat(parts)
 
 
 def _range(tensor: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -238,6 +238,14 @@ def test_without_a_compiler_the_reason_is_told(tmp_path: Path) -> None:
     assert "building them failed" in done.stdout
 
 
+def test_nothing_is_built_before_it_is_needed(tmp_path: Path) -> None:
+    """A machine that trains on its GPU has no use for kernels of the CPU; a network is quantized on the CPU."""
+    code = "from tests.simulation.networks import Body, quantized; quantized(Body())"
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_sums_do_not_depend_on_threads() -> None:
     quantizer = QuantizeDequantize((), 8, False)
     quantizer.set_range(torch.tensor(-1.0), torch.tensor(1.0))
