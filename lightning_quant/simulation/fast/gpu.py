@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_quant.simulation.fast.kernels import Activation
 
@@ -133,6 +132,14 @@ def _rows_are_dense(x: Tensor) -> bool:
     return x.shape[0] == 1 or x.stride(0) * x.shape[0] == x.numel()
 
 
+def _check_first_derivative() -> None:
+    if torch.is_grad_enabled():  # as it is in a backward pass that is recorded
+        raise RuntimeError(
+            "The fake quantization of lightning_quant has no second derivative: expected backward() without "
+            "create_graph=True. Set LIGHTNING_QUANT_STOCK=1 to use AIMET's."
+        )
+
+
 class _Whole(torch.autograd.Function):
     """One range for the whole tensor."""
 
@@ -155,8 +162,8 @@ class _Whole(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
+        _check_first_derivative()
         keep, low, high = ctx.saved_tensors
         strides, dtype = ctx.like
         if grad.stride() != strides:
@@ -176,8 +183,8 @@ class _Rows(torch.autograd.Function):
         return _forward_rows(x, low, high, grid, learned, dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
+        _check_first_derivative()
         x, low, high = ctx.saved_tensors
         if grad.stride() != x.stride():
             grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
@@ -232,8 +239,7 @@ def _backward(
     if not n:
         return out, torch.zeros_like(low), torch.zeros_like(high)
     by_low, by_high = torch.empty_like(low), torch.empty_like(high)
-    given = (sums, programs, low, high, by_low, by_high)
-    kernels.finish(1, given, (), tuple(numbers), (symmetric, MOST_PROGRAMS))
+    kernels.finish(1, (sums, low, high, by_low, by_high), (programs,), tuple(numbers), (symmetric, MOST_PROGRAMS))
     return out, by_low, by_high
 
 
@@ -294,20 +300,30 @@ class _Launcher:
         numbers: tuple[float, ...],
         settings: tuple[Any, ...],
     ) -> None:
-        first = given[0]
-        size = sizes[0] if sizes else 0
+        """Launch it.
+
+        Args:
+            programs: how many.
+            given: tensors; the first two may be of the user's making, the others are as PyTorch allocates them.
+            sizes: whole numbers of which the first decides how memory is read.
+            numbers: those that decide nothing.
+            settings: what is compiled in.
+        """
+        one, other, size = given[0], given[1], sizes[0]
         key = (
-            first.device,
-            settings,
-            *(None if type(one) is int else (one.dtype, one.data_ptr() % 16 == 0) for one in given),
-            size % 16 == 0,
-            size == 1,
-            size >= 2**31,
-        )
-        compiled = self._compiled.get(key)
+            settings, one.device, one.dtype, other.dtype, given[2].dtype,
+            one.data_ptr() % 16 == 0, other.data_ptr() % 16 == 0, size % 16 == 0, size == 1, size >= 2**31,
+        )  # fmt: skip
         arguments = (*given, *sizes, *numbers, *settings)
-        # a product and a sum are rounded as they are on the CPU, each for itself
-        if compiled is None:
+        if one.is_cuda and one.get_device() != torch.cuda.current_device():  # Triton launches on the current one
+            with torch.cuda.device(one.device):
+                self._launch(programs, key, arguments)
+        else:
+            self._launch(programs, key, arguments)
+
+    def _launch(self, programs: int, key: Any, arguments: tuple[Any, ...]) -> None:
+        compiled = self._compiled.get(key)
+        if compiled is None:  # a product and a sum are rounded as they are on the CPU, each for itself
             self._compiled[key] = self._kernel[(programs,)](*arguments, enable_fp_fusion=False)
         else:
             compiled[(programs, 1, 1)](*arguments)

@@ -39,6 +39,10 @@ NO_FRACTION = tl.constexpr(12582912.0)
 IS_FUSED = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
+# Read one by one, wherever they are.
+ENDS = ["low_ptr", "high_ptr"]
+
+
 @triton.jit
 def nearest(x):
     """Round half to even; NaN stays NaN."""
@@ -134,7 +138,7 @@ def on_grid(value, scale, inverse, offset, qmin, qmax, LEARNED: tl.constexpr):
     return q, rounded, exact > qmax, q == exact
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ENDS)
 def forward_kernel(
     x_ptr, y_ptr, kept_ptr, low_ptr, high_ptr, n, qmin, qmax, smallest,
     SYMMETRIC: tl.constexpr, LEARNED: tl.constexpr, ACTIVATION: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
@@ -175,7 +179,7 @@ def backward_bits_kernel(grad_ptr, bits_ptr, out_ptr, n, BLOCK: tl.constexpr):
     tl.store(out_ptr + start + here, tl.where(bit != 0, grad, 0.0), mask=here < left)
 
 
-@triton.jit(do_not_specialize=["turns"])
+@triton.jit(do_not_specialize=["turns"], do_not_specialize_on_alignment=ENDS)
 def backward_codes_kernel(
     grad_ptr, codes_ptr, out_ptr, sums_ptr, low_ptr, high_ptr, n, turns, qmin, qmax, smallest,
     SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
@@ -206,7 +210,7 @@ def backward_codes_kernel(
     tl.store(sums_ptr + 2 * program + 1, tl.sum(by_offset, axis=0))
 
 
-@triton.jit(do_not_specialize=["turns"])
+@triton.jit(do_not_specialize=["turns"], do_not_specialize_on_alignment=ENDS)
 def backward_input_kernel(
     grad_ptr, x_ptr, out_ptr, sums_ptr, low_ptr, high_ptr, n, turns, qmin, qmax, smallest,
     SYMMETRIC: tl.constexpr, LEARNED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
@@ -249,9 +253,9 @@ def range_gradients(by_scale, by_offset, low, high, qmin, qmax, smallest, SYMMET
     return by_offset / scale - by_high, by_high
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=ENDS)
 def finish_kernel(
-    sums_ptr, count, low_ptr, high_ptr, low_grad_ptr, high_grad_ptr, qmin, qmax, smallest,
+    sums_ptr, low_ptr, high_ptr, low_grad_ptr, high_grad_ptr, count, qmin, qmax, smallest,
     SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The programs' sums, added up, to the gradients of the ends of a range."""
@@ -264,7 +268,7 @@ def finish_kernel(
     tl.store(high_grad_ptr, by_high.to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ENDS)
 def forward_rows_kernel(
     x_ptr, y_ptr, low_ptr, high_ptr, length, qmin, qmax, smallest,
     SYMMETRIC: tl.constexpr, LEARNED: tl.constexpr, BLOCK: tl.constexpr,
@@ -281,7 +285,7 @@ def forward_rows_kernel(
         tl.store(y_ptr + first + here, ((q + offset) * scale).to(y_ptr.dtype.element_ty), mask=here < length)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ENDS)
 def backward_rows_kernel(
     grad_ptr, x_ptr, out_ptr, low_ptr, high_ptr, low_grad_ptr, high_grad_ptr, length, qmin, qmax, smallest,
     SYMMETRIC: tl.constexpr, LEARNED: tl.constexpr, BLOCK: tl.constexpr,

@@ -159,9 +159,8 @@ def test_no_more_is_kept_than_is_needed() -> None:
 def test_a_second_derivative_is_refused() -> None:
     x = torch.randn(9, requires_grad=True)
     made = gpu.fake_quantize(x * 1, torch.tensor(-1.0), torch.tensor(1.0), 0, 255, False, 1e-8)
-    (gradient,) = torch.autograd.grad(made.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match=r"no second derivative.*LIGHTNING_QUANT_STOCK=1"):
+        torch.autograd.grad(made.square().sum(), x, create_graph=True)
 
 
 COMPILE = """
