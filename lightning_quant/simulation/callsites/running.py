@@ -555,7 +555,9 @@ def _keeping_place(function: Callable[..., Any]) -> Callable[..., Any]:
 def follow_checkpoints() -> None:
     """Let ``torch.utils.checkpoint`` run functions again in the pass they belong to."""
     module: Any = torch.utils.checkpoint
-    without_reentrant, reentrant = module._checkpoint_without_reentrant_generator_impl, module.CheckpointFunction.apply
+    name = "_checkpoint_without_reentrant_generator"
+    name = f"{name}_impl" if hasattr(module, f"{name}_impl") else name  # what 2.14 has made of the one of 2.11
+    without_reentrant, reentrant = getattr(module, name), module.CheckpointFunction.apply
 
     @functools.wraps(without_reentrant)
     def generator(fn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -566,5 +568,5 @@ def follow_checkpoints() -> None:
             return function(*args[1:])  # the first says whether to keep the state of the random numbers
         return reentrant(_keeping_place(function), *args)
 
-    module._checkpoint_without_reentrant_generator_impl = generator
+    setattr(module, name, generator)
     module.CheckpointFunction.apply = apply
