@@ -22,7 +22,13 @@ from lightning_quant.callbacks.data import (
 from lightning_quant.callbacks.device_metric import first_batches, metrics_of
 from lightning_quant.callbacks.lightning_package import check_trainer_package
 from lightning_quant.callbacks.progress import progress
-from lightning_quant.callbacks.quantization import QuantizationCallback, callback_of, quantized_networks, say
+from lightning_quant.callbacks.quantization import (
+    QuantizationCallback,
+    callback_of,
+    measuring,
+    quantized_networks,
+    say,
+)
 from lightning_quant.callbacks.reporting import write_callback_report
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.deploy.bundle import Bundle, export_bundle, first_samples
@@ -191,7 +197,8 @@ class DeviceExport(Callback):
         self.reports, self.passed_over, self.bundles = [], {}, {}
         for name in networks if self.network is None else [self.network]:
             suffix = f"-{name}" if self.network is None and len(networks) > 1 else ""
-            self._export_one(trainer, pl_module, name, networks[name], suffix)
+            with measuring(trainer, pl_module)():
+                self._export_one(trainer, pl_module, name, networks[name], suffix)
 
     def _export_one(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, network: QuantizedNetwork, suffix: str

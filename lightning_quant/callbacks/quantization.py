@@ -30,6 +30,7 @@ from lightning_quant.callbacks.data import (
 from lightning_quant.callbacks.early_setup import end_early_setup, set_up_early
 from lightning_quant.callbacks.float_view import computing_float, without_quantizers
 from lightning_quant.callbacks.lightning_package import check_trainer_package
+from lightning_quant.callbacks.measured_precision import Measuring, hook_measuring, told
 from lightning_quant.callbacks.progress import progress
 from lightning_quant.callbacks.range_groups import RangeGroups
 from lightning_quant.callbacks.schedules import show_as_given
@@ -85,6 +86,7 @@ class QuantizationCallback(Callback):
     """
 
     climbs = False
+    refines = False
 
     def __init__(
         self,
@@ -116,6 +118,7 @@ class QuantizationCallback(Callback):
         self.statistics_cache = statistics_cache
         self._held = ExitStack()
         self._hooked = ExitStack()
+        self._measured = ExitStack()
         self._groups: RangeGroups | None = None
         self._fixed_ranges: list[nn.Parameter] = []
 
@@ -154,6 +157,11 @@ class QuantizationCallback(Callback):
             all_is_set_up=lambda: self._on_set_up(trainer, pl_module),
         )
         self._hooked.callback(unhook)
+        self._measured.close()
+        if self is quantization_callbacks(trainer)[-1]:  # one for all, now that every network is there
+            self._measured.callback(hook_measuring(trainer.precision_plugin, measuring(trainer, pl_module)))
+            if (line := told(trainer, measuring(trainer, pl_module).in_full)) is not None:
+                say(line)
 
     def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module) -> None:
         self._check_first_time(trainer, pl_module)
@@ -183,7 +191,8 @@ class QuantizationCallback(Callback):
         """Calibrate, now that all is at its place and before anything runs the network."""
         self._hooked.pop_all()  # they are off
         end_early_setup(pl_module)
-        self._calibrate_once(trainer, pl_module)
+        with measuring(trainer, pl_module)():
+            self._calibrate_once(trainer, pl_module)
 
     @override
     def on_train_batch_start(
@@ -226,11 +235,13 @@ class QuantizationCallback(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._held.close()
         self._hooked.close()
+        self._measured.close()
         self._groups, self._fixed_ranges = None, []
         end_early_setup(pl_module)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._measured.close()
         end_early_setup(pl_module)
 
     def _examples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[NetworkInputs]:
@@ -398,6 +409,12 @@ def callback_of(trainer: pl.Trainer, name: str) -> QuantizationCallback | None:
 def quantized_networks(pl_module: pl.LightningModule) -> dict[str, QuantizedNetwork]:
     """The quantized networks of a module, by the dotted attribute."""
     return dict(QuantizedNetwork.named_in(pl_module))
+
+
+def measuring(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Measuring:
+    """What everything runs in whose result is compared or reported; also for another network in the place of one."""
+    refines = trainer.state.fn == "fit" and any(one.refines for one in quantization_callbacks(trainer))
+    return Measuring(quantized_networks(pl_module).values(), refines)
 
 
 def find_network(pl_module: pl.LightningModule, name: str) -> nn.Module:

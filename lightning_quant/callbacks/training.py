@@ -31,6 +31,7 @@ from lightning_quant.callbacks.quantization import (
     averaging,
     end_fit,
     find_network,
+    measuring,
     quantization_callbacks,
     say,
 )
@@ -152,6 +153,7 @@ class QuantizationAwareTraining(QuantizationCallback):
                 "calibration_dataloader is an iterator, and each rung reads the samples anew: expected a data "
                 "loader, or a function that makes one."
             )
+        self.refines = self.climbs and any(technique.refines for technique in self.techniques)
         self.train_ranges = train_ranges
         self.distillation = distillation
         self._only_rungs = False
@@ -225,7 +227,8 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.climbs:
             if not self._climbed:
-                self._climb(trainer, pl_module)
+                with measuring(trainer, pl_module)():
+                    self._climb(trainer, pl_module)
             late = {one.name for one in self.techniques} - {rung.rung for rung in self.result.rungs}
             if late and not self.result.satisfied:
                 rank_zero_warn(f"The climb was over in the checkpoint: {', '.join(sorted(late))} are not tried.")

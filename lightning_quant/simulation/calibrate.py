@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_quant.errors import CalibrationError
+from lightning_quant.full_precision import full_precision
 from lightning_quant.simulation import aimet, statistics_cache
 from lightning_quant.simulation.callsites.running import IN_TRACES_ONLY, noting
 from lightning_quant.simulation.inputs import NetworkInputs, counted, up_to
@@ -69,7 +70,9 @@ def calibrate(
 
     # ranges must be ordinary tensors: made under inference_mode they would break training later
     kept = nullcontext() if weights else _kept(weight_quantizers(network))
-    with torch.inference_mode(False), aimet.quiet(), kept, network.weights_held(), noting() as noted:
+    # what is kept on disk is for networks with finer grids too
+    exact = full_precision() if network.has_fine_grids or network.statistics_cache is not None else nullcontext()
+    with torch.inference_mode(False), aimet.quiet(), kept, exact, network.weights_held(), noting() as noted:
         network.sim.compute_encodings(run)
     names = {module: name for name, module in network.network.named_modules()}
     network.left_in_float = {names[module]: list(dict.fromkeys(found)) for module, found in noted.items()}

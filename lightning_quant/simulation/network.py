@@ -180,12 +180,20 @@ class QuantizedNetwork:
         """What the network answers with, its tensors empty."""
         return self._output
 
+    @property
+    def has_fine_grids(self) -> bool:
+        """Whether a quantizer has more than 8 bits: a grid with more values than 16-bit floats or TF32 tell apart."""
+        return any(quantizer.bitwidth > 8 for quantizer in self.quantizers())
+
     def range_parameters(self) -> list[nn.Parameter]:
         """The learnable ends (min, max) of all quantization ranges."""
+        return [parameter for quantizer in self.quantizers() for parameter in quantizer.parameters()]
+
+    def quantizers(self) -> Iterator[Any]:
+        """AIMET's quantizers of weights and activations; the objects stay the same, whatever bits they get."""
         from aimet_torch.quantization.base import QuantizerBase
 
-        quantizers = (module for module in self.network.modules() if isinstance(module, QuantizerBase))
-        return [parameter for quantizer in quantizers for parameter in quantizer.parameters()]
+        return (module for module in self.network.modules() if isinstance(module, QuantizerBase))
 
     def weights_held(self) -> AbstractContextManager[None]:
         """Quantize every weight once for the length of a block, in which no gradient is computed.

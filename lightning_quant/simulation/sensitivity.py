@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.full_precision import full_precision
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, up_to
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -58,7 +59,8 @@ def layer_sensitivity(
     layers = quantized_layers(network)
     parts = _parts(network, layers)
     names = {module: name for name, module in network.network.named_modules()}
-    with torch.no_grad(), _all_quantizers_off(layers) as quantizers:
+    exact = full_precision() if network.has_fine_grids else nullcontext()
+    with torch.no_grad(), exact, _all_quantizers_off(layers) as quantizers:
         expected, operations = _float_pass(network, layers, calls)
         signal = sum(float(value[value.isfinite()].double().square().sum()) for value in expected)
         weights = {name: layer.weight.numel() for name, layer in layers.items() if _has_weight(layer)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from typing_extensions import override
 
 from lightning_quant.errors import ConfigurationError
@@ -32,6 +34,7 @@ class MixedPrecision(Technique):
     """
 
     name = "mixed"
+    refines: ClassVar[bool] = True
 
     def __init__(self, budget: float = 0.1, samples: int = 8) -> None:
         if not 0 < budget <= 1:

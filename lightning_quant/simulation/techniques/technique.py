@@ -50,11 +50,14 @@ class Technique(ABC):
         start: what it is applied to: the ``"best"`` network so far, or the ``"float"`` weights newly quantized.
         finishing: whether it corrects what rounding did to the layers' outputs. A correction holds for one rounding
             only: it is taken off before the next rung and made anew on top of it.
+        refines: whether it may give quantizers more than 8 bits. Everything is then measured in float32, with all its
+            digits: the float network and the rungs before it, too.
     """
 
     name: ClassVar[str]
     start: ClassVar[Literal["best", "float"]] = "best"
     finishing: ClassVar[bool] = False
+    refines: ClassVar[bool] = False
 
     def check(self, network: QuantizedNetwork) -> None:
         """Refuse what can never work, before any work is spent.
