@@ -32,6 +32,7 @@ from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import calibration_inputs, calibration_loader
 from lightning_quant.callbacks.device_export import DeviceExport
 from lightning_quant.callbacks.drift import RangeDrift
+from lightning_quant.callbacks.measured_precision import hook_measuring
 from lightning_quant.callbacks.post_training import PostTrainingQuantization
 from lightning_quant.callbacks.reporting import log_pictures
 from lightning_quant.callbacks.resuming import ResumePoint
@@ -40,6 +41,7 @@ from lightning_quant.deploy.bundle import first_samples
 from lightning_quant.deploy.push import device_folder
 from lightning_quant.errors import CheckpointError, ConfigurationError, DataError, LightningQuantError
 from lightning_quant.files import alone, replacing
+from lightning_quant.full_precision import full_precision
 from lightning_quant.precision import Precision
 from lightning_quant.reading import read_checkpoint
 from lightning_quant.report.layers import LayerFigures
@@ -303,6 +305,9 @@ class _Run:
     def measure(self, name: str, task: pl.LightningModule, *callbacks: Callback) -> None:
         """Run the user's validation and keep the monitored metric."""
         trainer = self.trainer(*callbacks, enable_progress_bar=False, logger=False)
+        quantization = self.quantization()
+        if quantization.recipe.has_fine_grids or quantization.refines:  # what is compared is measured alike
+            hook_measuring(trainer.precision_plugin, full_precision)
         trainer.validate(task, datamodule=self.data, verbose=False)
         metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
         if self.config.monitor not in metrics:

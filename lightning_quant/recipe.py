@@ -79,6 +79,11 @@ class QuantRecipe:
         if not 50 <= self.percentile <= 100:
             raise ConfigurationError(f"percentile={self.percentile!r}: expected a share between 50 and 100.")
 
+    @property
+    def has_fine_grids(self) -> bool:
+        """Whether it gives some layer activations with more than 8 bits."""
+        return any(one.activation_bits > 8 for one in (self.precision, *self.overrides.values()))
+
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be the same quantized network, as JSON values."""
         hardware = self.hardware

@@ -317,3 +317,11 @@ def test_help_names_the_choices_without_loading_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_float_is_measured_as_the_16_bit_activations_are(tmp_path: Path) -> None:
+    options = ["precision=w8a16", "trainer.precision=bf16-mixed", "monitor=val_loss", "mode=min", "float.epochs=0"]
+    lightning_quant(tmp_path, *SMALL, *options, "qat.epochs=0", "hydra.run.dir=out", "report.samples=0")
+    record = RunRecord.read(tmp_path / "out/results.json")
+    assert record.ladder is not None
+    assert record.metric["float"] == record.ladder["float_metric"]

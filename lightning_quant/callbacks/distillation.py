@@ -54,9 +54,15 @@ class Distillation:
         )
 
 
+def loss_scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
+    """What scales the loss in 16-bit training, and skips steps whose gradients are not finite."""
+    scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
 def loss_scale(trainer: pl.Trainer) -> float:
     """What Lightning multiplies the loss with: the loss scale of 16-bit training, divided by accumulated batches."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scaler = loss_scaler(trainer)
     scale = float(scaler.get_scale()) if scaler is not None else 1.0
     assert trainer.lightning_module is not None
     return scale / trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else scale

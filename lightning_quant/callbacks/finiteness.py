@@ -1,10 +1,11 @@
-"""Training that leaves the finite numbers: noticed before the weights are touched, and traced to a layer."""
+"""Training that leaves the finite numbers: noticed at its first step, and traced to a layer where that can be."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +18,92 @@ from lightning_quant.simulation.network import QuantizedNetwork
 _QUANTIZER = re.compile(r"\.(param|input|output)_quantizers\..*")
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step of an optimizer.
+
+    Args:
+        number: counted from 1.
+        epoch: in which it is, counted from 0.
+        batch: the last one that its gradients are of, counted from 0 in the epoch.
+    """
+
+    number: int
+    epoch: int
+    batch: int
+
+
+class GradientWatch:
+    """Looks at the gradients of every step, and waits for none.
+
+    On a CPU the answer is there at once. Elsewhere one flag is computed on the device, copied while work goes on, and
+    read when the next step is looked at: the device has the work of that step to do meanwhile. Not earlier where it
+    happens to be there: the processes of a run have to learn of it at the same step.
+
+    Args:
+        late: whether to read one step late; ``None`` leaves it to the device.
+    """
+
+    def __init__(self, late: bool | None = None) -> None:
+        self._late = late
+        self._pending: tuple[Step, _Flag] | None = None
+
+    def look(self, parameters: Iterable[nn.Parameter], step: Step) -> Step | None:
+        """Look at the gradients of a step that is about to be taken.
+
+        Returns:
+            That step, or the one before it, if it is known now to have gradients that are not finite.
+        """
+        finite = _all_finite(parameters)
+        spoilt = self.last()
+        if finite is None:
+            return spoilt
+        if not (finite.device.type != "cpu" if self._late is None else self._late):
+            return None if finite else step
+        self._pending = step, _Flag(finite)
+        return spoilt
+
+    def last(self) -> Step | None:
+        """The step whose flag was not read yet, if its gradients were not finite. Waits for it."""
+        if self._pending is None:
+            return None
+        (step, flag), self._pending = self._pending, None
+        return None if flag.read() else step
+
+    def forget(self) -> None:
+        """Leave the flag unread: training has ended for another reason."""
+        self._pending = None
+
+
+class _Flag:
+    """A truth value on its way from the device."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._copied = None
+        if value.is_cuda:  # into pinned memory, beside what the device goes on with
+            value = value.to("cpu", non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        self._value = value
+
+    def read(self) -> bool:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._value)
+
+
 def gradients_are_finite(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether no gradient holds NaN or infinity. One pass over them, and one wait for the device."""
+    """Whether no gradient holds NaN or infinity. Waits for the device."""
+    finite = _all_finite(parameters)
+    return finite is None or bool(finite)
+
+
+def _all_finite(parameters: Iterable[nn.Parameter]) -> Tensor | None:
+    """Whether all gradients are finite, on their device: one pass over them. ``None`` without a gradient."""
     gradients = [p.grad for p in parameters if p.grad is not None and not p.grad.is_sparse]
-    return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf))) if gradients else True
+    if not gradients:
+        return None
+    return torch.isfinite(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf))
 
 
 def origin(network: QuantizedNetwork, calls: Iterable[NetworkInputs]) -> str:
@@ -35,8 +118,13 @@ def origin(network: QuantizedNetwork, calls: Iterable[NetworkInputs]) -> str:
         if not _finite(parameter):
             return f"parameter {_readable(name)!r} was not finite before the step"
     found: list[str] = []
+    quantizers = set(network.quantizers())  # some turn NaN into a number: what they are given counts as well
     handles = [
-        module.register_forward_hook(lambda _, __, output, name=name: _note(found, name, output))
+        module.register_forward_hook(
+            lambda module, args, output, name=name: _note(
+                found, name, (args, output) if module in quantizers else output
+            )
+        )
         for name, module in network.named_modules()
     ]
     before = network.snapshot()

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Wei
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from lightning_quant.callbacks.calls import InputCatcher
@@ -149,6 +150,7 @@ class QuantizationCallback(Callback):
             self._check_same_recipe(known)
         else:
             self._quantize(trainer, pl_module, network)
+        self._check_synchronised(trainer, pl_module)
         self._hooked.close()  # of a run that ended early
         unhook = hook_strategy(
             trainer.strategy,
@@ -351,6 +353,20 @@ class QuantizationCallback(Callback):
         for other in quantization_callbacks(trainer):
             if other is not self:
                 self._check_beside(other)
+
+    def _check_synchronised(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse what would take the quantizers of batch norms away: Lightning exchanges the modules after this."""
+        if trainer.state.fn != "fit" or getattr(trainer.strategy, "_layer_sync", None) is None:
+            return
+        network = self.quantized_network(pl_module).network
+        left = [name for name, module in network.named_modules() if isinstance(module, _BatchNorm)]
+        if left:
+            raise ConfigurationError(
+                f"Trainer(sync_batchnorm=True) with {type(self).__name__}: Lightning would replace {len(left)} batch "
+                f"norms of {self.network_name!r}, e.g. {left[0]!r}, by others without quantizers. Expected "
+                "sync_batchnorm=False. Batch norms that were folded have nothing to synchronise any more; those that "
+                "could not be, synchronise by themselves if your module makes them nn.SyncBatchNorm in its __init__."
+            )
 
     def _check_beside(self, other: QuantizationCallback) -> None:
         """Refuse another quantization callback, unless both together have one meaning."""

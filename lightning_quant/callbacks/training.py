@@ -20,10 +20,10 @@ from typing_extensions import override
 
 from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.climbing import Climber
-from lightning_quant.callbacks.distillation import Distillation, loss_scale
+from lightning_quant.callbacks.distillation import Distillation, loss_scale, loss_scaler
 from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.early_setup import set_up_early
-from lightning_quant.callbacks.finiteness import gradients_are_finite, origin
+from lightning_quant.callbacks.finiteness import GradientWatch, Step, gradients_are_finite, origin
 from lightning_quant.callbacks.lightning_package import check_trainer_package
 from lightning_quant.callbacks.measuring import measure, memories_apart, monitored
 from lightning_quant.callbacks.quantization import (
@@ -102,8 +102,9 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     Raises:
         ConfigurationError, PreflightError, CalibrationError: as there.
-        TrainingError: gradients are NaN or infinite; names step, batch and layer. The step is not taken. With
-            ``max_drop`` or rungs it is a warning, and the fit ends with the best network so far.
+        TrainingError: gradients are NaN or infinite; names step, batch and layer. The step is not taken. On a GPU it is
+            known one step later, and the message says so; with ``16-mixed`` it is raised once scaling does not explain
+            them. With ``max_drop`` or rungs it is a warning, and the fit ends with the best network so far.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._teaching: tuple[Distillation, RemovableHandle] | None = None
         self._memory = PeakMemory()
         self._batch: tuple[Any, int] = (None, 0)
+        self._watch = GradientWatch()
         self._locked = ExitStack()
         self._sane = ExitStack()
         self._begin(Ladder(monitor, mode, max_drop), None)
@@ -259,19 +261,35 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        # Gradients that overflow in float16 are its scaler's business. Elsewhere than on the CPU looking is waiting.
-        step, every = trainer.global_step, trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
-        if trainer.precision == "16-mixed" or (pl_module.device.type != "cpu" and step % every):
-            return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if gradients_are_finite(parameters):
+        now = Step(trainer.global_step + 1, trainer.current_epoch, self._batch[1])
+        spoilt = self._watch.look(parameters, now)
+        if spoilt is None:
             return
-        if not self.climbs:
-            raise TrainingError(self._not_finite(trainer, pl_module))
-        rank_zero_warn(self._not_finite(trainer, pl_module) + " Training ends here, with the best network so far.")
+        scaler = loss_scaler(trainer)
+        if scaler is not None:  # it has skipped what came before; this step counts, if scaling does not explain it
+            if scaler.get_scale() < 1 and (spoilt == now or not gradients_are_finite(parameters)):
+                self._end_spoilt(trainer, self._not_finite(trainer, pl_module, now, scaler.get_scale()))
+            return
+        message = self._not_finite(trainer, pl_module, now) if spoilt == now else _noticed_late(spoilt)
+        self._end_spoilt(trainer, message)
         for parameter in parameters:
             parameter.grad = None  # the step that follows leaves it as it is
-        end_fit(trainer)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look_back(trainer)
+        super().on_validation_start(trainer, pl_module)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._look_back(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look_back(trainer)
 
     @override
     def on_train_batch_end(
@@ -301,6 +319,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         self._stop_teaching()
+        self._look_back(trainer)
         if self.climbs and self._started and self._validated_at != trainer.global_step and not trainer.interrupted:
             network = self.quantized_network(pl_module).network
             metric = measure(trainer, self.result.monitor, hidden=self, network=network)
@@ -326,6 +345,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
+        self._watch.forget()
         self._sane.close()
         self._stop_teaching()
         self._started = 0.0
@@ -461,20 +481,41 @@ class QuantizationAwareTraining(QuantizationCallback):
             busy = f"Another fit is writing to {folder}: expected a folder for each. Give another default_root_dir."
             self._locked.enter_context(alone(folder / ".lock", ConfigurationError(busy)))
 
-    def _not_finite(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-        batch, index = self._batch
+    def _look_back(self, trainer: pl.Trainer) -> None:
+        """Read the last flag, before what the step has made of the weights is measured or kept."""
+        if loss_scaler(trainer) is not None:  # the step was skipped, and the next one is to know
+            return
+        if (spoilt := self._watch.last()) is not None:
+            self._end_spoilt(trainer, _noticed_late(spoilt))
+
+    def _end_spoilt(self, trainer: pl.Trainer, message: str) -> None:
+        if not self.climbs:
+            raise TrainingError(message)
+        rank_zero_warn(message + " Training ends here, with the best network so far.")
+        end_fit(trainer)
+
+    def _not_finite(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step, scale: float | None = None
+    ) -> str:
+        """In words: the step that is about to be taken, at this loss scale if it is scaled."""
         network = self.quantized_network(pl_module)
         catcher = InputCatcher(trainer, pl_module, self.network_name, network, first="training_step")
         try:
             with isolate_rng():
-                calls = catcher.catch(batch, index)
-            where = origin(network, calls)
+                calls = catcher.catch(*self._batch)
+            with trainer.precision_plugin.train_step_context():  # float16 ends where float32 does not
+                where = origin(network, calls)
         except CalibrationError:  # a training step that cannot be run twice
             where = "where they come from could not be found by running the step again"
+        if scale is None:
+            return (
+                f"{_named(step)}: {where}. Expected finite ones. The step was not taken, so the weights are those of "
+                f"the step before. {_REMEDIES}"
+            )
         return (
-            f"Step {trainer.global_step + 1} (epoch {trainer.current_epoch}, batch {index}) has gradients that are not "
-            f"finite: {where}. Expected finite ones. The step was not taken, so the weights are those of the step "
-            "before. Lower the learning rate, set Trainer(gradient_clip_val=...), or look at that batch."
+            f"{_named(step)}: {where}. Expected finite ones. The loss scale has fallen to {scale:g}, so it is not the "
+            "scaling that makes them overflow. Steps like this one are skipped, so the weights are those of the last "
+            f"finite step. {_REMEDIES} precision='bf16-mixed' has the range of float32."
         )
 
     def _good_enough(self) -> bool:
@@ -506,6 +547,21 @@ class QuantizationAwareTraining(QuantizationCallback):
             f"{ladder.monitor} {best.metric:.4f} by {best.rung}, {ladder.drop(best.metric):.4f} below "
             f"float {ladder.reference:.4f}{bound}"
         )
+
+
+_REMEDIES = "Lower the learning rate, set Trainer(gradient_clip_val=...), or look at that batch."
+
+
+def _named(step: Step) -> str:
+    return f"Step {step.number} (epoch {step.epoch}, batch {step.batch}) has gradients that are not finite"
+
+
+def _noticed_late(step: Step) -> str:
+    return (
+        f"{_named(step)}. Expected finite ones. The step was taken, for on this device that is known one step later: "
+        f"its weights are not to be used, go on from a checkpoint before it. {_REMEDIES} On a CPU the layer they come "
+        "from is named."
+    )
 
 
 def _folder(trainer: pl.Trainer) -> Path:

@@ -6,16 +6,19 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_quant import PostTrainingQuantization, load_quantized
-from tests.small import SmallModule, assert_same_tensors, encodings, small_data, small_loader
+from tests.small import SmallModule, assert_same_tensors, encodings, small_data, small_loader, small_net
 
 ROOT = Path(__file__).resolve().parents[2]
 # A user's script, started once: Lightning launches the second process.
@@ -176,3 +179,67 @@ def test_the_ladder_decides_the_same_on_both_ranks(tmp_path: Path, max_drop: flo
     assert one["steps"] == two["steps"] == (2 if trained else 0)
     names = [rung["rung"] for rung in one["result"]["rungs"]]  # type: ignore[index]
     assert names == (["ptq", "bias_correction", "seq_mse", "qat"] if trained else ["ptq"])
+
+
+SYNCHRONISED = """
+import os, sys
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from lightning_quant import QuantizationAwareTraining
+from lightning_quant.errors import ConfigurationError
+from tests.small import SmallModule, small_loader, small_net
+
+class Kept(nn.Module):  # nothing before the batch norm that it could be folded into
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.rest = norm, small_net()
+
+    def forward(self, x):
+        return self.rest(self.norm(x))
+
+out, kind = sys.argv[1:]
+torch.set_num_threads(1)
+rank = int(os.environ.get("LOCAL_RANK", 0))
+module = SmallModule(small_net() if kind == "folded" else Kept(nn.BatchNorm2d(3)))
+trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", sync_batchnorm=True, max_epochs=1,
+                  default_root_dir=out, logger=False, enable_progress_bar=False, enable_model_summary=False,
+                  enable_checkpointing=False, callbacks=[QuantizationAwareTraining("w8a8")])
+error = ""
+try:
+    trainer.fit(module, small_loader(), small_loader())
+except ConfigurationError as refused:
+    error = str(refused)
+classes = [type(one).__name__ for one in module.model.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+torch.save({"error": error, "classes": classes, "steps": trainer.global_step}, f"{out}/rank{rank}.pt")
+"""
+
+
+@pytest.mark.parametrize("kind", ["folded", "kept"])
+def test_synchronised_batch_norms_do_not_lose_their_quantizers(tmp_path: Path, kind: str) -> None:
+    one, two = start(tmp_path, SYNCHRONISED, str(tmp_path), kind)
+    assert one == two
+    if kind == "folded":  # nothing is left to synchronise
+        assert (one["error"], one["classes"], one["steps"]) == ("", [], 2)
+    else:
+        assert "sync_batchnorm=True" in str(one["error"])
+        assert "'norm'" in str(one["error"])
+        assert "nn.SyncBatchNorm in its __init__" in str(one["error"])
+        assert one["classes"] == ["QuantizedBatchNorm2d"]
+
+
+def test_batch_norms_that_synchronise_by_themselves_are_quantized(trainer: Callable[..., Trainer]) -> None:
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.rest = nn.SyncBatchNorm(3), small_net()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rest(self.norm(x))
+
+    module = SmallModule(Kept())
+    callback = PostTrainingQuantization(calibration_dataloader=small_loader())
+    trainer(callback).validate(module, small_loader(), verbose=False)
+    norm: Any = module.model.norm
+    assert isinstance(norm, nn.SyncBatchNorm)
+    assert norm.output_quantizers[0].is_initialized()
