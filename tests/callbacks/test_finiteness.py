@@ -130,6 +130,7 @@ def test_the_last_step_before_validation_and_end_is_not_missed(tmp_path: Path, a
     module = Spoilt("loss")
     with pytest.raises(TrainingError, match=r"Step 6 \(epoch 1, batch 1\)"):
         fit(module, late(), tmp_path, **arguments)
+    assert module.called.count("training") == 6
     assert module.called[-1] == "training"
 
 
