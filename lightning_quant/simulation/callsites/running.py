@@ -12,7 +12,8 @@ import functools
 import itertools
 import sys
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import CodeType, FrameType
@@ -71,6 +72,9 @@ _BEGINS = frozenset(
     file for file in (sys.modules[nn.Module.__module__].__file__, torch.utils.checkpoint.__file__, __file__) if file
 )
 
+
+# Networks whose `forward` is compiled for the time being, and what computes it.
+COMPILED: MutableMapping[nn.Module, Callable[[Any, Any], Any]] = weakref.WeakKeyDictionary()
 
 # Functions that ONNX does not have → what computes the same of other functions, for a trace.
 IN_TRACES: dict[Any, Callable[..., Any]] = {}
@@ -288,8 +292,10 @@ def watched_class(cls: Any, *more: Any) -> Any:
 
     @functools.wraps(plain_forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        output = plain_forward(self, *args, **kwargs)
         running = _local.running
+        if running is None and (compiled := COMPILED.get(self)) is not None:
+            return compiled(args, kwargs)
+        output = plain_forward(self, *args, **kwargs)
         if running is None or not running.changes or all(current(one) is one for one in tensors_in(output)):
             return output
         return apply_to_collection(output, Tensor, current)  # hooks keep what they are given
@@ -297,7 +303,9 @@ def watched_class(cls: Any, *more: Any) -> Any:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         running = _local.running
         if running is None:
-            return _begin(self, plain_call, args, kwargs)
+            if self in COMPILED and not _is_looked_at():
+                return plain_call(self, *args, **kwargs)  # its hooks, and `forward`
+            return begin(self, plain_call, args, kwargs)
         if running.paused:
             return plain_call(self, *args, **kwargs)
         running.stack.append(self)
@@ -391,7 +399,8 @@ def _unpickled(cls: Any, *more: Any) -> Any:
     return cls.__new__(watched_class(cls, *more))
 
 
-def _begin(module: nn.Module, plain_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def begin(module: nn.Module, plain_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call the outermost module, or its ``forward`` alone, within a new pass."""
     running = _local.running = Pass(_local.recorder)
     running.stack.append(module)
     try:
@@ -498,6 +507,14 @@ class paused:
     def __exit__(self, *_: Any) -> None:
         if self.running is not None:
             self.running.paused = self.before
+
+
+def _is_looked_at() -> bool:
+    """Whether somebody wants to see the operations of the next pass."""
+    return (
+        _local.recorder is not None or _local.noted is not None or torch._C._get_tracing_state() is not None
+        or torch.onnx.is_in_onnx_export()
+    )  # fmt: skip
 
 
 def running_pass() -> Pass | None:

@@ -30,7 +30,7 @@ from aimet_torch.utils import StatisticsNotFoundError
 from torch import Tensor, nn
 
 from lightning_quant.simulation.callsites.running import current, paused, running_pass
-from lightning_quant.simulation.fast import gpu, kernels
+from lightning_quant.simulation.fast import gpu, in_graphs, kernels
 from lightning_quant.simulation.fast.kernels import Activation
 from lightning_quant.simulation.fast.observers import accelerate_analyzer, slow_down_analyzer
 
@@ -111,15 +111,17 @@ class _FastQuantizer(_Fast):
             or low.dtype is not torch.float32
             or self.block_size is not None
             or self.zero_point_shift
-            or not _has_kernel(input, activation)
+            or not (in_graphs.is_calibrated(self) if in_graphs.is_made() else _has_kernel(input, activation))
             or _is_traced()
             or not _known(self, low, high)
         ):
             return None
-        if type(input) is not Tensor:
-            input = input.as_subclass(Tensor)
         qmin, qmax = self.qmin, self.qmax
         grid = (low, high, qmin, qmax, self._symmetric, _smallest_scale(qmax - qmin), activation)
+        if in_graphs.is_made():
+            return in_graphs.fake_quantize(input, *grid)
+        if type(input) is not Tensor:
+            input = input.as_subclass(Tensor)
         if input.is_cpu:
             return torch.ops.lightning_quant.fake_quantize(input, *grid)
         return gpu.fake_quantize(input, *grid, dtype) if qmax - qmin <= gpu.MOST_STEPS else None
@@ -243,7 +245,7 @@ class _FastWeighted(_FastLayer):
             return weight
         # what autocast would round it to next, for every batch anew
         dtype = torch.get_autocast_dtype("cuda") if weight.is_cuda and torch.is_autocast_enabled("cuda") else None
-        if held is None or torch.is_grad_enabled() or weight.is_inference():
+        if held is None or torch.is_grad_enabled() or in_graphs.is_made() or weight.is_inference():
             return _quantized(quantizer, weight, dtype)
         ends = quantizer._parameters.values()
         state = weight.data_ptr(), weight._version, *(end._version for end in ends), quantizer.qmin, quantizer.qmax
@@ -305,6 +307,8 @@ def _has_kernel(input: Tensor, activation: Activation) -> bool:
 
 
 def _is_traced() -> bool:
+    if in_graphs.is_made():
+        return False
     return torch._C._get_tracing_state() is not None or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
 
 

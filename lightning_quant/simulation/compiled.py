@@ -1,0 +1,251 @@
+"""Training steps and validation batches of a quantized network as compiled code.
+
+PyTorch's compiler cannot follow what lets quantizers answer the operations of the user's ``forward``. So it is not
+asked to: the user's Python runs once for a graph (``torch.compiler.nonstrict_trace``), with all weights, ranges and
+buffers as inputs, and the graph of plain operations that it leaves is compiled. What else the Python does is not in the
+graph. It is looked for while the graph is made, and where it is found, the network goes on as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.simulation.callsites import running
+from lightning_quant.simulation.fast import in_graphs
+
+log = logging.getLogger(__name__)
+
+# Graphs of one network; each takes a minute to compile.
+MOST_GRAPHS = 16
+# Where a module keeps what is not the user's to set.
+_OURS = ("_parameters", "_buffers", "_modules", running.SITES, running.SEEN, running.SET_ASIDE, "_held_weight")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class Why(Enum):
+    """Why a network is not compiled."""
+
+    ATTRIBUTE = "its forward sets the attribute {}, which a graph would not"
+    TENSOR = "the attribute {} is a tensor that is neither a parameter nor a buffer: a graph would keep today's numbers"
+    RANDOM = "its forward draws random numbers of {}, which a graph would keep"
+    HOOK = "{} has a hook, which a graph would not call"
+    GRAPHS = "it was given calls of more than {} kinds (shapes, structures, modes, numbers in attributes)"
+    COMPILER = "{}"
+
+
+class CannotCompileError(Exception):
+    """A graph of this network would not do what the network does."""
+
+    def __init__(self, why: Why, what: str) -> None:
+        super().__init__(why.value.format(what))
+        self.why = why
+
+
+class Compiled:
+    """The compiled form of a quantized network; it is in the network's place inside of :meth:`in_place`.
+
+    Args:
+        network: calibrated.
+        options: arguments of ``torch.compile``, such as ``{"mode": "reduce-overhead"}``.
+
+    Attributes:
+        why_not: why the network runs as it is, if it does.
+    """
+
+    def __init__(self, network: nn.Module, options: Mapping[str, Any] | None = None) -> None:
+        self.network = network
+        self.why_not: CannotCompileError | None = None
+        self._options = {"dynamic": False, "fullgraph": True, **(options or {})}
+        self._graphs: dict[Any, Callable[..., Any]] = {}
+        self._modules = dict(network.named_modules())
+        # modules of the libraries have no attributes that others set from step to step
+        own = {
+            name: module for name, module in self._modules.items() if not type(module).__module__.startswith(_LIBRARIES)
+        }
+        self._own = own
+        self._attributes = [vars(module) for module in own.values()]
+        self._modes = [vars(module) for module in self._modules.values()]
+        self._hooks = [(name, vars(module)[kind]) for name, module in self._modules.items() if name for kind in _HOOKS]
+        self._calls = 0
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let calls of the network run compiled for the length of a block."""
+        running.COMPILED[self.network] = self
+        try:
+            yield
+        finally:
+            del running.COMPILED[self.network]
+
+    def __call__(self, args: Any, kwargs: Any) -> Any:
+        """Compute the network's ``forward``."""
+        if self.why_not is None:
+            try:
+                return self._run(args, kwargs)
+            except CannotCompileError as error:
+                self.why_not = error
+                log.warning("%s is not compiled: %s.", type(self.network).__name__, error)
+        return running.begin(self.network, _forward_of(self.network), args, kwargs)
+
+    def _run(self, args: Any, kwargs: Any) -> Any:
+        for name, hooks in self._hooks:
+            if hooks:
+                raise CannotCompileError(Why.HOOK, name)
+        state = (
+            tuple([values["training"] for values in self._modes]),
+            tuple([value for values in self._attributes for value in values.values() if type(value) in _PLAIN]),
+        )
+        tensors = [*self.network.parameters(), *self.network.buffers()]
+        graph = self._graphs.get(state)
+        if graph is not None:
+            return graph(tensors, args, kwargs)
+        if len(self._graphs) == MOST_GRAPHS:
+            raise CannotCompileError(Why.GRAPHS, str(MOST_GRAPHS))
+        before = _remembered(self._modules)
+        graph = self._graphs[state] = self._made()
+        try:
+            return graph(tensors, args, kwargs)
+        except Exception as error:
+            _put_back(self._modules, before)
+            if (found := _cause(error)) is not None:
+                raise found from None
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            raise CannotCompileError(Why.COMPILER, reason) from error
+
+    def _made(self) -> Callable[..., Any]:
+        """The compiler's form of the forward pass, in the state the modules are in now."""
+        network, forward = self.network, _forward_of(self.network)
+        own = [*network.parameters(), *network.buffers()]
+        calibrated = _calibrated(network)
+
+        def run(tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
+            before, drawn = _remembered(self._modules), _random_states()
+            with in_graphs.made(calibrated), _exchanged(network, own, tensors):
+                output = running.begin(network, forward, args, kwargs)
+            self._check_traces(before, drawn)
+            return output
+
+        traced = torch.compiler.nonstrict_trace(run)
+
+        def graph(tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
+            return traced(tensors, args, kwargs)
+
+        # the compiler keeps its graphs, and counts them, by the code object
+        separate = FunctionType(graph.__code__.replace(), graph.__globals__, "graph", None, graph.__closure__)
+        return torch.compile(separate, **self._options)
+
+    def _check_traces(self, before: Any, drawn: Any) -> None:
+        """Raise if the Python that has run left more behind than operations, or read what no graph reads."""
+        _put_back({name: self._modules[name] for name in self._modules.keys() - self._own.keys()}, before)
+        for name, module in self._own.items():
+            now = _values(module)
+            for key in before[name].keys() | now.keys():
+                if not _same(before[name].get(key, _MISSING), now.get(key, _MISSING)):
+                    raise CannotCompileError(Why.ATTRIBUTE, f"{name}.{key}".lstrip("."))
+                if isinstance(now[key], Tensor):
+                    raise CannotCompileError(Why.TENSOR, f"{name}.{key}".lstrip("."))
+        for whose, old, new in zip(("Python", "NumPy"), drawn, _random_states(), strict=True):
+            if old != new:
+                raise CannotCompileError(Why.RANDOM, whose)
+
+
+@contextmanager
+def _exchanged(network: nn.Module, own: list[Tensor], given: list[Tensor]) -> Iterator[None]:
+    """Let a network compute with other parameters and buffers for the length of a block.
+
+    ``torch.func.functional_call`` does not put all back where a module has two names, as shared quantizers have.
+    """
+    of = {id(mine): other for mine, other in zip(own, given, strict=True)}
+    places: list[tuple[nn.Module, Any, str, Tensor]] = [
+        (module, holder, name, value)
+        for module in network.modules()
+        for holder in (module._parameters, module._buffers)
+        for name, value in holder.items()
+        if value is not None
+    ]
+    try:
+        for _, holder, name, value in places:
+            holder[name] = of[id(value)]
+        yield
+        for module, holder, name, value in places:
+            if holder.get(name) is not of[id(value)]:
+                raise CannotCompileError(Why.ATTRIBUTE, f"{name} of a {type(module).__name__}")
+    finally:
+        for _, holder, name, value in places:
+            holder[name] = value
+
+
+_LIBRARIES = ("torch.", "aimet_torch.", "lightning_quant.simulation.")
+_MISSING = object()
+
+
+def _forward_of(network: nn.Module) -> Callable[..., Any]:
+    watched: Any = type(network)
+    return watched.watched.forward
+
+
+def _calibrated(network: nn.Module) -> list[nn.Module]:
+    """The quantizers whose ranges are known."""
+    from aimet_torch.quantization.base import QuantizerBase
+
+    return [one for one in network.modules() if isinstance(one, QuantizerBase) and one.is_initialized()]
+
+
+def _values(module: nn.Module) -> dict[str, Any]:
+    """What a module keeps, one level of containers copied."""
+    kept = {}
+    for key, value in vars(module).items():
+        if key not in _OURS and key not in _HOOKS:
+            kept[key] = value.copy() if type(value) in (list, dict, set) else value
+    return kept
+
+
+def _remembered(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+    return {name: _values(module) for name, module in modules.items()}
+
+
+def _put_back(modules: Mapping[str, nn.Module], before: Mapping[str, dict[str, Any]]) -> None:
+    for name, module in modules.items():
+        now = _values(module)
+        for key in now.keys() - before[name].keys():
+            del vars(module)[key]
+        for key, value in before[name].items():
+            if not _same(value, now.get(key, _MISSING)):
+                vars(module)[key] = value
+
+
+def _same(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    if type(one) is dict:
+        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
+    if type(one) is list:
+        return len(one) == len(other) and all(map(_same, one, other))
+    if type(one) is set:
+        return bool(one == other)
+    return one is other or (type(one) in _PLAIN and one == other)
+
+
+def _random_states() -> tuple[Any, Any]:
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return random.getstate(), (kind, keys.tobytes(), *rest)  # type: ignore[union-attr]
+
+
+def _cause(error: BaseException | None) -> CannotCompileError | None:
+    """What this file raised, below whatever the compiler has made of it."""
+    while error is not None:
+        if isinstance(error, CannotCompileError):
+            return error
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
+    return None

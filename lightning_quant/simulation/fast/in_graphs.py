@@ -1,0 +1,118 @@
+"""Fake quantization in PyTorch's own operations, for graphs that are compiled.
+
+A compiler joins them with the bias before and the operation behind; a kernel of ours it could not look into. While a
+graph is made (:mod:`lightning_quant.simulation.compiled`), quantizers on the short path come here.
+
+The arithmetic is that of ``kernels.cpp``, in float32 whatever comes in.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_quant.simulation.fast.kernels import Activation
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.calibrated: set[Any] | None = None
+
+
+_local = _Local()
+
+_ACTIVATIONS = {
+    Activation.RELU: torch.relu,
+    Activation.RELU6: torch.nn.functional.relu6,
+    Activation.HARDSWISH: torch.nn.functional.hardswish,
+    Activation.SILU: torch.nn.functional.silu,
+}
+
+
+@contextmanager
+def made(calibrated: Iterable[Any]) -> Iterator[None]:
+    """Make a graph in a block; ``calibrated``: the quantizers whose ranges are known."""
+    _local.calibrated = set(calibrated)
+    try:
+        yield
+    finally:
+        _local.calibrated = None
+
+
+def is_made() -> bool:
+    """Whether a graph is being made in this thread."""
+    return _local.calibrated is not None
+
+
+def is_calibrated(quantizer: Any) -> bool:
+    """Whether the range of a quantizer was known when the graph was begun: in it, a stand-in is in its place."""
+    return _local.calibrated is not None and quantizer in _local.calibrated
+
+
+def fake_quantize(
+    x: Tensor, low: Tensor, high: Tensor, qmin: int, qmax: int, symmetric: bool, smallest: float, activation: Activation
+) -> Tensor:
+    """Fake-quantize ``activation(x)``: as :func:`lightning_quant.simulation.fast.gpu.fake_quantize`."""
+    learned = torch.is_grad_enabled() and (low.requires_grad or high.requires_grad)
+    if activation is not Activation.NONE:
+        x = _ACTIVATIONS[activation](x)
+    return _FakeQuantize.apply(x, low, high, (float(qmin), float(qmax), symmetric, smallest), learned)
+
+
+def _grid_of(low: Tensor, high: Tensor, grid: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scale and offset, and both before their bounds."""
+    qmin, qmax, symmetric, smallest = grid
+    raw = (high - low) / (qmax - qmin)
+    scale = raw.abs().clamp_min(smallest)
+    free = torch.round(low / scale) - qmin
+    offset = torch.full_like(low, -round((qmin + qmax) / 2)) if symmetric else free.clamp(-qmax, -qmin)
+    return scale, offset, raw, free
+
+
+def _rounded(
+    x: Tensor, scale: Tensor, offset: Tensor, grid: tuple[Any, ...], learned: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The integer with its offset, clipped; how far it is from the number, in steps; and whether it was inside."""
+    scaled = x / scale if learned else x * (1 / scale)
+    rounded = torch.round(scaled)
+    exact = rounded - offset
+    q = exact.clamp(grid[0], grid[1])
+    return q + offset, rounded - scaled, q == exact
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: Tensor, high: Tensor, grid: tuple[Any, ...], learned: bool) -> Tensor:
+        scale, offset, _, _ = _grid_of(low, high, grid)
+        q, _, _ = _rounded(x.float(), scale, offset, grid, learned)
+        ctx.save_for_backward(x, low, high)
+        ctx.how = grid, learned
+        return (q * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, low, high = ctx.saved_tensors
+        grid, learned = ctx.how
+        scale, offset, raw, free = _grid_of(low, high, grid)
+        q, error, inside = _rounded(x.float(), scale, offset, grid, learned)
+        out = torch.where(inside, grad, 0)
+        if not learned:
+            return out, None, None, None, None
+        # scale = |max - min| / steps; offset = round(min / scale) - qmin, straight through the rounding
+        qmin, qmax, symmetric, smallest = grid
+        given = grad.float()
+        by_scale = (given * torch.where(inside, error, q)).sum_to_size(low.shape)
+        by_offset = torch.zeros_like(low)
+        if not symmetric:
+            by_offset = torch.where(inside, 0, given).sum_to_size(low.shape) * scale
+            # a bound gives no gradient to what lies on it
+            by_offset = torch.where((free > -qmax) & (free < -qmin), by_offset, 0)
+            by_scale = by_scale - by_offset * low / scale.square()
+        sign = torch.where(raw.abs() > smallest, raw.sign(), 0)
+        by_high = by_scale * sign / (qmax - qmin)
+        return out, by_offset / scale - by_high, by_high, None, None

@@ -1,0 +1,315 @@
+"""Compiled networks compute what they compute otherwise, and say where they cannot be compiled."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+from lightning_quant.segmentation.ffnet import ffnet_nano
+from lightning_quant.simulation.compiled import Compiled, Why
+from lightning_quant.simulation.network import QuantizedNetwork
+from tests.simulation.networks import Body, calibrated, call
+
+QUICK = {"backend": "aot_eager"}  # the graph as it is, without the minutes that code for this processor takes
+
+
+class Attention(nn.Module):
+    """Self-attention, LayerNorm, GELU and a residual connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+        self.norm = nn.LayerNorm(12)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return {"scores": self.head(nn.functional.gelu(self.norm(x)))}
+
+
+class Normed(nn.Module):
+    """A batch norm that cannot be folded, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(torch.relu(self.conv(torch.relu(self.norm(x)))))
+
+
+def images(count: int = 2, size: int = 32) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
+    "body": (Body, images),
+    "ffnet_nano": (ffnet_nano, lambda count: images(count, 64)),
+    "resnet18": (lambda: resnet18(num_classes=5), lambda count: images(count, 64)),
+    "attention": (Attention, lambda count: torch.randn(count, 5, 12, generator=torch.Generator().manual_seed(count))),
+    "normed": (Normed, images),
+}
+
+
+def made(name: str, precision: str = "w8a8") -> tuple[QuantizedNetwork, Callable[[int], Tensor]]:
+    torch.manual_seed(0)
+    make, batch = NETWORKS[name]
+    return calibrated(make().eval(), call(batch(2)), precision=precision), batch
+
+
+def result(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else next(iter(output.values()))
+
+
+def step(network: nn.Module, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients."""
+    network.zero_grad()
+    torch.manual_seed(1)
+    loss = result(network(batch)).float().square().mean()
+    loss.backward()
+    return loss.detach(), {key: p.grad.clone() for key, p in network.named_parameters() if p.grad is not None}
+
+
+def assert_alike(ours: Any, theirs: Any) -> None:
+    """The same loss and gradients; those of ranges are sums that are added up in another order."""
+    assert torch.equal(ours[0], theirs[0])
+    assert ours[1].keys() == theirs[1].keys()
+    for key, gradient in theirs[1].items():
+        near = 2e-2 if key.endswith((".min", ".max")) else 1e-5
+        assert (ours[1][key] - gradient).abs().max() <= near * gradient.abs().max() + 1e-5, key
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("learned", [True, False], ids=["learned", "frozen"])
+def test_a_step_is_the_same(name: str, learned: bool) -> None:
+    known, batch = made(name)
+    known.learn_ranges(learned)
+    network = known.network.train()
+    twin = copy.deepcopy(network)
+    compiled = Compiled(network, QUICK)
+    with compiled.in_place():
+        for count in (2, 3):  # the last batch of an epoch is smaller
+            assert_alike(step(network, batch(count)), step(twin, batch(count)))
+        network.eval(), twin.eval()
+        with torch.no_grad():
+            assert torch.equal(result(network(batch(2))), result(twin(batch(2))))
+        with torch.inference_mode():
+            assert torch.equal(result(network(batch(2))), result(twin(batch(2))))
+    assert compiled.why_not is None
+    for key, buffer in network.named_buffers():
+        assert torch.equal(buffer, twin.get_buffer(key)), key
+    assert network.state_dict().keys() == twin.state_dict().keys()
+
+
+@pytest.mark.parametrize("precision", ["w8a16", "w4a16"])
+def test_other_precisions(precision: str) -> None:
+    known, batch = made("resnet18", precision)
+    network = known.network.train()
+    twin = copy.deepcopy(network)
+    compiled = Compiled(network, QUICK)
+    with compiled.in_place():
+        assert_alike(step(network, batch(2)), step(twin, batch(2)))
+    assert compiled.why_not is None
+
+
+def test_autocast_is_the_users() -> None:
+    known, batch = made("body")
+    network = known.network.train()
+    compiled = Compiled(network, QUICK)
+    with compiled.in_place():
+        types = []
+        for enabled in (True, False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                types.append(network(batch(2)).dtype)
+    assert types == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert compiled.why_not is None
+
+
+def test_training_goes_on_from_step_to_step() -> None:
+    """Weights and ranges are inputs of the graph: what an optimizer changes, a state that is loaded, is seen."""
+    known, batch = made("body")
+    network = known.network.train()
+    twin = copy.deepcopy(network)
+    compiled = Compiled(network, QUICK)
+    optimizers = [torch.optim.SGD(one.parameters(), 0.05) for one in (network, twin)]
+    with compiled.in_place():
+        for _ in range(3):
+            losses = [step(one, batch(2))[0].item() for one in (network, twin)]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+            for optimizer in optimizers:
+                optimizer.step()
+        network.load_state_dict(twin.state_dict())
+        with torch.no_grad():
+            assert torch.equal(network(batch(2)), twin(batch(2)))
+    assert compiled.why_not is None
+
+
+def test_frozen_layers_and_ranges_stay_frozen() -> None:
+    known, batch = made("body")
+    network = known.network.train()
+    compiled = Compiled(network, QUICK)
+    with compiled.in_place():
+        step(network, batch(2))
+        network.conv.weight.requires_grad_(False)
+        known.learn_ranges(False)
+        _, gradients = step(network, batch(2))
+    assert "conv.weight" not in gradients
+    assert "head.weight" in gradients
+    assert not any(key.endswith(".min") for key in gradients)
+
+
+def test_hooks_on_the_network_itself_are_called() -> None:
+    known, batch = made("body")
+    seen: list[Tensor] = []
+    known.network.register_forward_hook(lambda _, __, output: seen.append(output))
+    compiled = Compiled(known.network, QUICK)
+    with compiled.in_place():
+        output = known.network(batch(2))
+    assert compiled.why_not is None
+    assert seen[0] is output
+
+
+def test_a_copy_runs_its_own_weights() -> None:
+    known, batch = made("body")
+    with Compiled(known.network, QUICK).in_place():
+        before = known.network(batch(2))
+        twin = copy.deepcopy(known.network)
+        with torch.no_grad():
+            twin.head.bias -= 1
+        assert not torch.equal(twin(batch(2)), before)
+        assert torch.equal(known.network(batch(2)), before)
+
+
+class Sets(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        self.middle = self.scores(x)
+        return self.middle * 2
+
+
+class Counts(Body):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.scores(x)
+
+
+class Collects(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.losses.append(x.mean())
+        return self.scores(x)
+
+
+class Draws(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x) * (2 if random.random() < 0.5 else 1)
+
+
+class Depends(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.scores(x)
+        return x * 2 if x.mean() > 0 else x
+
+
+class Holds(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.tensor(2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x) * self.factor
+
+
+@pytest.mark.parametrize(
+    ("network", "why", "named"),
+    [
+        (Sets, Why.ATTRIBUTE, "middle"),
+        (Counts, Why.ATTRIBUTE, "calls"),
+        (Collects, Why.ATTRIBUTE, "losses"),
+        (Draws, Why.RANDOM, "Python"),
+        (Depends, Why.COMPILER, ""),
+        (Holds, Why.TENSOR, "factor"),
+    ],
+)
+def test_what_a_graph_would_lose_is_not_compiled(
+    network: type[Body], why: Why, named: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It goes on as it is, once warned of, and what it leaves behind is what it leaves behind otherwise."""
+    torch.manual_seed(0)
+    known = calibrated(network().eval(), call(images(size=8)))
+    twin = copy.deepcopy(known.network)
+    compiled = Compiled(known.network, QUICK)
+    with compiled.in_place():
+        for _ in range(2):
+            random.seed(0)
+            ours = step(known.network, images(size=8))
+            random.seed(0)
+            assert_alike(ours, step(twin, images(size=8)))
+    assert compiled.why_not is not None
+    assert compiled.why_not.why is why
+    assert named in str(compiled.why_not)
+    assert [record for record in caplog.records if "is not compiled" in record.message][1:] == []
+    if network is Counts:
+        assert known.network.calls == twin.calls
+    if network is Collects:
+        assert len(known.network.losses) == len(twin.losses)
+        assert type(known.network.losses[-1]) is Tensor
+
+
+def test_hooks_inside_are_called() -> None:
+    known, batch = made("body")
+    compiled = Compiled(known.network, QUICK)
+    seen: list[Tensor] = []
+    with compiled.in_place():
+        known.network(batch(2))
+        known.network.branch.register_forward_hook(lambda _, __, output: seen.append(output))
+        known.network(batch(2))
+    assert compiled.why_not is not None
+    assert compiled.why_not.why is Why.HOOK
+    assert len(seen) == 1
+
+
+class Scheduled(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.strength = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x) * self.strength
+
+
+def test_numbers_that_others_set_are_read() -> None:
+    """A schedule in an attribute, as a callback sets it."""
+    torch.manual_seed(0)
+    known = calibrated(Scheduled().eval(), call(images(size=8)))
+    compiled = Compiled(known.network, QUICK)
+    with compiled.in_place(), torch.no_grad():
+        once = known.network(images(size=8))
+        known.network.strength = 0.0
+        assert known.network(images(size=8)).abs().max() < once.abs().max() / 10
+    assert compiled.why_not is None
+
+
+def test_graphs_without_end_are_not_made() -> None:
+    torch.manual_seed(0)
+    known = calibrated(Scheduled().eval(), call(images(size=8)))
+    compiled = Compiled(known.network, {"backend": "eager"})
+    with compiled.in_place(), torch.no_grad():
+        for strength in range(20):
+            known.network.strength = float(strength)
+            known.network(images(size=8))
+    assert compiled.why_not is not None
+    assert compiled.why_not.why is Why.GRAPHS
