@@ -43,8 +43,11 @@ bench: install  ## speed and memory beside float and stock AIMET, in one run on 
 	for question in callback qat_step growth calibration; do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$question --camvid $(CAMVID) || exit 1; done
 
-bench-gpu: install  ## the same steps on a CUDA GPU, where AIMET has a kernel of its own
-	$(BIN)/python -m benchmarks.qat_step --device cuda --camvid $(CAMVID)
+# Options of the benchmark on a GPU, e.g. GPU='--networks resnet50 --seconds 900'. See python -m benchmarks.gpu --help.
+GPU ?=
+
+bench-gpu: install  ## steps, validation, calibration and memory on a CUDA GPU, beside three float networks (6 minutes)
+	$(BIN)/python -m benchmarks.gpu $(GPU)
 
 bench-peers: install  ## the same steps with ModelOpt and NNCF, in environments of their own (5 minutes each to install)
 	for library in 'modelopt nvidia-modelopt requests huggingface_hub safetensors' 'nncf nncf torchao'; do \

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from torch import Tensor, nn
 
-from benchmarks.networks import NETWORKS, RESNET18
+from benchmarks.networks import NETWORKS, SPEED_ONLY
 from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.segmentation.datamodule import CityscapesDataModule
@@ -51,10 +51,16 @@ def publish(name: str, markdown: str, values: Any) -> None:
     """Print a table and keep it with its numbers."""
     Console(width=160).print(Markdown(markdown))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    facts = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
-    facts |= {"processor": _processor(), "commit": _commit(), "capability": torch.backends.cpu.get_cpu_capability()}
-    (RESULTS / f"{name}.json").write_text(json.dumps({**facts, "results": values}, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps({**facts(), "results": values}, indent=1) + "\n")
     (RESULTS / f"{name}.md").write_text(markdown + "\n")
+
+
+def facts() -> dict[str, Any]:
+    """What was measured on."""
+    return {
+        "torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(),
+        "processor": _processor(), "commit": _commit(), "capability": torch.backends.cpu.get_cpu_capability(),
+    }  # fmt: skip
 
 
 def _processor() -> str:
@@ -65,7 +71,10 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # a copy of the files on a machine without git
+        return ""
     return done.stdout.strip()
 
 
@@ -85,13 +94,18 @@ def photographs(camvid: str, count: int, size: tuple[int, int] = (192, 256)) -> 
     return images.contiguous()
 
 
+def built(name: str) -> nn.Module:
+    """A float network as its users have it, with the same weights each time."""
+    torch.manual_seed(0)
+    return SPEED_ONLY[name]() if name in SPEED_ONLY else NETWORKS[name].build()
+
+
 def float_and_simulated(name: str, precision: str, images: Tensor, **recipe: Any) -> tuple[nn.Module, QuantizedNetwork]:
     """A network with its batch norms folded and nothing else changed, and its simulation, not calibrated."""
     aimet.load()
     from aimet_torch.batch_norm_fold import fold_all_batch_norms
 
-    torch.manual_seed(0)
-    network = (RESNET18() if name == "resnet18" else NETWORKS[name].build()).eval()
+    network = built(name).eval()
     folded = copy.deepcopy(network)
     call = NetworkInputs((images[:1],))
     with torch.no_grad(), aimet.quiet():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
-from torchvision.models import resnet18
+from torchvision.models import resnet18, resnet50
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from lightning_quant.segmentation.cityscapes import NUM_CLASSES
@@ -69,5 +69,8 @@ NETWORKS = {
     "ffnet_40s": Network(ffnet_40s, epochs=30, learning_rate=2e-3),
     "ffnet_nano": Network(ffnet_nano, epochs=40, learning_rate=3e-3),
 }
-# Measured for speed only: it classifies.
-RESNET18 = partial(resnet18, weights=None, num_classes=NUM_CLASSES)
+# Measured for speed only: they classify.
+SPEED_ONLY: dict[str, Callable[[], nn.Module]] = {
+    "resnet18": partial(resnet18, weights=None, num_classes=NUM_CLASSES),
+    "resnet50": partial(resnet50, weights=None),
+}

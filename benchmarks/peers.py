@@ -64,9 +64,27 @@ def by_nncf(network: nn.Module, images: Tensor) -> tuple[nn.Module, str]:
     return nncf.quantize(Scores(network), data, subset_size=1), "inputs of all layers and the weights, learned ranges"
 
 
+def by_torchao(network: nn.Module, images: Tensor) -> tuple[nn.Module, str]:
+    """torchao: INT8 through an exported graph, ranges that follow a moving average."""
+    from torchao.quantization.pt2e import FakeQuantizeBase
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        X86InductorQuantizer,
+        get_default_x86_inductor_quantization_config,
+    )
+
+    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config(is_qat=True))
+    made = prepare_qat_pt2e(torch.export.export(network, (images,), strict=True).module(), quantizer).to(images.device)
+    if not any(isinstance(module, FakeQuantizeBase) for module in made.modules()):
+        raise RuntimeError("torchao found nothing to quantize in the exported graph")
+    made(images)
+    return made, "inputs of layers with weights and the weights, ranges that follow a moving average"
+
+
 LIBRARIES: dict[str, tuple[str, Callable[[nn.Module, Tensor], tuple[nn.Module, str]]]] = {
     "modelopt": ("nvidia-modelopt", by_modelopt),
     "nncf": ("nncf", by_nncf),
+    "torchao": ("torchao", by_torchao),
 }
 
 

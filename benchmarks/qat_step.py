@@ -33,15 +33,8 @@ def trainer(network: nn.Module, images: Tensor, targets: Tensor) -> Callable[[],
         optimizer.zero_grad()
         loss(network, images, targets).backward()
         optimizer.step()
-        wait(images)
 
     return step
-
-
-def wait(tensor: Tensor) -> None:
-    """For the work that a GPU was given."""
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
 
 
 def loss(network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
@@ -58,7 +51,6 @@ def validator(network: nn.Module, images: Tensor) -> Callable[[], None]:
     def step() -> None:
         with torch.no_grad():
             network(images)
-        wait(images)
 
     return step
 
@@ -92,14 +84,12 @@ def measure(name: str, precision: str, learned: bool, images: Tensor, rounds: in
     """Float, stock and ours in turns."""
     from lightning_quant.simulation.fast.layers import slow_down
 
-    float_network, ours = float_and_simulated(name, precision, images.cpu())
-    float_network, ours = float_network.to(images.device), ours.to(images.device)
+    float_network, ours = float_and_simulated(name, precision, images)
     calibrate(ours, [NetworkInputs((images,))])
     ours.learn_ranges(learned)
     stock: QuantizedNetwork = copy.deepcopy(ours)
     slow_down(stock)
     targets = torch.randint(0, 5, (len(images), *images.shape[-2:]), generator=torch.Generator().manual_seed(0))
-    targets = targets.to(images.device)
     variants = {"float": float_network, "stock": stock, "ours": ours}
     steps = {key: trainer(network, images, targets) for key, network in variants.items()}
     training = interleaved(steps, rounds)
@@ -141,21 +131,15 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cpu", help="cuda: AIMET's kernel there on both sides, ours is for the CPU")
     arguments = parser.parse_args()
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        print("Skipped: this machine has no CUDA GPU.")
-        return
-    if arguments.device == "cpu":
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     results = []
     for name in arguments.networks:
         # the deep one by fours: the ratio is what counts, and all of it should take minutes
         images = photographs(arguments.camvid, arguments.batch // 4 if name == "ffnet_40s" else arguments.batch)
-        images = images.to(arguments.device)
         for precision, learned in CASES:
             results.append(measure(name, precision, learned, images, arguments.rounds))
-    publish("qat_step" if arguments.device == "cpu" else "qat_step_gpu", table(HEADS, rows(results)), results)
+    publish("qat_step", table(HEADS, rows(results)), results)
 
 
 if __name__ == "__main__":
