@@ -105,12 +105,12 @@ def cases(networks: list[str], tiny: bool) -> list[Case]:
             (small, "16-mixed", False),
         )
     ]  # fmt: skip
-    peers = [replace(case, kind="peers") for case in steps[0]]
+    peers = [[replace(case, kind="peers") for case in group] for group in steps[:2]]  # torchao knows float32 alone
     calibrations = [
         [replace(case, kind="calibration", estimator=estimator) for case in full]
         for estimator in ("min_max", "tf_enhanced")
     ]
-    order = [*steps[:2], calibrations[0], peers, *steps[2:5], calibrations[1], *steps[5:]]
+    order = [*steps[:2], calibrations[0], peers[0], *steps[2:4], peers[1], steps[4], calibrations[1], *steps[5:]]
     return [case for group in order for case in group]
 
 
