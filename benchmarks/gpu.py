@@ -43,6 +43,7 @@ from benchmarks.measure import RESULTS, built, facts, float_and_simulated, table
 from benchmarks.peers import LIBRARIES
 from benchmarks.qat_step import loss, peak_bytes, saved_bytes
 from lightning_quant.simulation.calibrate import calibrate
+from lightning_quant.simulation.compiled import Compiled
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 
@@ -53,7 +54,8 @@ SMALL_BATCH = {False: 8, True: 2}
 CALIBRATION_BATCHES = 4
 
 FLOAT, FOLDED, COMPILED = "float", "float folded", "float folded compiled"
-LEARNED, FROZEN, OURS_COMPILED, STOCK = "ours learned", "ours frozen", "ours compiled", "stock"
+LEARNED, FROZEN, STOCK = "ours learned", "ours frozen", "stock"
+LEARNED_COMPILED, FROZEN_COMPILED = "ours learned compiled", "ours frozen compiled"
 DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 PEERS = ("modelopt", "torchao")
 
@@ -141,6 +143,21 @@ class Variant:
     what: str = ""
 
 
+class InPlace(nn.Module):
+    """A compiled simulation, which the callback puts in the network's place for the whole fit."""
+
+    def __init__(self, compiled: Compiled) -> None:
+        super().__init__()
+        self.compiled = compiled
+
+    def forward(self, images: Tensor) -> Any:
+        with self.compiled.in_place():
+            output = self.compiled.network(images)
+        if self.compiled.why_not is not None:
+            raise self.compiled.why_not
+        return output
+
+
 def variants(case: Case, images: Tensor, compiled: bool) -> dict[str, Callable[[], Variant]]:
     """How each network of a row is made; one that cannot be does not stop the others."""
     folded, quantized = simulated(case.network, case.size, case.estimator)
@@ -159,9 +176,11 @@ def variants(case: Case, images: Tensor, compiled: bool) -> dict[str, Callable[[
         calibrate(made, [NetworkInputs((images,))])
         return made
 
-    def ours(learned: bool) -> Variant:
+    def ours(learned: bool, compiled: bool = False) -> Variant:
         made = copy.deepcopy(calibrated())
         made.learn_ranges(learned)
+        if compiled:
+            return Variant(InPlace(Compiled(made.network)), made.network)
         return Variant(made.network, made.network, made.weights_held)
 
     def stock() -> Variant:
@@ -192,14 +211,9 @@ def variants(case: Case, images: Tensor, compiled: bool) -> dict[str, Callable[[
     made[STOCK] = stock
     if compiled:
         made[COMPILED] = with_torch_compile
-        if (function := ours_compiled(calibrated)) is not None:
-            made[OURS_COMPILED] = function
+        made[LEARNED_COMPILED] = lambda: ours(True, compiled=True)
+        made[FROZEN_COMPILED] = lambda: ours(False, compiled=True)
     return made
-
-
-def ours_compiled(calibrated: Callable[[], QuantizedNetwork]) -> Callable[[], Variant] | None:
-    """The simulation compiled by ``torch.compile``, ``None`` as long as this package does not offer it."""
-    return None
 
 
 @dataclass
@@ -366,7 +380,9 @@ def _tidy() -> None:
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
-def measure_steps(case: Case, row: dict[str, Any], turns: Turns, compiled: bool, save: Callable[[], None]) -> None:
+def measure_steps(
+    case: Case, row: dict[str, Any], turns: Turns, compiled: bool, wanted: list[str] | None, save: Callable[[], None]
+) -> None:
     """Fill a row with what steps of training and validation cost; what is known so far is saved."""
     images = case.images(turns.device)
     targets = torch.randint(0, 5, (case.batch, *case.size), generator=torch.Generator().manual_seed(0))
@@ -374,6 +390,8 @@ def measure_steps(case: Case, row: dict[str, Any], turns: Turns, compiled: bool,
     row["errors"] = turns.errors
     loops: dict[str, Loop] = {}
     for name, make in variants(case, images, compiled).items():
+        if wanted is not None and name not in wanted:
+            continue
         loop = turns.attempt(name, lambda make=make: Loop(make(), images, targets, case.precision))
         if loop is not None:
             loops[name] = loop
@@ -430,7 +448,7 @@ def measured(case: Case, arguments: argparse.Namespace, compiled: bool, save: Ca
         if case.kind == "calibration":
             measure_calibration(case, row, turns)
         else:
-            measure_steps(case, row, turns, compiled, save)
+            measure_steps(case, row, turns, compiled, arguments.variants, save)
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
         print(f"    {row['error']}", flush=True)
@@ -535,6 +553,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=None, help="only the first so many")
     parser.add_argument("--kinds", nargs="+", default=["step", "peers", "calibration"])
     parser.add_argument("--compiled", type=int, default=3, help="rows of steps, from the first, with torch.compile")
+    parser.add_argument("--variants", nargs="+", default=None, metavar="NAME", help="only these, by their full names")
     parser.add_argument("--seconds", type=float, default=330, help="no row is begun after these")
     parser.add_argument("--turns-seconds", type=float, default=12, help="of a row, after which turns are left out")
     parser.add_argument("--turn", type=float, default=None, help="seconds that a variant has at a time")
@@ -566,7 +585,7 @@ def main() -> None:
 
     compiled = 0
     wanted = [case for case in cases(arguments.networks, arguments.tiny) if case.kind in arguments.kinds]
-    with building_for_peers(device):
+    with building_for_peers(device) if "peers" in arguments.kinds else nullcontext():
         for case in wanted[: arguments.rows]:
             if time.monotonic() > until:
                 print("The time is up.", flush=True)

@@ -32,7 +32,7 @@ def test_a_variant_that_fails_leaves_the_others_their_turns() -> None:
 
 def test_a_row_that_fails_is_written_with_its_reason(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = []
-    arguments = argparse.Namespace(device="cpu", turn=1e-3, rounds=2, turns_seconds=1)
+    arguments = argparse.Namespace(device="cpu", turn=1e-3, rounds=2, turns_seconds=1, variants=None)
 
     def save(row: dict[str, Any] | None = None) -> None:
         rows.extend([] if row is None else [row])
