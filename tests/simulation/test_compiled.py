@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import random
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from torchvision.models import resnet18
 
 from lightning_quant.segmentation.ffnet import ffnet_nano
 from lightning_quant.simulation.compiled import Compiled, Why
+from lightning_quant.simulation.fast import in_graphs
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.simulation.networks import Body, calibrated, call
 
@@ -108,6 +110,20 @@ def test_a_step_is_the_same(name: str, learned: bool) -> None:
     for key, buffer in network.named_buffers():
         assert torch.equal(buffer, twin.get_buffer(key)), key
     assert network.state_dict().keys() == twin.state_dict().keys()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with PyTorch for CUDA only")
+@pytest.mark.parametrize("name", ["body", "normed"])
+def test_a_step_with_the_kernel_for_gpus_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter."""
+    monkeypatch.setattr(in_graphs, "_has_kernel", lambda x: True)
+    known, _ = made(name)
+    network = known.network.train()
+    twin = copy.deepcopy(network)
+    compiled = Compiled(network, QUICK)
+    with compiled.in_place():
+        assert_alike(step(network, images(2, 12)), step(twin, images(2, 12)))
+    assert compiled.why_not is None
 
 
 @pytest.mark.parametrize("precision", ["w8a16", "w4a16"])

@@ -83,16 +83,23 @@ IN_TRACES: dict[Any, Callable[..., Any]] = {}
 class Pass:
     """What is known of the pass that runs: one per thread, begun by the outermost module."""
 
-    __slots__ = ("changes", "counts", "mode", "paused", "recorder", "stack", "within")
+    __slots__ = ("changes", "counts", "entered", "is_traced", "mode", "paused", "recorder", "stack", "within")
 
     def __init__(self, recorder: Recorder | None = None) -> None:
         self.stack: list[nn.Module] = []
+        self.entered: list[nn.Module] = []  # all whose forward ran
         self.counts: dict[Any, int] = {}
         self.recorder = recorder
+        self.is_traced = traced()  # no trace or export begins in the midst of a pass
         self.paused = False  # inside a quantized layer, where there is nothing to see
         self.changes = False  # whether a tensor was changed in place
         self.within: tuple[Any, ...] = ()  # the place of the operation that is being taken apart
         self.mode = Interception(self)
+
+
+def traced() -> bool:
+    """Whether PyTorch is writing down what runs now."""
+    return torch._C._get_tracing_state() is not None or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
 
 
 class _Local(threading.local):
@@ -309,6 +316,7 @@ def watched_class(cls: Any, *more: Any) -> Any:
         if running.paused:
             return plain_call(self, *args, **kwargs)
         running.stack.append(self)
+        running.entered.append(self)
         try:
             with _flat(self), _sites_set_aside(self):
                 return plain_call(self, *args, **kwargs)
@@ -403,6 +411,7 @@ def begin(module: nn.Module, plain_call: Callable[..., Any], args: Any, kwargs: 
     """Call the outermost module, or its ``forward`` alone, within a new pass."""
     running = _local.running = Pass(_local.recorder)
     running.stack.append(module)
+    running.entered.append(module)
     try:
         usual = nullcontext() if torch._C._get_tracing_state() is None else _going_the_usual_way()
         with usual, running.mode, _flat(module), _sites_set_aside(module):
@@ -410,7 +419,7 @@ def begin(module: nn.Module, plain_call: Callable[..., Any], args: Any, kwargs: 
         if running.recorder is not None:
             running.recorder.end(output)
         if running.changes:
-            _keep_current(module)
+            _keep_current(running.entered)
         return apply_to_collection(output, Tensor, _plain) if _is_marked(running, output) else output
     finally:
         _local.running = None
@@ -445,15 +454,22 @@ def _answered(told: Callable[[], bool]) -> bool:
     return asking.partition(".")[0] in _TOLD and told()
 
 
-def _keep_current(root: nn.Module) -> None:
+# What every module has, and holds no tensors that a forward pass has computed.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _keep_current(modules: Iterable[nn.Module]) -> None:
     """Give attributes what tensors changed in place have become: after the pass they are read as they lie."""
-    for module in root.modules():
+    for module in dict.fromkeys(modules):
         values = vars(module)
-        for name, value in list(values.items()):
-            if name in ("_parameters", "_buffers", "_modules") or not isinstance(value, (Tensor, list, tuple, dict)):
-                continue
-            if any(current(tensor) is not tensor for tensor in tensors_among(value)):
-                values[name] = current(value)
+        held = [
+            name
+            for name, value in values.items()
+            if name not in _OF_EVERY_MODULE and isinstance(value, (Tensor, list, tuple, dict))
+        ]
+        for name in held:
+            if any(current(tensor) is not tensor for tensor in tensors_among(values[name])):
+                values[name] = current(values[name])
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -511,10 +527,7 @@ class paused:
 
 def _is_looked_at() -> bool:
     """Whether somebody wants to see the operations of the next pass."""
-    return (
-        _local.recorder is not None or _local.noted is not None or torch._C._get_tracing_state() is not None
-        or torch.onnx.is_in_onnx_export()
-    )  # fmt: skip
+    return _local.recorder is not None or _local.noted is not None or traced()
 
 
 def running_pass() -> Pass | None:

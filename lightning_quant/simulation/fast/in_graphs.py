@@ -9,13 +9,14 @@ The arithmetic is that of ``kernels.cpp``, in float32 whatever comes in.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_quant.simulation.fast import gpu
 from lightning_quant.simulation.fast.kernels import Activation
 
 
@@ -59,9 +60,16 @@ def fake_quantize(
 ) -> Tensor:
     """Fake-quantize ``activation(x)``: as :func:`lightning_quant.simulation.fast.gpu.fake_quantize`."""
     learned = torch.is_grad_enabled() and (low.requires_grad or high.requires_grad)
+    grid = (float(qmin), float(qmax), symmetric, smallest)
+    if learned and low.numel() == 1 and activation in _CUTS and _has_kernel(x):
+        return _Coded.apply(x, low, high, grid, activation)
     if activation is not Activation.NONE:
         x = _ACTIVATIONS[activation](x)
-    return _FakeQuantize.apply(x, low, high, (float(qmin), float(qmax), symmetric, smallest), learned)
+    return _FakeQuantize.apply(x, low, high, grid, learned)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return x.is_cuda and gpu.unavailable() is None
 
 
 def _grid_of(low: Tensor, high: Tensor, grid: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -83,6 +91,46 @@ def _rounded(
     exact = rounded - offset
     q = exact.clamp(grid[0], grid[1])
     return q + offset, rounded - scaled, q == exact
+
+
+# Activations that hand a gradient on as it is or not at all, and where they do.
+_CUTS: dict[Activation, Callable[[Tensor], Tensor] | None] = {
+    Activation.NONE: None,
+    Activation.RELU: lambda x: x > 0,
+    Activation.RELU6: lambda x: (x > 0) & (x < 6),
+}
+# As in `triton_kernels.py`.
+_ABOVE, _BELOW, _CUT_OFF, _CODE_SCALE = 127, -128, 126, 240.0
+
+
+class _Coded(torch.autograd.Function):
+    """On a GPU: a byte a number is kept, and a kernel of ours goes back over it once, for all three gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, low: Tensor, high: Tensor, grid: tuple[Any, ...], activation: Activation
+    ) -> Tensor:
+        qmin, qmax, _, _ = grid
+        scale, offset, _, _ = _grid_of(low, high, grid)
+        passes = _CUTS[activation]
+        value = x.float() if passes is None else _ACTIVATIONS[activation](x.float())
+        scaled = value / scale
+        rounded = torch.round(scaled)
+        exact = rounded - offset
+        q = exact.clamp(qmin, qmax)
+        code = torch.round((rounded - scaled) * _CODE_SCALE)
+        if passes is not None:
+            code = torch.where(passes(x), code, _CUT_OFF)
+        code = torch.where(q == exact, code, torch.where(exact > qmax, _ABOVE, _BELOW)).to(torch.int8)
+        ctx.save_for_backward(code, low, high)
+        ctx.how = grid, x.dtype
+        return ((q + offset) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        code, low, high = ctx.saved_tensors
+        (qmin, qmax, symmetric, smallest), dtype = ctx.how
+        return (*gpu.backward_of_codes(grad, code, low, high, qmin, qmax, smallest, symmetric, dtype), None, None)
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -29,7 +29,7 @@ from aimet_torch.quantization.tensor import QuantizedTensorBase
 from aimet_torch.utils import StatisticsNotFoundError
 from torch import Tensor, nn
 
-from lightning_quant.simulation.callsites.running import current, paused, running_pass
+from lightning_quant.simulation.callsites.running import current, paused, running_pass, traced
 from lightning_quant.simulation.fast import gpu, in_graphs, kernels
 from lightning_quant.simulation.fast.kernels import Activation
 from lightning_quant.simulation.fast.observers import accelerate_analyzer, slow_down_analyzer
@@ -192,12 +192,14 @@ class _FastLayer(_Layer):
     def _called(self: Any, args: Any, kwargs: Any) -> Any:
         # AIMET's looks for weights without a range first; such layers are not on the short path
         if not _ready(self):
+            self.__dict__.pop("_is_ready", None)
             return _Layer._called(self, args, kwargs)
+        self.__dict__["_is_ready"] = True
         with torch._C.DisableTorchFunction():
             return nn.Module.__call__(self, *args, **kwargs)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _ready(self):
+        if not (self.__dict__.pop("_is_ready", False) or _ready(self)):
             return self.aimet_class.forward(self, *args, **kwargs)
         modules = self._modules
         quantizers = modules["input_quantizers"]._modules.values()
@@ -309,7 +311,8 @@ def _has_kernel(input: Tensor, activation: Activation) -> bool:
 def _is_traced() -> bool:
     if in_graphs.is_made():
         return False
-    return torch._C._get_tracing_state() is not None or torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+    running = running_pass()
+    return traced() if running is None else running.is_traced
 
 
 def _is_plain(module: nn.Module) -> bool:
