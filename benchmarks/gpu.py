@@ -479,6 +479,7 @@ def rendered(results: dict[str, Any]) -> str:
             ])  # fmt: skip
             continue
         head = f"{size} {row['precision']} {'channels_last' if row['channels_last'] else 'NCHW'}"
+        head += f", a run of commit {row['commit']}" if "commit" in row else ""
         train, validation = row.get("train_s", {}), row.get("eval_s", {})
         saved, errors = row.get("saved", {}), row.get("errors", {})
         for name in dict.fromkeys((*train, *errors)):

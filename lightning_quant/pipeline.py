@@ -355,14 +355,15 @@ class _Run:
 
     def quantization(self) -> QuantizationAwareTraining:
         values = OmegaConf.to_container(self.config.ladder, resolve=True)
+        qat = OmegaConf.to_container(self.config.qat, resolve=True)
         assert isinstance(values, dict)
+        assert isinstance(qat, dict)
         return QuantizationAwareTraining(
             **self.quantizer(),
             **{str(key): value for key, value in values.items()},
             monitor=self.config.monitor,
             mode=self.config.mode,
-            train_ranges=self.config.qat.train_ranges,
-            distillation=self.config.qat.distillation,
+            **{key: qat[key] for key in ("train_ranges", "distillation", "compile")},
         )
 
     def climb(self, float_task: pl.LightningModule, callback: QuantizationAwareTraining) -> pl.LightningModule:

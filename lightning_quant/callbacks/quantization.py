@@ -406,9 +406,18 @@ class QuantizationCallback(Callback):
             )
         if pl_module._compiler_ctx is not None:
             raise ConfigurationError(
-                f"torch.compile() of {type(pl_module).__name__} with {mine}: expected it uncompiled, since AIMET's "
-                "simulation cannot be compiled. Pass the module itself to the Trainer."
+                f"torch.compile() of {type(pl_module).__name__} with {mine}: expected it uncompiled, since "
+                "quantization changes the network. Pass the module itself to the Trainer; "
+                "QuantizationAwareTraining(compile=True) compiles the quantized network."
             )
+        network = find_network(pl_module, self.network_name)
+        for name, module in network.named_modules():
+            if module._compiled_call_impl is not None:
+                raise ConfigurationError(
+                    f"{f'{self.network_name}.{name}'.rstrip('.')}.compile() with {mine}: expected it uncompiled, since "
+                    "quantization changes the network. Leave the call away; "
+                    "QuantizationAwareTraining(compile=True) compiles the quantized network."
+                )
 
 
 def quantization_callbacks(trainer: pl.Trainer) -> list[QuantizationCallback]:
@@ -453,8 +462,8 @@ def find_network(pl_module: pl.LightningModule, name: str) -> nn.Module:
         )
     if hasattr(owner, "_orig_mod"):
         raise ConfigurationError(
-            f"network={name!r} was compiled: expected the plain nn.Module, since AIMET's simulation cannot be "
-            "compiled. Leave torch.compile() away."
+            f"network={name!r} was compiled: expected the plain nn.Module, since quantization changes it. Leave "
+            "torch.compile() away; QuantizationAwareTraining(compile=True) compiles the quantized network."
         )
     if isinstance(owner, pl.LightningModule):
         raise ConfigurationError(

@@ -42,6 +42,7 @@ from lightning_quant.files import alone
 from lightning_quant.ladder import Ladder, RungResult
 from lightning_quant.memory import PeakMemory
 from lightning_quant.precision import Precision
+from lightning_quant.simulation.compiled import Compiled
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.techniques.ptq import CalibratedRanges
 from lightning_quant.simulation.techniques.registry import Rung, techniques
@@ -124,6 +125,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         train_ranges: bool = True,
         distillation: float = 0.0,
         statistics_cache: str | None = None,
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:
         super().__init__(
             precision=precision,
@@ -140,6 +142,10 @@ class QuantizationAwareTraining(QuantizationCallback):
             raise ConfigurationError(f"max_drop={max_drop!r}: expected a number in units of the metric, or None.")
         if mode not in ("max", "min"):
             raise ConfigurationError(f"mode={mode!r}: expected 'max' or 'min'.")
+        if not isinstance(compile, bool | Mapping):
+            raise ConfigurationError(
+                f"compile={compile!r}: expected True, False or a mapping of torch.compile's options."
+            )
         if not isinstance(distillation, int | float) or not 0 <= distillation < math.inf:
             raise ConfigurationError(f"distillation={distillation!r}: expected a weight of at least 0.")
         self.techniques = techniques(list(rungs) if isinstance(rungs, tuple) else rungs)
@@ -157,6 +163,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.refines = self.climbs and any(technique.refines for technique in self.techniques)
         self.train_ranges = train_ranges
         self.distillation = distillation
+        self.compile = compile
+        self._compiled = ExitStack()
         self._only_rungs = False
         self._teaching: tuple[Distillation, RemovableHandle] | None = None
         self._memory = PeakMemory()
@@ -249,6 +257,11 @@ class QuantizationAwareTraining(QuantizationCallback):
             assert self._float is not None
             teacher = Distillation(self._float.to(pl_module.device), self.distillation, partial(loss_scale, trainer))
             self._teaching = teacher, self.quantized_network(pl_module).register_forward_hook(teacher, with_kwargs=True)
+        if self.compile is not False:
+            options = {} if self.compile is True else self.compile
+            compiled = Compiled(self.quantized_network(pl_module).network, options)
+            self._compiled.enter_context(compiled.in_place())
+            say(f"{self.network_name} is compiled in the first step, which takes a while.")
 
     @override
     def on_train_batch_start(
@@ -319,6 +332,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         self._stop_teaching()
+        self._compiled.close()
         self._look_back(trainer)
         if self.climbs and self._started and self._validated_at != trainer.global_step and not trainer.interrupted:
             network = self.quantized_network(pl_module).network
@@ -355,6 +369,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
         self._locked.close()
+        self._compiled.close()
         if self._only_rungs:
             trainer.fit_loop.max_epochs = 0
             self._only_rungs = False

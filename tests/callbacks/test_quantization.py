@@ -388,6 +388,10 @@ def test_compiled_modules_are_refused(trainer: MakeTrainer) -> None:
         trainer(QuantizationAwareTraining(), max_epochs=1).fit(torch.compile(module), small_loader())
     with pytest.raises(ConfigurationError, match="network='model' was compiled"):
         trainer(PostTrainingQuantization()).fit(SmallModule(torch.compile(small_net())), small_loader())
+    in_place = SmallModule()
+    in_place.model.branch.compile()
+    with pytest.raises(ConfigurationError, match=r"model\.branch\.compile\(\) with PostTrainingQuantization"):
+        trainer(PostTrainingQuantization()).fit(in_place, small_loader())
     assert type(module.model) is SmallNet
 
 
