@@ -1,0 +1,58 @@
+"""Every pattern of `callsites/patterns.py`, compiled: it computes and learns what it does otherwise, compiled or not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.simulation.callsites.running import is_range
+from lightning_quant.simulation.compiled import Compiled, Why
+from tests.simulation.callsites.patterns import PATTERNS
+from tests.simulation.callsites.test_patterns import made, quantized, run
+
+# What a graph would lose, and why.
+NOT_COMPILED: dict[str, Why] = {}
+
+
+def near(actual: Tensor, expected: Tensor, what: str, share: float = 1e-4) -> None:
+    assert actual.shape == expected.shape, what
+    assert (actual - expected).abs().max() <= share * expected.abs().max().clamp_min(1), what
+
+
+def attributes(network: nn.Module) -> dict[str, object]:
+    """Flags and numbers that modules keep."""
+    return {
+        f"{name}.{key}": value
+        for name, module in network.named_modules()
+        for key, value in vars(module).items()
+        if type(value) in (bool, int, float, str) and not key.startswith("_")
+    }
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_compiled(name: str, training: bool) -> None:
+    network, calls = made(PATTERNS[name])
+    quantized(network, calls)
+    twin = copy.deepcopy(network)
+    for one in (network, twin):
+        one.train(training)
+    compiled = Compiled(network, {"backend": "aot_eager"})
+    with compiled.in_place():
+        for turn in range(2):
+            for call in calls:
+                actual, gradients, state = run(network, call)
+                expected, expected_gradients, expected_state = run(twin, call)
+                for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
+                    near(a, b, f"output {index} of turn {turn}")
+                assert gradients.keys() == expected_gradients.keys()
+                for key, gradient in expected_gradients.items():
+                    near(gradients[key], gradient, key, 2e-2 if is_range(key) else 1e-4)
+                assert torch.equal(state, expected_state)
+    for key, buffer in twin.named_buffers():
+        near(network.get_buffer(key).float(), buffer.float(), key)
+    assert attributes(network) == attributes(twin)
+    print("WHYNOT", name, training, compiled.why_not)
