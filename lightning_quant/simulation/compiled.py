@@ -47,6 +47,7 @@ class Why(Enum):
 
     ATTRIBUTE = "its forward sets the attribute {}, which a graph would not"
     TENSOR = "the attribute {} is a tensor that is neither a parameter nor a buffer: a graph would keep today's numbers"
+    BUFFER = "its forward writes into the buffer {}"
     RANDOM = "its forward draws random numbers of {}, which a graph would keep"
     HOOK = "{} has a hook, which a graph would not call"
     GRAPHS = "it was given calls of more than {} kinds (shapes, structures, modes, numbers in attributes)"
@@ -183,13 +184,17 @@ def _exchanged(network: nn.Module, own: list[Tensor], given: list[Tensor]) -> It
         for name, value in holder.items()
         if value is not None
     ]
+    versions = [tensor._version for tensor in given]
     try:
         for _, holder, name, value in places:
             holder[name] = of[id(value)]
         yield
+        changed = {id(tensor) for tensor, before in zip(given, versions, strict=True) if tensor._version != before}
         for module, holder, name, value in places:
-            if holder.get(name) is not of[id(value)]:
-                raise CannotCompileError(Why.ATTRIBUTE, f"{name} of a {type(module).__name__}")
+            # what is written may depend on ranges that learn, and the compiler would let the next step go back to it
+            is_norm = isinstance(module, nn.modules.batchnorm._NormBase)
+            if holder.get(name) is not of[id(value)] or (id(of[id(value)]) in changed and not is_norm):
+                raise CannotCompileError(Why.BUFFER, f"{name} of a {type(module).__name__}")
     finally:
         for _, holder, name, value in places:
             holder[name] = value

@@ -1,4 +1,4 @@
-"""Every pattern of `callsites/patterns.py`, compiled: it computes and learns what it does otherwise, compiled or not."""
+"""Every pattern of `callsites/patterns.py`: with `Compiled` in its place it computes and learns what it does without."""
 
 from __future__ import annotations
 

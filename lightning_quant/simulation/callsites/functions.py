@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor
@@ -59,11 +60,13 @@ CASTS = frozenset(("to", "float", "type", "type_as", "double", "half"))
 AUGMENTED = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ipow": "pow", "imatmul": "matmul"}
 
 
+@functools.lru_cache(4096)
 def base_name(func: Any) -> str:
     """The name of a function without underscores, of ``__radd__`` as of ``add_``: radd, add."""
     return str(getattr(func, "__name__", "")).strip("_")
 
 
+@functools.lru_cache(4096)
 def in_place(func: Any, name: str) -> bool:
     """Whether a function changes its first argument by its very name."""
     own = str(getattr(func, "__name__", ""))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.simulation.callsites.running import OWNER
 from lightning_quant.simulation.callsites.sites import is_at_call_site
 
 
@@ -45,7 +46,7 @@ def _share_weights(sim: Any) -> None:
         quantizers = getattr(module, "param_quantizers", {})
         if weight is None or "weight" not in quantizers or quantizers["weight"] is None:
             continue
-        kind = type(module), module.__dict__["_owner"]
+        kind = type(module), module.__dict__[OWNER]
         for other, same, quantizer in known:
             if other == kind and (same is weight or _is_same_value(same, weight)):
                 quantizers["weight"] = quantizer

@@ -25,15 +25,16 @@ from lightning_quant.simulation.callsites.functions import (
     tensors_among,
     values_taken,
 )
+from lightning_quant.simulation.callsites.places import Place
 from lightning_quant.simulation.callsites.running import (
     CONTAINERS,
     FOLDED,
     IN_TRACES_ONLY,
     MADE_UP,
     OF_A_LIST,
+    OWNER,
     SEEN,
     Pass,
-    Place,
     add_site,
     place,
 )
@@ -498,7 +499,7 @@ def _install(found: Iterable[_Found]) -> None:
         own["_weight_of"] = one.weight  # until the simulation is built
         if one.traced:
             own[IN_TRACES_ONLY] = True
-        own["_owner"] = id(one.module)
+        own[OWNER] = id(one.module)
         own["_repeats"] = (id(one.module), one.at[0]) if one.repeats else None
         name = _free_name(one.holder, one.name)
         one.holder.add_module(name, one.child)

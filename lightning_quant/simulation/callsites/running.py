@@ -9,14 +9,11 @@ as if nobody were looking.
 from __future__ import annotations
 
 import functools
-import itertools
 import sys
 import threading
 import weakref
 from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
-from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_quant.simulation.callsites.functions import CASTS, base_name, computes, tensors_among
+from lightning_quant.simulation.callsites.places import Place, Sites, Spot, same, spot
 from lightning_quant.simulation.inputs import tensors_in
 
 if TYPE_CHECKING:
@@ -33,10 +31,6 @@ if TYPE_CHECKING:
 
     from lightning_quant.simulation.callsites.recording import Recorder
     from lightning_quant.simulation.callsites.sites import ApartSite, Site
-
-# The code that stands where an operation is called: name, first line and position of each frame from the operation up
-# to the module's forward, and the function's name; then the how-manieth time in this pass.
-Place = tuple[tuple[Any, ...], int]
 
 # Where a module keeps its call sites, in its ``__dict__``: no child, no parameter, copied and pickled along.
 SITES = "_call_sites"
@@ -48,30 +42,14 @@ _NOW = "_changed_into"
 FOLDED = "_folded_away"
 # What the module at a call site is marked with that only a trace comes to.
 IN_TRACES_ONLY = "_in_traces_only"
+# What the module at a call site is marked with: whose code the operation stands in.
+OWNER = "_owner"
 # Names of the sites that a list of modules holds itself, and where they are while it is read.
 OF_A_LIST, SET_ASIDE = "_sites_of_a_list", "_sites_set_aside"
 # These are iterated over: no place for a child of ours, where there is another.
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # What PyTorch's recurrent layers mark a first state with that nobody gave them.
 MADE_UP = "_is_made_up"
-
-# Frames that hand an operation on, and those at which a module's own code begins.
-_HANDING_ON: Any = (
-    torch.overrides,
-    torch.functional,
-    nn.functional,
-    torch._tensor,
-    torch._jit_internal,
-    torch.autograd.function,
-)
-_HERE = Path(__file__).parent
-_HANDS_ON = frozenset(
-    [str(_HERE / name) for name in ("recording.py", "sites.py", "inlining.py")] + [m.__file__ for m in _HANDING_ON]
-)
-_BEGINS = frozenset(
-    file for file in (sys.modules[nn.Module.__module__].__file__, torch.utils.checkpoint.__file__, __file__) if file
-)
-
 
 # Networks whose `forward` is compiled for the time being, and what computes it.
 COMPILED: MutableMapping[nn.Module, Callable[[Any, Any], Any]] = weakref.WeakKeyDictionary()
@@ -83,18 +61,37 @@ IN_TRACES: dict[Any, Callable[..., Any]] = {}
 class Pass:
     """What is known of the pass that runs: one per thread, begun by the outermost module."""
 
-    __slots__ = ("changes", "counts", "entered", "is_traced", "mode", "paused", "recorder", "stack", "within")
+    __slots__ = (
+        "changes",
+        "counts",
+        "is_looked_at",
+        "is_traced",
+        "mode",
+        "noted",
+        "paused",
+        "recorder",
+        "stack",
+        "within",
+    )
 
     def __init__(self, recorder: Recorder | None = None) -> None:
         self.stack: list[nn.Module] = []
-        self.entered: list[nn.Module] = []  # all whose forward ran
-        self.counts: dict[Any, int] = {}
+        self.counts: dict[tuple[int, int], int] = {}  # by the numbers of module and spot
         self.recorder = recorder
+        self.noted = _local.noted
+        self.is_looked_at = recorder is not None or self.noted is not None
         self.is_traced = traced()  # no trace or export begins in the midst of a pass
         self.paused = False  # inside a quantized layer, where there is nothing to see
         self.changes = False  # whether a tensor was changed in place
-        self.within: tuple[Any, ...] = ()  # the place of the operation that is being taken apart
+        self.within: Place | tuple[()] = ()  # the place of the operation that is being taken apart
         self.mode = Interception(self)
+
+    def count(self, module: nn.Module, found: Spot) -> int:
+        """How many operations stood at this spot in the pass so far; one more does now."""
+        key = id(module), id(found)
+        count = self.counts.get(key, 0)
+        self.counts[key] = count + 1
+        return count
 
 
 def traced() -> bool:
@@ -120,11 +117,42 @@ class Interception(TorchFunctionMode):
         self.running = running
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # every operation of every step comes through here, and every look at a shape
         running = self.running
-        kwargs = kwargs or {}
+        if kwargs is None:
+            kwargs = {}
         if running.changes:
             args, kwargs = current(args), current(kwargs)
-        traced = torch._C._get_tracing_state() is not None
+        if running.is_looked_at or _tracing_state() is not None:
+            return self._looked_at(func, args, kwargs)
+        if running.paused or not running.stack:
+            return func(*args, **kwargs)
+        module = running.stack[-1]
+        values = module.__dict__
+        if FOLDED in values and base_name(func) == "batch_norm":
+            return args[0] if args else kwargs["input"]
+        sites = values.get(SITES)
+        if not sites:
+            return func(*args, **kwargs)
+        name = base_name(func)
+        try:
+            named = sites.by_name.get(name)
+        except AttributeError:
+            named = _indexed(module).get(name)
+        if named is not None:
+            found = spot(running.within, name)
+            site = named.get((id(found), running.count(module, found)))
+            if site is not None and (answer := site.answer(running, func, args, kwargs)) is not NotImplemented:
+                return answer
+        result = func(*args, **kwargs)
+        if func is torch.zeros and isinstance(module, _RECURRENT):
+            result.__dict__[MADE_UP] = True
+        return result
+
+    def _looked_at(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The same in a trace, and where somebody wants to know of each operation."""
+        running = self.running
+        traced = _tracing_state() is not None
         if traced:
             if func in _SIZES:
                 return _as_numbers(func, args, kwargs)
@@ -137,30 +165,39 @@ class Interception(TorchFunctionMode):
             return func(*args, **kwargs)
         module = running.stack[-1]
         values = module.__dict__
-        if FOLDED in values and getattr(func, "__name__", "") == "batch_norm":
-            return args[0] if args else kwargs["input"]
-        sites = values.get(SITES, {})
-        if not sites and _local.noted is None and not traced:
-            return func(*args, **kwargs)
         name = base_name(func)
+        if FOLDED in values and name == "batch_norm":
+            return args[0] if args else kwargs["input"]
         at = place(running, module, name)
-        site = sites.get(at)
-        if site is not None and site.fits(running, args, kwargs):
-            return site.answer(running, func, args, kwargs)
+        site = values.get(SITES, {}).get(at)
+        if site is not None and (answer := site.answer(running, func, args, kwargs)) is not NotImplemented:
+            return answer
         if traced:
             func = IN_TRACES.get(func, func)
         result = func(*args, **kwargs)
         known = site is None and at in values.get(SEEN, ()) and kwargs.get("out") is None
+        noted = running.noted
         if (
-            _local.noted is not None
+            noted is not None
             and not module.training
             and not known
             and computes(name, tensors_among((args, kwargs)), result)
         ):
-            _local.noted.setdefault(module, []).append(name)
-        if func is torch.zeros and isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            noted.setdefault(module, []).append(name)
+        if func is torch.zeros and isinstance(module, _RECURRENT):
             result.__dict__[MADE_UP] = True
         return result
+
+
+_tracing_state = torch._C._get_tracing_state
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+
+def _indexed(module: nn.Module) -> Any:
+    values = module.__dict__
+    if not isinstance(values[SITES], Sites):
+        values[SITES] = Sites(values[SITES])
+    return values[SITES].index()
 
 
 _SHAPE: Any = Tensor.shape
@@ -198,41 +235,10 @@ def _is_idle_cast(func: Any, args: Any, kwargs: Any) -> bool:
     return isinstance(made, Tensor) and made.dtype == given.dtype and made.device == given.device
 
 
-@functools.cache
-def _stable(frames: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
-    """Frames in a form that can be pickled: name and first line of the code, and which part of its text is run."""
-    return tuple((code.co_qualname, code.co_firstlineno, *_position(code, at)) for code, at in frames)
-
-
-def _position(code: CodeType, at: int) -> tuple[int | None, ...]:
-    """Lines and columns of an instruction; its number differs by whether Python or C is called there."""
-    position = next(itertools.islice(code.co_positions(), at // 2, None))
-    return position if None not in position else (at,)
-
-
 def place(running: Pass, module: nn.Module, name: str) -> Place:
-    """Where in the code of ``module`` the operation stands that is handled now; counts it.
-
-    The function's base name is part of it: one call can be of several, as in ``for act in (relu, sigmoid): act(x)``.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    frames: list[tuple[CodeType, int]] = []
-    while frame is not None:
-        code = frame.f_code
-        file = code.co_filename
-        if file in _BEGINS:
-            if frames or file != __file__:
-                break
-        elif file not in _HANDS_ON:
-            frames.append((code, frame.f_lasti))
-            if code.co_name == "forward" and code.co_varnames[:1] == ("self",):
-                break  # what wraps a forward may take other ways in a trace
-        frame = frame.f_back
-    found = (*running.within, *_stable(tuple(frames)), name)
-    key = id(module), found
-    count = running.counts.get(key, 0)
-    running.counts[key] = count + 1
-    return found, count
+    """Where in the code of ``module`` the operation stands that is handled now; counts it."""
+    found = spot(running.within, name)
+    return same((found, running.count(module, found)))
 
 
 def current(value: Any) -> Any:
@@ -241,10 +247,11 @@ def current(value: Any) -> Any:
         while (now := value.__dict__.get(_NOW)) is not None:
             value = now
         return value
-    if type(value) in (list, tuple):
-        return type(value)(current(item) for item in value)
-    if type(value) is dict:
-        return {key: current(item) for key, item in value.items()}
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind([current(item) for item in value])
+    if kind is dict:
+        return {key: current(item) for key, item in value.items()} if value else value
     return value
 
 
@@ -255,16 +262,6 @@ def changed_into(running: Pass, tensor: Tensor, result: Tensor) -> None:
         running.changes = True
 
 
-@contextmanager
-def place_within(running: Pass, at: tuple[Any, ...]) -> Iterator[None]:
-    """The operations in a block are parts of the one that stands at a place."""
-    before, running.within = running.within, at
-    try:
-        yield
-    finally:
-        running.within = before
-
-
 def sites_of(module: nn.Module) -> dict[Place, Site | ApartSite]:
     """The call sites of a module; empty where it has none."""
     return module.__dict__.get(SITES, {})
@@ -272,7 +269,7 @@ def sites_of(module: nn.Module) -> dict[Place, Site | ApartSite]:
 
 def add_site(module: nn.Module, at: Place, site: Site | ApartSite) -> None:
     """Let ``site`` answer the operation at a place in the code of ``module``."""
-    module.__dict__.setdefault(SITES, {})[at] = site
+    module.__dict__.setdefault(SITES, Sites())[at] = site
 
 
 # ---- modules that take part ------------------------------------------------------------------------------------------
@@ -303,7 +300,11 @@ def watched_class(cls: Any, *more: Any) -> Any:
         if running is None and (compiled := COMPILED.get(self)) is not None:
             return compiled(args, kwargs)
         output = plain_forward(self, *args, **kwargs)
-        if running is None or not running.changes or all(current(one) is one for one in tensors_in(output)):
+        if running is None or not running.changes:
+            return output
+        if isinstance(output, Tensor):
+            return current(output)
+        if all(current(one) is one for one in tensors_in(output)):
             return output
         return apply_to_collection(output, Tensor, current)  # hooks keep what they are given
 
@@ -316,8 +317,9 @@ def watched_class(cls: Any, *more: Any) -> Any:
         if running.paused:
             return plain_call(self, *args, **kwargs)
         running.stack.append(self)
-        running.entered.append(self)
         try:
+            if _tracing_state() is None and OF_A_LIST not in self.__dict__:
+                return plain_call(self, *args, **kwargs)
             with _flat(self), _sites_set_aside(self):
                 return plain_call(self, *args, **kwargs)
         finally:
@@ -411,7 +413,6 @@ def begin(module: nn.Module, plain_call: Callable[..., Any], args: Any, kwargs: 
     """Call the outermost module, or its ``forward`` alone, within a new pass."""
     running = _local.running = Pass(_local.recorder)
     running.stack.append(module)
-    running.entered.append(module)
     try:
         usual = nullcontext() if torch._C._get_tracing_state() is None else _going_the_usual_way()
         with usual, running.mode, _flat(module), _sites_set_aside(module):
@@ -419,7 +420,7 @@ def begin(module: nn.Module, plain_call: Callable[..., Any], args: Any, kwargs: 
         if running.recorder is not None:
             running.recorder.end(output)
         if running.changes:
-            _keep_current(running.entered)
+            _keep_current(module)
         return apply_to_collection(output, Tensor, _plain) if _is_marked(running, output) else output
     finally:
         _local.running = None
@@ -454,22 +455,26 @@ def _answered(told: Callable[[], bool]) -> bool:
     return asking.partition(".")[0] in _TOLD and told()
 
 
-# What every module has, and holds no tensors that a forward pass has computed.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-
-
-def _keep_current(modules: Iterable[nn.Module]) -> None:
+def _keep_current(module: nn.Module) -> None:
     """Give attributes what tensors changed in place have become: after the pass they are read as they lie."""
-    for module in dict.fromkeys(modules):
-        values = vars(module)
-        held = [
-            name
-            for name, value in values.items()
-            if name not in _OF_EVERY_MODULE and isinstance(value, (Tensor, list, tuple, dict))
-        ]
-        for name in held:
-            if any(current(tensor) is not tensor for tensor in tensors_among(values[name])):
-                values[name] = current(values[name])
+    values = module.__dict__
+    kept = [name for name, value in values.items() if name not in _NOT_KEPT and isinstance(value, _KEEPING)]
+    for name in kept:
+        if any(current(tensor) is not tensor for tensor in tensors_among(values[name])):
+            values[name] = current(values[name])
+    for name, child in module._modules.items():
+        if child is not None and name not in _QUANTIZERS and not _is_only_ours(child):
+            _keep_current(child)
+
+
+def _is_only_ours(module: nn.Module) -> bool:
+    """Whether a module stands at a call site and nobody hooked into it."""
+    return OWNER in module.__dict__ and not module._forward_hooks and not module._forward_pre_hooks
+
+
+# Attributes in which nothing of the user's lies, and what tensors can be kept in.
+_NOT_KEPT = frozenset((*vars(nn.Module()), SITES, SEEN))
+_KEEPING = (Tensor, list, tuple, dict)
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from lightning_quant.simulation.callsites.functions import AUGMENTED, in_place
 from lightning_quant.simulation.callsites.lending import LaidOutAlike
-from lightning_quant.simulation.callsites.running import CONTAINERS, SET_ASIDE, Pass, changed_into, place_within
+from lightning_quant.simulation.callsites.places import Place, same
+from lightning_quant.simulation.callsites.running import CONTAINERS, OWNER, SET_ASIDE, Pass, changed_into
 from lightning_quant.simulation.callsites.taken_apart import APART
 
 
 def is_at_call_site(module: nn.Module) -> bool:
     """Whether a module was made for a call site."""
-    return "_owner" in vars(module)
+    return OWNER in vars(module)
 
 
 class Site:
@@ -48,14 +49,15 @@ class Site:
             found = self.holder._modules.get(self.child) or vars(self.holder)[SET_ASIDE][self.child]
         return found
 
-    def fits(self, running: Pass, args: Any, kwargs: Any) -> bool:
-        """Whether the module computes what is called with these arguments; if not, the function does, in float."""
-        return kwargs.get("out") is None and RULES.get(self.name, GENERIC).fits(self.module(running), args, kwargs)
-
     def answer(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
-        """Compute what was called."""
-        result = RULES.get(self.name, GENERIC).call(self.module(running), args, kwargs)
-        if in_place(func, self.name) or kwargs.get("inplace") or _inplace_by_position(self.name, args):
+        """Compute what was called, or return ``NotImplemented`` where the module computes something else."""
+        if kwargs and kwargs.get("out") is not None:
+            return NotImplemented
+        name = self.name
+        result = RULES.get(name, GENERIC).call(self.module(running), args, kwargs)
+        if result is NotImplemented:
+            return result
+        if in_place(func, name) or kwargs.get("inplace") or (len(args) > 1 and _inplace_by_position(name, args)):
             changed_into(running, args[0] if args else kwargs["input"], result)
         return result
 
@@ -68,9 +70,12 @@ class ApartSite:
         at: its place, which those of its parts begin with.
     """
 
-    def __init__(self, name: str, at: tuple[Any, ...]) -> None:
+    def __init__(self, name: str, at: Place) -> None:
         self.name = name
-        self.at = at
+        self.at = same(at)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def fits(self, running: Pass, args: Any, kwargs: Any) -> bool:
         """Whether the operation can be computed as several with these arguments; if not, the function does it."""
@@ -78,10 +83,15 @@ class ApartSite:
         return kwargs.get("out") is None and (takes is None or takes(*args, **kwargs))
 
     def answer(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
-        """Compute what was called."""
-        compute = APART[self.name][0]
-        with running.mode, place_within(running, self.at):
-            result = compute(*args, **kwargs)
+        """Compute what was called, or return ``NotImplemented`` where it cannot be computed as several."""
+        if not self.fits(running, args, kwargs):
+            return NotImplemented
+        before, running.within = running.within, self.at
+        try:
+            with running.mode:
+                result = APART[self.name][0](*args, **kwargs)
+        finally:
+            running.within = before
         if in_place(func, self.name) or kwargs.get("inplace"):
             changed_into(running, args[0] if args else kwargs["input"], result)
         return result
@@ -95,12 +105,8 @@ class Rule(ABC):
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
         """The module for a call, or ``None`` where the rule does not fit; the generic one is taken then."""
 
-    def fits(self, module: Any, args: Any, kwargs: Any) -> bool:
-        """Whether a module that was made for one call computes another at the same place."""
-        return True
-
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
-        """Compute with the module."""
+        """Compute with the module, or return ``NotImplemented`` where it computes something else than was called."""
         return module(*args, **kwargs)
 
     def operands(self, args: Any, kwargs: Any) -> list[Any]:
@@ -118,24 +124,31 @@ class Binary(Rule):
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
         from aimet_torch.nn.modules import custom
 
-        if not self.fits(None, args, kwargs):
+        if not _is_of_two(self.operands(args, kwargs), kwargs):
             return None
         made: nn.Module = getattr(custom, self.module)()
         return made
 
-    def fits(self, module: Any, args: Any, kwargs: Any) -> bool:
-        two = len(self.operands(args, kwargs)) == 2
-        return two and kwargs.get("alpha", 1) == 1 and not kwargs.get("rounding_mode")
-
     def operands(self, args: Any, kwargs: Any) -> list[Any]:
-        found = [*args[:2], *(value for key, value in kwargs.items() if key in _SECOND)]
+        found = list(args[:2])
+        if kwargs:
+            found += [value for key, value in kwargs.items() if key in _SECOND]
         return found[::-1] if self.swapped else found
 
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
-        a, b = self.operands(args, kwargs)
+        operands = self.operands(args, kwargs)
+        if not _is_of_two(operands, kwargs):
+            return NotImplemented
+        a, b = operands
         if not isinstance(a, Tensor):
             a = torch.as_tensor(a, dtype=b.dtype, device=b.device)
         return module(a, b)
+
+
+def _is_of_two(operands: list[Any], kwargs: Any) -> bool:
+    if kwargs and (kwargs.get("alpha", 1) != 1 or kwargs.get("rounding_mode")):
+        return False
+    return len(operands) == 2
 
 
 _SECOND = ("input", "other", "mat2", "tensor2", "exponent")
@@ -154,28 +167,38 @@ class Configured(Rule):
         self.names = names
 
     def _settings(self, args: Any, kwargs: Any) -> dict[str, Any]:
-        given = dict(zip(self.names, args[1:], strict=False)) | {k: v for k, v in kwargs.items() if k in self.names}
-        return {name: value for name, value in given.items() if name not in _IGNORED}
+        found = dict(zip(self.names, args[1:], strict=False)) if len(args) > 1 else {}
+        for name, value in kwargs.items():
+            if name in self.names:
+                found[name] = value
+        for name in _IGNORED:
+            found.pop(name, None)
+        return found
 
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
-        if not self.fits(None, args, kwargs):
-            return None
         settings = self._settings(args, kwargs)
+        if not _are_numbers(settings):
+            return None
         made = self.factory(**settings)
         made.__dict__["_settings"] = settings
         return made
 
-    def fits(self, module: Any, args: Any, kwargs: Any) -> bool:
-        plain = len(args) <= 1 and not kwargs
-        return plain or not any(isinstance(value, Tensor) for value in self._settings(args, kwargs).values())
-
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
         if len(args) > 1 or kwargs:
             settings = self._settings(args, kwargs)
+            if not _are_numbers(settings):
+                return NotImplemented
             if settings != module.__dict__["_settings"]:  # one line of code called with something else this time
-                vars(module).update({key: vars(self.factory(**settings))[key] for key in settings})
+                self._set(module, settings)
                 module.__dict__["_settings"] = settings
         return module(args[0] if args else kwargs["input"])
+
+    def _set(self, module: Any, settings: dict[str, Any]) -> None:
+        vars(module).update({key: vars(self.factory(**settings))[key] for key in settings})
+
+
+def _are_numbers(settings: dict[str, Any]) -> bool:
+    return not any(isinstance(value, Tensor) for value in settings.values()) if settings else True
 
 
 _IGNORED = ("inplace", "_stacklevel", "dtype")
@@ -194,13 +217,9 @@ def _hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> nn.Module:
 class Clip(Configured):
     """``clamp`` between numbers."""
 
-    def call(self, module: Any, args: Any, kwargs: Any) -> Any:
-        settings = self._settings(args, kwargs)
-        if settings != module.__dict__["_settings"]:
-            wanted: Any = _clip(**settings)
-            module.min_val, module.max_val = wanted.min_val, wanted.max_val
-            module.__dict__["_settings"] = settings
-        return module(args[0] if args else kwargs["input"])
+    def _set(self, module: Any, settings: dict[str, Any]) -> None:
+        wanted: Any = _clip(**settings)
+        module.min_val, module.max_val = wanted.min_val, wanted.max_val
 
 
 class Named(Rule):
@@ -298,8 +317,8 @@ class Weighted(Rule):
             self._lend(layer, bound)
         return layer
 
-    def fits(self, module: Any, args: Any, kwargs: Any) -> bool:
-        settings = _settings(self.bind(args, kwargs))
+    def _fits(self, module: Any, bound: dict[str, Any]) -> bool:
+        settings = _settings(bound)
         return settings is not None and settings == module.__dict__["_settings"]
 
     def _lend(self, layer: Any, bound: dict[str, Any]) -> None:
@@ -308,16 +327,22 @@ class Weighted(Rule):
             values[part] = bound.get(part)
 
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
+        bound = self.bind(args, kwargs)
+        return self._compute(module, bound) if self._fits(module, bound) else NotImplemented
+
+    def _compute(self, module: Any, bound: dict[str, Any]) -> Any:
         values = module.__dict__
         if "weight" not in values:  # lent for good, while AIMET looks at it as at any layer
-            return module(args[0] if args else kwargs["input"])
-        bound = self.bind(args, kwargs)
+            return module(bound["input"])
         lent = bound.get("weight"), bound.get("bias")
-        detached = tuple(None if one is None else one.detach() for one in lent)
+        detached = tuple([None if one is None else one.detach() for one in lent])
+        if not torch.is_grad_enabled():
+            values["weight"], values["bias"] = detached
+            return module(bound["input"])
         # without gradients a part of a parameter says that it has one, which hooks of PyTorch's do not take
         # nor as parameters: setting one on a module, as AIMET does for a moment, would register it there
-        plain = tuple(one.as_subclass(Tensor) if isinstance(one, nn.Parameter) else one for one in lent)
-        values["weight"], values["bias"] = plain if torch.is_grad_enabled() else detached
+        plain = [one.as_subclass(Tensor) if isinstance(one, nn.Parameter) else one for one in lent]
+        values["weight"], values["bias"] = plain
         try:
             return module(bound["input"])
         finally:  # without the graph that computed them
@@ -434,13 +459,12 @@ class BatchNorm(Weighted):
         for setting, default in (("training", False), ("momentum", 0.1), ("eps", 1e-5)):
             values[setting] = bound.get(setting, default)
 
-    def fits(self, module: Any, args: Any, kwargs: Any) -> bool:
-        bound = self.bind(args, kwargs)
+    def _fits(self, module: Any, bound: dict[str, Any]) -> bool:
         return all(isinstance(bound.get(part), Tensor) for part in ("running_mean", "running_var", "weight", "bias"))
 
-    def call(self, module: Any, args: Any, kwargs: Any) -> Any:
-        self._lend_statistics(module, self.bind(args, kwargs))
-        return super().call(module, args, kwargs)
+    def _compute(self, module: Any, bound: dict[str, Any]) -> Any:
+        self._lend_statistics(module, bound)
+        return super()._compute(module, bound)
 
 
 def _prelu(bound: dict[str, Any]) -> nn.Module | None:
