@@ -12,7 +12,7 @@ from torch import nn
 from lightning_quant.errors import PreflightError
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet, preflight
-from lightning_quant.simulation.callsites import quantizers
+from lightning_quant.simulation.callsites import quantizers, running
 from lightning_quant.simulation.callsites.lending import layers_kept, shapes_of_traces, weights_lent
 from lightning_quant.simulation.exportable import not_in_onnx
 from lightning_quant.simulation.inplace import copied, state_kept, undone_on_error
@@ -73,6 +73,7 @@ def quantize(
             preflight.refuse(narrow)
     findings += narrow
     quantized.remember_bitwidths()
+    network.__dict__[running.BUFFERS] = running.written_buffers(network)
     _accelerate(network)
     if findings:
         log.warning("Preflight of %s:\n%s", type(network).__name__, preflight.table(findings))

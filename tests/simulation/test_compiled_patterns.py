@@ -1,4 +1,4 @@
-"""Every pattern of `callsites/patterns.py`: with `Compiled` in its place it computes and learns what it does without."""
+"""Every pattern of `callsites/patterns.py`: `Compiled`, it computes and learns what it does otherwise."""
 
 from __future__ import annotations
 
@@ -13,8 +13,21 @@ from lightning_quant.simulation.compiled import Compiled, Why
 from tests.simulation.callsites.patterns import PATTERNS
 from tests.simulation.callsites.test_patterns import made, quantized, run
 
-# What a graph would lose, and why.
-NOT_COMPILED: dict[str, Why] = {}
+# What a graph would lose, or the compiler does not take, and why.
+NOT_COMPILED = {
+    "values": Why.COMPILER,
+    "checkpointed block, reentrant": Why.COMPILER,
+    "checkpointed functions, reentrant": Why.COMPILER,
+    "counter": Why.COMPILER,
+    "auxiliary loss in an attribute": Why.ATTRIBUTE,
+    "hooks": Why.HOOK,
+    "weight norm of old": Why.HOOK,
+    "pruned": Why.HOOK,
+    "moving mean": Why.BUFFER,
+    "rows of a buffer": Why.BUFFER,
+}
+# The compiler computes a resize in other steps: a number on the border falls the other way.
+A_STEP = {"interpolation": 0.02}
 
 
 def near(actual: Tensor, expected: Tensor, what: str, share: float = 1e-4) -> None:
@@ -47,12 +60,12 @@ def test_compiled(name: str, training: bool) -> None:
                 actual, gradients, state = run(network, call)
                 expected, expected_gradients, expected_state = run(twin, call)
                 for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
-                    near(a, b, f"output {index} of turn {turn}")
+                    near(a, b, f"output {index} of turn {turn}", A_STEP.get(name, 1e-4))
                 assert gradients.keys() == expected_gradients.keys()
                 for key, gradient in expected_gradients.items():
-                    near(gradients[key], gradient, key, 2e-2 if is_range(key) else 1e-4)
+                    near(gradients[key], gradient, key, 2e-2 if is_range(key) else A_STEP.get(name, 1e-4))
                 assert torch.equal(state, expected_state)
     for key, buffer in twin.named_buffers():
         near(network.get_buffer(key).float(), buffer.float(), key)
     assert attributes(network) == attributes(twin)
-    print("WHYNOT", name, training, compiled.why_not)
+    assert (compiled.why_not and compiled.why_not.why) is NOT_COMPILED.get(name)

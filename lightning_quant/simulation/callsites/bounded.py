@@ -26,9 +26,12 @@ class Quotient(custom.QuantizedDivide):
     def forward(self, x: Any, y: Any) -> Any:
         quantizer = self.input_quantizers[1]
         if quantizer is not None and isinstance(y, Tensor) and quantizer.is_initialized():
-            step, is_signed = _grid(quantizer)
-            if not is_signed:
-                y = torch.maximum(y, y.new_tensor(step))  # in a file Max: a Clip of one limit is not safe with the NPU
+            with torch.no_grad():
+                step, is_signed = quantizer.get_scale().max().to(y.dtype), quantizer.get_min().min() < 0
+            if torch._C._get_tracing_state() is None:
+                y = torch.where(is_signed, y, torch.maximum(y, step))  # the numbers stay on the device
+            elif not is_signed:  # in a file Max: a Clip of one limit is not safe with the NPU
+                y = torch.maximum(y, y.new_tensor(float(step)))
         return super().forward(x, y)
 
 
@@ -41,9 +44,3 @@ class Root(custom.QuantizedSqrt):
             return super().forward(x)
         zero = x == 0
         return super().forward(x.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
-
-
-def _grid(quantizer: Any) -> tuple[float, bool]:
-    """The step of a grid, and whether numbers below zero are on it."""
-    with torch.no_grad():
-        return float(quantizer.get_scale().max()), bool(quantizer.get_min().min() < 0)

@@ -46,6 +46,8 @@ IN_TRACES_ONLY = "_in_traces_only"
 OWNER = "_owner"
 # Names of the sites that a list of modules holds itself, and where they are while it is read.
 OF_A_LIST, SET_ASIDE = "_sites_of_a_list", "_sites_set_aside"
+# Where the outermost module keeps which buffers a pass may write into: the modules, and the names there.
+BUFFERS = "_written_buffers"
 # These are iterated over: no place for a child of ours, where there is another.
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # What PyTorch's recurrent layers mark a first state with that nobody gave them.
@@ -421,6 +423,8 @@ def begin(module: nn.Module, plain_call: Callable[..., Any], args: Any, kwargs: 
             running.recorder.end(output)
         if running.changes:
             _keep_current(module)
+        if module.__dict__.get(BUFFERS):
+            _leave_ranges(module, module.__dict__[BUFFERS])
         return apply_to_collection(output, Tensor, _plain) if _is_marked(running, output) else output
     finally:
         _local.running = None
@@ -473,8 +477,48 @@ def _is_only_ours(module: nn.Module) -> bool:
 
 
 # Attributes in which nothing of the user's lies, and what tensors can be kept in.
-_NOT_KEPT = frozenset((*vars(nn.Module()), SITES, SEEN))
+_NOT_KEPT = frozenset((*vars(nn.Module()), SITES, SEEN, BUFFERS))
 _KEEPING = (Tensor, list, tuple, dict)
+
+
+def written_buffers(network: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The buffers that a pass may write rounded numbers into, for :data:`BUFFERS`: not those of batch norms."""
+    return [
+        (module, name)
+        for module in network.modules()
+        if not isinstance(module, nn.modules.batchnorm._NormBase)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.is_floating_point()
+    ]
+
+
+def _leave_ranges(root: nn.Module, buffers: list[tuple[nn.Module, str]]) -> None:
+    """Let buffers forget where rounding alone has tied them to this pass.
+
+    A mean of ``x.detach()`` has no gradient in float; rounded, it has that of its range, and the next step would go
+    back into this one. What has a gradient in float keeps it.
+    """
+    tied = [buffer for module, name in buffers if (buffer := module._buffers.get(name)) is not None and buffer.grad_fn]
+    if tied:
+        ranges = {id(parameter) for name, parameter in root.named_parameters() if is_range(name)}
+        for buffer in tied:
+            if _is_of_ranges_only(buffer, ranges):
+                buffer.detach_()
+
+
+def _is_of_ranges_only(tensor: Tensor, ranges: set[int]) -> bool:
+    waiting: list[Any] = [tensor.grad_fn]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in ranges:
+            return False
+        waiting += [before for before, _ in node.next_functions]
+    return True
 
 
 def _plain(tensor: Tensor) -> Tensor:
