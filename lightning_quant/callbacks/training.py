@@ -42,7 +42,7 @@ from lightning_quant.files import alone
 from lightning_quant.ladder import Ladder, RungResult
 from lightning_quant.memory import PeakMemory
 from lightning_quant.precision import Precision
-from lightning_quant.simulation.compiled import Compiled
+from lightning_quant.simulation.compiled import Compiled, check_options
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.techniques.ptq import CalibratedRanges
 from lightning_quant.simulation.techniques.registry import Rung, techniques
@@ -142,10 +142,6 @@ class QuantizationAwareTraining(QuantizationCallback):
             raise ConfigurationError(f"max_drop={max_drop!r}: expected a number in units of the metric, or None.")
         if mode not in ("max", "min"):
             raise ConfigurationError(f"mode={mode!r}: expected 'max' or 'min'.")
-        if not isinstance(compile, bool | Mapping):
-            raise ConfigurationError(
-                f"compile={compile!r}: expected True, False or a mapping of torch.compile's options."
-            )
         if not isinstance(distillation, int | float) or not 0 <= distillation < math.inf:
             raise ConfigurationError(f"distillation={distillation!r}: expected a weight of at least 0.")
         self.techniques = techniques(list(rungs) if isinstance(rungs, tuple) else rungs)
@@ -163,7 +159,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.refines = self.climbs and any(technique.refines for technique in self.techniques)
         self.train_ranges = train_ranges
         self.distillation = distillation
-        self.compile = compile
+        self.compile = None if compile is False else check_options(compile)
         self._compiled = ExitStack()
         self._only_rungs = False
         self._teaching: tuple[Distillation, RemovableHandle] | None = None
@@ -257,9 +253,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             assert self._float is not None
             teacher = Distillation(self._float.to(pl_module.device), self.distillation, partial(loss_scale, trainer))
             self._teaching = teacher, self.quantized_network(pl_module).register_forward_hook(teacher, with_kwargs=True)
-        if self.compile is not False:
-            options = {} if self.compile is True else self.compile
-            compiled = Compiled(self.quantized_network(pl_module).network, options)
+        if self.compile is not None:
+            compiled = Compiled(self.quantized_network(pl_module).network, self.compile)
             self._compiled.enter_context(compiled.in_place())
             say(f"{self.network_name} is compiled in the first step, which takes a while.")
 

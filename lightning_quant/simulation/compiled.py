@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation.callsites import running
 from lightning_quant.simulation.fast import in_graphs
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 # Graphs of one network; each takes a minute to compile.
 MOST_GRAPHS = 16
+_OPTIONS = ("backend", "mode", "options")
 # Where a module keeps what is not the user's to set.
 _OURS = (
     "_parameters",
@@ -60,6 +62,30 @@ class CannotCompileError(Exception):
     def __init__(self, why: Why, what: str) -> None:
         super().__init__(why.value.format(what))
         self.why = why
+
+
+def check_options(given: Any) -> dict[str, Any]:
+    """Turn ``True`` or a mapping into arguments of ``torch.compile``.
+
+    Raises:
+        ConfigurationError: for anything else, or arguments that ``torch.compile`` does not take.
+    """
+    if given is not True and not isinstance(given, Mapping):
+        raise ConfigurationError(f"compile={given!r}: expected True, False or a mapping of torch.compile's options.")
+    options: dict[str, Any] = {} if given is True else dict(given)
+    if other := sorted(options.keys() - set(_OPTIONS)):
+        raise ConfigurationError(
+            f"compile={given!r}: expected {', '.join(_OPTIONS)}. Leave {', '.join(map(repr, other))} away: a graph is "
+            "whole, and of one size."
+        )
+    try:
+        torch.compile(_read, **options)
+    except Exception as error:  # each backend has its own
+        raise ConfigurationError(
+            f"compile={given!r}: torch.compile does not take it: {type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0]} Expected a backend, mode or options that it knows."
+        ) from error
+    return options
 
 
 class Compiled:
@@ -114,7 +140,7 @@ class Compiled:
                 raise CannotCompileError(Why.HOOK, name)
         state = (
             tuple([values["training"] for values in self._modes]),
-            tuple([value for values in self._attributes for value in values.values() if type(value) in _PLAIN]),
+            tuple([_read(value) for values in self._attributes for value in values.values()]),
         )
         tensors = [*self.network.parameters(), *self.network.buffers()]
         graph = self._graphs.get(state)
@@ -204,6 +230,18 @@ _LIBRARIES = ("torch.", "aimet_torch.", "lightning_quant.simulation.")
 _MISSING = object()
 # PyTorch 2.11 has it in its private place only.
 _nonstrict_trace: Any = getattr(torch.compiler, "nonstrict_trace", None) or torch._dynamo.nonstrict_trace
+
+
+def _read(value: Any) -> Any:
+    """What a forward pass can read of an attribute and take for given: numbers, and containers of them."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind is list or kind is tuple:
+        return tuple(map(_read, value))
+    if kind is dict:
+        return tuple((key, _read(one)) for key, one in value.items() if type(key) in _PLAIN)
+    return None
 
 
 def _forward_of(network: nn.Module) -> Callable[..., Any]:

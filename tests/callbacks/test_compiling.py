@@ -102,7 +102,16 @@ def test_what_cannot_be_compiled_trains_as_it_is(trainer: MakeTrainer, caplog: p
     assert isinstance(module.model.last, Tensor)
 
 
-@pytest.mark.parametrize("compile", ["yes", 1.5, None])
-def test_other_values_are_refused(compile: Any) -> None:
-    with pytest.raises(ConfigurationError, match=r"expected True, False or a mapping of torch\.compile's options"):
+@pytest.mark.parametrize(
+    ("compile", "told"),
+    [
+        ("yes", r"expected True, False or a mapping of torch\.compile's options"),
+        (None, r"expected True, False or a mapping of torch\.compile's options"),
+        ({"dynamic": True}, r"expected backend, mode, options\. Leave 'dynamic' away"),
+        ({"mode": "fastest"}, r"torch\.compile does not take it"),
+        ({"backend": "none such"}, r"torch\.compile does not take it"),
+    ],
+)
+def test_other_values_are_refused(compile: Any, told: str) -> None:
+    with pytest.raises(ConfigurationError, match=told):
         QuantizationAwareTraining(compile=compile)

@@ -302,9 +302,10 @@ class Scheduled(Body):
     def __init__(self) -> None:
         super().__init__()
         self.strength = 1.0
+        self.shares = {"scores": [1.0]}
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scores(x) * self.strength
+        return self.scores(x) * self.strength * self.shares["scores"][0]
 
 
 def test_numbers_that_others_set_are_read() -> None:
@@ -315,6 +316,9 @@ def test_numbers_that_others_set_are_read() -> None:
     with compiled.in_place(), torch.no_grad():
         once = known.network(images(size=8))
         known.network.strength = 0.0
+        assert known.network(images(size=8)).abs().max() < once.abs().max() / 10
+        known.network.strength = 1.0
+        known.network.shares["scores"][0] = 0.0
         assert known.network(images(size=8)).abs().max() < once.abs().max() / 10
     assert compiled.why_not is None
 
