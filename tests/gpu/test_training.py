@@ -103,6 +103,33 @@ def test_histograms_are_those_of_the_cpu(estimator: str) -> None:
         torch.testing.assert_close(ends[1][key], end, rtol=0.1, atol=1e-3)  # of candidates that are steps apart
 
 
+class Arithmetic(nn.Module):
+    """Numbers beside tensors, and a division whose divisor must not be rounded to zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = (1 - x) * 0.5 + x
+        return x / (x.square().mean(1, keepdim=True) + 1).sqrt()
+
+
+def test_arithmetic_with_numbers_does_not_wait() -> None:
+    torch.manual_seed(0)
+    network = calibrated(Arithmetic(), NetworkInputs((images(),))).network.cuda()
+    batch = images().cuda()
+    network(batch).square().mean().backward()
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        network(batch).square().mean().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_the_layout_stays_and_nothing_waits(dtype: torch.dtype | None) -> None:
     network = made("resnet18").network.to("cuda").to(memory_format=torch.channels_last)

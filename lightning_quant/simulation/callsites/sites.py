@@ -141,7 +141,9 @@ class Binary(Rule):
             return NotImplemented
         a, b = operands
         if not isinstance(a, Tensor):
-            a = torch.as_tensor(a, dtype=b.dtype, device=b.device)
+            # filled on the device: a copy from the host would wait for it, and a CUDA graph would not have it
+            fills = isinstance(a, int | float) and torch._C._get_tracing_state() is None
+            a = b.new_full((), a) if fills else torch.as_tensor(a, dtype=b.dtype, device=b.device)
         return module(a, b)
 
 

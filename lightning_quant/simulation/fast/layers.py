@@ -192,11 +192,13 @@ class _FastLayer(_Layer):
     def _called(self: Any, args: Any, kwargs: Any) -> Any:
         # AIMET's looks for weights without a range first; such layers are not on the short path
         if not _ready(self):
-            self.__dict__.pop("_is_ready", None)
             return _Layer._called(self, args, kwargs)
-        self.__dict__["_is_ready"] = True
-        with torch._C.DisableTorchFunction():
-            return nn.Module.__call__(self, *args, **kwargs)
+        self.__dict__["_is_ready"] = True  # for `forward`, which need not look again
+        try:
+            with torch._C.DisableTorchFunction():
+                return nn.Module.__call__(self, *args, **kwargs)
+        finally:
+            self.__dict__.pop("_is_ready", None)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not (self.__dict__.pop("_is_ready", False) or _ready(self)):
