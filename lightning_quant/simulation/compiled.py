@@ -13,7 +13,8 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
-from types import FunctionType
+from operator import itemgetter
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation.callsites import running
+from lightning_quant.simulation.callsites.sites import is_at_call_site
 from lightning_quant.simulation.fast import in_graphs
 
 log = logging.getLogger(__name__)
@@ -112,6 +114,12 @@ class Compiled:
         self._own = own
         self._attributes = [vars(module) for module in own.values()]
         self._modes = [vars(module) for module in self._modules.values()]
+        # of theirs, numbers that others may set: bit widths, the probability of a dropout; all of a module in one call
+        self._numbers = [
+            (itemgetter(*names), vars(module))
+            for name, module in self._modules.items()
+            if name not in own and not is_at_call_site(module) and (names := _names_of_numbers(module))
+        ]
         self._hooks = [(name, vars(module)[kind]) for name, module in self._modules.items() if name for kind in _HOOKS]
         self._calls = 0
 
@@ -138,21 +146,29 @@ class Compiled:
         for name, hooks in self._hooks:
             if hooks:
                 raise CannotCompileError(Why.HOOK, name)
+        tensors = [*self.network.parameters(), *self.network.buffers()]
         state = (
+            _kind((args, kwargs)),
+            _kind_of_pass(),
+            tuple([tensor.requires_grad for tensor in tensors]),
             tuple([values["training"] for values in self._modes]),
             tuple([_read(value) for values in self._attributes for value in values.values()]),
+            tuple([get(values) for get, values in self._numbers]),
         )
-        tensors = [*self.network.parameters(), *self.network.buffers()]
         graph = self._graphs.get(state)
-        if graph is not None:
-            return graph(tensors, args, kwargs)
-        if len(self._graphs) == MOST_GRAPHS:
-            raise CannotCompileError(Why.GRAPHS, str(MOST_GRAPHS))
-        before = _remembered(self._modules)
-        graph = self._graphs[state] = self._made()
+        is_new = graph is None
+        if graph is None:
+            if len(self._graphs) == MOST_GRAPHS:
+                raise CannotCompileError(Why.GRAPHS, str(MOST_GRAPHS))
+            graph = self._graphs[state] = self._made()
+        before = _remembered(self._modules) if is_new else {}
         try:
             return graph(tensors, args, kwargs)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
+            if not is_new and not isinstance(error, _OF_THE_COMPILER):
+                raise
             _put_back(self._modules, before)
             if (found := _cause(error)) is not None:
                 raise found from None
@@ -232,16 +248,54 @@ _MISSING = object()
 _nonstrict_trace: Any = getattr(torch.compiler, "nonstrict_trace", None) or torch._dynamo.nonstrict_trace
 
 
-def _read(value: Any) -> Any:
-    """What a forward pass can read of an attribute and take for given: numbers, and containers of them."""
+# What a graph that was made once can still raise, before it computes: it is made anew where something is different.
+_OF_THE_COMPILER = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
+
+
+def _kind(value: Any) -> Any:
+    """What a graph takes for given of the arguments of a call: all but the numbers in tensors."""
+    if isinstance(value, Tensor):
+        strides = value.stride() if value.layout is torch.strided else ()
+        return type(value), value.shape, strides, value.dtype, value.device, value.requires_grad
+    if isinstance(value, (list, tuple)):
+        return (type(value), *map(_kind, value))
+    if isinstance(value, Mapping):
+        return (type(value), *((key, _kind(one)) for key, one in value.items()))
+    return (type(value), value) if type(value) in _PLAIN else type(value)
+
+
+def _kind_of_pass() -> Any:
+    """What a graph takes for given of what surrounds a call."""
+    kinds = ("cpu", "cuda")
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds),
+    )
+
+
+def _read(value: Any, inside: bool = False) -> Any:
+    """What a forward pass can read of an attribute and take for given: numbers, and what consists of them."""
     kind = type(value)
     if kind in _PLAIN:
         return value
     if kind is list or kind is tuple:
-        return tuple(map(_read, value))
+        return tuple([_read(one, inside) for one in value])
     if kind is dict:
-        return tuple((key, _read(one)) for key, one in value.items() if type(key) in _PLAIN)
-    return None
+        return tuple([(key, _read(one, inside)) for key, one in value.items() if type(key) in _PLAIN])
+    if inside or not hasattr(value, "__dict__") or isinstance(value, _NOT_LOOKED_INTO):
+        return None
+    if kind.__module__.partition(".")[0] in _NOT_OF_USERS:
+        return None
+    return _read(vars(value), inside=True)  # an object of the user's own, such as a configuration
+
+
+_NOT_LOOKED_INTO = (nn.Module, type, ModuleType, FunctionType, MethodType)
+_NOT_OF_USERS = ("torch", "aimet_torch", "lightning_quant", "functools")
+
+
+def _names_of_numbers(module: nn.Module) -> list[str]:
+    return [name for name, value in vars(module).items() if type(value) in _PLAIN and name not in _OURS]
 
 
 def _forward_of(network: nn.Module) -> Callable[..., Any]:

@@ -323,6 +323,85 @@ def test_numbers_that_others_set_are_read() -> None:
     assert compiled.why_not is None
 
 
+class Settings:
+    def __init__(self) -> None:
+        self.strength = 1.0
+
+
+class Configured(Body):
+    """Looks into an object, and drops numbers with a probability that somebody may set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = Settings()
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.scores(x)) * self.settings.strength
+
+
+def test_what_others_set_elsewhere_is_read() -> None:
+    """In an object that the network holds, in a layer of PyTorch's, in a quantizer."""
+    torch.manual_seed(0)
+    known = calibrated(Configured().eval(), call(images(size=8)))
+    network: Any = known.network.train()
+    compiled = Compiled(network, QUICK)
+    with compiled.in_place(), torch.no_grad():
+        once = network(images(size=8))
+        network.settings.strength = 0.0
+        network.settings.strength = 0.0
+        assert network(images(size=8)).abs().max() == 0
+        network.settings.strength = 1.0
+        network.dropout.p = 1.0
+        assert network(images(size=8)).abs().max() == 0
+        network.dropout.p = 0.0
+        assert torch.equal(network(images(size=8)), once)
+        for module in network.modules():
+            if hasattr(module, "bitwidth"):
+                module.bitwidth = 4
+        coarse = network(images(size=8))
+    assert compiled.why_not is None
+    assert not torch.equal(coarse, once)
+    with torch.no_grad():
+        assert torch.equal(coarse, network(images(size=8)))
+
+
+class Late(Body):
+    """Keeps something, decides by numbers, or neither, by the size of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.scores(x)
+        if len(x) == 3:
+            self.kept = scores
+        return scores * 2 if len(x) == 4 and bool(scores.sum() > -1e9) else scores
+
+
+@pytest.mark.parametrize(("count", "why"), [(3, Why.ATTRIBUTE), (4, Why.COMPILER)])
+def test_a_later_call_that_has_no_graph_runs_as_it_is(count: int, why: Why) -> None:
+    torch.manual_seed(0)
+    known = calibrated(Late().eval(), call(images(2, 8)))
+    twin = copy.deepcopy(known.network)
+    compiled = Compiled(known.network, QUICK)
+    with compiled.in_place():
+        for size in (2, count, 2):
+            assert_alike(step(known.network, images(size, 8)), step(twin, images(size, 8)))
+    assert compiled.why_not is not None
+    assert compiled.why_not.why is why
+    assert type(getattr(known.network, "kept", torch.empty(0))) is Tensor
+
+
+def test_batches_of_many_sizes_are_no_error() -> None:
+    torch.manual_seed(0)
+    known = calibrated(Scheduled().eval(), call(images(size=8)))
+    twin = copy.deepcopy(known.network)
+    compiled = Compiled(known.network, QUICK)
+    with compiled.in_place(), torch.no_grad():
+        for count in range(1, 21):
+            assert torch.equal(known.network(images(count, 8)), twin(images(count, 8)))
+    assert compiled.why_not is not None
+    assert compiled.why_not.why is Why.GRAPHS
+
+
 def test_graphs_without_end_are_not_made() -> None:
     torch.manual_seed(0)
     known = calibrated(Scheduled().eval(), call(images(size=8)))
