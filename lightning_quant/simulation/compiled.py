@@ -121,7 +121,6 @@ class Compiled:
             if name not in own and not is_at_call_site(module) and (names := _names_of_numbers(module))
         ]
         self._hooks = [(name, vars(module)[kind]) for name, module in self._modules.items() if name for kind in _HOOKS]
-        self._calls = 0
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -156,20 +155,20 @@ class Compiled:
             tuple([get(values) for get, values in self._numbers]),
         )
         graph = self._graphs.get(state)
-        is_new = graph is None
+        before = _remembered(self._modules) if graph is None else None
         if graph is None:
             if len(self._graphs) == MOST_GRAPHS:
                 raise CannotCompileError(Why.GRAPHS, str(MOST_GRAPHS))
             graph = self._graphs[state] = self._made()
-        before = _remembered(self._modules) if is_new else {}
         try:
             return graph(tensors, args, kwargs)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if not is_new and not isinstance(error, _OF_THE_COMPILER):
+            if before is not None:
+                _put_back(self._modules, before)
+            elif not isinstance(error, _OF_THE_COMPILER):
                 raise
-            _put_back(self._modules, before)
             if (found := _cause(error)) is not None:
                 raise found from None
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"

@@ -90,8 +90,9 @@ def assert_alike(ours: Any, theirs: Any) -> None:
         assert (ours[1][key] - gradient).abs().max() <= near * gradient.abs().max() + 1e-5, key
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("learned", [True, False], ids=["learned", "frozen"])
+@pytest.mark.parametrize(
+    ("name", "learned"), [*((name, True) for name in NETWORKS), ("body", False), ("normed", False)]
+)
 def test_a_step_is_the_same(name: str, learned: bool) -> None:
     known, batch = made(name)
     known.learn_ranges(learned)
