@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from operator import itemgetter
 from types import FunctionType, MethodType, ModuleType
@@ -19,12 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation.callsites import running
 from lightning_quant.simulation.callsites.sites import is_at_call_site
 from lightning_quant.simulation.fast import in_graphs
+from lightning_quant.simulation.inputs import tensors_in, with_tensors
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +56,7 @@ class Why(Enum):
     TENSOR = "the attribute {} is a tensor that is neither a parameter nor a buffer: a graph would keep today's numbers"
     BUFFER = "its forward writes into the buffer {}"
     RANDOM = "its forward draws random numbers of {}, which a graph would keep"
+    OUTPUT = "its forward returns a {}, of which a graph knows nothing"
     HOOK = "{} has a hook, which a graph would not call"
     GRAPHS = "it was given calls of more than {} kinds (shapes, structures, modes, numbers in attributes)"
     COMPILER = "{}"
@@ -185,8 +189,12 @@ class Compiled:
             with in_graphs.made(calibrated), _exchanged(network, own, tensors):
                 output = running.begin(network, forward, args, kwargs)
             self._check_traces(before, drawn)
-            return output
+            answer[:] = [apply_to_collection(output, Tensor, lambda _: _TENSOR)]
+            if (other := next((one for one in _leaves(output) if type(one) not in _PLAIN), None)) is not None:
+                raise CannotCompileError(Why.OUTPUT, type(other).__name__)
+            return tensors_in(output)
 
+        answer: list[Any] = []  # what it is made of: the compiler knows tensors, numbers and few containers
         traced = _nonstrict_trace(run)
 
         def graph(tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
@@ -194,7 +202,13 @@ class Compiled:
 
         # the compiler keeps its graphs, and counts them, by the code object
         separate = FunctionType(graph.__code__.replace(), graph.__globals__, "graph", None, graph.__closure__)
-        return torch.compile(separate, **self._options)
+        compiled = torch.compile(separate, **self._options)
+
+        def answered(tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
+            found = compiled(tensors, args, kwargs)
+            return with_tensors(answer[0], found)
+
+        return answered
 
     def _check_traces(self, before: Any, drawn: Any) -> None:
         """Raise if the Python that has run left more behind than operations, or read what no graph reads."""
@@ -249,6 +263,24 @@ _nonstrict_trace: Any = getattr(torch.compiler, "nonstrict_trace", None) or torc
 
 # What a graph that was made once can still raise, before it computes: it is made anew where something is different.
 _OF_THE_COMPILER = (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit)
+
+
+# Where a tensor is in an answer.
+_TENSOR = torch.empty(0)
+
+
+def _leaves(answer: Any) -> Iterator[Any]:
+    """What is at the ends of an answer, but for tensors."""
+    if isinstance(answer, Mapping):
+        answer = list(answer.values())
+    elif is_dataclass(answer) and not isinstance(answer, type):
+        answer = [getattr(answer, one.name) for one in fields(answer)]
+    elif not isinstance(answer, (list, tuple)):
+        if not isinstance(answer, Tensor):
+            yield answer
+        return
+    for one in answer:
+        yield from _leaves(one)
 
 
 def _kind(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import random
 from collections.abc import Callable
@@ -324,6 +325,49 @@ def test_numbers_that_others_set_are_read() -> None:
     assert compiled.why_not is None
 
 
+@dataclasses.dataclass
+class Answer:
+    scores: Tensor
+    others: dict[str, Any]
+
+
+class Answers(Body):
+    """Answers with what the compiler does not know."""
+
+    def forward(self, x: Tensor, both: bool = False) -> Any:
+        y = self.scores(x)
+        return Answer(y, {"none": None, "name": "scores", "best": [y.argmax(1)] if both else []})
+
+
+class Box:
+    def __init__(self, scores: Tensor) -> None:
+        self.scores = scores
+
+
+class Boxed(Body):
+    def forward(self, x: Tensor) -> Any:
+        y = self.scores(x)
+        return y, Box(y)
+
+
+def test_answers_of_any_structure() -> None:
+    torch.manual_seed(0)
+    known = calibrated(Answers().eval(), call(images(size=8)))
+    twin = copy.deepcopy(known.network)
+    compiled = Compiled(known.network, QUICK)
+    for both in (False, True, False):
+        with compiled.in_place():
+            ours = known.network(images(size=8), both)
+        theirs = twin(images(size=8), both)
+        assert type(ours) is Answer
+        assert torch.equal(ours.scores, theirs.scores)
+        assert ours.others.keys() == theirs.others.keys()
+        assert ours.others["none"] is None
+        assert ours.others["name"] == "scores"
+        assert all(torch.equal(*pair) for pair in zip(ours.others["best"], theirs.others["best"], strict=True))
+    assert compiled.why_not is None
+
+
 class Settings:
     def __init__(self) -> None:
         self.strength = 1.0
@@ -339,6 +383,18 @@ class Configured(Body):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.scores(x)) * self.settings.strength
+
+
+def test_an_answer_that_nobody_can_look_into_is_not_compiled() -> None:
+    torch.manual_seed(0)
+    known = calibrated(Boxed().eval(), call(images(size=8)))
+    compiled = Compiled(known.network, QUICK)
+    with compiled.in_place(), torch.no_grad():
+        ours = known.network(images(size=8))
+    assert type(ours[1].scores) is Tensor
+    assert compiled.why_not is not None
+    assert compiled.why_not.why is Why.OUTPUT
+    assert torch.equal(ours[0], ours[1].scores)
 
 
 def test_what_others_set_elsewhere_is_read() -> None:
