@@ -57,6 +57,7 @@ class Why(Enum):
     BUFFER = "its forward writes into the buffer {}"
     RANDOM = "its forward draws random numbers of {}, which a graph would keep"
     OUTPUT = "its forward returns a {}, of which a graph knows nothing"
+    QUANTIZED_HOOK = "a hook of {} itself holds quantized operations, which are looked at in no graph"
     HOOK = "{} has a hook, which a graph would not call"
     GRAPHS = "it was given calls of more than {} kinds (shapes, structures, modes, numbers in attributes)"
     COMPILER = "{}"
@@ -125,6 +126,8 @@ class Compiled:
             if name not in own and not is_at_call_site(module) and (names := _names_of_numbers(module))
         ]
         self._hooks = [(name, vars(module)[kind]) for name, module in self._modules.items() if name for kind in _HOOKS]
+        # outside of a graph nobody looks at what hooks of the network itself compute
+        self._outside = [vars(network)[kind] for kind in _HOOKS] if _is_quantized_in_hooks(network) else []
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -135,14 +138,23 @@ class Compiled:
         finally:
             del running.COMPILED[self.network]
 
+    def takes(self) -> bool:
+        """Whether the network's next call is one for :meth:`__call__`; its hooks run around it."""
+        if self.why_not is None and any(self._outside):
+            self._give_up(CannotCompileError(Why.QUANTIZED_HOOK, type(self.network).__name__))
+        return self.why_not is None
+
+    def _give_up(self, error: CannotCompileError) -> None:
+        self.why_not = error
+        log.warning("%s is not compiled: %s.", type(self.network).__name__, error)
+
     def __call__(self, args: Any, kwargs: Any) -> Any:
         """Compute the network's ``forward``."""
         if self.why_not is None:
             try:
                 return self._run(args, kwargs)
             except CannotCompileError as error:
-                self.why_not = error
-                log.warning("%s is not compiled: %s.", type(self.network).__name__, error)
+                self._give_up(error)
         return running.begin(self.network, _forward_of(self.network), args, kwargs)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
@@ -332,6 +344,12 @@ def _names_of_numbers(module: nn.Module) -> list[str]:
 def _forward_of(network: nn.Module) -> Callable[..., Any]:
     watched: Any = type(network)
     return watched.watched.forward
+
+
+def _is_quantized_in_hooks(network: nn.Module) -> bool:
+    """Whether a call site of the network stands in no ``forward``."""
+    outermost = [found[-2] for found, _ in running.sites_of(network) if len(found) > 1]
+    return any(name.rpartition(".")[2] != "forward" for name, *_ in outermost)
 
 
 def _calibrated(network: nn.Module) -> list[nn.Module]:

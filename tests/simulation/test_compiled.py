@@ -287,6 +287,19 @@ def test_what_a_graph_would_lose_is_not_compiled(
         assert type(known.network.losses[-1]) is Tensor
 
 
+def test_hooks_that_are_quantized_stay_quantized() -> None:
+    torch.manual_seed(0)
+    network = Body().eval()
+    network.register_forward_hook(lambda _, __, output: output * 2 + 0.3 * output.abs())
+    known = calibrated(network, call(images(size=8)))
+    twin = copy.deepcopy(known.network)
+    compiled = Compiled(known.network, QUICK)
+    with compiled.in_place(), torch.no_grad():
+        assert torch.equal(known.network(images(size=8)), twin(images(size=8)))
+    assert compiled.why_not is not None
+    assert compiled.why_not.why is Why.QUANTIZED_HOOK
+
+
 def test_hooks_inside_are_called() -> None:
     known, batch = made("body")
     compiled = Compiled(known.network, QUICK)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from lightning_quant.simulation.callsites.recording import Recorder
     from lightning_quant.simulation.callsites.sites import ApartSite, Site
+    from lightning_quant.simulation.compiled import Compiled
 
 # Where a module keeps its call sites, in its ``__dict__``: no child, no parameter, copied and pickled along.
 SITES = "_call_sites"
@@ -54,7 +55,7 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 MADE_UP = "_is_made_up"
 
 # Networks whose `forward` is compiled for the time being, and what computes it.
-COMPILED: MutableMapping[nn.Module, Callable[[Any, Any], Any]] = weakref.WeakKeyDictionary()
+COMPILED: MutableMapping[nn.Module, Compiled] = weakref.WeakKeyDictionary()
 
 # Functions that ONNX does not have → what computes the same of other functions, for a trace.
 IN_TRACES: dict[Any, Callable[..., Any]] = {}
@@ -313,7 +314,7 @@ def watched_class(cls: Any, *more: Any) -> Any:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         running = _local.running
         if running is None:
-            if self in COMPILED and not _is_looked_at():
+            if (compiled := COMPILED.get(self)) is not None and not _is_looked_at() and compiled.takes():
                 return plain_call(self, *args, **kwargs)  # its hooks, and `forward`
             return begin(self, plain_call, args, kwargs)
         if running.paused:
