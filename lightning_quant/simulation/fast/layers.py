@@ -3,7 +3,7 @@
 AIMET computes scale and offset of a range with a dozen small operations on every call, looks for weights that have no
 range yet, swaps parameters in and out of the layer and wraps what a quantizer returns in a tensor subclass. On small
 images that takes longer than the convolutions. The classes here go from the inputs to the outputs directly, and leave
-everything they do not know to AIMET: tracing, export, calibration, block sizes, other types than float32 on the CPU.
+everything they do not know to AIMET: tracing, export, calibration, block sizes, types for which there is no kernel.
 
 Importing this module imports AIMET.
 """
