@@ -93,6 +93,10 @@ class QuantizationAwareTraining(QuantizationCallback):
             its power, beside your own. 0: none.
         statistics_cache: folder that keeps what calibration saw, so that other precisions with the same width of
             weights, network and data need no pass of their own; their ranges are exactly the same. Not used under DDP.
+        compile: let ``torch.compile`` compile the quantized network for training and its validation; or ``backend``,
+            ``mode`` and ``options`` for it, such as ``{"mode": "reduce-overhead"}``. It pays on a GPU, after minutes of
+            compiling. Where a compiled network would lose something that your ``forward`` does, it is not compiled,
+            and a warning says why.
 
     Attributes:
         result: what was measured, a :class:`~lightning_quant.ladder.Ladder`.
