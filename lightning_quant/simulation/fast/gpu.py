@@ -51,10 +51,11 @@ def _reason() -> str | None:
         return "LIGHTNING_QUANT_STOCK=1 is set"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    try:
-        _kernels()
-    except Exception as error:  # a Triton of another version: AIMET's own kernels do the work
-        return f"loading them failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    try:  # Triton compiles at the first launch, for which it needs a C compiler
+        some = torch.zeros(16, device="cuda" if torch.cuda.is_available() else "cpu")
+        _forward(some, some[0], some[1], (0.0, 255.0, 1e-8, False), Activation.NONE, False, Kept.NOTHING, some.dtype)
+    except Exception as error:  # none, or a Triton of another version: AIMET's own kernels do the work
+        return f"running them failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return None
 
 

@@ -173,6 +173,19 @@ def test_the_operator_keeps_what_it_promises(memory_format: torch.memory_format)
     torch.library.opcheck(gpu.backward_of_codes, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+def test_kernels_that_do_not_compile_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles at the first launch: without a C compiler it is there and does not work."""
+
+    class Broken:
+        def forward(self, *_: object) -> None:
+            raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(gpu, "_kernels", Broken)
+    assert gpu._reason() == "running them failed: RuntimeError: Failed to find C compiler."
+    monkeypatch.undo()
+    assert gpu._reason() is None
+
+
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
