@@ -512,6 +512,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: Step, scale: float | None = None
     ) -> str:
         """In words: the step that is about to be taken, at this loss scale if it is scaled."""
+        self._compiled.close()  # layers are looked into
         network = self.quantized_network(pl_module)
         catcher = InputCatcher(trainer, pl_module, self.network_name, network, first="training_step")
         try:

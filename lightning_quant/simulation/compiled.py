@@ -42,10 +42,12 @@ _OURS = (
     running.SITES,
     running.SEEN,
     running.SET_ASIDE,
+    running.BUFFERS,
     "_held_weight",
     "_is_ready",
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_NOT_READ = frozenset((*vars(nn.Module()), *_OURS))
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -54,6 +56,7 @@ class Why(Enum):
 
     ATTRIBUTE = "its forward sets the attribute {}, which a graph would not"
     TENSOR = "the attribute {} is a tensor that is neither a parameter nor a buffer: a graph would keep today's numbers"
+    STRANGER = "it computes with a tensor of shape {} that is no input, parameter or buffer: a graph would keep it"
     BUFFER = "its forward writes into the buffer {}"
     RANDOM = "its forward draws random numbers of {}, which a graph would keep"
     OUTPUT = "its forward returns a {}, of which a graph knows nothing"
@@ -167,7 +170,9 @@ class Compiled:
             _kind_of_pass(),
             tuple([tensor.requires_grad for tensor in tensors]),
             tuple([values["training"] for values in self._modes]),
-            tuple([_read(value) for values in self._attributes for value in values.values()]),
+            tuple(
+                [_read(value) for values in self._attributes for key, value in values.items() if key not in _NOT_READ]
+            ),
             tuple([get(values) for get, values in self._numbers]),
         )
         graph = self._graphs.get(state)
@@ -198,9 +203,11 @@ class Compiled:
 
         def run(tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
             before, drawn = _remembered(self._modules), _random_states()
-            with in_graphs.made(calibrated), _exchanged(network, own, tensors):
+            with in_graphs.made(calibrated) as strangers, _exchanged(network, own, tensors):
                 output = running.begin(network, forward, args, kwargs)
             self._check_traces(before, drawn)
+            if strangers and type(tensors[0]) not in (Tensor, nn.Parameter):  # backend="eager" runs this with real ones
+                raise CannotCompileError(Why.STRANGER, f"{tuple(strangers[0].shape)}")
             answer[:] = [apply_to_collection(output, Tensor, lambda _: _TENSOR)]
             if (other := next((one for one in _leaves(output) if type(one) not in _PLAIN), None)) is not None:
                 raise CannotCompileError(Why.OUTPUT, type(other).__name__)

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -251,6 +252,60 @@ class Holds(Body):
         return self.scores(x) * self.factor
 
 
+class HoldsInList(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = [torch.tensor(2.0)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x) * self.factors[0]
+
+
+class HoldsInObject(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = SimpleNamespace(factor=torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x) * self.settings.factor
+
+
+class Hides(Body):
+    """A layer that is in no module; one that learns cannot be quantized at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = [nn.Conv2d(4, 4, 1).requires_grad_(False)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hidden[0](self.scores(x))
+
+
+FACTOR = torch.tensor(2.0)
+
+
+class ReadsGlobal(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x) * FACTOR
+
+
+class Makes(Body):
+    """A tensor made in ``forward`` is a constant in a graph, as it is outside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(x) * torch.tensor(2.0) + torch.arange(8.0)
+
+
+def test_a_tensor_made_in_forward_is_compiled() -> None:
+    torch.manual_seed(0)
+    network = calibrated(Makes().eval(), call(images(size=8))).network
+    twin = copy.deepcopy(network)
+    compiled = Compiled(network, QUICK)
+    with compiled.in_place():
+        assert_alike(step(network, images(size=8)), step(twin, images(size=8)))
+    assert compiled.why_not is None
+
+
 @pytest.mark.parametrize(
     ("network", "why", "named"),
     [
@@ -260,6 +315,10 @@ class Holds(Body):
         (Draws, Why.RANDOM, "Python"),
         (Depends, Why.COMPILER, ""),
         (Holds, Why.TENSOR, "factor"),
+        (HoldsInList, Why.STRANGER, "shape ()"),
+        (HoldsInObject, Why.STRANGER, "shape ()"),
+        (Hides, Why.STRANGER, "shape (4, 4, 1, 1)"),
+        (ReadsGlobal, Why.STRANGER, "shape ()"),
     ],
 )
 def test_what_a_graph_would_lose_is_not_compiled(

@@ -14,15 +14,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_quant.simulation.fast import gpu
 from lightning_quant.simulation.fast.kernels import Activation
+from lightning_quant.simulation.inputs import tensors_in
 
 
 class _Local(threading.local):
     def __init__(self) -> None:
         self.calibrated: set[Any] | None = None
+        self.strangers: list[Tensor] = []
 
 
 _local = _Local()
@@ -36,13 +39,32 @@ _ACTIVATIONS = {
 
 
 @contextmanager
-def made(calibrated: Iterable[Any]) -> Iterator[None]:
-    """Make a graph in a block; ``calibrated``: the quantizers whose ranges are known."""
-    _local.calibrated = set(calibrated)
+def made(calibrated: Iterable[Any]) -> Iterator[list[Tensor]]:
+    """Make a graph in a block; ``calibrated``: the quantizers whose ranges are known.
+
+    Yields:
+        The tensors that something is computed with and that are no inputs of the graph, nor computed of any: it would
+        keep them as they are, and hand no gradient on to them.
+    """
+    _local.calibrated, _local.strangers = set(calibrated), []
     try:
-        yield
+        with _Watch():
+            yield _local.strangers
     finally:
         _local.calibrated = None
+
+
+class _Watch(TorchFunctionMode):
+    """Looks at what operations are given while a graph is made, where inputs and results have types of their own."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        look(args)
+        return func(*args, **(kwargs or {}))
+
+
+def look(given: Any) -> None:
+    """Note the tensors among the arguments of an operation, or of a layer, that the graph knows nothing of."""
+    _local.strangers += [tensor for tensor in tensors_in(given) if type(tensor) in (Tensor, nn.Parameter)]
 
 
 def is_made() -> bool:
@@ -63,9 +85,8 @@ def fake_quantize(
     grid = (float(qmin), float(qmax), symmetric, smallest)
     if learned and low.numel() == 1 and activation in _CUTS and _has_kernel(x):
         return _Coded.apply(x, low, high, grid, activation)
-    if activation is not Activation.NONE:
-        x = _ACTIVATIONS[activation](x)
-    return _FakeQuantize.apply(x, low, high, grid, learned)
+    value = x if activation is Activation.NONE else _ACTIVATIONS[activation](x.float())
+    return _FakeQuantize.apply(value, low, high, grid, learned).to(x.dtype)
 
 
 def _has_kernel(x: Tensor) -> bool:

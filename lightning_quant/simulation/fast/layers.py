@@ -177,6 +177,8 @@ class _Layer(_Fast):
         running = running_pass()
         if running is not None and running.changes:
             args, kwargs = current(args), current(kwargs)
+        if in_graphs.is_made():
+            in_graphs.look((args, kwargs))
         return self._called(args, kwargs)
 
     def _called(self: Any, args: Any, kwargs: Any) -> Any:
