@@ -83,7 +83,8 @@ screenshots: demo  ## the pictures in README, of the demo's reports (needs Chrom
 	$(BIN)/python -m benchmarks.screenshots multirun/demo
 
 check-gpu: install  ## on a CUDA GPU: the kernels and training there against the CPU's (2 minutes)
-	$(BIN)/python -m pytest -n 8 tests/gpu
+	$(BIN)/python -m pytest -n 8 tests/gpu tests/callbacks/test_finiteness.py::test_on_a_gpu_it_reads_late_by_itself \
+		tests/deploy/test_bundle.py::test_network_is_back_on_its_device
 
 test: install  ## the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -56,16 +56,16 @@ def test_quotients_on_the_border_are_rounded_as_on_the_cpu() -> None:
         assert equal(ours.x, theirs.x)
 
 
-@pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("learned", [True, False], ids=["learned", "frozen"])
-@pytest.mark.parametrize("shape", [(64, 48, 3, 3), (512, 512, 3, 3), (96, 1, 5, 5)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((64, 48, 3, 3), 0), ((64, 48, 3, 3), 1), ((512, 512, 3, 3), 0), ((512, 512, 3, 3), 1), ((96, 1, 5, 5), 0)],
+)
 def test_a_range_for_each_channel(
     shape: tuple[int, ...], axis: int, memory_format: torch.memory_format, learned: bool
 ) -> None:
     x, grad = torch.randn(shape), torch.randn(shape)
-    if shape[axis] == 1:
-        pytest.skip("one place has one range")
     x = x.to(memory_format=memory_format)
     high = x.abs().amax([one for one in range(4) if one != axis], keepdim=True) * 0.9
     high.view(-1)[0] = 0
