@@ -29,9 +29,9 @@ from rich.markdown import Markdown
 
 import lightning_quant as lq
 from benchmarks.networks import NETWORKS
-from lightning_quant.ladder import Ladder
-from lightning_quant.segmentation.datamodule import CityscapesDataModule, SyntheticScenesDataModule
-from lightning_quant.segmentation.task import SegmentationTask
+from lightning_quant.domains.segmentation.datamodule import CityscapesDataModule, SyntheticScenesDataModule
+from lightning_quant.domains.segmentation.task import SegmentationTask
+from lightning_quant.ladder.gate import Ladder
 
 FLOAT = Path("outputs/accuracy/float")
 RESULTS = Path(__file__).parent / "results" / "accuracy"

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_quant as lq
 from benchmarks.measure import interleaved, photographs, publish, table
-from lightning_quant.segmentation.ffnet import ffnet_nano
-from lightning_quant.segmentation.task import SegmentationTask
+from lightning_quant.domains.segmentation.ffnet import ffnet_nano
+from lightning_quant.domains.segmentation.task import SegmentationTask
 
 
 def trainer(*callbacks: pl.Callback) -> pl.Trainer:

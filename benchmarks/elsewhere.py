@@ -29,8 +29,8 @@ from torchmetrics.detection import MeanAveragePrecision
 import lightning_quant as lq
 from benchmarks.accuracy import trainer
 from benchmarks.zoo import emulator
-from lightning_quant.segmentation.datamodule import CityscapesDataModule
-from lightning_quant.segmentation.task import SegmentationTask
+from lightning_quant.domains.segmentation.datamodule import CityscapesDataModule
+from lightning_quant.domains.segmentation.task import SegmentationTask
 
 RESULTS = Path(__file__).parent / "results" / "elsewhere"
 # Samples that the emulator computes.

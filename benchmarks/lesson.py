@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks.measure import float_and_simulated, photographs, publish, table
-from lightning_quant.memory import PeakMemory
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.utilities.memory import PeakMemory
 
 SIZE = (1024, 2048)
 

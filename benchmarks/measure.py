@@ -18,9 +18,9 @@ from rich.markdown import Markdown
 from torch import Tensor, nn
 
 from benchmarks.networks import NETWORKS, SPEED_ONLY
+from lightning_quant.domains.segmentation.datamodule import CityscapesDataModule
 from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
-from lightning_quant.segmentation.datamodule import CityscapesDataModule
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.inputs import NetworkInputs

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchvision.models import resnet18, resnet50
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
-from lightning_quant.segmentation.cityscapes import NUM_CLASSES
-from lightning_quant.segmentation.ffnet import ffnet_40s, ffnet_nano
+from lightning_quant.domains.segmentation.cityscapes import NUM_CLASSES
+from lightning_quant.domains.segmentation.ffnet import ffnet_40s, ffnet_nano
 
 
 @dataclass(frozen=True)

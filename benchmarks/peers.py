@@ -40,7 +40,7 @@ class Scores(nn.Module):
 
 
 def networks() -> dict[str, nn.Module]:
-    from lightning_quant.segmentation.ffnet import ffnet_nano
+    from lightning_quant.domains.segmentation.ffnet import ffnet_nano
 
     lraspp = lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=19)
     return {"ffnet_nano": ffnet_nano(), "lraspp": Scores(lraspp), "resnet18": resnet18(num_classes=19)}

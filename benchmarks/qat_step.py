@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import float_and_simulated, interleaved, photographs, publish, scores, table
-from lightning_quant.memory import PeakMemory
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.utilities.memory import PeakMemory
 
 NETWORKS = ("ffnet_nano", "ffnet_40s", "lraspp", "resnet18")
 CASES = (("w8a8", True), ("w4a16", True), ("w8a8", False))

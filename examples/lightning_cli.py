@@ -9,8 +9,8 @@ Needs pip install 'jsonargparse[signatures]'.)
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_quant.segmentation.datamodule import SyntheticScenesDataModule
-from lightning_quant.segmentation.task import SegmentationTask
+from lightning_quant.domains.segmentation.datamodule import SyntheticScenesDataModule
+from lightning_quant.domains.segmentation.task import SegmentationTask
 
 
 class Program(LightningCLI):
@@ -19,7 +19,7 @@ class Program(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         scenes = {"root": "data/scenes", "train": 200, "val": 24, "height": 64, "width": 128}
         parser.set_defaults({f"data.{name}": value for name, value in scenes.items()})
-        parser.set_defaults({"model.network": {"class_path": "lightning_quant.segmentation.ffnet.ffnet_nano"}})
+        parser.set_defaults({"model.network": {"class_path": "lightning_quant.domains.segmentation.ffnet.ffnet_nano"}})
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, random_split
 from torchvision.models import get_model
 
 import lightning_quant as lq
-from lightning_quant.segmentation.images import find_images
-from lightning_quant.segmentation.scenes import generate_scenes
+from lightning_quant.domains.segmentation.images import find_images
+from lightning_quant.domains.segmentation.scenes import generate_scenes
 
 
 class SameClass(pl.LightningModule):

@@ -9,9 +9,9 @@ import json
 import lightning.pytorch as pl
 
 import lightning_quant as lq
-from lightning_quant.segmentation.datamodule import SyntheticScenesDataModule
-from lightning_quant.segmentation.ffnet import ffnet_nano
-from lightning_quant.segmentation.task import SegmentationTask
+from lightning_quant.domains.segmentation.datamodule import SyntheticScenesDataModule
+from lightning_quant.domains.segmentation.ffnet import ffnet_nano
+from lightning_quant.domains.segmentation.task import SegmentationTask
 
 pl.seed_everything(0)
 data = SyntheticScenesDataModule("data/scenes", train=200, val=24, height=64, width=128, batch_size=8)

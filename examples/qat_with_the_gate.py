@@ -11,9 +11,9 @@ import argparse
 import lightning.pytorch as pl
 
 import lightning_quant as lq
-from lightning_quant.segmentation.datamodule import SyntheticScenesDataModule
-from lightning_quant.segmentation.ffnet import ffnet_nano
-from lightning_quant.segmentation.task import SegmentationTask
+from lightning_quant.domains.segmentation.datamodule import SyntheticScenesDataModule
+from lightning_quant.domains.segmentation.ffnet import ffnet_nano
+from lightning_quant.domains.segmentation.task import SegmentationTask
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--precision", default="w4a8")

@@ -15,8 +15,8 @@ from torchmetrics.functional.audio import signal_noise_ratio
 from torchvision.transforms.functional import to_tensor
 
 from lightning_quant import Precision
-from lightning_quant.segmentation.ffnet import ffnet_nano
-from lightning_quant.segmentation.scenes import draw_scene
+from lightning_quant.domains.segmentation.ffnet import ffnet_nano
+from lightning_quant.domains.segmentation.scenes import draw_scene
 
 PICTURES = Path("outputs/quantization_basics")
 BLUE, ORANGE, RED, GREY = "tab:blue", "tab:orange", "tab:red", "0.6"

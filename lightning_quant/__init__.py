@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lightning_quant.callbacks.checkpoint import load_quantized, read_manifest
     from lightning_quant.callbacks.device_export import DeviceExport
     from lightning_quant.callbacks.post_training import PostTrainingQuantization
-    from lightning_quant.callbacks.resuming import ResumePoint
+    from lightning_quant.callbacks.resume_point import ResumePoint
     from lightning_quant.callbacks.training import QuantizationAwareTraining
     from lightning_quant.deploy.bundle import export_bundle
     from lightning_quant.precision import Precision
@@ -24,7 +24,7 @@ _HOMES = {
     "Precision": "lightning_quant.precision",
     "QuantRecipe": "lightning_quant.recipe",
     "QuantizationAwareTraining": "lightning_quant.callbacks.training",
-    "ResumePoint": "lightning_quant.callbacks.resuming",
+    "ResumePoint": "lightning_quant.callbacks.resume_point",
     "export_bundle": "lightning_quant.deploy.bundle",
     "load_quantized": "lightning_quant.callbacks.checkpoint",
     "read_manifest": "lightning_quant.callbacks.checkpoint",

@@ -1,5 +1,5 @@
 """``python -m lightning_quant``."""
 
-from lightning_quant.app import main
+from lightning_quant.cli.app import main
 
 main()

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.precision import Precision
-from lightning_quant.reading import fitting, read_json
+from lightning_quant.utilities.parsing import fitting, read_json
 
 RANGE_ESTIMATORS = ("min_max", "tf_enhanced", "percentile")
 

@@ -19,8 +19,7 @@ from torch import nn
 import lightning_quant
 from lightning_quant import errors
 from lightning_quant.recipe import HARDWARE_CONFIGS
-
-from .simulation.networks import call, quantized
+from tests.helpers.networks import call, quantized
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

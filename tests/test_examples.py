@@ -16,8 +16,8 @@ from PIL import Image
 from torchvision.models import get_model
 
 from lightning_quant import read_manifest
-from lightning_quant.segmentation.images import find_images
-from lightning_quant.segmentation.scenes import generate_scenes
+from lightning_quant.domains.segmentation.images import find_images
+from lightning_quant.domains.segmentation.scenes import generate_scenes
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 LONG = {"quantization_basics"}

@@ -22,8 +22,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
 from torch import nn
-from tests.small import SmallModule, small_loader
-from lightning_quant.simulation.techniques.cle import CrossLayerEqualization
+from tests.helpers.small import SmallModule, small_loader
+from lightning_quant.ladder.rungs.cle import CrossLayerEqualization
 
 
 class MyRung(CrossLayerEqualization):

@@ -73,7 +73,7 @@ assert lightning_quant.__file__.startswith({str(installed)!r}), lightning_quant.
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
-from lightning_quant.configuration import config_dir
+from lightning_quant.cli.configuration import config_dir
 assert str(config_dir()).startswith({str(installed)!r}), config_dir()
 with initialize_config_dir(str(config_dir()), version_base="1.3"):
     for choice in {choices!r}:

@@ -9,12 +9,11 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 
-from lightning_quant.segmentation.datamodule import SyntheticScenesDataModule
-from lightning_quant.segmentation.ffnet import ffnet_nano
-from lightning_quant.segmentation.task import SegmentationTask
-
-from .callbacks.rung_cases import Case, fit_case
-from .test_app import SMALL, lightning_quant
+from lightning_quant.domains.segmentation.datamodule import SyntheticScenesDataModule
+from lightning_quant.domains.segmentation.ffnet import ffnet_nano
+from lightning_quant.domains.segmentation.task import SegmentationTask
+from tests.callbacks.rung_cases import Case, fit_case
+from tests.cli.test_app import SMALL, lightning_quant
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

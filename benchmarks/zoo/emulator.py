@@ -27,7 +27,7 @@ def emulate(
     for index, sample in enumerate(samples):
         np.savez(folder / f"input-{index}.npz", **sample)  # type: ignore[arg-type]
     job = {"model": str(qdq), "soc": SOC, "samples": len(samples), "memory_bytes": int(16e9)}
-    placement = run_worker("lightning_quant.deploy.targets.htp_worker", job, folder, timeout)
+    placement = run_worker("lightning_quant.deploy.targets.htp.worker", job, folder, timeout)
     outputs = []
     for index in range(len(samples)):
         with np.load(folder / f"output-{index}.npz") as file:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_quant.files import replacing
+from lightning_quant.utilities.files import replacing
 
 RESULTS = Path(__file__).parents[1] / "results"
 OURS, PLAIN = "lightning_quant", "aimet"

@@ -3,7 +3,7 @@
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from lightning_quant.configuration import config_dir
+from lightning_quant.cli.configuration import config_dir
 
 
 class LightningQuantSearchPath(SearchPathPlugin):

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from lightning_quant.callbacks.data import batches, stage_loader
 from lightning_quant.callbacks.untouched import untouched
 from lightning_quant.errors import CalibrationError
+from lightning_quant.ladder.rungs.layer_outputs import unrounded
 from lightning_quant.simulation.batch_axes import Axes, NoBatchAxisError, find_axes, fit
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.techniques.layer_outputs import unrounded
 
 log = logging.getLogger(f"lightning.pytorch.{__name__}")
 

@@ -16,11 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_quant.callbacks.lightning_package import check_module_package
 from lightning_quant.callbacks.quantization import find_network, quantized_networks
 from lightning_quant.errors import CheckpointError, ConfigurationError
-from lightning_quant.reading import read_checkpoint
 from lightning_quant.recipe import HARDWARE_CONFIGS, QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import MANIFEST_KEY, check_manifest, check_ranges
+from lightning_quant.utilities.parsing import read_checkpoint
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 

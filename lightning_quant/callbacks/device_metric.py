@@ -18,8 +18,8 @@ from typing_extensions import override
 
 from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import batches, stage_loader, twins
-from lightning_quant.callbacks.measuring import in_place_of
 from lightning_quant.callbacks.traces import leaving_no_trace
+from lightning_quant.callbacks.validation import in_place_of
 from lightning_quant.deploy.bundle import single_samples
 from lightning_quant.deploy.samples import Tensors
 from lightning_quant.errors import CalibrationError

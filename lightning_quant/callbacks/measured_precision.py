@@ -9,8 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.plugins.precision import Precision
 
-from lightning_quant.full_precision import full_precision
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.utilities.full_precision import full_precision
 
 # What Lightning runs the user's steps in, but for training_step.
 _CONTEXTS = ("val_step_context", "test_step_context", "predict_step_context")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_quant.callbacks.measuring import validate_in_fit
 from lightning_quant.callbacks.quantization import QuantizationCallback, end_fit, quantization_callbacks, say
+from lightning_quant.callbacks.validation import validate_in_fit
 
 
 class PostTrainingQuantization(QuantizationCallback):

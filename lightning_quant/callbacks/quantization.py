@@ -41,10 +41,10 @@ from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate, uncalibrated
+from lightning_quant.simulation.calibration_cache import StatisticsCache
 from lightning_quant.simulation.inputs import NetworkInputs, counted, up_to
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.preflight import refuse, sharing_siblings
-from lightning_quant.simulation.statistics_cache import StatisticsCache
 
 # Below Lightning's own logger, so that what a run says appears where Lightning's messages do.
 log = logging.getLogger(f"lightning.pytorch.{__name__}")

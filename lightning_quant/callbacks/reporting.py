@@ -18,13 +18,13 @@ from lightning_quant.callbacks.quantization import QuantizationCallback, callbac
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.deploy.bundle import Bundle, on_cpu_in_eval
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.domains.segmentation.cityscapes import NUM_CLASSES
+from lightning_quant.domains.segmentation.images import IMAGE_MEAN, IMAGE_STD
+from lightning_quant.domains.segmentation.overlay import save_overlays
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.page import write_report
 from lightning_quant.report.record import RunRecord
 from lightning_quant.report.sensitivity import write_sensitivity
-from lightning_quant.segmentation.cityscapes import NUM_CLASSES
-from lightning_quant.segmentation.images import IMAGE_MEAN, IMAGE_STD
-from lightning_quant.segmentation.overlay import save_overlays
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
 

@@ -19,13 +19,12 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_quant.callbacks.calls import InputCatcher
-from lightning_quant.callbacks.climbing import Climber
 from lightning_quant.callbacks.distillation import Distillation, loss_scale, loss_scaler
 from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.early_setup import set_up_early
 from lightning_quant.callbacks.finiteness import GradientWatch, Step, gradients_are_finite, origin
+from lightning_quant.callbacks.ladder_runner import Climber
 from lightning_quant.callbacks.lightning_package import check_trainer_package
-from lightning_quant.callbacks.measuring import measure, memories_apart, monitored
 from lightning_quant.callbacks.quantization import (
     QuantizationCallback,
     averaging,
@@ -35,17 +34,18 @@ from lightning_quant.callbacks.quantization import (
     quantization_callbacks,
     say,
 )
-from lightning_quant.callbacks.resuming import save_whole
-from lightning_quant.climb import Footing
+from lightning_quant.callbacks.resume_point import save_whole
+from lightning_quant.callbacks.validation import measure, memories_apart, monitored
 from lightning_quant.errors import CalibrationError, CheckpointError, ConfigurationError, TrainingError
-from lightning_quant.files import alone
-from lightning_quant.ladder import Ladder, RungResult
-from lightning_quant.memory import PeakMemory
+from lightning_quant.ladder.climb import Footing
+from lightning_quant.ladder.gate import Ladder, RungResult
+from lightning_quant.ladder.registry import Rung, techniques
+from lightning_quant.ladder.rungs.ptq import CalibratedRanges
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.compiled import Compiled, check_options
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.techniques.ptq import CalibratedRanges
-from lightning_quant.simulation.techniques.registry import Rung, techniques
+from lightning_quant.utilities.files import alone
+from lightning_quant.utilities.memory import PeakMemory
 
 
 class QuantizationAwareTraining(QuantizationCallback):
@@ -87,7 +87,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         rungs: repairs to try before training, cheapest first: ``"ptq"``, ``"min_max"``, ``"tf_enhanced"``,
             ``"percentile"``, ``"cle"``, ``"bn_reestimation"``, ``"bias_correction"``, ``"seq_mse"``, ``"adaround"``,
             ``"mixed"``; with options as ``{"mixed": {"budget": 0.05}}``; or the dotted path of a
-            ``lightning_quant.simulation.techniques.technique.Technique`` of your own.
+            ``lightning_quant.ladder.rung.Technique`` of your own.
         train_ranges: learn the ranges too. ``False`` keeps them as calibrated.
         distillation: weight of a second loss, the squared difference from the float network's output relative to
             its power, beside your own. 0: none.
@@ -99,7 +99,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             and a warning says why.
 
     Attributes:
-        result: what was measured, a :class:`~lightning_quant.ladder.Ladder`.
+        result: what was measured, a :class:`~lightning_quant.ladder.gate.Ladder`.
         best_model_path: the checkpoint of the best network so far, written after every rung and validation that
             improved on it. ``fit(ckpt_path=…)`` goes on from there.
         drift: how far the ranges moved in training, a :class:`~lightning_quant.callbacks.drift.RangeDrift`, noted every

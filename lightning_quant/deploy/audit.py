@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lightning_quant.deploy.qdq_graph import hands_on
+from lightning_quant.deploy.graph.qdq import hands_on
 from lightning_quant.simulation.preflight import Finding
 
 if TYPE_CHECKING:

@@ -18,15 +18,15 @@ import torch
 from torch import nn
 
 from lightning_quant.deploy import audit, parity
-from lightning_quant.deploy.onnx_files import ENCODINGS_VERSION, QDQ_OPSET, OnnxFiles, write_onnx
-from lightning_quant.deploy.qdq_graph import exact_session
+from lightning_quant.deploy.graph.files import ENCODINGS_VERSION, QDQ_OPSET, OnnxFiles, write_onnx
+from lightning_quant.deploy.graph.qdq import exact_session
 from lightning_quant.errors import CalibrationError, ExportError
-from lightning_quant.files import alone
 from lightning_quant.precision import PRECISIONS
-from lightning_quant.reading import check, check_version, fitting, read_json
 from lightning_quant.simulation.exportable import FLOAT_OPSET
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import FORMAT_VERSION, QuantizedNetwork
+from lightning_quant.utilities.files import alone
+from lightning_quant.utilities.parsing import check, check_version, fitting, read_json
 
 
 @dataclass(frozen=True)

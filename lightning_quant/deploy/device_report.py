@@ -12,8 +12,8 @@ from typing import Any
 
 from lightning_quant.deploy.parity import LOWEST_PSNR
 from lightning_quant.errors import DataError
-from lightning_quant.files import replacing
-from lightning_quant.reading import check, check_version, fitting, read_json
+from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.parsing import check, check_version, fitting, read_json
 
 _FORMAT_VERSION = 1
 

@@ -12,8 +12,8 @@ from lightning_quant.deploy import parity
 from lightning_quant.deploy.bundle import Bundle, load_bundle
 from lightning_quant.deploy.device_report import GOOD_PSNR, DeviceReport
 from lightning_quant.deploy.samples import Samples, Tensors
-from lightning_quant.deploy.targets.aihub import AiHubTarget
-from lightning_quant.deploy.targets.htp_emulator import HtpEmulatorTarget
+from lightning_quant.deploy.targets.aihub.target import AiHubTarget
+from lightning_quant.deploy.targets.htp.target import HtpEmulatorTarget
 from lightning_quant.deploy.targets.onnxruntime import OnnxRuntimeTarget
 from lightning_quant.deploy.targets.target import LONGEST, REPORT_NAME, Measured, Target
 from lightning_quant.errors import (
@@ -23,8 +23,8 @@ from lightning_quant.errors import (
     DeviceError,
     DeviceUnavailableError,
 )
-from lightning_quant.files import replacing
-from lightning_quant.reading import check, fitting, read_json
+from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.parsing import check, fitting, read_json
 
 SAMPLES_NAME = "samples.npz"
 REQUEST_NAME = "request.json"
@@ -40,7 +40,7 @@ class Push:
         target: one of :data:`TARGETS`, or ``"auto"`` for the best that is available.
         devices: names of the devices.
         timeout: seconds for everything.
-        options: further arguments of :class:`~lightning_quant.deploy.targets.aihub.AiHubTarget`.
+        options: further arguments of :class:`~lightning_quant.deploy.targets.aihub.target.AiHubTarget`.
 
     Attributes:
         passed_over: after :meth:`run` with ``"auto"``: why each better target was not taken.

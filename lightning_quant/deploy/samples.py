@@ -14,10 +14,10 @@ from torch import nn
 
 from lightning_quant.deploy.bundle import on_cpu_in_eval
 from lightning_quant.errors import DataError
-from lightning_quant.files import replacing
-from lightning_quant.reading import check, read_arrays
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.parsing import check, read_arrays
 
 # One sample: tensors by name, batch axis of length 1 included.
 Tensors = dict[str, np.ndarray]

@@ -9,7 +9,7 @@ from bokeh.models import BoxAnnotation, ColumnDataSource, FactorRange, HoverTool
 from bokeh.plotting import figure
 from bokeh.transform import dodge
 
-from lightning_quant.ladder import Ladder
+from lightning_quant.ladder.gate import Ladder
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.record import RunRecord
 from lightning_quant.report.sensitivity import SHOWN

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_quant.errors import DataError
-from lightning_quant.files import replacing
-from lightning_quant.reading import check, check_version, fitting, is_finite, read_json
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.quantized_tensors import QuantizedTensor, quantized_tensors
 from lightning_quant.simulation.sensitivity import LayerSensitivity, layer_sensitivity
+from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.parsing import check, check_version, fitting, is_finite, read_json
 
 LAYERS_NAME = "layers.json"
 _FORMAT_VERSION = 1

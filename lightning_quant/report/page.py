@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.domains.segmentation.cityscapes import CLASSES
+from lightning_quant.domains.segmentation.images import open_image
+from lightning_quant.domains.segmentation.overlay import PANELS, overlay_folders
 from lightning_quant.errors import DataError
-from lightning_quant.files import replacing
-from lightning_quant.report.devices import Candidate, device_notes, device_table, dominated
+from lightning_quant.report.device_table import Candidate, device_notes, device_table, dominated
 from lightning_quant.report.layers import LAYERS_NAME, LayerFigures
 from lightning_quant.report.record import RECORD_NAME, RunRecord
 from lightning_quant.report.summary import rung_table, table
 from lightning_quant.report.verdict import sweep_verdict, verdict
-from lightning_quant.segmentation.cityscapes import CLASSES
-from lightning_quant.segmentation.images import open_image
-from lightning_quant.segmentation.overlay import PANELS, overlay_folders
 from lightning_quant.simulation.quantized_tensors import QuantizedTensor
+from lightning_quant.utilities.files import replacing
 
 with warnings.catch_warnings():  # Bokeh adds filters to a program's own
     from lightning_quant.report import charts

@@ -11,9 +11,9 @@ from typing import Any
 
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.errors import DataError
-from lightning_quant.files import replacing
-from lightning_quant.ladder import Ladder
-from lightning_quant.reading import check, check_version, fitting, read_json
+from lightning_quant.ladder.gate import Ladder
+from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.parsing import check, check_version, fitting, read_json
 
 RECORD_NAME = "results.json"
 _FORMAT_VERSION = 2
@@ -33,7 +33,7 @@ class RunRecord:
         mode: ``"max"`` or ``"min"``, whichever is better.
         metric: the metric of ``float`` and after each rung, as logged in validation.
         exported: the rung that was exported: the best one.
-        ladder: what each rung did, cost and brought, see :class:`~lightning_quant.ladder.Ladder`.
+        ladder: what each rung did, cost and brought, see :class:`~lightning_quant.ladder.gate.Ladder`.
         seconds: wall time of each stage.
         bytes: size of the ``float`` and the ``quantized`` ONNX file.
         parity: agreement of the exported file with the simulation, and the tier it was run on.

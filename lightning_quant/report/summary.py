@@ -12,10 +12,10 @@ from hydra.experimental.callback import Callback
 from typing_extensions import override
 
 from lightning_quant.errors import DataError
-from lightning_quant.files import replacing
-from lightning_quant.ladder import RungResult
-from lightning_quant.report.devices import device_notes, device_table
+from lightning_quant.ladder.gate import RungResult
+from lightning_quant.report.device_table import device_notes, device_table
 from lightning_quant.report.record import RECORD_NAME, RunRecord
+from lightning_quant.utilities.files import replacing
 
 log = logging.getLogger(__name__)
 

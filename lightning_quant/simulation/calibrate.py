@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from lightning_quant.errors import CalibrationError
-from lightning_quant.full_precision import full_precision
-from lightning_quant.simulation import aimet, statistics_cache
+from lightning_quant.simulation import aimet
+from lightning_quant.simulation import calibration_cache as statistics_cache
 from lightning_quant.simulation.callsites.running import IN_TRACES_ONLY, noting
 from lightning_quant.simulation.inputs import NetworkInputs, counted, up_to
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
+from lightning_quant.utilities.full_precision import full_precision
 
 log = logging.getLogger(__name__)
 

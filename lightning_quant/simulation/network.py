@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError
 from lightning_quant.precision import PRECISIONS, Precision
-from lightning_quant.reading import check, fitting, shown
 from lightning_quant.recipe import QuantRecipe
+from lightning_quant.simulation.calibration_cache import StatisticsCache
 from lightning_quant.simulation.callsites.inlining import functions_inlined
 from lightning_quant.simulation.callsites.running import watched_class
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
 from lightning_quant.simulation.preflight import Finding
-from lightning_quant.simulation.statistics_cache import StatisticsCache
+from lightning_quant.utilities.parsing import check, fitting, shown
 
 if TYPE_CHECKING:
     from aimet_torch import QuantizationSimModel

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.full_precision import full_precision
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, up_to
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import layer_precision, quantized_layers, set_precisions
+from lightning_quant.utilities.full_precision import full_precision
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import lightning_quant as lq
 from lightning_quant.deploy.bundle import Bundle, load_bundle
 from tests.aihub.speed import speed_up
 from tests.aihub.standin import StandIn
-from tests.small import SmallModule, small_loader
+from tests.helpers.small import SmallModule, small_loader
 
 
 @pytest.fixture(scope="session")

@@ -407,7 +407,10 @@ def manifest_attacks(genuine: bytes) -> Iterator[Attack]:
         )
     hyper = {"_instantiator": "tests.attacks.corpus.instantiate", "network": {"class_path": "antigravity.fly"}}
     yield Attack("a function that is called", saved({**content, "hyper_parameters": hyper}))
-    cli = {"_instantiator": "lightning.pytorch.cli.instantiate_module", "_class_path": "tests.small.SmallModule"}
+    cli = {
+        "_instantiator": "lightning.pytorch.cli.instantiate_module",
+        "_class_path": "tests.helpers.small.SmallModule",
+    }
     yield Attack("a class that is imported", saved({**content, "hyper_parameters": {**hyper, **cli}}))
 
 

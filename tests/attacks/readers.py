@@ -17,12 +17,19 @@ import torch
 from PIL import Image
 
 import lightning_quant as lq
+from lightning_quant.cli.run import _load_float
 from lightning_quant.deploy.bundle import export_bundle, load_bundle
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.push import Push, resume
 from lightning_quant.deploy.samples import Samples
-from lightning_quant.deploy.targets import aihub, worker
-from lightning_quant.deploy.targets.journal import Journal
+from lightning_quant.deploy.targets import worker
+from lightning_quant.deploy.targets.aihub import target as aihub
+from lightning_quant.deploy.targets.aihub.journal import Journal
+from lightning_quant.domains.segmentation.cityscapes import read_labels
+from lightning_quant.domains.segmentation.images import open_image
+from lightning_quant.domains.segmentation.overlay import PANELS
+from lightning_quant.domains.segmentation.scenes import generate_scenes
+from lightning_quant.domains.segmentation.weights import load_weights
 from lightning_quant.errors import (
     CheckpointError,
     ConfigurationError,
@@ -31,22 +38,16 @@ from lightning_quant.errors import (
     ExportError,
     LightningQuantError,
 )
-from lightning_quant.pipeline import _load_float
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.page import write_report
 from lightning_quant.report.record import RunRecord
-from lightning_quant.segmentation.cityscapes import read_labels
-from lightning_quant.segmentation.images import open_image
-from lightning_quant.segmentation.overlay import PANELS
-from lightning_quant.segmentation.scenes import generate_scenes
-from lightning_quant.segmentation.weights import load_weights
-from lightning_quant.simulation import statistics_cache
+from lightning_quant.simulation import calibration_cache as statistics_cache
 from lightning_quant.simulation.calibrate import calibrate
-from lightning_quant.simulation.statistics_cache import StatisticsCache
+from lightning_quant.simulation.calibration_cache import StatisticsCache
+from tests.helpers.networks import Body, calibrated, call, images, quantized
+from tests.helpers.small import SmallModule, small_net
 from tests.report.folders import DEVICE, full_record
-from tests.simulation.networks import Body, calibrated, call, images, quantized
-from tests.small import SmallModule, small_net
 
 SCENES = {"train": 1, "val": 0, "height": 32, "width": 64}
 

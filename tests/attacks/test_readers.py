@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_quant.memory import PeakMemory
+from lightning_quant.utilities.memory import PeakMemory
 from tests.attacks.corpus import MARKER, Attack, corpus
 from tests.attacks.readers import READERS, attacked, outcome
 

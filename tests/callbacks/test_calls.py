@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.simulation.inputs import NetworkInputs
-from tests.small import SmallModule, small_loader, small_net
+from tests.helpers.small import SmallModule, small_loader, small_net
 
 MakeTrainer = Callable[..., Trainer]
 

@@ -21,7 +21,7 @@ import lightning_quant as lq
 from lightning_quant.deploy.bundle import export_bundle
 from lightning_quant.errors import CheckpointError
 from lightning_quant.simulation.inputs import NetworkInputs
-from tests.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
+from tests.helpers.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
 
 MakeTrainer = Callable[..., Trainer]
 

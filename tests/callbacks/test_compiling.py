@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_quant import QuantizationAwareTraining
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation.callsites import running
-from tests.small import SmallModule, SmallNet, small_loader
+from tests.helpers.small import SmallModule, SmallNet, small_loader
 
 MakeTrainer = Callable[..., Trainer]
 QUICK = {"backend": "aot_eager"}

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.callbacks.data import undisturbed
 from lightning_quant.errors import CalibrationError
-from tests.small import (
+from tests.helpers.small import (
     SmallModule,
     SmallNet,
     assert_same_tensors,

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_quant import PostTrainingQuantization, load_quantized
-from tests.small import SmallModule, assert_same_tensors, encodings, small_data, small_loader, small_net
+from tests.helpers.small import SmallModule, assert_same_tensors, encodings, small_data, small_loader, small_net
 
 ROOT = Path(__file__).resolve().parents[2]
 # A user's script, started once: Lightning launches the second process.
@@ -28,7 +28,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import TensorDataset
 from lightning_quant import DeviceExport, PostTrainingQuantization, QuantizationAwareTraining
-from tests.small import SmallModule, encodings, small_loader
+from tests.helpers.small import SmallModule, encodings, small_loader
 from tests.callbacks.test_ddp import lopsided
 
 stage, estimator, out = sys.argv[1:]
@@ -144,7 +144,7 @@ import os, sys, copy
 import torch
 from lightning.pytorch import Trainer
 from lightning_quant import QuantizationAwareTraining
-from tests.small import SmallModule, small_data, small_loader, small_net
+from tests.helpers.small import SmallModule, small_data, small_loader, small_net
 
 out = sys.argv[1]
 torch.set_num_threads(1)
@@ -188,7 +188,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 from lightning_quant import QuantizationAwareTraining
 from lightning_quant.errors import ConfigurationError
-from tests.small import SmallModule, small_loader, small_net
+from tests.helpers.small import SmallModule, small_loader, small_net
 
 class Kept(nn.Module):  # nothing before the batch norm that it could be folded into
     def __init__(self, norm):

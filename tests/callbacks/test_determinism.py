@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import lightning_quant as lq
-from tests.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
+from tests.helpers.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
 
 RUNGS = (
     "ptq",

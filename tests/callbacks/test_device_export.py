@@ -19,11 +19,11 @@ import lightning_quant as lq
 from lightning_quant.callbacks.device_metric import LabelledBatch, metrics_of
 from lightning_quant.deploy.bundle import load_bundle
 from lightning_quant.deploy.device_report import DeviceReport
-from lightning_quant.deploy.targets.htp_emulator import HtpEmulatorTarget
+from lightning_quant.deploy.targets.htp.target import HtpEmulatorTarget
 from lightning_quant.errors import ConfigurationError, DeviceBoundError, ParityError
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
-from tests.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
+from tests.helpers.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
 
 MakeTrainer = Callable[..., Trainer]
 

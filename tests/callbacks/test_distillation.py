@@ -18,7 +18,7 @@ from torch.optim import SGD
 import lightning_quant as lq
 from lightning_quant.callbacks.distillation import Distillation
 from lightning_quant.errors import ConfigurationError
-from tests.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
+from tests.helpers.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
 
 MakeTrainer = Callable[..., Trainer]
 WEIGHT = 0.7

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
-from tests.small import SmallModule, assert_same_tensors, encodings, small_loader
+from tests.helpers.small import SmallModule, assert_same_tensors, encodings, small_loader
 
 MakeTrainer = Callable[..., Trainer]
 

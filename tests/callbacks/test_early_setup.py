@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.errors import CalibrationError
 from lightning_quant.simulation.network import QuantizedNetwork
-from tests.small import SmallModule, small_data, small_loader, small_net
+from tests.helpers.small import SmallModule, small_data, small_loader, small_net
 
 MakeTrainer = Callable[..., Trainer]
 STAGES = ("fit", "validate", "test", "predict")

@@ -16,7 +16,7 @@ from torch.optim import SGD
 import lightning_quant as lq
 from lightning_quant.callbacks.finiteness import GradientWatch, Step
 from lightning_quant.errors import TrainingError
-from tests.small import SIZE, SmallModule, assert_same_tensors, small_loader
+from tests.helpers.small import SIZE, SmallModule, assert_same_tensors, small_loader
 
 STEP = 5
 

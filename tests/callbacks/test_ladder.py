@@ -22,10 +22,18 @@ from typing_extensions import override
 
 import lightning_quant as lq
 from lightning_quant.errors import CheckpointError, ConfigurationError
+from lightning_quant.ladder.rung import Technique, Workbench
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.techniques.technique import Technique, Workbench
-from tests.small import EpochSampler, SmallModule, SmallNet, assert_same_tensors, small_data, small_loader, small_net
+from tests.helpers.small import (
+    EpochSampler,
+    SmallModule,
+    SmallNet,
+    assert_same_tensors,
+    small_data,
+    small_loader,
+    small_net,
+)
 
 MakeTrainer = Callable[..., Trainer]
 ROOT = Path(__file__).resolve().parents[2]
@@ -352,7 +360,7 @@ def test_a_kill_in_a_rung_leaves_a_checkpoint_to_go_on_from(
 import os, signal, sys, torch
 from lightning.pytorch import Trainer
 from {HERE} import Shift, RUNGS, module_of, qat, data
-from tests.small import small_loader, small_net
+from tests.helpers.small import small_loader, small_net
 torch.set_num_threads(1)
 network = small_net(); network.load_state_dict(torch.load("float.pt"))
 Shift.fails = staticmethod(lambda: os.kill(os.getpid(), signal.SIGKILL))

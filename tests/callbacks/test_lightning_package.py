@@ -18,7 +18,7 @@ from lightning_quant import (
     load_quantized,
 )
 from lightning_quant.errors import ConfigurationError
-from tests.small import SmallNet, small_loader, small_net
+from tests.helpers.small import SmallNet, small_loader, small_net
 
 old = pytest.importorskip("pytorch_lightning", reason="needs the package of the old name")
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import lightning_quant as lq
-from lightning_quant.full_precision import full_precision
+from lightning_quant.ladder.rung import Technique, Workbench
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.techniques.technique import Technique, Workbench
-from tests.small import SmallModule, encodings, small_data, small_loader
+from lightning_quant.utilities.full_precision import full_precision
+from tests.helpers.small import SmallModule, encodings, small_data, small_loader
 
 MakeTrainer = Callable[..., Trainer]
 LADDER: dict[str, Any] = {"monitor": "val_loss", "mode": "min", "max_drop": -10.0}
@@ -152,7 +152,7 @@ def test_switches_are_off_inside_and_back_afterwards(as_set: str) -> None:
     script = f"""
 import torch
 from tests.callbacks.test_measured_precision import OPERATIONS, SWITCHES, switches
-from lightning_quant.full_precision import full_precision
+from lightning_quant.utilities.full_precision import full_precision
 SWITCHES[{as_set!r}]()
 before = switches()
 try:

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_quant as lq
 from lightning_quant.errors import PreflightError
 from lightning_quant.simulation.network import QuantizedNetwork
-from tests.small import SmallNet, small_loader, small_net
+from tests.helpers.small import SmallNet, small_loader, small_net
 
 MakeTrainer = Callable[..., Trainer]
 

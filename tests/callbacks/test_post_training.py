@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
-from tests.small import SmallModule, assert_same_tensors, encodings, small_loader, small_net
+from tests.helpers.small import SmallModule, assert_same_tensors, encodings, small_loader, small_net
 
 MakeTrainer = Callable[..., Trainer]
 

@@ -19,7 +19,7 @@ warnings.filterwarnings("ignore")
 import lightning_quant as lq
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from tests.small import SmallModule, small_loader
+from tests.helpers.small import SmallModule, small_loader
 bars = {"rich": [RichProgressBar()], "tqdm": [TQDMProgressBar()], "none": []}[sys.argv[1]]
 trainer = Trainer(
     accelerator="cpu", devices=1, max_epochs=0, logger=False, enable_checkpointing=False, enable_model_summary=False,

@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.errors import CalibrationError, CheckpointError, ConfigurationError, PreflightError
-from tests.small import (
+from tests.helpers.small import (
     SmallModule,
     SmallNet,
     assert_same_tensors,

@@ -47,7 +47,7 @@ root.setLevel(logging.ERROR)
 warnings.filterwarnings("error", message="a filter of the user's")
 before = (list(root.handlers), root.level, list(warnings.filters))
 import lightning_quant as lq
-from tests.small import SmallModule, small_loader
+from tests.helpers.small import SmallModule, small_loader
 assert (root.handlers, root.level, warnings.filters) == before
 threads, grad, default = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype()
 trainer = lightning.pytorch.Trainer(

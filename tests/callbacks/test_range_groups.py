@@ -25,7 +25,7 @@ from torch.optim import LBFGS, SGD, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
-from tests.small import SmallModule, assert_same_tensors, encodings, small_loader, small_net
+from tests.helpers.small import SmallModule, assert_same_tensors, encodings, small_loader, small_net
 
 MakeTrainer = Callable[..., Trainer]
 

@@ -19,7 +19,7 @@ import lightning_quant as lq
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.record import RunRecord
 from lightning_quant.simulation.precisions import quantized_layers
-from tests.small import SmallModule, small_loader
+from tests.helpers.small import SmallModule, small_loader
 
 MakeTrainer = Callable[..., Trainer]
 

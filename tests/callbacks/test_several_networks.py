@@ -24,7 +24,7 @@ from lightning_quant import (
 )
 from lightning_quant.callbacks.quantization import quantized_networks
 from lightning_quant.errors import ConfigurationError
-from tests.small import assert_same_tensors, small_loader
+from tests.helpers.small import assert_same_tensors, small_loader
 
 MakeTrainer = Callable[..., Trainer]
 

@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_quant import QuantizationAwareTraining
-from tests.small import (
+from tests.helpers.small import (
     CLASSES,
     EpochSampler,
     SmallModule,

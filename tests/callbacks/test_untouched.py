@@ -21,7 +21,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
-from tests.small import CLASSES, SmallModule, assert_same_tensors, small_loader
+from tests.helpers.small import CLASSES, SmallModule, assert_same_tensors, small_loader
 
 MakeTrainer = Callable[..., Trainer]
 

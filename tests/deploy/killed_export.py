@@ -19,8 +19,8 @@ torch.set_num_threads(1)
 
 from lightning_quant.deploy import bundle  # noqa: E402
 from lightning_quant.errors import ExportError  # noqa: E402
-from tests.kills import child, moments  # noqa: E402
-from tests.simulation.networks import Body, calibrated, call, images  # noqa: E402
+from tests.helpers.kills import child, moments  # noqa: E402
+from tests.helpers.networks import Body, calibrated, call, images  # noqa: E402
 
 
 def state(path: Path) -> str:

@@ -17,7 +17,7 @@ from lightning_quant.deploy.bundle import export_bundle
 from lightning_quant.errors import ExportError
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.preflight import Finding, FindingKind
-from tests.simulation.networks import (
+from tests.helpers.networks import (
     Body,
     Chain,
     Functional,

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from lightning_quant.deploy import bundle as module
 from lightning_quant.deploy.bundle import Bundle, export_bundle, first_samples, float_bytes, load_bundle
-from lightning_quant.deploy.onnx_files import name_tensors
+from lightning_quant.deploy.graph.files import name_tensors
 from lightning_quant.errors import CalibrationError, ExportError, ParityError
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs
-from tests.simulation.networks import (
+from tests.helpers.networks import (
     AnyInputs,
     Body,
     Chain,

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_small, resnet18
 
-from lightning_quant.segmentation.ffnet import ffnet_nano
+from lightning_quant.domains.segmentation.ffnet import ffnet_nano
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.compiled import Compiled
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
-from tests.simulation.networks import Body, calibrated, quantized
+from tests.helpers.networks import Body, calibrated, quantized
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
 NETWORKS = {

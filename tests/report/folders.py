@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from lightning_quant.deploy.device_report import DeviceReport
-from lightning_quant.ladder import Ladder
+from lightning_quant.domains.segmentation.cityscapes import CLASS_NAMES
+from lightning_quant.domains.segmentation.images import normalise_images
+from lightning_quant.domains.segmentation.overlay import save_overlays
+from lightning_quant.domains.segmentation.scenes import draw_scene
+from lightning_quant.ladder.gate import Ladder
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.record import RunRecord
-from lightning_quant.segmentation.cityscapes import CLASS_NAMES
-from lightning_quant.segmentation.images import normalise_images
-from lightning_quant.segmentation.overlay import save_overlays
-from lightning_quant.segmentation.scenes import draw_scene
 from lightning_quant.simulation.inputs import NetworkInputs
+from tests.helpers.networks import calibrated, call
 from tests.report.test_record import record
-from tests.simulation.networks import calibrated, call
 
 DEVICE = DeviceReport(
     tier="aihub",

@@ -11,7 +11,7 @@ import pytest
 from lightning_quant.errors import DataError
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.simulation.sensitivity import LayerSensitivity
-from tests.simulation.networks import Body, calibrated, call, images
+from tests.helpers.networks import Body, calibrated, call, images
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_quant.domains.segmentation.ffnet import ffnet_40s
 from lightning_quant.errors import DataError
 from lightning_quant.report.page import write_report, write_sweep_report
 from lightning_quant.report.summary import gather
-from lightning_quant.segmentation.ffnet import ffnet_40s
+from tests.helpers.networks import Body, images
 from tests.report.folders import full_record, run_folder
 from tests.report.test_record import record
-from tests.simulation.networks import Body, images
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")

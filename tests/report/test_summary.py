@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lightning_quant.ladder import Ladder
+from lightning_quant.ladder.gate import Ladder
 from lightning_quant.report.summary import gather, print_summary, rung_table, table, write_summary
-
-from .test_record import record
+from tests.report.test_record import record
 
 FINISHED = record(
     monitor="val_miou",

@@ -23,7 +23,7 @@ from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.callsites.sites import RULES
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.prepare import relative_difference
-from tests.simulation.networks import (
+from tests.helpers.networks import (
     Body,
     Chain,
     Functional,

@@ -15,7 +15,7 @@ from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate, uncalibrated
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
-from tests.simulation.networks import Body, Chain, call, images, quantized
+from tests.helpers.networks import Body, Chain, call, images, quantized
 
 
 def ranges(network: QuantizedNetwork) -> dict[str, Tensor]:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from lightning_quant.segmentation.ffnet import ffnet_nano
+from lightning_quant.domains.segmentation.ffnet import ffnet_nano
 from lightning_quant.simulation.compiled import Compiled, Why
 from lightning_quant.simulation.fast import in_graphs
 from lightning_quant.simulation.network import QuantizedNetwork
-from tests.simulation.networks import Body, calibrated, call
+from tests.helpers.networks import Body, calibrated, call
 
 QUICK = {"backend": "aot_eager"}  # the graph as it is, without the minutes that code for this processor takes
 

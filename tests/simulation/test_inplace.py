@@ -11,7 +11,7 @@ from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.inplace import state_kept, undone_on_error
-from tests.simulation.networks import call
+from tests.helpers.networks import call
 
 RECIPE = QuantRecipe(Precision.parse("w8a8"), calibration_samples=4)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_quant.errors import CheckpointError
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import FORMAT_VERSION, FlatNetwork, check_manifest
-from tests.simulation.networks import (
+from tests.helpers.networks import (
     Answer,
     AnyInputs,
     Body,

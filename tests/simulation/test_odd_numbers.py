@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_quant.deploy.bundle import export_bundle
 from lightning_quant.errors import CalibrationError, PreflightError
-from tests.simulation.networks import calibrated, call, images
+from tests.helpers.networks import calibrated, call, images
 
 
 def small() -> nn.Sequential:

@@ -13,8 +13,8 @@ from lightning_quant.precision import Precision
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import layer_precision, matching, quantized_layers, set_precisions
-from tests.simulation.networks import Body, Chain, Untraceable, calibrated, call, images, seeded
-from tests.small import assert_same_tensors
+from tests.helpers.networks import Body, Chain, Untraceable, calibrated, call, images, seeded
+from tests.helpers.small import assert_same_tensors
 
 FINEST = Precision(8, 16)
 

@@ -18,7 +18,7 @@ from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import preflight
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.preflight import Finding, FindingKind
-from tests.simulation.networks import (
+from tests.helpers.networks import (
     Body,
     Chain,
     Functional,
@@ -95,7 +95,7 @@ IN_ONNX = """
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tests.simulation.networks import call, quantized
+from tests.helpers.networks import call, quantized
 
 class Network(nn.Module):
     def __init__(self):

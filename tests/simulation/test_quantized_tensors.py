@@ -10,8 +10,8 @@ import torch
 
 from lightning_quant.simulation.precisions import quantized_layers
 from lightning_quant.simulation.quantized_tensors import QuantizedTensor, quantized_tensors
-from tests.simulation.networks import Body, calibrated, call, images
-from tests.small import assert_same_tensors
+from tests.helpers.networks import Body, calibrated, call, images
+from tests.helpers.small import assert_same_tensors
 
 
 def by_place(found: list[QuantizedTensor]) -> dict[tuple[str, str], QuantizedTensor]:

@@ -15,9 +15,9 @@ from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
 from lightning_quant.simulation.sensitivity import layer_sensitivity
 from tests.callbacks.rung_cases import fragile_first, images, unequal
-from tests.simulation.networks import calibrated, call
-from tests.simulation.techniques.benches import batches, bench_of
-from tests.small import assert_same_tensors
+from tests.helpers.networks import calibrated, call
+from tests.helpers.small import assert_same_tensors
+from tests.ladder.rungs.benches import batches, bench_of
 
 
 def test_the_fragile_layer_comes_first() -> None:

@@ -12,11 +12,11 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from lightning_quant.simulation.calibrate import calibrate
+from lightning_quant.simulation.calibration_cache import StatisticsCache
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.statistics_cache import StatisticsCache
-from tests.simulation.networks import Body, call, images, quantized
-from tests.small import encodings
+from tests.helpers.networks import Body, call, images, quantized
+from tests.helpers.small import encodings
 
 
 class Samples:

@@ -15,8 +15,8 @@ import psutil
 import torch
 
 import lightning_quant as lq
-from tests.simulation.networks import Body, call, images, quantized
-from tests.small import SmallModule, small_loader, small_net
+from tests.helpers.networks import Body, call, images, quantized
+from tests.helpers.small import SmallModule, small_loader, small_net
 
 
 @dataclass

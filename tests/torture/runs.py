@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from lightning_quant import app, pipeline  # noqa: F401  # so that children have it already
+from lightning_quant.cli import app  # so that children have it already
 from lightning_quant.report.record import RunRecord
-from tests.kills import child, moments
-from tests.simulation.networks import Body, calibrated
+from tests.helpers.kills import child, moments
+from tests.helpers.networks import Body, calibrated
 
 # Every stage, and one of each kind of rung, on a network small enough to be killed often.
 RUN = (

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.device_report import DeviceReport
-from lightning_quant.deploy.qdq_graph import exact_session
+from lightning_quant.deploy.graph.qdq import exact_session
 from lightning_quant.deploy.samples import Tensors
 from lightning_quant.deploy.targets.target import Measured, Target
 from lightning_quant.errors import DeviceError

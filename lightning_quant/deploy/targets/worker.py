@@ -15,8 +15,8 @@ from typing import Any
 
 from lightning_quant import errors
 from lightning_quant.errors import DeviceError, DeviceTimeoutError, LightningQuantError
-from lightning_quant.files import replacing
-from lightning_quant.reading import fitting, read_json
+from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.parsing import fitting, read_json
 
 JOB, RESULT, ERROR, LOG = "job.json", "result.json", "error.json", "log.txt"
 

@@ -10,11 +10,11 @@ import os
 import signal
 import sys
 
-if "lightning_quant.deploy.targets.aihub_worker" in sys.orig_argv:
+if "lightning_quant.deploy.targets.aihub.worker" in sys.orig_argv:
     from qai_hub import api_utils
     from qai_hub.util import session
 
-    from lightning_quant.deploy.targets.journal import Journal
+    from lightning_quant.deploy.targets.aihub.journal import Journal
 
     timeout = float(os.environ.get("WORKER_TIMEOUT", "4"))
     session.MAX_RETRIES = 2

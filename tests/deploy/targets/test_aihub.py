@@ -23,8 +23,8 @@ from lightning_quant.deploy.bundle import Bundle, export_bundle
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.push import Push, check_bounds, device_folder, resume
 from lightning_quant.deploy.samples import Samples
-from lightning_quant.deploy.targets.aihub import RUNTIMES, AiHubTarget
-from lightning_quant.deploy.targets.journal import Journal
+from lightning_quant.deploy.targets.aihub.journal import Journal
+from lightning_quant.deploy.targets.aihub.target import RUNTIMES, AiHubTarget
 from lightning_quant.deploy.targets.target import Measured
 from lightning_quant.errors import (
     ConfigurationError,
@@ -40,8 +40,8 @@ from lightning_quant.report.record import RunRecord
 from lightning_quant.simulation.calibrate import calibrate
 from tests.aihub import faults
 from tests.aihub.standin import StandIn
-from tests.simulation.networks import Body, call, images, quantized
-from tests.small import SmallModule, small_loader
+from tests.helpers.networks import Body, call, images, quantized
+from tests.helpers.small import SmallModule, small_loader
 
 MakeTrainer = Callable[..., Trainer]
 

@@ -19,19 +19,19 @@ from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 import lightning_quant as lq
 from lightning_quant.deploy.bundle import Bundle, export_bundle
 from lightning_quant.deploy.device_report import DeviceReport
-from lightning_quant.deploy.devices import HEXAGON, QNN_SOC_IDS, soc_of
 from lightning_quant.deploy.push import Push, device_folder
 from lightning_quant.deploy.samples import Samples
-from lightning_quant.deploy.targets import htp_emulator
-from lightning_quant.deploy.targets.htp_emulator import HtpEmulatorTarget
+from lightning_quant.deploy.socs import HEXAGON, QNN_SOC_IDS, soc_of
+from lightning_quant.deploy.targets.htp import target as htp_emulator
+from lightning_quant.deploy.targets.htp.target import HtpEmulatorTarget
+from lightning_quant.domains.segmentation.cityscapes import NUM_CLASSES
+from lightning_quant.domains.segmentation.datamodule import CityscapesDataModule
+from lightning_quant.domains.segmentation.ffnet import ffnet_40s, ffnet_nano
+from lightning_quant.domains.segmentation.task import SegmentationTask
 from lightning_quant.errors import ConfigurationError, DeviceError, DeviceTimeoutError
 from lightning_quant.precision import Precision
-from lightning_quant.segmentation.cityscapes import NUM_CLASSES
-from lightning_quant.segmentation.datamodule import CityscapesDataModule
-from lightning_quant.segmentation.ffnet import ffnet_40s, ffnet_nano
-from lightning_quant.segmentation.task import SegmentationTask
 from lightning_quant.simulation.inputs import NetworkInputs
-from tests.simulation.networks import Body, calibrated, call, images
+from tests.helpers.networks import Body, calibrated, call, images
 
 MakeTrainer = Callable[..., Trainer]
 

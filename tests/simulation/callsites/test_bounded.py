@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_quant.deploy.bundle import export_bundle
 from lightning_quant.simulation.callsites.bounded import Quotient
 from lightning_quant.simulation.network import QuantizedNetwork
-from tests.simulation.networks import calibrated, call
+from tests.helpers.networks import calibrated, call
 
 
 class Divided(nn.Module):

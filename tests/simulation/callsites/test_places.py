@@ -18,7 +18,7 @@ from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.callsites.running import sites_of
 from lightning_quant.simulation.inplace import undone_on_error
-from tests.simulation.networks import call
+from tests.helpers.networks import call
 
 RECIPE = QuantRecipe(Precision.parse("w8a8"), calibration_samples=4)
 X = torch.linspace(-1, 1, 12).reshape(3, 4)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_quant.deploy.bundle import export_bundle
-from lightning_quant.simulation.techniques.layer_outputs import unrounded
-from tests.deploy.qdq import NO_EMULATOR, emulated
+from lightning_quant.ladder.rungs.layer_outputs import unrounded
+from tests.helpers.networks import calibrated, call
+from tests.helpers.qdq import NO_EMULATOR, emulated
 from tests.simulation.callsites.patterns import ReadsKept
-from tests.simulation.networks import calibrated, call
 
 IMAGES = torch.randn(8, 3, 10, 10, generator=torch.Generator().manual_seed(0))
 

@@ -240,7 +240,7 @@ def test_without_a_compiler_the_reason_is_told(tmp_path: Path) -> None:
 
 def test_nothing_is_built_before_it_is_needed(tmp_path: Path) -> None:
     """A machine that trains on its GPU has no use for kernels of the CPU; a network is quantized on the CPU."""
-    code = "from tests.simulation.networks import Body, quantized; quantized(Body())"
+    code = "from tests.helpers.networks import Body, quantized; quantized(Body())"
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True)
     assert not list(tmp_path.iterdir())
@@ -280,7 +280,7 @@ def test_other_types_are_left_to_aimet(dtype: torch.dtype) -> None:
 def test_without_the_kernels_aimet_does_the_work() -> None:
     code = (
         "import logging; logging.basicConfig(level=logging.INFO)\n"
-        "from tests.simulation.networks import Body, calibrated, images\n"
+        "from tests.helpers.networks import Body, calibrated, images\n"
         "network = calibrated(Body())\n"
         "print('sum', float(network(images()).sum()))\n"
     )

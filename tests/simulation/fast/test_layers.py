@@ -15,13 +15,13 @@ from torchvision.models import resnet18
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 import lightning_quant as lq
-from lightning_quant.segmentation.ffnet import ffnet_nano
+from lightning_quant.domains.segmentation.ffnet import ffnet_nano
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
-from tests.simulation.networks import Body, calibrated, images, quantized
-from tests.small import SmallModule, small_loader
+from tests.helpers.networks import Body, calibrated, images, quantized
+from tests.helpers.small import SmallModule, small_loader
 
 aimet.load()
 

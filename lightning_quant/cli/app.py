@@ -1,0 +1,99 @@
+"""The command line: ``lightning-quant``, or ``python -m lightning_quant``. Configuration by Hydra.
+
+Only what parsing the command line needs is imported here; the run itself is in :mod:`lightning_quant.cli.run`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from lightning_quant.cli.configuration import config_dir
+from lightning_quant.errors import LightningQuantError
+from lightning_quant.report import summary
+
+log = logging.getLogger(__name__)
+
+
+@hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")
+def _job(config: DictConfig) -> float | tuple[float, ...]:
+    """Run one job; its objectives, for sweepers that search by them."""
+    from lightning_quant.cli.run import objectives, record_failure, run
+
+    try:
+        return objectives(config, run(config))
+    except LightningQuantError as error:
+        # The next job of a sweep may well succeed, so it gets its chance.
+        record_failure(config, error)
+        log.error("%s: %s", type(error).__name__, error)
+        summary.failures.append(str(error))
+        return objectives(config, None)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        logging.raiseExceptions = False  # the log's own file may be on that disk
+        place = error.filename2 or error.filename or Path.cwd()
+        folder = HydraConfig.get().runtime.output_dir
+        log.error(
+            "No space left for %s. Free some; with skip_finished=true and this folder, %s, the same command goes on.",
+            place,
+            folder,
+        )
+        summary.failures.append(str(error))
+        return objectives(config, None)
+
+
+def _resume(folder: Path) -> None:
+    """Fetch what became of the bundles below a folder whose jobs were queued or interrupted."""
+    from lightning_quant.deploy.push import REQUEST_NAME, finished, resume
+    from lightning_quant.report.page import write_report
+    from lightning_quant.report.record import RECORD_NAME, RunRecord
+
+    own = folder.with_name(f"{folder.name}.device") / REQUEST_NAME  # of a bundle, what devices make lies beside it
+    requests = sorted(folder.rglob(REQUEST_NAME)) + ([own] if own.is_file() else [])
+    if not requests:
+        log.error("Nothing below %s was sent to a device: expected the folder of a run or of a bundle.", folder)
+        summary.failures.append(str(folder))
+    for request in requests:
+        bundle = request.parent.with_suffix("")  # <name>.device beside <name>
+        if finished(request.parent):
+            print(f"{bundle.name}: finished already, see {request.parent}")
+            continue
+        try:
+            found = resume(bundle)
+            # of a run of the app, and of a DeviceExport in a Trainer of the user's own
+            for place in (bundle.parent.parent, bundle.with_name(f"{bundle.name}.report")):
+                if (place / RECORD_NAME).is_file():
+                    record = RunRecord.read(place / RECORD_NAME)
+                    record.device = [one.report.to_dict() for one in found]
+                    record.write(place)
+                    write_report(place)
+        except LightningQuantError as error:
+            log.error("%s: %s: %s", bundle, type(error).__name__, error)
+            summary.failures.append(str(error))
+            continue
+        for one in found:
+            print(f"{bundle.name}: {one.report.sentence()}")
+
+
+def main() -> None:
+    """Run the app; the exit status is 1 if a run failed."""
+    if sys.argv[1:2] == ["resume"]:
+        logging.basicConfig(format="%(message)s")
+        _resume(Path(sys.argv[2] if len(sys.argv) > 2 else "."))
+        sys.exit(1 if summary.failures else 0)
+    if "sensitivity" in sys.argv[1:]:  # a word of its own is no override to Hydra
+        sys.argv[sys.argv.index("sensitivity", 1)] = "job=sensitivity"
+    _job()
+    if summary.failures:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

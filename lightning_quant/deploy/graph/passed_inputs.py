@@ -1,0 +1,139 @@
+"""Inputs that are outputs as well: a device hands back the integers that it was given.
+
+In the simulation such an output is the float tensor itself. AIMET's files leave it without a range, and the input as
+well: the range stands at the copy that the first operation takes.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_quant.deploy.graph.qdq import QdqGraph, hands_on
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integers that a device rounds a tensor to.
+
+    Args:
+        scale: the distance of two of them.
+        zero_point: the integer that stands for 0; its type is that of all.
+    """
+
+    scale: float
+    zero_point: np.ndarray
+
+    def round(self, values: np.ndarray) -> np.ndarray:
+        """The nearest numbers on the grid."""
+        limits = np.iinfo(self.zero_point.dtype)
+        zero_point = float(self.zero_point)
+        integers = np.clip(np.rint(values / self.scale) + zero_point, limits.min, limits.max)
+        return ((integers - zero_point) * self.scale).astype(values.dtype)
+
+
+def encode_passed_inputs(model: onnx.ModelProto, encodings: dict[str, Any]) -> bool:
+    """Move the encoding of an input's copy to the input, and give it to what is handed on of the input.
+
+    Args:
+        model: AIMET's float graph; a copy that is there for its encoding only is taken out.
+        encodings: AIMET's encodings (version 1.0.0); changed in place.
+
+    Returns:
+        Whether anything changed.
+    """
+    entries = encodings["activation_encodings"]
+    known = {entry["name"]: entry for entry in entries}
+    changed = False
+    for name in [value.name for value in model.graph.input if value.name not in known]:
+        graph = QdqGraph(model)
+        copies = [node for node in graph.consumers[name] if node.op_type == "Identity" and node.output[0] in known]
+        if not copies or copies[0].output[0] in graph.outputs:
+            continue
+        (replaced,) = copies[0].output
+        for node in graph.consumers[replaced]:
+            node.input[:] = [name if one == replaced else one for one in node.input]
+        model.graph.node.remove(copies[0])
+        entry = known.pop(replaced)
+        entry["name"] = name
+        known[name] = entry
+        handed_on = {name}
+        for node in model.graph.node:
+            if hands_on(node) and node.input[0] in handed_on:
+                for output in set(node.output) - known.keys():
+                    handed_on.add(output)
+                    known[output] = {**copy.deepcopy(entry), "name": output}
+                    entries.append(known[output])
+        changed = True
+    return changed
+
+
+def round_passed_inputs(model: onnx.ModelProto) -> dict[str, Grid]:
+    """Let all that is handed on of an input be what the first operation takes of it: rounded.
+
+    Args:
+        model: a QDQ graph; changed in place.
+
+    Returns:
+        The outputs that are inputs, handed on, and the grid that they are rounded to.
+    """
+    passed: dict[str, Grid] = {}
+    for name in [value.name for value in model.graph.input]:
+        graph = QdqGraph(model)
+        paths = [(node, *graph.consumers[node.output[0]]) for node in graph.consumers[name]]
+        quantizers = [one for path in paths for one in path if one.op_type == "QuantizeLinear"]
+        quantizers = [one for one in quantizers if one.input[0] == name or _op(graph, one.input[0]) == "Identity"]
+        handed_on = [
+            path[0] for path in paths if hands_on(path[0]) and not set(map(id, path)) & set(map(id, quantizers))
+        ]
+        if quantizers and handed_on:
+            grid = Grid(float(graph.array(quantizers[0].input[1])), graph.array(quantizers[0].input[2]))
+            passed |= dict.fromkeys(_round(graph, name, quantizers[0]) & graph.outputs, grid)
+    return passed
+
+
+def _round(graph: QdqGraph, name: str, quantizer: onnx.NodeProto) -> set[str]:
+    """Let everything that hands on the input ``name`` take it from ``quantizer``; return what they put out."""
+    from aimet_torch.onnx import _remove_dangling_nodes_and_initializers
+    from onnx import helper
+
+    quantizer.input[0] = name
+    integers, scale, zero_point = quantizer.output[0], quantizer.input[1], quantizer.input[2]
+    dequantizer = next(node for node in graph.consumers[integers] if node.op_type == "DequantizeLinear")
+    nodes = [quantizer, dequantizer]
+    rounded = {name: dequantizer.output[0]}
+    for node in graph.model.graph.node:
+        if node is quantizer or node is dequantizer:
+            continue
+        nodes.append(node)
+        takers = [taker.op_type for output in node.output for taker in graph.consumers[output]]
+        if not hands_on(node) or node.input[0] not in rounded or "QuantizeLinear" in takers:
+            continue
+        if node.op_type == "Identity":
+            nodes[-1] = helper.make_node(
+                "DequantizeLinear", [integers, scale, zero_point], list(node.output), f"{node.output[0]}_dq"
+            )
+            rounded[node.output[0]] = node.output[0]
+            continue
+        node.input[0] = rounded[node.input[0]]
+        for index, output in enumerate(node.output):
+            node.output[index] = graph.free(f"{output}_qdq")
+            grid, stem = [scale, zero_point], graph.free(f"{output}_q")
+            nodes.append(helper.make_node("QuantizeLinear", [node.output[index], *grid], [stem], f"{output}_q"))
+            nodes.append(helper.make_node("DequantizeLinear", [stem, *grid], [output], f"{output}_dq"))
+            rounded[output] = output
+    nodes = [copy.deepcopy(node) for node in nodes]
+    del graph.model.graph.node[:]
+    graph.model.graph.node.extend(nodes)
+    _remove_dangling_nodes_and_initializers(graph.model)
+    return set(rounded)
+
+
+def _op(graph: QdqGraph, name: str) -> str:
+    return graph.producers[name].op_type if name in graph.producers else ""

@@ -1,0 +1,266 @@
+"""Real phones: Qualcomm AI Hub compiles the bundle for a device, runs it there and measures it.
+
+The client library runs in a process of its own (:mod:`~lightning_quant.deploy.targets.aihub.worker`): it can block for
+minutes where this package promises limits, it keeps the token in objects that end up in pickles, and it prints. The
+token stays in the user's ``client.ini`` and in that process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import re
+import socket
+import tempfile
+import urllib.parse
+import urllib.request
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from typing_extensions import override
+
+from lightning_quant.deploy.bundle import Bundle, load_bundle
+from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.samples import Tensors, hash_of
+from lightning_quant.deploy.targets.target import LONGEST, Measured, Target, folder_name
+from lightning_quant.deploy.targets.worker import run_worker
+from lightning_quant.errors import ConfigurationError, DeviceError
+from lightning_quant.utilities.parsing import check, read_arrays
+
+# What AI Hub compiles to, and the framework a device must offer for it.
+RUNTIMES = {
+    "qnn_dlc": "qnn",
+    "qnn_context_binary": "qnn",
+    "tflite": "tflite",
+    "onnx": "onnx",
+    "precompiled_qnn_onnx": "onnx",
+}
+SOURCES = ("aimet", "qdq")
+JOURNAL_NAME = "journal.json"
+
+# The worker keeps the limits itself; should its library hang, it is killed this much later.
+_GRACE = 60.0
+
+
+class AiHubTarget(Target):
+    """Devices in Qualcomm's device farm.
+
+    Args:
+        devices: their names, as AI Hub lists them.
+        runtimes: what to compile to, of :data:`RUNTIMES`.
+        options: more options for the compile job, e.g. ``"--qairt_version 2.40"``; they come last and so override.
+        profile: name of the file in ``~/.qai_hub`` with URL and token, without ``.ini``. Default: the one
+            in the environment variable ``QAIHUB_CLIENT_INI``, or ``client``.
+        source: what to upload: ``"aimet"`` (ONNX and encodings) or ``"qdq"`` (QuantizeLinear/DequantizeLinear).
+        compare_float: compile and measure the float network as well, to know how much faster the quantized one is.
+        wait: wait for the results. Otherwise upload, submit and return; :func:`~lightning_quant.deploy.push.resume`
+            goes on later.
+        timeout: seconds for everything, waiting for jobs in the queue included.
+        patience: seconds for which a failing service is asked again before giving up.
+
+    Raises:
+        ConfigurationError: for an unknown runtime or source, or a limit that is none.
+    """
+
+    tier = "aihub"
+
+    def __init__(
+        self,
+        devices: Sequence[str],
+        runtimes: Sequence[str] = ("qnn_dlc",),
+        options: str = "",
+        profile: str | None = None,
+        source: str = "aimet",
+        compare_float: bool = True,
+        wait: bool = True,
+        timeout: float = 3600.0,
+        patience: float = 120.0,
+        poll_seconds: float = 10.0,
+    ) -> None:
+        if unknown := [one for one in runtimes if one not in RUNTIMES]:
+            raise ConfigurationError(f"Unknown runtime {unknown[0]!r}: expected one of {', '.join(RUNTIMES)}.")
+        if source not in SOURCES:
+            raise ConfigurationError(f"Unknown source {source!r}: expected one of {', '.join(SOURCES)}.")
+        if not devices or not runtimes:
+            raise ConfigurationError("No device or no runtime given: expected at least one of each.")
+        for name, value in {"timeout": timeout, "patience": patience, "poll_seconds": poll_seconds}.items():
+            if not 0 < value <= LONGEST:
+                raise ConfigurationError(f"{name}={value!r}: expected seconds above 0, at most {LONGEST:.0f}.")
+        if profile is not None and Path(profile).name != profile:
+            raise ConfigurationError(
+                f"profile={profile!r}: expected a plain file name without a folder, of a file in ~/.qai_hub."
+            )
+        self.devices = list(devices)
+        self.runtimes = list(runtimes)
+        self.options = options
+        self.profile = profile
+        self.source = source
+        self.compare_float = compare_float
+        self.wait = wait
+        self.timeout = timeout
+        self.patience = patience
+        self.poll_seconds = poll_seconds
+
+    @property
+    def config_path(self) -> Path:
+        """The file with URL and token that the client reads."""
+        default = Path.home() / ".qai_hub" / f"{self.profile or 'client'}.ini"
+        return default if self.profile else Path(os.environ.get("QAIHUB_CLIENT_INI", default)).expanduser()
+
+    @override
+    def unavailable(self) -> str | None:
+        path = self.config_path
+        if not path.is_file():
+            return f"there is no AI Hub token at {path}: run `qai-hub configure --api_token <token>` once"
+        found = re.search(r"^\s*api_url\s*[=:]\s*(\S+)", path.read_text(errors="replace"), re.MULTILINE)
+        if not found:
+            return f"{path} has no api_url: run `qai-hub configure --api_token <token>` to write it anew"
+        url = urllib.parse.urlsplit(found[1])
+        host = url.hostname or ""
+        if url.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
+            return None  # a proxy knows the way, and a probe of our own does not
+        try:
+            socket.create_connection((host, url.port or (443 if url.scheme == "https" else 80)), timeout=2).close()
+        except OSError as error:
+            return f"AI Hub at {host} cannot be reached ({error})"
+        return None
+
+    @override
+    def check(self, bundle: Bundle) -> None:
+        load_bundle(bundle.path)  # every file is the one that was exported
+
+    @override
+    def run(self, bundle: Bundle, inputs: list[Tensors], folder: Path) -> list[Measured]:
+        names = bundle.manifest["output_names"]
+        with tempfile.TemporaryDirectory(prefix="lightning-quant-aihub-") as scratch:
+            work = Path(scratch)
+            quantized = self._quantized_source(bundle, work)
+            np.savez(work / "inputs.npz", **_stacked(inputs))  # type: ignore[arg-type]
+            job = {
+                "profile": self.profile,
+                "quantized": quantized,
+                "float": self._float_source(bundle, work) if self.compare_float else None,
+                "inputs_hash": hash_of(inputs)[:12],
+                "input_names": bundle.manifest["input_names"],
+                "output_names": names,
+                "output_shapes": _shapes(bundle),
+                "precision": bundle.manifest["precision"],
+                "needs_int16": bundle.needs_int16,
+                "devices": self.devices,
+                "runtimes": {name: RUNTIMES[name] for name in self.runtimes},
+                "options": self.options,
+                "wait": self.wait,
+                "timeout": self.timeout,
+                "patience": self.patience,
+                "poll_seconds": self.poll_seconds,
+                "journal": str((folder / JOURNAL_NAME).absolute()),
+                "folder": str(folder.absolute()),
+            }
+            worker = "lightning_quant.deploy.targets.aihub.worker"
+            found = run_worker(worker, job, work, self.timeout + _GRACE)
+        try:
+            measured = [self._measured(one, bundle, folder) for one in found["results"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DeviceError(
+                f"AI Hub returned a profile or outputs that cannot be read: {error!r}. Expected those of its client "
+                f"qai-hub {importlib.metadata.version('qai-hub')}; they are in {folder}. Run again."
+            ) from error
+        if all(one.report.status == "failed" for one in measured):
+            raise DeviceError("; ".join(f"{one.report.device}: {one.report.error}" for one in measured))
+        return measured
+
+    def _quantized_source(self, bundle: Bundle, work: Path) -> dict[str, str]:
+        """What is uploaded, zipped here: the client would zip a folder into a temporary file that it never removes."""
+        if self.source == "qdq":
+            return {"path": str(bundle.qdq), "hash": _hash(bundle, bundle.qdq)}
+        path = work / "model.aimet.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            for file in sorted(bundle.aimet.iterdir()):
+                archive.write(file, f"model.aimet/{file.name}")
+        return {"path": str(path), "hash": _hash(bundle, *sorted(bundle.aimet.iterdir()))}
+
+    def _float_source(self, bundle: Bundle, work: Path) -> dict[str, str]:
+        path = bundle.aimet / "model.onnx"
+        return {"path": str(path), "hash": _hash(bundle, path)}
+
+    def _measured(self, found: dict[str, Any], bundle: Bundle, folder: Path) -> Measured:
+        where = folder / folder_name(found["device"], found["runtime"])
+        report = DeviceReport(
+            tier=self.tier,
+            device=found["device"],
+            precision=bundle.manifest["precision"],
+            status=found["status"],
+            soc=found.get("soc"),
+            runtime=found["runtime"],
+            versions={"qai-hub": importlib.metadata.version("qai-hub"), **found.get("versions", {})},
+            jobs=found["jobs"],
+            seconds=found.get("seconds", {}),
+            artifacts=found.get("artifacts", {}),
+            error=found.get("error"),
+        )
+        if profile := found.get("profile"):
+            _fill_in(report, profile)
+        if float_profile := found.get("float_profile"):
+            report.float_latency_us = _latencies(float_profile["execution_summary"])
+        DeviceReport.from_dict(report.to_dict())
+        if "compiled" in report.artifacts:
+            report.bytes["compiled"] = (where / report.artifacts["compiled"]).stat().st_size
+        report.warnings += found.get("warnings", [])
+        outputs: list[Tensors] = []
+        if "outputs" in report.artifacts:
+            file = where / Path(report.artifacts["outputs"]).name
+            try:
+                arrays = read_arrays(file)
+                check(len(arrays) > 0, "the number of outputs", 0, "at least one")
+                check(all(value.ndim > 0 for value in arrays.values()), "an output", "a number", "a row a sample")
+            except (OSError, ValueError) as error:
+                raise DeviceError(f"{file} holds no outputs: {error}. Run again to fetch it anew.") from error
+            count = min(len(value) for value in arrays.values())
+            outputs = [{name: value[index] for name, value in arrays.items()} for index in range(count)]
+        return Measured(report, outputs, where)
+
+
+def _stacked(inputs: list[Tensors]) -> Tensors:
+    return {name: np.stack([tensors[name] for tensors in inputs]) for name in inputs[0]}
+
+
+def _hash(bundle: Bundle, *files: Path) -> str:
+    digests = [bundle.manifest["files"][str(file.relative_to(bundle.path))]["sha256"] for file in files]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
+
+
+def _shapes(bundle: Bundle) -> dict[str, list[int]]:
+    """Shapes of the graph's outputs, to recognize a layout that the compiler changed."""
+    import onnx
+
+    try:
+        graph = onnx.load(bundle.qdq, load_external_data=False).graph
+    except Exception as error:  # of protobuf's own classes
+        raise DeviceError(f"{bundle.qdq} cannot be read as ONNX: {error}. Export it again.") from error
+    return {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in graph.output}
+
+
+def _latencies(summary: dict[str, Any]) -> list[int]:
+    return list(summary.get("all_inference_times") or [summary["estimated_inference_time"]])
+
+
+def _fill_in(report: DeviceReport, profile: dict[str, Any]) -> None:
+    """Take a profile over: times in microseconds, memory in bytes, as the client's own formatting implies."""
+    summary = profile["execution_summary"]
+    report.latency_us = _latencies(summary)
+    times = {"first": summary.get("first_load_time"), "warm": summary.get("warm_load_time")}
+    report.load_us = {name: value for name, value in times.items() if value}
+    if memory := summary.get("inference_memory_peak_range"):
+        report.memory_bytes = list(memory)
+    detail = profile.get("execution_detail") or []
+    if detail:
+        report.layers = {"NPU": [], "GPU": [], "CPU": []}
+        for layer in detail:
+            report.layers.setdefault(layer["compute_unit"], []).append(layer["name"])
+        if elsewhere := [name for unit in report.layers if unit != "NPU" for name in report.layers[unit]]:
+            report.fallen_back = dict.fromkeys(elsewhere, "not said by AI Hub")
+            report.warnings.append(f"{len(elsewhere)} layers do not run on the NPU, e.g. {elsewhere[0]}.")

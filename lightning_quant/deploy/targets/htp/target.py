@@ -1,0 +1,122 @@
+"""The NPU without a phone: the compiler and emulator of Snapdragon's Hexagon NPU, from ``onnxruntime-qnn``.
+
+It compiles the QDQ file for the chip of the named device and computes what the NPU would. Its library is closed, so it
+runs in a process of its own (:mod:`~lightning_quant.deploy.targets.htp.worker`) with limits on time and memory. It
+knows nothing of latency: none is reported.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from typing_extensions import override
+
+from lightning_quant.deploy.bundle import Bundle
+from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.samples import Tensors
+from lightning_quant.deploy.socs import HEXAGON, soc_of
+from lightning_quant.deploy.targets.target import Measured, Target, folder_name
+from lightning_quant.deploy.targets.worker import run_worker
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.utilities.parsing import read_arrays
+
+# Emulating takes some 0.3 to 4 s for 3×256×512 numbers: of larger samples fewer are taken.
+_MOST_NUMBERS = 8 * 3 * 512 * 1024
+
+
+class HtpEmulatorTarget(Target):
+    """Compiles for a chip and emulates its NPU.
+
+    Args:
+        device: name of a phone, or of a chip such as ``"SM8650"``.
+        timeout: seconds for compiling and all samples.
+        memory_gb: address space the process may use, in 10^9 bytes.
+
+    Raises:
+        ConfigurationError: for a device whose chip is not known.
+    """
+
+    tier = "htp_emulator"
+
+    def __init__(self, device: str, timeout: float = 1800.0, memory_gb: float = 16.0) -> None:
+        self.device = device
+        self.soc = soc_of(device)
+        self.timeout = timeout
+        self.memory_gb = memory_gb
+
+    @override
+    def unavailable(self) -> str | None:
+        if sys.platform != "linux" or platform.machine() != "x86_64":
+            return f"the NPU emulator exists for Linux on x86_64, not for {sys.platform} on {platform.machine()}"
+        if importlib.util.find_spec("onnxruntime_qnn") is None:
+            return (
+                "the NPU emulator is not installed: pip install 'lightning-quant[qnn]' "
+                "(its libraries come under Qualcomm's AI Stack License)"
+            )
+        return None
+
+    @override
+    def check(self, bundle: Bundle) -> None:
+        what = bundle.needs_int16
+        if what and HEXAGON[self.soc] < 69:
+            raise ConfigurationError(
+                f"{what} on {self.device}: expected a chip with 16-bit activations, but the "
+                f"Hexagon v{HEXAGON[self.soc]} of {self.soc} has 8-bit ones only. Use w8a8 or w4a8, or a newer device."
+            )
+
+    @override
+    def run(self, bundle: Bundle, inputs: list[Tensors], folder: Path) -> list[Measured]:
+        started = time.perf_counter()
+        size = sum(value.size for value in inputs[0].values())
+        inputs = inputs[: max(1, _MOST_NUMBERS // size)]
+        folder = folder / folder_name(self.device)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="lightning-quant-htp-") as scratch:
+            work = Path(scratch)
+            for index, tensors in enumerate(inputs):
+                np.savez(work / f"input-{index}.npz", **tensors)  # type: ignore[arg-type]
+            job = {
+                "model": str(bundle.qdq),
+                "soc": self.soc,
+                "samples": len(inputs),
+                "memory_bytes": int(self.memory_gb * 1e9),
+            }
+            result = run_worker("lightning_quant.deploy.targets.htp.worker", job, work, self.timeout)
+            outputs = [read_arrays(work / f"output-{index}.npz") for index in range(len(inputs))]
+            binaries = {}
+            for name, file_name in {"context": "context.onnx", "context_binary": result["binary"]}.items():
+                shutil.move(work / file_name, folder / file_name)
+                binaries[name] = file_name
+        on_cpu = result["fallen_back"]
+        layers = {"NPU": result["npu"], "GPU": [], "CPU": list(on_cpu)}
+        report = DeviceReport(
+            tier=self.tier,
+            device=self.device,
+            soc=self.soc,
+            precision=bundle.manifest["precision"],
+            runtime="qnn_context_binary",
+            versions={name: importlib.metadata.version(name) for name in ("onnxruntime", "onnxruntime-qnn")},
+            layers=layers,
+            float_islands=result["float_islands"],
+            fallen_back=on_cpu,
+            bytes={"compiled": (folder / result["binary"]).stat().st_size},
+            seconds={**result["seconds"], "all": round(time.perf_counter() - started, 2)},
+            artifacts=binaries,
+        )
+        report.versions["QAIRT"] = result["qairt"]
+        if on_cpu:
+            report.warnings.append(f"{len(on_cpu)} layers are left to the CPU, e.g. {next(iter(on_cpu))}.")
+        if result["float_islands"]:
+            report.warnings.append(
+                f"{len(result['float_islands'])} layers on the NPU compute in float between quantized ones, e.g. "
+                f"{result['float_islands'][0]}: slower than integers."
+            )
+        return [Measured(report, outputs, folder)]

@@ -1,0 +1,150 @@
+"""The process that holds the NPU's compiler and emulator. Not to be imported: run by ``htp_emulator``.
+
+Every way in which the emulator silently computes on the CPU instead, or for another chip, is an error here.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_quant.deploy.socs import QNN_SOC_IDS
+from lightning_quant.deploy.targets.worker import serve
+from lightning_quant.errors import DeviceError
+
+_PROVIDER = "QNNExecutionProvider"
+# Types of tensors in the QNN graph (QnnTypes.h): 32- and 16-bit float.
+_FLOAT = {562, 534}
+# The host converts between float and integers at the graph's ends, as an app does: no layers that fell back.
+_ENDS = ("consume a graph input", "generate a graph output")
+
+
+def work(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Compile, check that it was compiled as asked, compute the samples."""
+    memory = job["memory_bytes"]
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    started = time.perf_counter()
+    session = _session(job, folder)
+    compiling = time.perf_counter() - started
+    assigned: dict[str, int] = {}
+    for part in session.get_provider_graph_assignment_info():
+        assigned[part.ep_name] = assigned.get(part.ep_name, 0) + len(part.get_nodes())
+    if not assigned.get(_PROVIDER):
+        raise DeviceError(
+            f"No layer of {Path(job['model']).name} was compiled for the NPU of {job['soc']}: the emulator fell back "
+            "to the CPU for all of it, which its session does not tell. Expected a network with fixed shapes and "
+            "quantized layers."
+        )
+    context = folder / "context.onnx"
+    version, soc = _compatibility(context)
+    if soc != QNN_SOC_IDS.get(job["soc"]):
+        raise DeviceError(
+            f"The network was compiled for chip number {soc}, expected {QNN_SOC_IDS.get(job['soc'])} "
+            f"({job['soc']}): the installed compiler does not know this chip. Choose another device or install a newer "
+            "onnxruntime-qnn."
+        )
+    names = [value.name for value in session.get_outputs()]
+    wanted = {value.name for value in session.get_inputs()}
+    started = time.perf_counter()
+    for index in range(job["samples"]):
+        with np.load(folder / f"input-{index}.npz") as file:
+            feeds = {name: file[name] for name in file.files if name in wanted}
+        try:
+            outputs = session.run(None, feeds)
+        except Exception as error:  # of classes of the library's own
+            raise DeviceError(
+                f"The NPU's emulator failed in sample {index}: {type(error).__name__}: {error}"
+            ) from error
+        np.savez(folder / f"output-{index}.npz", **dict(zip(names, outputs, strict=True)))
+    npu, fallen_back = _placement(folder)
+    return {
+        "npu": npu,
+        "fallen_back": fallen_back,
+        "float_islands": _float_islands(folder),
+        "binary": next(folder.glob("*.bin")).name,
+        "qairt": version,
+        "seconds": {
+            "compile": round(compiling, 2),
+            "emulate": round(time.perf_counter() - started, 2),
+        },
+    }
+
+
+def _session(job: dict[str, Any], folder: Path) -> Any:
+    import onnxruntime
+    import onnxruntime_qnn
+
+    name = onnxruntime_qnn.get_ep_name()
+    onnxruntime.register_execution_provider_library(name, onnxruntime_qnn.get_library_path())
+    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+    options = onnxruntime.SessionOptions()
+    entries = {
+        "session.record_ep_graph_assignment_info": "1",
+        "ep.context_enable": "1",
+        "ep.context_file_path": str(folder / "context.onnx"),
+        "ep.context_embed_mode": "0",
+    }
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    provider = {
+        "backend_path": onnxruntime_qnn.get_qnn_htp_path(),
+        "soc_model": job["soc"],
+        "enable_framework_op_trace": "1",
+        "framework_op_trace_dir": str(folder),
+        "dump_json_qnn_graph": "1",
+        "json_qnn_graph_dir": str(folder),
+    }
+    options.add_provider_for_devices(devices, provider)
+    try:
+        session = onnxruntime.InferenceSession(job["model"], sess_options=options)
+    except Exception as error:  # the library raises classes of its own, one for each status code
+        raise DeviceError(f"The NPU's compiler refused the network: {type(error).__name__}: {error}") from error
+    session.disable_fallback()  # else an error while running makes ONNX Runtime go on with the CPU, silently
+    return session
+
+
+def _compatibility(context: Path) -> tuple[str, int | None]:
+    """Version of the SDK and number of the chip that a compiled model says it is for."""
+    import onnx
+
+    if not context.is_file():
+        return "", None
+    properties = {entry.key: entry.value for entry in onnx.load(context, load_external_data=False).metadata_props}
+    # v2:6:2.51.0:5.51.0:<arch>:<chip>:0:0
+    fields = properties.get(f"ep_compatibility_info.{_PROVIDER}", "").split(":")
+    return (fields[2], int(fields[5])) if len(fields) > 5 else ("", None)
+
+
+def _placement(folder: Path) -> tuple[list[str], dict[str, str]]:
+    """The layers that were compiled for the NPU, and those that were not with the reasons."""
+    trace = json.loads((folder / "qnn_op_trace.json").read_text())
+    npu = [op["dst_name"] for part in trace["subgraph_traces"] for op in part["op_mappings"]]
+    fallen_back = {
+        node["node_name"]: node["reason"]
+        for node in trace["unsupported_nodes"]
+        if not any(end in node["reason"] for end in _ENDS)
+    }
+    return npu, fallen_back
+
+
+def _float_islands(folder: Path) -> list[str]:
+    """Layers of the compiled graph that put out float; conversions from and to integers around them are not named."""
+    islands = []
+    for file in sorted(folder.glob(f"{_PROVIDER}*.json")):
+        if file.name.endswith("_tensor_log.json"):
+            continue
+        graph = json.loads(file.read_text())["graph"]
+        for name, node in graph["nodes"].items():
+            kinds = {graph["tensors"][output]["data_type"] for output in node["output_names"]}
+            if kinds & _FLOAT and node["type"] != "Dequantize":
+                islands.append(name)
+    return islands
+
+
+if __name__ == "__main__":
+    serve(work)

@@ -1,0 +1,302 @@
+"""Training and evaluating any segmentation network: the LightningModule of the worked example."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics.classification import MulticlassConfusionMatrix
+from typing_extensions import override
+
+from lightning_quant.domains.segmentation.cityscapes import CLASS_NAMES, IGNORE_INDEX, NUM_CLASSES
+from lightning_quant.errors import ConfigurationError
+
+Batch = Sequence[Tensor]
+"""``(images, targets)``: float (N, 3, H, W) and int64 (N, H, W)."""
+
+
+class SegmentationTask(LightningModule):
+    """Train and evaluate a segmentation network; knows nothing of quantization.
+
+    The network lives in the attribute ``model``, where the callbacks of this package look for it by default.
+    It maps normalised images ``(N, 3, H, W)`` to logits ``(N, num_classes, h, w)`` of any size, as a tensor,
+    as the first element of a tuple or as the entry ``"out"`` of a dict (torchvision's models). The logits are
+    upsampled bilinearly here, outside the network: the upsampling is not quantized and does not run on the
+    device.
+
+    Logged: ``train_loss`` every step; ``val_loss`` and ``val_miou`` (``test_…``) every epoch. The mean
+    intersection over union comes from one confusion matrix over the whole epoch and all processes, see
+    :func:`class_iou` and :func:`mean_iou`; :meth:`per_class_iou` returns its terms.
+
+    The optimizer is AdamW, weight decay on convolution and linear weights only; the learning rate climbs
+    linearly for a fraction of the steps and falls to zero along a cosine. Where the trainer cannot tell its
+    number of steps (``max_epochs=-1``), there is neither.
+
+    The network is no hyperparameter; hand it over again when loading::
+
+        task = SegmentationTask(ffnet_nano(), learning_rate=3e-3)
+        task = SegmentationTask.load_from_checkpoint("last.ckpt", network=ffnet_nano())
+
+    Args:
+        network: the network, trained in place.
+        learning_rate: highest learning rate of the schedule.
+        weight_decay: AdamW's decoupled weight decay.
+        num_classes: channels of the logits, 2 to 255.
+        ignore_index: label of pixels that count neither in the loss nor in a metric.
+        class_weights: one factor for each class in the loss (not in the metrics); ``None`` weighs all alike.
+        warmup_fraction: part of all optimizer steps in which the learning rate climbs, 0 to below 1.
+
+    Raises:
+        ConfigurationError: an argument is out of range; or, in a step, the network returns something else
+            than logits for ``num_classes`` classes.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        learning_rate: float = 3e-3,
+        weight_decay: float = 0.01,
+        num_classes: int = NUM_CLASSES,
+        ignore_index: int = IGNORE_INDEX,
+        class_weights: list[float] | None = None,
+        warmup_fraction: float = 0.05,
+    ) -> None:
+        super().__init__()
+        # 255 fits the uint8 of predict_step.
+        if not 2 <= num_classes <= 255:
+            raise ConfigurationError(f"num_classes={num_classes} was given; expected 2 to 255.")
+        if not learning_rate > 0:
+            raise ConfigurationError(f"learning_rate={learning_rate} was given; expected more than 0.")
+        if not weight_decay >= 0:
+            raise ConfigurationError(f"weight_decay={weight_decay} was given; expected 0 or more.")
+        if not 0 <= warmup_fraction < 1:
+            raise ConfigurationError(f"warmup_fraction={warmup_fraction} was given; expected 0 to below 1.")
+        if class_weights is not None and (len(class_weights) != num_classes or min(class_weights) < 0):
+            raise ConfigurationError(
+                f"class_weights={class_weights} was given; expected {num_classes} numbers (one a class), "
+                "each 0 or more."
+            )
+        self.save_hyperparameters(ignore=["network"])
+        self.model = network
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.warmup_fraction = warmup_fraction
+        weights = None if class_weights is None else torch.tensor(class_weights)
+        # Not in the checkpoint: the hyperparameters hold them already.
+        self.register_buffer("class_weights", weights, persistent=False)
+        self.confusion = nn.ModuleDict(
+            {
+                stage: MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index, validate_args=False)
+                for stage in ("val", "test")
+            }
+        )
+        self._class_iou: dict[str, Tensor] = {}
+
+    @override
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(N, num_classes, H, W)`` at the size of ``images`` ``(N, 3, H, W)``."""
+        return self._logits(images, images.shape[-2:])
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, targets = batch
+        loss = self._loss(self._logits(images, targets.shape[-2:]), targets)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(images))
+        return loss
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    @override
+    def predict_step(self, batch: Tensor | Batch, batch_idx: int) -> Tensor:
+        """Class maps, uint8 ``(N, H, W)``, of bare images or of the images of ``(images, targets)``."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self(images).argmax(dim=1).to(torch.uint8)
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self._confusion("val").reset()
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._confusion("test").reset()
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_miou("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_miou("test")
+
+    @override
+    def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
+        groups = parameter_groups(self.model, self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        steps = float(self.trainer.estimated_stepping_batches)
+        if math.isinf(steps):
+            return optimizer
+        factor = partial(cosine_with_warmup, steps=steps, warmup=self.warmup_fraction * steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def per_class_iou(self, stage: str = "val") -> dict[str, float]:
+        """Intersection over union of each class that occurred in the labels of the last epoch of ``stage``.
+
+        Args:
+            stage: ``"val"`` or ``"test"``.
+
+        Returns:
+            IoU between 0 and 1 by class name: Cityscapes' names for 19 classes, else ``"class 0"`` and so on.
+
+        Raises:
+            ConfigurationError: there has been no such epoch.
+        """
+        if stage not in self._class_iou:
+            expected = {"val": "trainer.validate or trainer.fit", "test": "trainer.test"}
+            raise ConfigurationError(
+                f"per_class_iou({stage!r}) has nothing to report yet: stage is 'val' or 'test', after "
+                f"an epoch of {expected.get(stage, ' or '.join(expected.values()))}."
+            )
+        names = CLASS_NAMES
+        if self.num_classes != NUM_CLASSES:
+            names = tuple(f"class {index}" for index in range(self.num_classes))
+        values = self._class_iou[stage].tolist()
+        return {name: iou for name, iou in zip(names, values, strict=True) if not math.isnan(iou)}
+
+    def _logits(self, images: Tensor, size: Sequence[int]) -> Tensor:
+        logits = first_tensor(self.model(images))
+        if logits.ndim != 4 or logits.shape[1] != self.num_classes:
+            raise ConfigurationError(
+                f"The network returned shape {tuple(logits.shape)}; expected (N, {self.num_classes}, h, w). "
+                f"Build it with num_classes={self.num_classes}, or pass its own number to SegmentationTask."
+            )
+        return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+
+    def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        weights = self.get_buffer("class_weights") if self.class_weights is not None else None
+        total = F.cross_entropy(logits, targets, weights, ignore_index=self.ignore_index, reduction="sum")
+        labelled = targets != self.ignore_index
+        count = labelled.sum() if weights is None else (weights[targets * labelled] * labelled).sum()
+        # reduction="mean" divides 0 by 0 where a batch is all void, and one NaN ends the training.
+        return total / count.to(total.dtype).clamp(min=torch.finfo(total.dtype).tiny)
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        images, targets = batch
+        logits = self._logits(images, targets.shape[-2:])
+        loss = self._loss(logits, targets)
+        self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
+        self._confusion(stage).update(logits.argmax(dim=1), targets)
+
+    def _log_miou(self, stage: str) -> None:
+        # compute() adds up the matrices of all processes, so every process logs the same figure.
+        iou = class_iou(self._confusion(stage).compute())
+        self._class_iou[stage] = iou.cpu()
+        self.log(f"{stage}_miou", iou.nanmean(), prog_bar=True, sync_dist=True)
+
+    def _confusion(self, stage: str) -> MulticlassConfusionMatrix:
+        metric = self.confusion[stage]
+        assert isinstance(metric, MulticlassConfusionMatrix)
+        return metric
+
+
+def class_iou(confusion: Tensor) -> Tensor:
+    """Intersection over union of each class: ``TP / (TP + FP + FN)``.
+
+    A class that no label holds gets NaN, and with it no place in the mean, even where pixels were predicted
+    to be of that class: those count as missed pixels (FN) of their true classes. Cityscapes' own script and
+    torchmetrics' Jaccard index would add a zero for such a class, which makes the mean of a small validation
+    split jump when one stray pixel appears; with all 19 classes in the labels, the three agree.
+
+    Args:
+        confusion: counts of pixels, (C, C), rows are labels and columns predictions.
+
+    Returns:
+        float (C,), each 0 to 1 or NaN.
+    """
+    hits = confusion.diag()
+    labelled = confusion.sum(dim=1)
+    union = labelled + confusion.sum(dim=0) - hits
+    # 0 / 0 never reaches the result: a class with labels has a union.
+    return torch.where(labelled > 0, hits / union, torch.nan)
+
+
+def first_tensor(output: object) -> Tensor:
+    """The logits in what a network returned: a tensor, ``output["out"]``, or the first of a tuple.
+
+    Raises:
+        ConfigurationError: there is no tensor at these places.
+    """
+    found = output
+    if isinstance(found, Mapping):
+        found = found.get("out")
+    elif isinstance(found, tuple | list) and found:
+        found = found[0]
+    if not isinstance(found, Tensor):
+        given = f"a dict with the keys {list(output)}" if isinstance(output, Mapping) else type(output).__name__
+        raise ConfigurationError(
+            f"The network returned {given}; expected logits as a tensor, as the entry 'out' of a dict or as "
+            "the first element of a tuple. Wrap the network in a module that returns them so."
+        )
+    # A quantized network returns a subclass of Tensor, which should not leave the task.
+    return found.as_subclass(Tensor)
+
+
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters in two groups: weights with more than one dimension decay, nothing else does.
+
+    By name as well as by shape: the trainable ranges of a quantized network have the dimensions of the weight
+    that they belong to, and a range that decays clips its weight.
+    """
+    decay: list[nn.Parameter] = []
+    keep: list[nn.Parameter] = []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            (decay if name.endswith("weight") and parameter.ndim > 1 else keep).append(parameter)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+
+
+def balanced_class_weights(pixels: Sequence[int]) -> list[float]:
+    """Weights for the loss that keep rare classes from being ignored: ``1 / sqrt(frequency)``, 1 on average.
+
+    The square root is a middle way: with the inverse itself the rarest classes dominate the loss and flood
+    the picture. Frequencies below 1e-4 count as 1e-4.
+
+    Args:
+        pixels: how many pixels of each class the training labels hold.
+
+    Returns:
+        One weight a class, 0 for a class without pixels.
+
+    Raises:
+        ConfigurationError: there are no pixels at all.
+    """
+    counts = torch.tensor(pixels, dtype=torch.float64)
+    if not counts.sum() > 0:
+        raise ConfigurationError(f"pixels={list(pixels)} was given; expected at least one pixel of a class.")
+    weights = (counts / counts.sum()).clamp(min=1e-4).rsqrt() * (counts > 0)
+    return (weights / weights[counts > 0].mean()).tolist()
+
+
+def cosine_with_warmup(step: int, steps: float, warmup: float) -> float:
+    """Factor on the learning rate: linear to 1 over ``warmup`` steps, then a half cosine to 0 at ``steps``.
+
+    The cosine of Loshchilov and Hutter, "SGDR", 2017, without restarts.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = min(1.0, (step - warmup) / max(1.0, steps - warmup))
+    return 0.5 * (1 + math.cos(math.pi * done))

@@ -1,0 +1,76 @@
+"""Bias correction: put right the mean that rounded weights shift in every channel, where there is no batch norm."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.ladder.rungs.layer_outputs import (
+    channel_axis,
+    channel_scales,
+    hooked,
+    per_channel,
+    statistics,
+    weights_only,
+)
+from lightning_quant.simulation.calibrate import calibrate
+from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.precisions import quantized_layers
+
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+class BiasCorrection(Technique):
+    """Move each bias until the mean output of the layer is that of the float layer.
+
+    The empirical form of Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction",
+    2019, section 4.2: every batch runs through both networks.
+    """
+
+    name = "bias_correction"
+    finishing = True
+
+    @override
+    def unsuitable(self, network: QuantizedNetwork, bench: Workbench) -> str | None:
+        return None if _correctable(network) else "no layer has a bias"
+
+    @override
+    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+        layers = _correctable(network)
+        float_network = bench.prepared.network
+        originals = {name: float_network.get_submodule(name) for name in layers}
+        scales = channel_scales(layers, bench) if network.equalized else {}
+        wanted: dict[str, list[Tensor]] = defaultdict(list)
+        shifts: dict[str, list[Tensor]] = defaultdict(list)
+
+        def remember(name: str, output: Tensor) -> None:
+            mean = statistics(output, channel_axis(layers[name], output))[0]
+            wanted[name].append(mean * scales[name] if name in scales else mean)
+
+        def correct(name: str, output: Tensor) -> Tensor:
+            axis = channel_axis(layers[name], output)
+            # a layer that is called several times is corrected call by call, in the same order
+            shift = wanted[name].pop(0) - statistics(output, axis)[0]
+            shifts[name].append(shift)
+            return output + per_channel(shift, axis, output)
+
+        for batch in bench.samples():
+            with hooked(originals, remember):
+                batch.call(float_network)
+            with weights_only(network), hooked(layers, correct):
+                batch.call(network.network)
+        for name, values in shifts.items():
+            bias = layers[name].bias
+            assert isinstance(bias, Tensor)
+            bias.add_(torch.stack(values).mean(0))
+        calibrate(network, bench.samples, weights=False)
+        return f"corrected {len(shifts)} biases"
+
+
+def _correctable(network: QuantizedNetwork) -> dict[str, nn.Module]:
+    layers = quantized_layers(network)
+    return {name: layer for name, layer in layers.items() if isinstance(layer, _LAYERS) and layer.bias is not None}

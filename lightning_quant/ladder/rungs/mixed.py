@@ -1,0 +1,125 @@
+"""Mixed precision: raise the few layers that cost most to the next finer precision."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from typing_extensions import override
+
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.precision import Precision
+from lightning_quant.simulation.calibrate import calibrate, calibrate_weights
+from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.precisions import layer_precision
+from lightning_quant.simulation.sensitivity import LayerSensitivity, finer, layer_sensitivity
+
+_FINER = {"weights": 8, "activations": 16}
+
+
+class MixedPrecision(Technique):
+    """Raise the fewest layers (W4 → W8, A8 → A16) that bring the metric back.
+
+    The order comes from :func:`~lightning_quant.simulation.sensitivity.layer_sensitivity`; the metric is measured
+    with 1, 2, 4, … of them raised, until it suffices or the budget is spent, and then once more for each halving of
+    the last step, so that no more layers stay raised than the metric asks for.
+
+    Args:
+        budget: how much may be raised: part of all weights, and part of all multiply-accumulate operations for
+            activations, above 0 to 1.
+        samples: calibration samples for the sensitivity.
+
+    Raises:
+        ConfigurationError: for a value out of range.
+    """
+
+    name = "mixed"
+    refines: ClassVar[bool] = True
+
+    def __init__(self, budget: float = 0.1, samples: int = 8) -> None:
+        if not 0 < budget <= 1:
+            raise ConfigurationError(f"mixed: budget={budget!r}: expected a share above 0, up to 1.")
+        if not isinstance(samples, int) or samples < 1:
+            raise ConfigurationError(f"mixed: samples={samples!r}: expected a whole number of at least 1.")
+        self.budget = budget
+        self.samples = samples
+
+    @override
+    def unsuitable(self, network: QuantizedNetwork, bench: Workbench) -> str | None:
+        now = network.recipe.precision
+        if all(finer(part, now) is None for part in ("weights", "activations")):
+            return f"{now} is the finest precision there is"
+        return None
+
+    @override
+    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+        chosen = self._within_budget(network, layer_sensitivity(network, bench.samples(), self.samples))
+        start = network.snapshot()
+        if bench.suffices is None:  # there is no enough: all that may be raised
+            self._raise(network, chosen, start, bench)
+            return _told(chosen)
+        enough, few = 0, 0  # a number of layers known to suffice, and one known not to
+        count = 1
+        while chosen:
+            count = min(count, len(chosen))
+            if self._suffices(network, chosen[:count], start, bench):
+                enough = count
+                break
+            few = count
+            if count == len(chosen):
+                break
+            count *= 2
+        while enough - few > 1:
+            middle = (enough + few) // 2
+            if self._suffices(network, chosen[:middle], start, bench):
+                enough = middle
+            else:
+                few = middle
+        raised = chosen[: enough or len(chosen)]
+        self._raise(network, raised, start, bench)
+        return _told(raised)
+
+    def _within_budget(
+        self, network: QuantizedNetwork, sensitivities: list[LayerSensitivity]
+    ) -> list[LayerSensitivity]:
+        spent = {"weights": 0.0, "activations": 0.0}
+        chosen = []
+        for one in sensitivities:
+            if finer(one.part, layer_precision(network, one.layer)) is None:
+                continue
+            if spent[one.part] + one.share <= self.budget:
+                spent[one.part] += one.share
+                chosen.append(one)
+        return chosen
+
+    def _suffices(
+        self, network: QuantizedNetwork, raised: list[LayerSensitivity], start: dict[str, object], bench: Workbench
+    ) -> bool:
+        self._raise(network, raised, start, bench)
+        return bench.suffices is not None and bench.suffices(bench.measure())
+
+    def _raise(
+        self, network: QuantizedNetwork, raised: list[LayerSensitivity], start: dict[str, object], bench: Workbench
+    ) -> None:
+        network.restore(start)
+        precisions: dict[str, Precision] = {}
+        for one in raised:
+            now = precisions.get(one.layer) or layer_precision(network, one.layer)
+            if (next_one := finer(one.part, now)) is not None:
+                precisions[one.layer] = next_one
+        for one in raised:
+            for name in one.quantizers:
+                network.network.get_submodule(name).bitwidth = _FINER[one.part]  # type: ignore[assignment]
+        network.raised = {**network.raised, **precisions}
+        calibrate_weights(network, [one.layer for one in raised if one.part == "weights"])
+        calibrate(network, bench.samples, weights=False)
+
+
+def _told(raised: list[LayerSensitivity]) -> str:
+    if not raised:
+        return "raised nothing: no layer fits the budget"
+    shares = {part: sum(one.share for one in raised if one.part == part) for part in ("weights", "activations")}
+    units = {"weights": "of the weights", "activations": "of the multiply-accumulates"}
+    parts = ", ".join(f"{share:.1%} {units[part]}" for part, share in shares.items() if share)
+    names = ", ".join(f"{one.layer} ({one.part})" for one in raised[:3]) + (", …" if len(raised) > 3 else "")
+    return f"raised {len(raised)} ({parts}): {names}"

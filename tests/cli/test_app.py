@@ -1,0 +1,327 @@
+"""The command line, run as a user runs it: in a folder of their own, as a process of its own."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+from filelock import FileLock
+
+from lightning_quant.report.record import RunRecord
+from lightning_quant.report.summary import COLUMNS
+
+SMALL = [
+    "data.train=16",
+    "data.val=8",
+    "data.height=64",
+    "data.width=128",
+    "float.epochs=1",
+    "qat.epochs=1",
+    "ladder.rungs=[ptq]",
+    "ladder.max_drop=-10",  # never good enough: what rounding costs a hardly trained network is luck
+    "quantizer.calibration_samples=8",
+    "overlays=1",
+    "target.samples=2",
+    "trainer.enable_progress_bar=false",
+]
+
+
+def lightning_quant(folder: Path, *arguments: str, status: int = 0) -> str:
+    """Run the app in ``folder``; its terminal output."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_quant", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        check=False,
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == status, output
+    return output
+
+
+def unfinished(run: Path) -> None:
+    """Make a finished run look like one that was killed."""
+    path = run / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "running"}))
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished sweep over two precisions, and what it printed."""
+    folder = tmp_path_factory.mktemp("sweep")
+    arguments = ["-m", "precision=w8a8,w4a16", "hydra.sweep.dir=multirun/tried", *SMALL]
+    return folder, lightning_quant(folder, *arguments)
+
+
+def test_a_sweep_ends_with_one_table_and_every_artifact(sweep: tuple[Path, str]) -> None:
+    folder, output = sweep
+    runs = sorted((folder / "multirun/tried").glob("*/results.json"))
+    assert [path.parent.name for path in runs] == ["0-ffnet_nano-w8a8", "1-ffnet_nano-w4a16"]
+    for path in runs:
+        record = RunRecord.read(path)
+        assert record.status == "finished"
+        assert set(record.metric) == {"float", "ptq", "qat"}
+        assert record.exported in ("ptq", "qat")
+        assert record.parity["tier"] == "onnxruntime"
+        assert set(record.seconds) == {"data", "float", "ladder", "export"}
+        assert [rung["rung"] for rung in record.ladder["rungs"]] == ["ptq", "qat"]
+        bundle = path.parent / record.artifacts["bundle"]
+        name = bundle.name
+        assert {file.name for file in (bundle / f"{name}.aimet").iterdir()} == {"model.onnx", "model.encodings"}
+        onnx.checker.check_model(onnx.load(bundle / f"{name}.onnx"))
+        assert (path.parent / record.artifacts["checkpoint"]).is_file()
+        assert [file.name for file in (path.parent / "overlays").glob("*.png")] == ["overlay_0000.png"]
+        report = (path.parent / record.artifacts["report"]).read_text()
+        assert f"{record.precision.upper()} " in report
+        assert "float.epochs=1" in report  # how to run it again
+        assert all(f'id="{part}"' in report for part in ("pictures", "device", "layers"))
+        assert record.bytes["quantized"] < record.bytes["float"] / 2
+        (device,) = record.device
+        assert device["tier"] in ("htp_emulator", "onnxruntime")
+        assert device["metric"].keys() == {"float", "simulation", "device"}
+        assert (path.parent / record.artifacts["device"] / "request.json").is_file()
+    with (folder / "multirun/tried/summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["precision"] for row in rows] == ["w8a8", "w4a16"]
+    assert all(row["miou float"] and row["miou PTQ"] and row["miou exported"] and row["drop"] for row in rows)
+    markdown = (folder / "multirun/tried/summary.md").read_text().splitlines()
+    # three tables with their heads: of two runs, of the device of each, and of the two rungs of each
+    assert len([line for line in markdown if line.startswith("|")]) == 3 * 2 + 2 + 2 + 2 * 2
+    assert "On the device" in output
+    assert markdown[0].count("|") == len(COLUMNS) + 1
+    assert "summary.md" in output
+    for path in runs:  # the place of every artifact
+        assert all(str(path.parent.relative_to(folder) / place) in output for place in ("results.json", "overlays"))
+
+
+def test_a_sweep_has_a_report_that_leads_to_those_of_its_runs(sweep: tuple[Path, str]) -> None:
+    folder, output = sweep
+    page = (folder / "multirun/tried/report.html").read_text()
+    assert "Report: multirun/tried/report.html" in output
+    for run in ("0-ffnet_nano-w8a8", "1-ffnet_nano-w4a16"):
+        assert f'href="{run}/report.html"' in page
+
+
+def test_a_sweep_trains_the_float_network_once(sweep: tuple[Path, str]) -> None:
+    folder, output = sweep
+    assert output.count("Float network trained") == 1
+    assert output.count("Float network from") == 1
+    assert len(list((folder / "outputs/float").glob("*.ckpt"))) == 1
+
+
+def test_a_sweep_started_again_runs_only_what_is_missing(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    tried = folder / "multirun/tried"
+    before = (tried / "0-ffnet_nano-w8a8/results.json").read_bytes()
+    (tried / "1-ffnet_nano-w4a16/results.json").write_text('{"format_version": 1, "status"')  # a torn write
+    arguments = ["-m", "precision=w8a8,w4a16", "hydra.sweep.dir=multirun/tried", *SMALL, "skip_finished=true"]
+    output = lightning_quant(folder, *arguments)
+    assert output.count("Skipped:") == 1
+    assert (tried / "0-ffnet_nano-w8a8/results.json").read_bytes() == before
+    assert RunRecord.read(tried / "1-ffnet_nano-w4a16/results.json").status == "finished"
+
+
+def test_another_configuration_in_the_same_folder_is_run_again(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    output = lightning_quant(
+        folder, "-m", "precision=w8a8", "hydra.sweep.dir=multirun/tried", *SMALL, "qat.epochs=0", "skip_finished=true"
+    )
+    assert "Skipped:" not in output
+    assert "qat" not in RunRecord.read(folder / "multirun/tried/0-ffnet_nano-w8a8/results.json").metric
+
+
+def test_qat_is_the_same_whether_float_was_trained_before_it_or_reused(sweep: tuple[Path, str], tmp_path: Path) -> None:
+    folder, _ = sweep
+    lightning_quant(folder, *SMALL, "precision=w8a16", "hydra.run.dir=reused")
+    lightning_quant(tmp_path, *SMALL, "precision=w8a16", "hydra.run.dir=trained")
+    reused, trained = RunRecord.read(folder / "reused/results.json"), RunRecord.read(tmp_path / "trained/results.json")
+    assert reused.metric == trained.metric
+
+
+def test_a_rung_that_suffices_ends_the_climb(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    output = lightning_quant(
+        folder, *SMALL, "ladder.rungs=[ptq,cle]", "ladder.max_drop=1", "qat.distillation=0.5", "hydra.run.dir=enough"
+    )
+    record = RunRecord.read(folder / "enough/results.json")
+    assert "No training: val_miou" in output
+    assert (record.exported, set(record.metric)) == ("ptq", {"float", "ptq"})
+    assert record.ladder["max_drop"] == 1
+
+
+def test_without_a_gate_it_always_trains(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    lightning_quant(folder, *SMALL, "ladder=none", "ladder.max_drop=null", "hydra.run.dir=none")
+    record = RunRecord.read(folder / "none/results.json")
+    assert (record.exported, set(record.metric), record.ladder["rungs"]) == ("qat", {"float", "qat"}, [])
+
+
+def test_a_killed_run_goes_on_where_it_stopped(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    arguments = [
+        *SMALL,
+        "ladder.rungs=[ptq,bias_correction]",
+        "qat.epochs=0",
+        "precision=w8a16",
+        "hydra.run.dir=killed",
+    ]
+    lightning_quant(folder, *arguments)
+    path = folder / "killed/results.json"
+    whole = RunRecord.read(path)
+    unfinished(folder / "killed")
+    output = lightning_quant(folder, *arguments, "skip_finished=true")
+    assert "Going on from" in output
+    assert "Rung ptq" not in output
+    again = RunRecord.read(path)
+    assert again.status == "finished"
+    assert again.metric == whole.metric
+
+
+def test_a_damaged_file_to_go_on_from_is_named(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    arguments = [*SMALL, "hydra.run.dir=damaged", "skip_finished=true", "target=none"]
+    lightning_quant(folder, *arguments)
+    unfinished(folder / "damaged")
+    (folder / "damaged/ladder.part").write_bytes(b"PK half of a checkpoint")
+    output = lightning_quant(folder, *arguments, status=1)
+    assert re.search(r"CheckpointError: .*damaged/ladder\.part is not a readable checkpoint", output)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    (folder / "taken").mkdir()
+    with FileLock(folder / "taken/.lock"):
+        output = lightning_quant(folder, *SMALL, "hydra.run.dir=taken", status=1)
+    assert re.search(r"ConfigurationError: Another run is writing to .*/taken: expected a folder for each", output)
+    assert "Traceback" not in output
+    assert not (folder / "taken/results.json").exists()
+
+
+def test_tables_of_a_run_that_was_stopped_are_kept(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    arguments = [*SMALL, "hydra.run.dir=tables", "precision=w8a16", "skip_finished=true"]
+    lightning_quant(folder, *arguments)
+    unfinished(folder / "tables")
+    table = (folder / "tables/logs/ladder/metrics.csv").read_text()
+    output = lightning_quant(folder, *arguments)
+    assert "exists and is not empty" not in output
+    assert (folder / "tables/logs/ladder/metrics.1.csv").read_text() == table
+
+
+def test_sensitivity_draws_and_keeps_nothing(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    output = lightning_quant(folder, "sensitivity", *SMALL, "precision=w4a8", "hydra.run.dir=sensitive")
+    assert "worst first" in output
+    assert {path.name for path in (folder / "sensitive").iterdir()} >= {"sensitivity.png", "sensitivity.csv"}
+    assert not (folder / "sensitive/export").exists()
+    with (folder / "sensitive/sensitivity.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    ratios = [float(row["sqnr_db"]) for row in rows]
+    assert ratios == sorted(ratios)
+    assert {row["part"] for row in rows} == {"weights", "activations"}
+    assert sum(float(row["share"]) for row in rows if row["part"] == "weights") == pytest.approx(1, abs=1e-3)
+
+
+def test_a_float_checkpoint_takes_the_place_of_training(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    (checkpoint,) = (folder / "outputs/float").glob("*.ckpt")
+    output = lightning_quant(folder, *SMALL, f"float.checkpoint={checkpoint}", "qat.epochs=0", "hydra.run.dir=given")
+    assert "Float network trained" not in output
+    given = RunRecord.read(folder / "given/results.json").metric["float"]
+    swept = RunRecord.read(folder / "multirun/tried/1-ffnet_nano-w4a16/results.json").metric["float"]
+    assert given == swept
+
+
+def test_photographs_and_a_network_by_target(camvid: Path, tmp_path: Path) -> None:
+    arguments = [
+        "data=cityscapes",
+        f"data.root={camvid}",
+        "data.size=[48,64]",
+        "data.batch_size=64",
+        "model=lraspp_mobilenet_v3",
+        "precision=w8a16",
+        "float.epochs=0",
+        "qat.epochs=0",
+        "quantizer.calibration_samples=16",
+        "hydra.run.dir=out",
+    ]
+    lightning_quant(tmp_path, *arguments)
+    record = RunRecord.read(tmp_path / "out/results.json")
+    assert (record.model, record.data, record.status) == ("lraspp_mobilenet_v3", "cityscapes", "finished")
+    assert len(list((tmp_path / "out/overlays").glob("*.png"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data=cityscapes", "data.root=nowhere"], "DataError.*nowhere"),
+        (["data=cityscapes"], "ConfigurationError.*data.root"),
+        ([*SMALL, "float.checkpoint=missing.ckpt"], "CheckpointError.*missing.ckpt"),
+        (["qat.epochs=abc"], "ConfigurationError.*qat.epochs='abc'"),
+        ([*SMALL, "monitor=val_mouse", "float.epochs=0"], "ConfigurationError.*val_mouse.*val_miou"),
+        (["quantizer.hardware=htp_v57"], "ConfigurationError.*htp_v57"),
+        (["ladder.rungs=[ptq,seqmse]"], "ConfigurationError.*Unknown rung 'seqmse'.*seq_mse"),
+        (["job=dance"], "ConfigurationError.*job='dance': expected one of quantize, sensitivity"),
+    ],
+)
+def test_bad_input_ends_with_one_clear_message(tmp_path: Path, arguments: list[str], message: str) -> None:
+    output = lightning_quant(tmp_path, *arguments, "hydra.run.dir=out", status=1)
+    assert "Traceback" not in output
+    (line,) = (line for line in output.splitlines() if "Error: " in line)
+    assert re.search(message, line), line
+    if (tmp_path / "out/results.json").is_file():
+        record = json.loads((tmp_path / "out/results.json").read_text())
+        assert record["status"] == "failed"
+        assert record["error"]
+
+
+def test_an_unknown_precision_is_told_what_there_is(tmp_path: Path) -> None:
+    output = lightning_quant(tmp_path, "precision=w3a7", status=1)
+    assert "w3a7" in output
+    assert "w4a16" in output
+
+
+def test_a_failed_job_does_not_keep_the_others_from_running(tmp_path: Path) -> None:
+    output = lightning_quant(
+        tmp_path,
+        "-m",
+        "quantizer.hardware=htp_v57,htp_v73",
+        "hydra.sweep.dir=m",
+        *SMALL,
+        "float.epochs=0",
+        "qat.epochs=0",
+        status=1,
+    )
+    states = [RunRecord.read(path).status for path in sorted((tmp_path / "m").glob("*/results.json"))]
+    assert states == ["failed", "finished"]
+    assert "2 runs" in output
+
+
+def test_help_names_the_choices_without_loading_torch(tmp_path: Path) -> None:
+    output = lightning_quant(tmp_path, "--help")
+    assert "precision: w4a16, w4a8, w8a16, w8a8" in output
+    code = (
+        "import sys; sys.argv = ['lightning-quant', '--cfg', 'job']\n"
+        "from lightning_quant.cli.app import main; main()\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_float_is_measured_as_the_16_bit_activations_are(tmp_path: Path) -> None:
+    options = ["precision=w8a16", "trainer.precision=bf16-mixed", "monitor=val_loss", "mode=min", "float.epochs=0"]
+    lightning_quant(tmp_path, *SMALL, *options, "qat.epochs=0", "hydra.run.dir=out", "report.samples=0")
+    record = RunRecord.read(tmp_path / "out/results.json")
+    assert record.ladder is not None
+    assert record.metric["float"] == record.ladder["float_metric"]

@@ -1,0 +1,137 @@
+"""What does not depend on the inputs is computed when the file is written, and stands on a grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from lightning_quant.deploy.graph import constants
+from lightning_quant.deploy.graph.constants import encode_constants, fold_constants
+from tests.helpers.qdq import NO_EMULATOR, QdqModel, computed, emulated, operations, values
+
+needs_emulator = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
+X = {"x": np.linspace(-1, 1, 2 * 4 * 6, dtype=np.float32).reshape(2, 4, 6)}
+SHAPE = (2, 4, 6)
+
+
+def taken_from_a_table() -> onnx.ModelProto:
+    """Positions out of a table of weights, beside an input."""
+    made = QdqModel(x=SHAPE)
+    table = made.integers("table", np.arange(48, dtype=np.uint8).reshape(8, 6), 0.02)
+    rows = made.node("Gather", [table, made.constant("rows", np.array([5, 0, 2, 7]))], "rows_of_it")
+    made.node("Add", [made.pair("x", 0.01), rows], "y")
+    made.pair("y", 0.02, output="out")
+    return made.model(out=SHAPE)
+
+
+def mask_by_size() -> onnx.ModelProto:
+    """A mask that is written into zeros of the size of an input."""
+    made = QdqModel(x=SHAPE)
+    given = made.pair("x", 0.01)
+    made.node("Shape", [given], "size")
+    made.node("ConstantOfShape", ["size"], "zeros")
+    at = made.constant("at", np.array([[0, 1], [1, 3]]))
+    made.node("ScatterND", ["zeros", at, made.constant("low", np.full((2, 6), -100.0, np.float32))], "mask")
+    made.node("Add", [given, "mask"], "y")
+    made.pair("y", 0.4, 250, output="out")
+    return made.model(out=SHAPE)
+
+
+def number(operation: str, number: float) -> onnx.ModelProto:
+    made = QdqModel(x=SHAPE)
+    made.nodes.append(
+        helper.make_node("Constant", [], ["number"], value=onnx.numpy_helper.from_array(np.float32(number), "number"))
+    )
+    made.node(operation, [made.pair("x", 0.01), "number"], "y")
+    made.pair("y", 0.05, output="out")
+    return made.model(out=SHAPE)
+
+
+def test_rows_of_a_table_stay_on_its_grid(tmp_path: Path) -> None:
+    model = taken_from_a_table()
+    before = computed(model, tmp_path, **X)
+    fold_constants(model)
+    assert encode_constants(model) == {}
+    np.testing.assert_array_equal(computed(model, tmp_path, **X), before)
+    assert not operations(model, "Gather")
+    assert "table_q" not in values(model)
+    folded = values(model)["rows_of_it_q"]
+    assert folded.dtype == np.uint8
+    np.testing.assert_array_equal(folded, np.arange(48, dtype=np.uint8).reshape(8, 6)[[5, 0, 2, 7]])
+
+
+def test_what_follows_from_sizes_is_known(tmp_path: Path) -> None:
+    model = mask_by_size()
+    before = computed(model, tmp_path, **X)
+    gone = fold_constants(model)
+    assert {"size", "zeros"} <= gone
+    assert "mask" not in gone
+    assert [node.op_type for node in model.graph.node] == [
+        *("QuantizeLinear", "DequantizeLinear", "Add", "QuantizeLinear", "DequantizeLinear")
+    ]
+    (entry,) = encode_constants(model).values()
+    assert entry["name"] == "mask"
+    assert entry["scale"] == [pytest.approx(100 / 255)]
+    assert entry["offset"] == [-255]
+    np.testing.assert_allclose(computed(model, tmp_path, **X), before, atol=1e-5)
+
+
+OPERATIONS = ("Add", "Sub", "Mul", "Div", "Max", "Min")
+NUMBERS = [(operation, value) for operation in OPERATIONS for value in (1.0, -0.044715, 1e-6, 0.0)]
+
+
+@pytest.mark.parametrize(("operation", "value"), [one for one in NUMBERS if one not in (("Div", 0.0), ("Div", 1e-6))])
+def test_a_number_is_on_its_grid_exactly(tmp_path: Path, operation: str, value: float) -> None:
+    model = number(operation, value)
+    before = computed(model, tmp_path, **X)
+    fold_constants(model)
+    (entry,) = encode_constants(model).values()
+    assert entry["bw"] == 8
+    np.testing.assert_array_equal(computed(model, tmp_path, **X), before)
+    assert all(len(node.input) < 2 or "_qdq" in node.input[1] for node in operations(model, operation))
+
+
+def test_whole_numbers_are_on_their_grid_exactly(tmp_path: Path) -> None:
+    model = number("Div", 1.0)
+    (node,) = (node for node in model.graph.node if node.op_type == "Constant")
+    node.attribute[0].t.CopyFrom(onnx.numpy_helper.from_array(np.float32([[1], [3], [64], [32]]), "number"))
+    before = computed(model, tmp_path, **X)
+    assert encode_constants(model)
+    np.testing.assert_array_equal(computed(model, tmp_path, **X), before)
+
+
+def test_encodings_follow() -> None:
+    entries = [{"name": "kept"}, {"name": "folded"}]
+    encodings = {"activation_encodings": entries, "param_encodings": [{"name": "table"}]}
+    constants.update_encodings(
+        encodings, {"folded", "table"}, {"kept": {"name": "kept", "bw": 4}, "new": {"name": "new"}}
+    )
+    assert encodings == {"activation_encodings": [{"name": "kept"}, {"name": "new"}], "param_encodings": []}
+
+
+def test_what_is_drawn_is_no_constant() -> None:
+    made = QdqModel(x=SHAPE)
+    made.nodes.append(helper.make_node("RandomNormal", [], ["noise"], shape=list(SHAPE)))
+    made.node("Add", ["x", "noise"], "out")
+    model = made.model(out=SHAPE)
+    assert fold_constants(model) == set()
+    assert operations(model, "RandomNormal")
+
+
+@needs_emulator
+@pytest.mark.parametrize("make", [taken_from_a_table, mask_by_size, lambda: number("Add", 1.0)])
+def test_the_npu_computes_it_in_integers(tmp_path: Path, make: object) -> None:
+    assert callable(make)
+    before, _ = emulated(make(), tmp_path / "before", **X)
+    assert before.float_islands or before.layers["CPU"]
+    model = make()
+    fold_constants(model)
+    encode_constants(model)
+    report, (output,) = emulated(model, tmp_path / "after", **X)
+    assert not report.float_islands
+    assert not report.layers["CPU"]
+    np.testing.assert_allclose(output, computed(model, tmp_path, **X)[0], atol=0.41)

@@ -1,0 +1,117 @@
+"""An input that is an output, and a tensor that is two outputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.deploy.bundle import Bundle, export_bundle
+from lightning_quant.deploy.push import Push
+from lightning_quant.deploy.samples import Samples
+from tests.helpers.networks import calibrated, call, images, seeded
+from tests.helpers.qdq import NO_EMULATOR, operations, values
+
+
+class Encoder(nn.Module):
+    """Features of every level, the image first and the last one twice, as decoders take them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU())
+        self.two = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
+        seeded(self)
+
+    def forward(self, x: Tensor) -> Any:
+        a = self.one(x)
+        b = self.two(a)
+        return [x, a, b, b]
+
+
+class Moved(Encoder):
+    """The image in other forms."""
+
+    def forward(self, x: Tensor) -> Any:
+        return {"flat": x.flatten(1), "out": self.one(x), "last": x.permute(0, 2, 3, 1).flatten(1), "x": x}
+
+
+class Untaken(Encoder):
+    """An input that nothing computes with."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Any:
+        return self.one(x), mask
+
+
+CALLS = [call(images(1, seed=seed)) for seed in (1, 2)]
+
+
+def exported(network: nn.Module, path: Path, precision: str = "w8a16") -> tuple[Bundle, Samples]:
+    made = calibrated(network, call(images(8)), precision=precision)
+    bundle = export_bundle(made, path, CALLS)
+    return bundle, Samples.of(made, bundle.manifest, CALLS)
+
+
+@pytest.mark.parametrize(
+    ("network", "names"),
+    [(Encoder, ["output_0", "output_1", "output_2", "output_3"]), (Moved, ["flat", "out", "last", "x_1"])],
+)
+def test_outputs_in_order_and_encoded(tmp_path: Path, network: type[nn.Module], names: list[str]) -> None:
+    bundle, samples = exported(network(), tmp_path / "net")
+    assert bundle.manifest["output_names"] == names
+    assert (bundle.manifest["parity"]["psnr_db"] or 99) > 60  # beyond the range of calibration too
+    assert [list(tensors) for tensors in samples.simulation] == [names] * 2
+    sizes = [list(tensor.shape) for tensor in samples.simulation[0].values()]
+    for file in (bundle.qdq, bundle.aimet / "model.onnx"):
+        graph = onnx.load(file).graph
+        assert [value.name for value in graph.output] == names
+        assert [[axis.dim_value for axis in v.type.tensor_type.shape.dim] for v in graph.output] == sizes
+    encodings = json.loads((bundle.aimet / "model.encodings").read_text())["activation_encodings"]
+    by_name = {entry["name"]: entry for entry in encodings}
+    assert len(by_name) == len(encodings)
+    of_input = [name for name in ("x", "output_0", "flat", "last", "x_1") if name in ["x", *names]]
+    assert {str({**by_name[name], "name": ""}) for name in of_input} == {str({**by_name["x"], "name": ""})}
+    assert not {name for name in by_name if "_dup_" in name}
+
+
+def test_an_input_is_rounded_once_and_its_outputs_are_what_the_device_was_given(tmp_path: Path) -> None:
+    for network in (Encoder(), Moved()):
+        bundle, _ = exported(network, tmp_path / type(network).__name__, "w8a8")
+        model = onnx.load(bundle.qdq)
+        onnx.checker.check_model(model, full_check=True)
+        assert [node.input[0] for node in operations(model, "QuantizeLinear")].count("x") == 1
+        assert operations(model, "Identity") == []
+        constants = values(model)
+        for value in model.graph.output:
+            (last,) = [node for node in model.graph.node if value.name in node.output]
+            assert last.op_type == "DequantizeLinear"
+            assert constants[last.input[2]].dtype == np.uint8
+
+
+def test_one_tensor_that_is_two_outputs_is_quantized_once(tmp_path: Path) -> None:
+    bundle, _ = exported(Encoder(), tmp_path / "net")
+    quantizers = operations(onnx.load(bundle.qdq), "QuantizeLinear")
+    assert len(quantizers) == len({node.input[0] for node in quantizers}) == 3
+
+
+def test_an_input_that_nothing_takes_is_explained(tmp_path: Path) -> None:
+    inputs = call(images(4), torch.rand(4, 5))
+    made = calibrated(Untaken(), inputs)
+    bundle = export_bundle(made, tmp_path / "net", [inputs])
+    assert bundle.manifest["without_encoding"]["mask"] == "no operation takes it"
+    assert bundle.manifest["without_encoding"]["output_1"] == "the input mask as it is"
+
+
+@pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
+@pytest.mark.parametrize("network", [Encoder, Moved])
+def test_the_npu_hands_its_input_back(tmp_path: Path, network: type[nn.Module]) -> None:
+    bundle, samples = exported(network(), tmp_path / "net", "w8a8")
+    (measured,) = Push("htp_emulator", ["SM8650"], 60, {}).run(bundle, samples)
+    assert (measured.report.float_islands, measured.report.fallen_back) == ([], {})
+    assert measured.report.against_simulation is not None
+    assert measured.report.against_simulation["psnr_db"] > 45

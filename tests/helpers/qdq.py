@@ -1,0 +1,97 @@
+"""QDQ graphs made by hand, and what ONNX Runtime and the NPU's emulator make of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from lightning_quant.deploy.bundle import Bundle
+from lightning_quant.deploy.graph.qdq import exact_session
+from lightning_quant.deploy.targets.htp.target import HtpEmulatorTarget
+
+NO_EMULATOR = HtpEmulatorTarget("SM8650").unavailable()
+
+
+class QdqModel:
+    """A graph in the making; each method returns the name of the float tensor that it adds.
+
+    Names are AIMET's: ``a`` is quantized to ``a_q`` by ``a_scale`` and ``a_zero_point``, and dequantized to ``a_qdq``.
+    """
+
+    def __init__(self, **inputs: tuple[int, ...]) -> None:
+        self.inputs = inputs
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def constant(self, name: str, array: np.ndarray) -> str:
+        self.constants.append(numpy_helper.from_array(array, name))
+        return name
+
+    def node(self, operation: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(operation, inputs, [output], f"/{output}/{operation}", **attributes))
+        return output
+
+    def pair(self, tensor: str, scale: float, zero_point: int = 128, name: str = "", output: str = "") -> str:
+        """Quantize a tensor to 8 bits and dequantize it."""
+        name = name or tensor
+        self.constant(f"{name}_scale", np.float32(scale))
+        self.constant(f"{name}_zero_point", np.uint8(zero_point))
+        grid = [f"{name}_scale", f"{name}_zero_point"]
+        self.nodes.append(helper.make_node("QuantizeLinear", [tensor, *grid], [f"{name}_q"], f"{name}_q"))
+        self.nodes.append(helper.make_node("DequantizeLinear", [f"{name}_q", *grid], [output or f"{name}_qdq"]))
+        return output or f"{name}_qdq"
+
+    def integers(self, name: str, values: np.ndarray, scale: Any, axis: int | None = None) -> str:
+        """A constant of integers, dequantized."""
+        scale = np.asarray(scale, np.float32)
+        self.constant(f"{name}_q", values)
+        self.constant(f"{name}_scale", scale)
+        self.constant(f"{name}_zero_point", np.zeros(scale.shape, values.dtype))
+        names = [f"{name}_q", f"{name}_scale", f"{name}_zero_point"]
+        attributes = {} if axis is None else {"axis": axis}
+        self.nodes.append(helper.make_node("DequantizeLinear", names, [f"{name}_qdq"], f"{name}_dq", **attributes))
+        return f"{name}_qdq"
+
+    def model(self, **outputs: tuple[int, ...]) -> onnx.ModelProto:
+        infos = [
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in values.items()]
+            for values in (self.inputs, outputs)
+        ]
+        graph = helper.make_graph(self.nodes, "g", *infos, self.constants)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
+
+def operations(model: onnx.ModelProto, kind: str) -> list[onnx.NodeProto]:
+    return [node for node in model.graph.node if node.op_type == kind]
+
+
+def values(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
+
+
+def computed(model: onnx.ModelProto, folder: Path, **inputs: np.ndarray) -> list[np.ndarray]:
+    """What ONNX Runtime makes of a graph, node by node."""
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, folder / "computed.onnx")
+    return list(exact_session(folder / "computed.onnx").run(None, inputs))
+
+
+def emulated(model: onnx.ModelProto, folder: Path, **inputs: np.ndarray) -> Any:
+    """What the NPU makes of it: the report's placement, and the outputs."""
+    folder.mkdir()
+    bundle = Bundle(folder, {"precision": "w8a8"})
+    onnx.save(model, bundle.qdq)
+    (measured,) = HtpEmulatorTarget("SM8650", timeout=120).run(bundle, [inputs], folder)
+    assert measured.outputs is not None
+    return measured.report, list(measured.outputs[0].values())
+
+
+def psnr(expected: np.ndarray, actual: np.ndarray) -> float:
+    error = np.sqrt(((expected - actual) ** 2).mean())
+    return float("inf") if error == 0 else float(20 * np.log10(np.abs(expected).max() / error))

@@ -1,0 +1,161 @@
+"""One technique on top of another, each taken back bit for bit, interrupted, and trained on."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_quant.errors import LightningQuantError
+from lightning_quant.ladder.registry import techniques
+from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.simulation.calibrate import calibrate
+from lightning_quant.simulation.network import QuantizedNetwork
+from tests.callbacks.rung_cases import images, unequal
+from tests.helpers.small import assert_same_tensors
+from tests.ladder.rungs.benches import batches, bench_of
+from tests.ladder.rungs.test_bn_reestimation import normed
+
+RUNGS: list[Any] = [
+    "tf_enhanced",
+    "cle",
+    "seq_mse",
+    {"adaround": {"iterations": 5}},
+    {"mixed": {"budget": 1.0}},
+    "bias_correction",
+    "bn_reestimation",
+    "percentile",
+]
+
+
+def apply(technique: Technique, network: QuantizedNetwork, bench: Workbench) -> None:
+    with torch.no_grad():
+        technique.apply(network, bench)
+
+
+def ends(network: QuantizedNetwork) -> dict[str, bool]:
+    """Which parameters learn, and which ranges may be computed anew."""
+    flags = {name: value.requires_grad for name, value in network.named_parameters()}
+    modules = network.network.named_modules()
+    return flags | {name: module._allow_overwrite for name, module in modules if hasattr(module, "_allow_overwrite")}
+
+
+@pytest.mark.parametrize("precision", ["w4a8", "w8a8"])
+def test_every_state_on_the_way_can_be_gone_back_to(precision: str) -> None:
+    network, bench = bench_of(network=normed(), precision=precision)
+    states = [(network.snapshot(), network(images()).detach())]
+    parameters, flags = dict(network.named_parameters()), ends(network)
+    for technique in techniques(RUNGS):
+        if technique.unsuitable(network, bench) is None:
+            apply(technique, network, bench)
+            states.append((network.snapshot(), network(images()).detach()))
+            (before, _), (after, _) = states[-2:]
+            with pytest.raises(AssertionError):  # it has changed something
+                assert_same_tensors(after, before)
+    assert len(states) == len(RUNGS) + (precision == "w4a8")
+    for snapshot, answer in (*reversed(states), *states[::3]):
+        network.restore(snapshot)
+        assert_same_tensors(network.state_dict(), snapshot)
+        assert torch.equal(network(images()), answer)
+        assert ends(network) == flags
+    assert all(value is parameters[name] for name, value in network.named_parameters())
+
+
+@pytest.mark.parametrize("precision", ["w4a8", "w8a8"])
+def test_the_recipe_is_gone_back_to_from_anywhere(precision: str) -> None:
+    network, bench = bench_of(network=normed(), precision=precision)
+    snapshot = network.snapshot()
+    for technique in techniques(RUNGS):
+        if technique.unsuitable(network, bench) is None:
+            apply(technique, network, bench)
+    with torch.no_grad():
+        network.start_anew(bench.prepared.network)
+    apply(techniques(["ptq"])[0], network, bench)
+    assert_same_tensors(network.state_dict(), snapshot)
+
+
+def test_training_goes_on_from_a_network_that_every_technique_has_changed() -> None:
+    network, bench = bench_of(network=normed(), precision="w4a8")
+    before = copy.deepcopy(bench.float_network.state_dict())
+    for technique in techniques(RUNGS[1:-1]):
+        apply(technique, network, bench)
+    start = {name: value.detach().clone() for name, value in network.named_parameters()}
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    targets = bench.float_network(images()).detach()
+    losses = []
+    for _ in range(10):
+        losses.append(F.mse_loss(network(images()), targets))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    still = {name for name, value in network.named_parameters() if torch.equal(value, start[name])}
+    assert still == {name for name, value in network.named_parameters() if not value.requires_grad}
+    assert_same_tensors(bench.float_network.state_dict(), before)
+
+
+def _interruptions() -> list[Any]:
+    names = [rung if isinstance(rung, str) else next(iter(rung)) for rung in RUNGS]
+    return [
+        pytest.param(rung, passes, id=f"{name}-{passes}")
+        for rung, name in zip(RUNGS, names, strict=True)
+        for passes in (2, 6, 9)
+    ]
+
+
+@pytest.mark.parametrize(("rung", "passes"), _interruptions())
+def test_an_interruption_leaves_nothing_that_going_back_does_not_mend(rung: Any, passes: int) -> None:
+    network, bench = bench_of(network=normed(), precision="w4a8")
+    snapshot, flags, answer = network.snapshot(), ends(network), network(images())
+    places = [(name, id(module)) for name, module in network.network.named_modules()]
+    (technique,) = techniques([rung])
+    done = 0
+
+    def fail(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        if done == passes:
+            raise RuntimeError("out of memory")
+
+    handle = network.network.last.register_forward_pre_hook(fail)
+    try:
+        apply(technique, network, bench)
+    except (LightningQuantError, RuntimeError):
+        assert done == passes
+    handle.remove()
+    network.restore(snapshot)
+    assert ends(network) == flags
+    assert [(name, id(module)) for name, module in network.network.named_modules()] == places
+    assert torch.equal(network(images()), answer)
+    with torch.no_grad():
+        calibrate(network, batches())
+    assert_same_tensors(network.state_dict(), snapshot)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.network.modules())
+
+
+@pytest.mark.parametrize("percentile", [99.9, 99.99])
+def test_percentiles_suffice_where_extremes_do_not(percentile: float) -> None:
+    network, bench = bench_of(precision="w8a8", percentile=percentile)
+    first, *others = batches()
+    first = first.map(torch.clone)
+    first.args[0][0, 0, 0, 0] = 300.0  # one broken pixel in the calibration data
+    bench.samples = lambda: iter([first, *others])
+    reached = {}
+    for technique in techniques(["min_max", "percentile"]):
+        apply(technique, network, bench)
+        reached[technique.name] = bench.measure()
+    assert reached["min_max"] < 25
+    assert reached["percentile"] > 29
+
+
+def test_equalization_on_top_of_other_repairs_starts_from_float_again() -> None:
+    once, bench = bench_of(unequal, precision="w4a8")
+    (cle, *others) = techniques(["cle", "seq_mse", "bias_correction", {"mixed": {"budget": 1.0}}])
+    apply(cle, once, bench)
+    twice, bench = bench_of(unequal, precision="w4a8")
+    for technique in (cle, *others, cle):
+        apply(technique, twice, bench)
+    assert_same_tensors(twice.state_dict(), once.state_dict())

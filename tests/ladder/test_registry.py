@@ -1,0 +1,92 @@
+"""Names of rungs in odd shapes: whatever is wrong with them is told as a ConfigurationError."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from typing_extensions import override
+
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.ladder.registry import TECHNIQUES, techniques
+from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.simulation.network import QuantizedNetwork
+
+
+class Mine(Technique):
+    name = "mine"
+
+    @override
+    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+        return "nothing"
+
+
+class AlsoMine(Mine):
+    """Of the same name."""
+
+
+class Nameless(Technique):
+    @override
+    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+        return "nothing"
+
+
+class Unfinished(Technique):
+    name = "unfinished"
+
+
+def path(kind: type) -> str:
+    return f"{__name__}.{kind.__qualname__}"
+
+
+def test_every_name_makes_a_technique_of_that_name() -> None:
+    assert [technique.name for technique in techniques(TECHNIQUES)] == list(TECHNIQUES)
+
+
+@pytest.mark.parametrize("options", [{}, None, {"budget": 0.1, "samples": 8}])
+def test_options_may_be_left_empty(options: Any) -> None:
+    (mixed,) = techniques([{"mixed": options}])
+    assert (mixed.budget, mixed.samples) == (0.1, 8)  # type: ignore[attr-defined]
+
+
+def test_each_call_makes_techniques_of_its_own() -> None:
+    (first,), (second,) = techniques(["mixed"]), techniques(["mixed"])
+    assert first is not second
+
+
+@pytest.mark.parametrize(
+    ("rungs", "message"),
+    [
+        ([path(Mine), path(AlsoMine)], "names 'mine' twice"),
+        ([path(Unfinished)], "Rung '.*Unfinished' with options {}: .*abstract"),
+        ([f"{__name__}.Absent"], "Rung '.*Absent' cannot be imported"),
+        ([path(Nameless)], "Rung '.*Nameless' has no name"),
+        (["mixd"], "Did you mean 'mixed'"),
+        (["zzzzzz"], r"Unknown rung 'zzzzzz': expected one of ptq, .* of your own\.$"),
+        ({"mixed": {}}, "expected a list"),
+        ([{}], "expected one name with its options"),
+        ([("mixed", {})], "expected a name"),
+        ([{"ptq": {"samples": 3}}], "Rung 'ptq' with options {'samples': 3}"),
+        ([{"mixed": {"budget": "0.1"}}], "budget"),
+        ([{"mixed": {"budget": float("nan")}}], "budget=nan: expected a share"),
+        ([{"qat": {}}], "training follows the rungs by itself"),
+        ([Mine], "expected a name"),
+        (None, "rungs=None: expected a list"),
+    ],
+)
+def test_wrong_rungs(rungs: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        techniques(rungs)
+
+
+@pytest.mark.parametrize(
+    ("rungs", "message"),
+    [
+        pytest.param([{"mixed": 5}], "mixed", id="options that are a number"),
+        pytest.param([{"mixed": "budget"}], "mixed", id="options that are a string"),
+        pytest.param([".mine.Rung"], "mine", id="a relative path"),
+    ],
+)
+def test_options_and_paths_that_are_none(rungs: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        techniques(rungs)
