@@ -92,6 +92,7 @@ class Climber:
             samples=self._samples,
             measure=self._measure,
             suffices=None if self.ladder.max_drop is None else self.ladder.suffices,
+            cache=self.callback.calibration_cache(self.trainer),
         )
         self.pl_module.eval()
         try:

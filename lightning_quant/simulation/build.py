@@ -17,7 +17,7 @@ from lightning_quant.simulation.callsites.lending import layers_kept, shapes_of_
 from lightning_quant.simulation.exportable import not_in_onnx
 from lightning_quant.simulation.inplace import copied, state_kept, undone_on_error
 from lightning_quant.simulation.inputs import NetworkInputs
-from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork
+from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork, set_range_estimator
 from lightning_quant.simulation.precisions import matching, quantized_layers, set_precisions
 from lightning_quant.simulation.prepare import prepare_in_place
 
@@ -85,11 +85,6 @@ def quantize(
 
 def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> aimet.Simulation:
     """AIMET's QuantizationSimModel around the flat form of ``network``, whose modules it changes in place."""
-    schemes = {
-        "min_max": aimet.QuantScheme.min_max,
-        "tf_enhanced": aimet.QuantScheme.post_training_tf_enhanced,
-        "percentile": aimet.QuantScheme.post_training_percentile,
-    }
     ignored_before = aimet.QuantizationMixin._ignore_unknown_modules
     try:
         # A class AIMET does not know is the user's own, whose operations are call sites.
@@ -98,7 +93,7 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
             sim = aimet.QuantizationSimModel(
                 FlatNetwork(network, inputs).eval(),
                 tuple(inputs.tensors),
-                quant_scheme=schemes[recipe.range_estimator],
+                quant_scheme=aimet.QuantScheme[recipe.range_estimator.scheme],
                 default_param_bw=recipe.precision.weight_bits,
                 default_output_bw=recipe.precision.activation_bits,
                 config_file=recipe.hardware,
@@ -112,10 +107,9 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
         ) from error
     finally:
         aimet.QuantizationMixin.ignore_unknown_modules(ignored_before)
-    if recipe.range_estimator == "percentile":
-        sim.set_percentile_value(recipe.percentile)
     _tie_resizes(sim)
     quantizers.complete(sim)
+    set_range_estimator(network, recipe.range_estimator)
     return sim
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +24,8 @@ from torch import Tensor
 
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.utilities.parsing import check, read_arrays
-
-if TYPE_CHECKING:
-    from lightning_quant.simulation.network import QuantizedNetwork
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +127,8 @@ def read(path: Path) -> Statistics | None:
         for name, arrays in seen.items():
             _check_arrays(name, arrays)
         return Statistics(str(data), int(samples), seen)
-    except Exception as error:  # truncated, or none of ours: calibration writes it anew
-        log.warning("Calibrating anew: %s cannot be read (%s: %s).", path, type(error).__name__, error)
+    except Exception as error:  # truncated, or not one of ours: calibration writes it again
+        log.warning("Calibrating again: %s cannot be read (%s: %s).", path, type(error).__name__, error)
         return None
 
 

@@ -151,6 +151,20 @@ class NetworkInputs:
             ) from error
 
 
+class Passes:
+    """Samples that can be run through more than once: each iteration starts another pass.
+
+    Args:
+        start: starts a pass over the same calls.
+    """
+
+    def __init__(self, start: Callable[[], Iterable[NetworkInputs]]) -> None:
+        self._start = start
+
+    def __iter__(self) -> Iterator[NetworkInputs]:
+        return iter(self._start())
+
+
 def up_to(calls: Iterable[NetworkInputs], count: int) -> Iterator[NetworkInputs]:
     """The calls with the first ``count`` samples, in the batches they come in; all calls of a step."""
     left, used = count, 0

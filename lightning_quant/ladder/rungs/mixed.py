@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.ladder.rung import Technique, Workbench
 from lightning_quant.precision import Precision
-from lightning_quant.simulation.calibrate import calibrate, calibrate_weights
+from lightning_quant.simulation.calibrate import calibrate_weights
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import layer_precision
 from lightning_quant.simulation.sensitivity import LayerSensitivity, finer, layer_sensitivity
@@ -112,7 +112,7 @@ class MixedPrecision(Technique):
                 network.network.get_submodule(name).bitwidth = _FINER[one.part]  # type: ignore[assignment]
         network.raised = {**network.raised, **precisions}
         calibrate_weights(network, [one.layer for one in raised if one.part == "weights"])
-        calibrate(network, bench.samples, weights=False)
+        bench.calibrate(network, weights=False)
 
 
 def _told(raised: list[LayerSensitivity]) -> str:

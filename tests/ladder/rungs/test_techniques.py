@@ -100,7 +100,7 @@ def test_ranges_leave_dead_outliers_out(name: str, gain: float) -> None:
         technique(name).apply(network, bench)
     assert bench.measure() > before + gain
     assert bool((network.network.head.param_quantizers["weight"].get_max() < 0.7 * maximum).all())
-    assert network.range_estimator == (name if name == "tf_enhanced" else "min_max")
+    assert network.range_estimator.name == (name if name == "tf_enhanced" else "min_max")
 
 
 def test_percentiles_leave_the_outermost_values_out() -> None:
