@@ -261,5 +261,8 @@ class Simulation(Protocol):
     def quantizers(self) -> Iterator[Quantizer]:
         """Return all quantizers."""
 
+    def set_percentile_value(self, percentile_value: float) -> None:
+        """Set where the ranges of percentile analyzers end, 50 to 100."""
+
     def _get_qmodule(self, op: Operation) -> Any:
         """Return the quantized layer of an operation of the graph, or ``None``."""

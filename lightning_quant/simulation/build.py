@@ -20,8 +20,16 @@ from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork, set_range_estimator
 from lightning_quant.simulation.precisions import matching, quantized_layers, set_precisions
 from lightning_quant.simulation.prepare import prepare_in_place
+from lightning_quant.simulation.range_estimators import MinMax, Percentile, TfEnhanced
 
 log = logging.getLogger(__name__)
+
+# AIMET's own, which under post_training_percentile has the extremes for what a ReLU puts out.
+_SCHEMES: dict[type, str] = {
+    MinMax: "min_max",
+    TfEnhanced: "post_training_tf_enhanced",
+    Percentile: "post_training_percentile",
+}
 
 
 def quantize(
@@ -85,6 +93,7 @@ def quantize(
 
 def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> aimet.Simulation:
     """AIMET's QuantizationSimModel around the flat form of ``network``, whose modules it changes in place."""
+    estimator = recipe.range_estimator
     ignored_before = aimet.QuantizationMixin._ignore_unknown_modules
     try:
         # A class AIMET does not know is the user's own, whose operations are call sites.
@@ -93,7 +102,7 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
             sim = aimet.QuantizationSimModel(
                 FlatNetwork(network, inputs).eval(),
                 tuple(inputs.tensors),
-                quant_scheme=aimet.QuantScheme[recipe.range_estimator.scheme],
+                quant_scheme=aimet.QuantScheme[_SCHEMES.get(type(estimator), "min_max")],
                 default_param_bw=recipe.precision.weight_bits,
                 default_output_bw=recipe.precision.activation_bits,
                 config_file=recipe.hardware,
@@ -107,9 +116,12 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
         ) from error
     finally:
         aimet.QuantizationMixin.ignore_unknown_modules(ignored_before)
+    if isinstance(estimator, Percentile):
+        sim.set_percentile_value(estimator.percentile)
     _tie_resizes(sim)
     quantizers.complete(sim)
-    set_range_estimator(network, recipe.range_estimator)
+    if type(estimator) not in _SCHEMES:
+        set_range_estimator(network, estimator)
     return sim
 
 

@@ -44,11 +44,9 @@ class RangeEstimator(ABC):
 
     Attributes:
         name: what it is called in ``range_estimator=...``, in checkpoints and in records.
-        scheme: member of AIMET's ``QuantScheme`` for the quantizers that AIMET adds later, for mixed precision.
     """
 
     name: ClassVar[str]
-    scheme: ClassVar[str] = "min_max"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -145,7 +143,6 @@ class TfEnhanced(RangeEstimator):
     """The range with the highest signal-to-quantization-noise ratio: outliers are cut off."""
 
     name = "tf_enhanced"
-    scheme = "post_training_tf_enhanced"
 
     def analyzer(self, shape: tuple[int, ...], block_size: tuple[int, ...] | None = None) -> Any:
         """Return AIMET's analyzer."""
@@ -162,7 +159,6 @@ class Percentile(RangeEstimator):
     """
 
     name = "percentile"
-    scheme = "post_training_percentile"
     percentile: float = 99.99
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ import lightning_quant as lq
 from lightning_quant.cli.configuration import config_dir
 from lightning_quant.errors import CalibrationError, CheckpointError, ConfigurationError
 from lightning_quant.recipe import QuantRecipe
-from lightning_quant.simulation import range_estimators
+from lightning_quant.simulation import aimet, range_estimators
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.calibration_cache import StatisticsCache
 from lightning_quant.simulation.range_estimators import Percentile, RangeEstimator
@@ -117,7 +117,8 @@ def test_it_is_as_good_as_aimets_where_both_say_the_same() -> None:
 
     found = []
     for estimator in (Trimmed(), Percentile(99)):
-        network = quantized(Body(), range_estimator=estimator)
+        network = quantized(Body(), range_estimator="tf_enhanced")
+        network.set_range_estimator(estimator)  # for every quantizer; AIMET's own scheme spares some
         calibrate(network, [call(images(8)), call(images(8, seed=9))])
         found.append(encodings(network))
     mine, aimets = found
@@ -179,3 +180,17 @@ def test_from_the_command_line(override: str, expected: RangeEstimator) -> None:
         config = compose("config", [override])
     values: Any = OmegaConf.to_container(config.quantizer)
     assert lq.PostTrainingQuantization(**values).recipe.range_estimator == expected
+
+
+def test_percentile_spares_what_aimets_scheme_spares() -> None:
+    network = quantized(Body(), range_estimator={"percentile": {"percentile": 99.9}})
+    kinds = {
+        name: type(one.encoding_analyzer)
+        for name, one in network.network.named_modules()
+        if "." in name and hasattr(one, "encoding_analyzer")
+    }
+    spared = {name for name, kind in kinds.items() if issubclass(kind, aimet.MinMaxEncodingAnalyzer)}
+    assert spared == {name for name in kinds if ".relu" in name and "output" in name} != set()
+    assert {
+        one.encoding_analyzer.percentile for one in network.quantizers() if hasattr(one.encoding_analyzer, "percentile")
+    } == {99.9}
