@@ -42,7 +42,7 @@ from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate, uncalibrated
 from lightning_quant.simulation.calibration_cache import StatisticsCache
-from lightning_quant.simulation.inputs import NetworkInputs, Passes, counted, up_to
+from lightning_quant.simulation.inputs import NetworkInputs, Passes, counted, take_samples
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.preflight import refuse, sharing_siblings
 from lightning_quant.simulation.range_estimators import RangeEstimator, RangeEstimatorSpec
@@ -283,7 +283,7 @@ class QuantizationCallback(Callback):
         """Quantize each weight once until the loop that starts is over."""
         network = QuantizedNetwork.of(pl_module.get_submodule(self.network_name))
         if network is not None:
-            self._held.enter_context(network.weights_held())
+            self._held.enter_context(network.cached_weights())
 
     def _calibrate_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         network = self.quantized_network(pl_module)
@@ -299,7 +299,7 @@ class QuantizationCallback(Callback):
                 with undisturbed(), others, progress(trainer, "Calibrating", samples) as advance:
                     loader = calibration_loader(trainer, pl_module, self.calibration_dataloader)
                     calls = calibration_inputs(trainer, loader, catcher, samples)
-                    for new, call in counted(up_to(calls, samples)):
+                    for new, call in counted(take_samples(calls, samples)):
                         yield call
                         advance(new)
 

@@ -24,7 +24,7 @@ from lightning_quant.simulation.range_estimators import MinMax, Percentile, TfEn
 
 log = logging.getLogger(__name__)
 
-# AIMET's own, which under post_training_percentile has the extremes for what a ReLU puts out.
+# AIMET's own; under post_training_percentile it keeps min and max for the outputs of ReLU.
 _SCHEMES: dict[type, str] = {
     MinMax: "min_max",
     TfEnhanced: "post_training_tf_enhanced",

@@ -12,7 +12,7 @@ from lightning_quant.errors import CalibrationError
 from lightning_quant.simulation import aimet, calibration_cache
 from lightning_quant.simulation.calibration_cache import DataHash, Statistics, StatisticsCache
 from lightning_quant.simulation.callsites.running import IN_TRACES_ONLY, noting
-from lightning_quant.simulation.inputs import NetworkInputs, counted, up_to
+from lightning_quant.simulation.inputs import NetworkInputs, counted, take_samples
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
 from lightning_quant.utilities.full_precision import full_precision
@@ -73,7 +73,7 @@ def calibrate(
     kept = nullcontext() if weights else _kept(weight_quantizers(network))
     # what is kept on disk is for networks with finer grids too
     exact = full_precision() if network.has_fine_grids or cache is not None else nullcontext()
-    with torch.inference_mode(False), aimet.quiet(), kept, exact, network.weights_held(), noting() as noted:
+    with torch.inference_mode(False), aimet.quiet(), kept, exact, network.cached_weights(), noting() as noted:
         network.sim.compute_encodings(run)
     names = {module: name for name, module in network.network.named_modules()}
     network.left_in_float = {names[module]: list(dict.fromkeys(found)) for module, found in noted.items()}
@@ -90,10 +90,10 @@ def calibrate(
 
 
 def _observe(network: QuantizedNetwork, batches: Iterable[NetworkInputs], digest: DataHash | None = None) -> int:
-    """Run the samples through the network; how many there were."""
+    """Run the samples through the network; return how many there were."""
     seen = index = 0
     known = (batch.batched_like(network.inputs) for batch in batches)
-    for new, batch in counted(up_to(known, network.recipe.calibration_samples)):
+    for new, batch in counted(take_samples(known, network.recipe.calibration_samples)):
         for tensor in batch.tensors:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 what = "NaN" if torch.isnan(tensor).any() else "Inf"
@@ -120,13 +120,13 @@ def _observe(network: QuantizedNetwork, batches: Iterable[NetworkInputs], digest
 
 def _hash(network: QuantizedNetwork, batches: Iterable[NetworkInputs], wanted: int) -> str:
     digest = DataHash()
-    for batch in up_to((batch.batched_like(network.inputs) for batch in batches), wanted):
+    for batch in take_samples((batch.batched_like(network.inputs) for batch in batches), wanted):
         digest.add(batch)
     return str(digest)
 
 
 def uncalibrated(network: QuantizedNetwork) -> list[str]:
-    """Names of quantizers that no calibration sample reached: parts of the network that were never run."""
+    """Return the names of quantizers that no calibration sample reached: parts of the network that were never run."""
     return [name for name, quantizer in _quantizers(network) if not quantizer.is_initialized()]
 
 
@@ -141,7 +141,7 @@ def calibrate_weights(network: QuantizedNetwork, names: Iterable[str] | None = N
 
 
 def weight_quantizers(network: QuantizedNetwork) -> list[aimet.Quantizer]:
-    """The quantizers of all parameters that are quantized."""
+    """Return the quantizers of all parameters that are quantized."""
     layers = quantized_layers(network).values()
     return [quantizer for layer in layers for quantizer in layer.param_quantizers.values() if quantizer is not None]
 

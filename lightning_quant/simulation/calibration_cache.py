@@ -48,7 +48,7 @@ class Statistics:
 
     @classmethod
     def of(cls, network: QuantizedNetwork, data: str, samples: int) -> Statistics:
-        """Take what the observers of a network hold."""
+        """Copy what the observers of a network hold."""
         seen = {}
         for name, observer in _observers(network).items():
             stats = observer.stats if isinstance(observer.stats, list) else [observer.stats]
@@ -62,7 +62,7 @@ class Statistics:
         return cls(data, samples, seen)
 
     def fits(self, network: QuantizedNetwork) -> bool:
-        """Whether the observers of a network are those that saw this: their number of ranges and of bins."""
+        """Return whether the observers of a network are those that saw this, by their number of ranges and of bins."""
         observers = _observers(network)
         for name, arrays in self.seen.items():
             if name not in observers:
@@ -76,7 +76,7 @@ class Statistics:
         return True
 
     def give(self, network: QuantizedNetwork) -> None:
-        """Make the observers of a network hold this, and nothing else."""
+        """Replace what the observers of a network hold with this."""
         for name, observer in _observers(network).items():
             observer.reset_stats()
             if name not in self.seen:
@@ -103,7 +103,7 @@ class StatisticsCache:
 
     @contextmanager
     def locked(self, network: QuantizedNetwork) -> Iterator[Path]:
-        """The file for a network, whose weights have their ranges already; another process waits until it is there."""
+        """Lock the file of a network whose weights have their ranges already; other processes wait meanwhile."""
         path = self._folder / f"{_key(network)}.npz"
         self._folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
@@ -111,7 +111,7 @@ class StatisticsCache:
 
 
 def read(path: Path) -> Statistics | None:
-    """The statistics in a file; ``None`` when there are none, or not whole."""
+    """Return the statistics in a file; ``None`` when there are none, or they are damaged."""
     if not path.is_file():
         return None
     try:
@@ -148,7 +148,7 @@ def _check_arrays(name: str, arrays: dict[str, np.ndarray]) -> None:
 
 
 def write(path: Path, statistics: Statistics) -> None:
-    """Put statistics into a file, whole or not at all."""
+    """Write statistics to a file, whole or not at all."""
     arrays = {f"{name}|{field}": array for name, fields in statistics.seen.items() for field, array in fields.items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with partial.open("wb") as file:
@@ -177,7 +177,7 @@ def _add(digest: Any, name: str, tensor: Tensor) -> None:
 
 
 def _observers(network: QuantizedNetwork) -> dict[str, Any]:
-    """Of all activations, by the name of their quantizer."""
+    """Return the observers of all activations, by the name of their quantizer."""
     modules: Any = network.network.named_modules()
     return {
         name: module.encoding_analyzer.observer
@@ -187,7 +187,7 @@ def _observers(network: QuantizedNetwork) -> dict[str, Any]:
 
 
 def _key(network: QuantizedNetwork) -> str:
-    """Identifies what the activations depend on: the network, its weights and their grids, and what observes."""
+    """Identify what the activations depend on: the network, its weights and their grids, and what observes."""
     digest = hashlib.sha256()
     for package in ("lightning-quant", "aimet-torch", "torch"):
         digest.update(f"{package} {importlib.metadata.version(package)} ".encode())

@@ -55,7 +55,7 @@ class Manifest:
         calibrated: whether the ranges of the activations are known.
         float_sha256: hash of the weights of the float network.
         equalized: whether scale was shifted between channels.
-        raised: layers that were given a finer precision than the recipe says, to win accuracy back.
+        promoted: layers that were given a finer precision than the recipe says, to win accuracy back.
         inputs: structure, shapes and types of an example call, as
             :meth:`~lightning_quant.simulation.inputs.NetworkInputs.describe` returns them; ``None`` in
             files that lack it.
@@ -72,7 +72,7 @@ class Manifest:
     calibrated: bool
     float_sha256: str | None
     equalized: bool
-    raised: Mapping[str, Precision]
+    promoted: Mapping[str, Precision]
     inputs: dict[str, Any] | None
     other_inputs: list[dict[str, Any]]
 
@@ -96,7 +96,7 @@ class Manifest:
             "calibrated": self.calibrated,
             "float_sha256": self.float_sha256,
             "equalized": self.equalized,
-            "raised": _as_text(self.raised),
+            "raised": _as_text(self.promoted),
             "inputs": self.inputs,
             "other_inputs": self.other_inputs,
         }
@@ -115,6 +115,7 @@ class Manifest:
         found["precision"] = _precision(found["precision"], "precision")
         for part in ("overrides", "raised"):
             found[part] = {name: _precision(text, f"{part}.{name}") for name, text in found[part].items()}
+        found["promoted"] = found.pop("raised")
         estimator = values.get("range_estimator", "min_max")
         fitting(estimator, str if isinstance(estimator, str) else dict[str, dict[str, Any]], "range_estimator")
         check(isinstance(estimator, str) or len(estimator) == 1, "range_estimator", estimator, "one name")

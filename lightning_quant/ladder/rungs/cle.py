@@ -30,7 +30,7 @@ class CrossLayerEqualization(Technique):
     @override
     def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
         equalized, groups = equalize(bench.prepared)
-        network.start_anew(equalized)
+        network.reset_to(equalized)
         network.equalized = True
         bench.calibrate(network)
         return f"equalized {groups} groups of layers"

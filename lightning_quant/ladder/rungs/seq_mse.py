@@ -12,7 +12,7 @@ from lightning_quant.errors import ConfigurationError
 from lightning_quant.ladder.rung import Technique, Workbench
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.calibrate import weight_quantizers
-from lightning_quant.simulation.inputs import NetworkInputs, up_to
+from lightning_quant.simulation.inputs import NetworkInputs, take_samples
 from lightning_quant.simulation.network import QuantizedNetwork
 
 
@@ -68,7 +68,7 @@ class TensorBatches:
     """Calibration samples the way AIMET's loaders give them: tuples of tensors, with a length."""
 
     def __init__(self, samples: Iterator[NetworkInputs], count: int) -> None:
-        self._batches = [tuple(batch.tensors) for batch in up_to(samples, count)]
+        self._batches = [tuple(batch.tensors) for batch in take_samples(samples, count)]
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -72,7 +72,7 @@ def test_the_recipe_is_gone_back_to_from_anywhere(precision: str) -> None:
         if technique.unsuitable(network, bench) is None:
             apply(technique, network, bench)
     with torch.no_grad():
-        network.start_anew(bench.prepared.network)
+        network.reset_to(bench.prepared.network)
     apply(techniques(["ptq"])[0], network, bench)
     assert_same_tensors(network.state_dict(), snapshot)
 
