@@ -79,7 +79,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         calibration_dataloader: the data to take them from. Default: ``datamodule.calibration_dataloader()``
             if it has one, else the training data.
         range_estimator: ``"min_max"``, ``"tf_enhanced"`` or ``"percentile"``, with options as in
-            ``{"percentile": {"percentile": 99.9}}``; or a :class:`RangeEstimator` of your own, an instance or the
+            ``{"percentile": {"percentile": 99.9}}``; or a ``RangeEstimator`` of your own, an instance or the
             dotted path of the class.
         overrides: precision of single layers, as glob on the network's module names → precision.
         strict: make the warnings of the preflight errors.

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -194,3 +195,26 @@ def test_percentile_spares_what_aimets_scheme_spares() -> None:
     assert {
         one.encoding_analyzer.percentile for one in network.quantizers() if hasattr(one.encoding_analyzer, "percentile")
     } == {99.9}
+
+
+class Plain(SmallModule):
+    """Without arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"percentile": {"percentile": 99.9}}, Percentile(99.9)),
+        ({PATH: {"count": 2.5}}, Deviations(2.5)),
+        ({"class_path": PATH, "init_args": {"count": 2.0}}, Deviations(2.0)),
+    ],
+)
+def test_from_lightnings_command_line(given: Any, expected: RangeEstimator) -> None:
+    callback = {"class_path": "lightning_quant.PostTrainingQuantization", "init_args": {"range_estimator": given}}
+    trainer = {"accelerator": "cpu", "logger": False, "callbacks": [callback]}
+    cli = LightningCLI(Plain, args={"trainer": trainer}, run=False, save_config_callback=None)
+    (made,) = [one for one in cli.trainer.callbacks if isinstance(one, lq.PostTrainingQuantization)]
+    assert made.recipe.range_estimator == expected
