@@ -2,13 +2,12 @@
 
 How a batch turns into calls of the network is known to the user's own ``validation_step`` (or whichever step there
 is) and to nobody else. So a step is run, and what it calls the network with is caught. Nothing that it changes stays
-changed, see :mod:`lightning_quant.callbacks.untouched`.
+changed, see :mod:`lightning_quant.callbacks.dry_run`.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -21,14 +20,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_quant.callbacks.data import batches, stage_loader
-from lightning_quant.callbacks.untouched import untouched
+from lightning_quant.callbacks.dry_run import dry_run
+from lightning_quant.callbacks.logs import log
 from lightning_quant.errors import CalibrationError
 from lightning_quant.ladder.rungs.layer_outputs import unrounded
 from lightning_quant.simulation.batch_axes import Axes, NoBatchAxisError, find_axes, fit
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
-
-log = logging.getLogger(f"lightning.pytorch.{__name__}")
 
 # Relative to the largest output: a batch is computed in another order than a sample.
 _TOLERANCE = 1e-3
@@ -113,8 +111,9 @@ class InputCatcher:
         """Find the batch axes of the network's inputs.
 
         Args:
-            pair: batches of two and of three times the same sample, see :func:`~lightning_quant.callbacks.data.twins`.
-                Nothing is learned from none, nor where the steps take batches of a certain size only.
+            pair: batches of two and of three times the same sample, see
+                :func:`~lightning_quant.callbacks.data.twin_batches`. Nothing is learned from none, nor where
+                the steps take batches of a certain size only.
         """
         calls = [self._calls(self._to_device(batch, 0), 0, 0, learning=True)[0] for batch in pair]
         if len({len(one) for one in calls}) != 1:
@@ -136,7 +135,7 @@ class InputCatcher:
         """
         if call.axes is not None or call.batch_size == 1:
             return
-        with untouched(self._trainer, self._module, self._network, None, True):
+        with dry_run(self._trainer, self._module, self._network, None, True):
             whole, again, one = (tensors_in(each.call(self._network)) for each in (call, call, call.first(1)))
         is_random = not all(_same(a, b) for a, b in zip(whole, again, strict=True))
         agreeing = [_is_first(a, b, call.batch_size, is_random) for a, b in zip(one, whole, strict=False)]
@@ -219,7 +218,7 @@ class InputCatcher:
             return f"called it with what makes it raise {reason}"
         if self._quantized is None and not learning:
             try:
-                with untouched(self._trainer, self._module, self._network, None, True):
+                with dry_run(self._trainer, self._module, self._network, None, True):
                     self._with_axes(first).first(1).call(self._network)
             except Exception as error:
                 return f"called it with what makes it raise {type(error).__name__}: {error}"
@@ -246,7 +245,7 @@ class InputCatcher:
 
         strategy = self._trainer.strategy
         float_network = unrounded(self._quantized) if self._quantized and self._runs_on else nullcontext()
-        with untouched(self._trainer, self._module, self._network, batch, self._runs_on), float_network:
+        with dry_run(self._trainer, self._module, self._network, batch, self._runs_on), float_network:
             hooks: list[Any] = [self._network.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)]
             hooks.append(self._network.register_forward_hook(end))
             try:

@@ -127,7 +127,7 @@ def calibration_inputs(
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def isolated_seed() -> Iterator[None]:
     """Draw the same samples every time, and leave the program's random numbers as they were.
 
     Without this, adding the callback would change the order of the training data.
@@ -151,7 +151,7 @@ def batches(loader: Any) -> Iterator[Any]:
             yield batch
 
 
-def twins(loader: Any) -> list[Any]:
+def twin_batches(loader: Any) -> list[Any]:
     """Two batches, of two and of three times the same sample, as the loaders put theirs together.
 
     They differ in nothing but the number of samples. None where the loaders are no data loaders of PyTorch, or their

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_quant.callbacks.calls import InputCatcher
-from lightning_quant.callbacks.data import batches, stage_loader, twins
-from lightning_quant.callbacks.traces import leaving_no_trace
-from lightning_quant.callbacks.validation import in_place_of
+from lightning_quant.callbacks.data import batches, stage_loader, twin_batches
+from lightning_quant.callbacks.restored_state import restored_state
+from lightning_quant.callbacks.validation import swapped_network
 from lightning_quant.deploy.bundle import single_samples
 from lightning_quant.deploy.samples import Tensors
 from lightning_quant.errors import CalibrationError
@@ -78,7 +78,7 @@ def first_batches(
     wanted, others = samples, False
     axes = None
     with suppress(NoBatchAxisError, ValueError):
-        axes = find_axes(*twins(loader))
+        axes = find_axes(*twin_batches(loader))
     for index, batch in enumerate(batches(loader)):
         size = max(call.batch_size for call in catcher.catch(batch, index))
         if axes is not None and fit(batch, axes):
@@ -195,9 +195,9 @@ def _validate(pl_module: pl.LightningModule, name: str, network: nn.Module, kept
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        in_place = in_place_of(pl_module, name, network.cpu().eval())
+        in_place = swapped_network(pl_module, name, network.cpu().eval())
         # a metric that remembers would take the best of one candidate to the next
-        with torch.inference_mode(False), in_place, leaving_no_trace([pl_module], network):
+        with torch.inference_mode(False), in_place, restored_state([pl_module], network):
             trainer.validate(pl_module, DataLoader(kept, batch_size=None), verbose=False)  # type: ignore[arg-type]
         return dict(trainer.callback_metrics)
     finally:

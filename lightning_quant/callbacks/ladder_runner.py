@@ -12,10 +12,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_quant.callbacks.calls import InputCatcher
-from lightning_quant.callbacks.data import calibration_inputs, calibration_loader, undisturbed
+from lightning_quant.callbacks.data import calibration_inputs, calibration_loader, isolated_seed
+from lightning_quant.callbacks.logs import rank_zero_log
 from lightning_quant.callbacks.progress import progress
-from lightning_quant.callbacks.quantization import QuantizationCallback, say
-from lightning_quant.callbacks.validation import check_float_metric, guessing, in_place_of, measure
+from lightning_quant.callbacks.quantization import QuantizationCallback
+from lightning_quant.callbacks.validation import check_float_metric, measure, shuffled_outputs, swapped_network
 from lightning_quant.ladder.climb import Footing, climb
 from lightning_quant.ladder.gate import Ladder, RungResult
 from lightning_quant.ladder.rung import Technique, Workbench
@@ -57,8 +58,8 @@ class Climber:
         ladder = self.ladder
         value = check_float_metric(ladder.monitor, self._measure_other(self.float_network))
         ladder.float_metric = value
-        say(f"Float network: {ladder.monitor} {value:.4f}.")
-        with guessing(self.float_network) as exchanged:
+        rank_zero_log(f"Float network: {ladder.monitor} {value:.4f}.")
+        with shuffled_outputs(self.float_network) as exchanged:
             chance = self._measure_other(self.float_network)
         margin = _CHANCE_MARGIN * abs(chance) * (1 if ladder.mode == "max" else -1)
         if exchanged and not ladder.is_better(value, chance + margin):
@@ -82,7 +83,7 @@ class Climber:
         @contextmanager
         def trying(name: str) -> Iterator[None]:
             self.rung = name
-            with undisturbed():  # so that a rung does not depend on whether those before it ran or were restored
+            with isolated_seed():  # so that a rung does not depend on whether those before it ran or were restored
                 yield
 
         modes = {module: module.training for module in self.pl_module.modules()}
@@ -116,14 +117,14 @@ class Climber:
         return measure(self.trainer, self.ladder.monitor, hidden=self.callback, network=network)
 
     def _measure_other(self, network: nn.Module) -> float:
-        with in_place_of(self.pl_module, self.callback.network_name, network):
+        with swapped_network(self.pl_module, self.callback.network_name, network):
             return self._measure()
 
     def _samples(self) -> Iterator[NetworkInputs]:
         callback = self.callback
         catcher = InputCatcher(self.trainer, self.pl_module, callback.network_name, self.network)
         samples = callback.recipe.calibration_samples
-        with undisturbed(), progress(self.trainer, f"Rung {self.rung}", samples) as advance:
+        with isolated_seed(), progress(self.trainer, f"Rung {self.rung}", samples) as advance:
             loader = calibration_loader(self.trainer, self.pl_module, callback.calibration_dataloader)
             calls = calibration_inputs(self.trainer, loader, catcher, samples)
             for new, call in counted(up_to(calls, samples)):

@@ -70,7 +70,7 @@ def _within(own: Any, measuring: Callable[[], AbstractContextManager[object]]) -
     return context
 
 
-def told(trainer: pl.Trainer, fine: bool) -> str | None:
+def precision_notice(trainer: pl.Trainer, fine: bool) -> str | None:
     """What is trained and what is measured in which precision, in words; ``None`` where it goes without saying.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -13,7 +12,7 @@ import lightning.pytorch as pl
 import torch.distributed
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
@@ -23,15 +22,16 @@ from lightning_quant.callbacks.data import (
     batches,
     calibration_inputs,
     calibration_loader,
+    isolated_seed,
     stage_loader,
     stage_name,
-    twins,
-    undisturbed,
+    twin_batches,
 )
 from lightning_quant.callbacks.early_setup import end_early_setup, set_up_early
 from lightning_quant.callbacks.float_view import computing_float, without_quantizers
 from lightning_quant.callbacks.lightning_package import check_trainer_package
-from lightning_quant.callbacks.measured_precision import Measuring, hook_measuring, told
+from lightning_quant.callbacks.logs import rank_zero_log
+from lightning_quant.callbacks.measured_precision import Measuring, hook_measuring, precision_notice
 from lightning_quant.callbacks.progress import progress
 from lightning_quant.callbacks.range_groups import RangeGroups
 from lightning_quant.callbacks.schedules import show_as_given
@@ -46,18 +46,9 @@ from lightning_quant.simulation.inputs import NetworkInputs, counted, up_to
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.preflight import refuse, sharing_siblings
 
-# Below Lightning's own logger, so that what a run says appears where Lightning's messages do.
-log = logging.getLogger(f"lightning.pytorch.{__name__}")
-
 _PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 _STRATEGIES = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
-
-
-@rank_zero_only
-def say(message: str) -> None:
-    """Tell the user what a callback did, once whatever the number of processes."""
-    log.info(message)
 
 
 def end_fit(trainer: pl.Trainer) -> None:
@@ -162,8 +153,8 @@ class QuantizationCallback(Callback):
         self._measured.close()
         if self is quantization_callbacks(trainer)[-1]:  # one for all, now that every network is there
             self._measured.callback(hook_measuring(trainer.precision_plugin, measuring(trainer, pl_module)))
-            if (line := told(trainer, measuring(trainer, pl_module).in_full)) is not None:
-                say(line)
+            if (line := precision_notice(trainer, measuring(trainer, pl_module).in_full)) is not None:
+                rank_zero_log(line)
 
     def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module) -> None:
         self._check_first_time(trainer, pl_module)
@@ -177,7 +168,7 @@ class QuantizationCallback(Callback):
         quantized.findings[:0] = siblings
         if self.statistics_cache is not None and trainer.world_size == 1:
             quantized.statistics_cache = StatisticsCache(self.statistics_cache)
-        say(f"Quantized {type(pl_module).__name__}.{self.network_name} to {self.recipe.precision}.")
+        rank_zero_log(f"Quantized {type(pl_module).__name__}.{self.network_name} to {self.recipe.precision}.")
 
     def _add_ranges(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the ranges to the optimizers, which the user has just made without them."""
@@ -252,7 +243,7 @@ class QuantizationCallback(Callback):
         That with the most tensors is the first: a state that is None at the first call is a tensor at the second.
         """
         catcher = InputCatcher(trainer, pl_module, self.network_name)
-        with undisturbed(), self._others_in_float(trainer, pl_module):
+        with isolated_seed(), self._others_in_float(trainer, pl_module):
             loader = stage_loader(trainer)
             batch = next(batches(loader), None)
             if batch is None:
@@ -260,7 +251,7 @@ class QuantizationCallback(Callback):
                     f"The data loader of trainer.{stage_name(trainer)}() gave no batch: expected at least one. Check "
                     "its data set, its sampler and drop_last."
                 )
-            catcher.learn_axes(twins(loader))
+            catcher.learn_axes(twin_batches(loader))
             calls = catcher.catch(batch, 0)
             catcher.check_axes(calls[0])
             calls = [replace(call.first(1), last=True) for call in calls]
@@ -297,7 +288,7 @@ class QuantizationCallback(Callback):
 
             def inputs() -> Iterator[NetworkInputs]:
                 others = self._others_in_float(trainer, pl_module)
-                with undisturbed(), others, progress(trainer, "Calibrating", samples) as advance:
+                with isolated_seed(), others, progress(trainer, "Calibrating", samples) as advance:
                     loader = calibration_loader(trainer, pl_module, self.calibration_dataloader)
                     calls = calibration_inputs(trainer, loader, catcher, samples)
                     for new, call in counted(up_to(calls, samples)):
@@ -313,7 +304,7 @@ class QuantizationCallback(Callback):
                 # a copy made in setup(): without this, ranges that nobody calibrated are validated and saved
                 average = getattr(callback._average_model, "module", callback._average_model)
                 average.get_submodule(self.network_name).load_state_dict(network.network.state_dict())
-        say(f"Calibrated {self.network_name} with {used} samples.")
+        rank_zero_log(f"Calibrated {self.network_name} with {used} samples.")
         if network.left_in_float:
             module, operations = next(iter(network.left_in_float.items()))
             rank_zero_warn(

@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
-from lightning_quant.callbacks.data import undisturbed
-from lightning_quant.callbacks.traces import leaving_no_trace
+from lightning_quant.callbacks.data import isolated_seed
+from lightning_quant.callbacks.restored_state import restored_state
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation.inputs import tensors_in, with_tensors
 
@@ -56,7 +56,7 @@ def measure(trainer: pl.Trainer, monitor: str, hidden: Callback, network: nn.Mod
     shown = trainer._logger_connector
     known = {name: dict(getattr(shown, name)) for name in _SHOWN}
     try:
-        with undisturbed(), memories_apart(trainer, network):
+        with isolated_seed(), isolated_validation(trainer, network):
             validate_in_fit(trainer)
             return monitored(trainer, monitor)
     finally:
@@ -66,11 +66,11 @@ def measure(trainer: pl.Trainer, monitor: str, hidden: Callback, network: nn.Mod
             setattr(shown, name, metrics)
 
 
-def memories_apart(trainer: pl.Trainer, network: nn.Module) -> AbstractContextManager[None]:
+def isolated_validation(trainer: pl.Trainer, network: nn.Module) -> AbstractContextManager[None]:
     """Validate in a block as if there was no validation: what module and callbacks remember is put back after it."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     users = [one for one in callbacks if type(one).__module__.partition(".")[0] not in _PACKAGES]
-    return leaving_no_trace([trainer.lightning_module, *users], network)
+    return restored_state([trainer.lightning_module, *users], network)
 
 
 def monitored(trainer: pl.Trainer, monitor: str) -> float:
@@ -91,7 +91,7 @@ def monitored(trainer: pl.Trainer, monitor: str) -> float:
 
 
 @contextmanager
-def in_place_of(pl_module: pl.LightningModule, name: str, network: nn.Module) -> Iterator[None]:
+def swapped_network(pl_module: pl.LightningModule, name: str, network: nn.Module) -> Iterator[None]:
     """Put another network at the dotted attribute ``name`` for the length of a block."""
     parent, _, attribute = name.rpartition(".")
     owner = pl_module.get_submodule(parent)
@@ -106,7 +106,7 @@ def in_place_of(pl_module: pl.LightningModule, name: str, network: nn.Module) ->
 
 
 @contextmanager
-def guessing(network: nn.Module) -> Iterator[list[bool]]:
+def shuffled_outputs(network: nn.Module) -> Iterator[list[bool]]:
     """Give every sample the answer to another one: what a metric says then is chance.
 
     Yields:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
-from lightning_quant.callbacks.data import undisturbed
+from lightning_quant.callbacks.data import isolated_seed
 from lightning_quant.errors import CalibrationError
 from tests.helpers.small import (
     SmallModule,
@@ -284,7 +284,7 @@ def test_random_numbers_are_put_back() -> None:
     torch.manual_seed(7), np.random.seed(7), random.seed(7)
     draws = []
     for _ in range(2):
-        with undisturbed():
+        with isolated_seed():
             draws.append((torch.rand(1).item(), np.random.rand(), random.random()))
     assert draws[0] == draws[1]
     assert (torch.rand(1).item(), np.random.rand(), random.random()) == expected

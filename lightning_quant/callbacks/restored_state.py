@@ -37,7 +37,7 @@ _LIGHTNINGS_OWN = frozenset(vars(pl.LightningModule())) - frozenset(vars(nn.Modu
 
 
 @contextmanager
-def leaving_no_trace(roots: Iterable[Any], apart: nn.Module) -> Iterator[None]:
+def restored_state(roots: Iterable[Any], apart: nn.Module) -> Iterator[None]:
     """Put attributes back as they were before a block: numbers, tensors, arrays, containers, metrics, generators.
 
     Objects stay the same ones, and so do those that they refer to: what changed is set back in place. Parameters, data

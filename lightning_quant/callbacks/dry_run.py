@@ -37,7 +37,7 @@ _MANY = 10_000
 
 
 @contextmanager
-def untouched(
+def dry_run(
     trainer: pl.Trainer, module: pl.LightningModule, network: nn.Module, batch: Any, to_its_end: bool
 ) -> Iterator[None]:
     """Run a step in this block as validation would, without a trace.

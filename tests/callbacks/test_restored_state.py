@@ -21,7 +21,7 @@ from torchmetrics import MaxMetric, MeanMetric, Metric, MetricCollection, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_quant import DeviceExport, QuantizationAwareTraining
-from lightning_quant.callbacks.traces import leaving_no_trace
+from lightning_quant.callbacks.restored_state import restored_state
 from tests.callbacks.test_ddp import start
 
 MakeTrainer = Callable[..., Trainer]
@@ -132,7 +132,7 @@ def test_is_put_back(name: str, inference: bool) -> None:
     value, before = getattr(holder, name), look(getattr(holder, name))
     names = set(vars(holder))
     for _ in range(2):
-        with leaving_no_trace([holder], holder.model), torch.inference_mode(inference):
+        with restored_state([holder], holder.model), torch.inference_mode(inference):
             change(holder)
             assert name in ("new", "gone") or look(getattr(holder, name)) != before
         assert getattr(holder, name) is value
@@ -148,7 +148,7 @@ def test_what_a_metric_counted_in_validation_is_put_back() -> None:
     with torch.inference_mode():
         holder.best.update(1.0)
         holder.sum = holder.sum + 1
-    with leaving_no_trace([holder], holder.model), torch.inference_mode():
+    with restored_state([holder], holder.model), torch.inference_mode():
         holder.best.update(2.0)
         holder.sum += 1
     assert float(holder.best.compute()) == 1.0
@@ -168,7 +168,7 @@ def test_what_is_left_alone() -> None:
 
     holder: Any = Holder()
     holder.images, holder.run = Images(), Run(Path("/dev/null"))
-    with leaving_no_trace([holder], holder.model):
+    with restored_state([holder], holder.model):
         holder.images.read = holder.run.step = 1
         holder.model.counted = 1
         with torch.no_grad():
