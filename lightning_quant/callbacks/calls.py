@@ -15,12 +15,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_quant.callbacks.data import batches, stage_loader
 from lightning_quant.callbacks.dry_run import dry_run
+from lightning_quant.callbacks.lightning_internals import make_optimizers
+from lightning_quant.callbacks.lightning_packages import is_overridden
 from lightning_quant.callbacks.logs import log
 from lightning_quant.errors import CalibrationError
 from lightning_quant.ladder.rungs.layer_outputs import unrounded
@@ -251,8 +251,7 @@ class InputCatcher:
             try:
                 if step == "training_step" and not (self._module.automatic_optimization or strategy.optimizers):
                     # a manual step starts with its optimizers, which Lightning makes after setup()
-                    made = _init_optimizers_and_lr_schedulers(self._module)
-                    strategy.optimizers, strategy.lr_scheduler_configs = made
+                    make_optimizers(self._trainer)
                 method(*given)
             except _Left:
                 pass

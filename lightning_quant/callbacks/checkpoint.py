@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_quant.callbacks.lightning_package import check_module_package
-from lightning_quant.callbacks.quantization import find_network, quantized_networks
+from lightning_quant.callbacks.lightning_internals import WITHOUT_INSTANTIATOR
+from lightning_quant.callbacks.lightning_packages import check_module_class
+from lightning_quant.callbacks.networks import find_network, quantized_networks
 from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.recipe import HARDWARE_CONFIGS, QuantRecipe
 from lightning_quant.simulation.build import quantize
@@ -23,9 +24,6 @@ from lightning_quant.simulation.network import MANIFEST_KEY, check_manifest, che
 from lightning_quant.utilities.parsing import read_checkpoint
 
 Module = TypeVar("Module", bound=pl.LightningModule)
-
-# LightningCLI leaves the name of a function in a checkpoint that would import and build classes that the file names.
-_NO_INSTANTIATOR = {"_instantiator": None}
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -54,7 +52,7 @@ def load_quantized(
         >>> trainer.validate(module, datamodule=data)  # doctest: +SKIP
 
     Args:
-        module_class: the LightningModule's class.
+        module_class: the LightningModule's class, of ``lightning.pytorch`` or ``pytorch_lightning``.
         checkpoint_path: an ordinary Lightning checkpoint of a quantized module. It is read with
             ``weights_only=True``: nothing in it is executed.
         hardware: path of the hardware config, if it was a JSON file of your own.
@@ -66,9 +64,9 @@ def load_quantized(
 
     Raises:
         CheckpointError: if the file is damaged, not quantized, or does not fit ``module_class``.
-        ConfigurationError: if ``module_class`` is of the package ``pytorch_lightning``.
+        ConfigurationError: if ``module_class`` is not a LightningModule.
     """
-    check_module_package(module_class, "load_quantized()")
+    check_module_class(module_class, "load_quantized()")
     checkpoint = _read(checkpoint_path)
     manifests = _manifests(checkpoint, checkpoint_path)
     if example_inputs is not None and len(manifests) > 1:
@@ -85,7 +83,11 @@ def load_quantized(
             # the quantized part is missing on purpose here: it is built and loaded below
             warnings.filterwarnings("ignore", message="Found keys that are", category=UserWarning)
             module = module_class.load_from_checkpoint(
-                checkpoint_path, map_location="cpu", strict=False, weights_only=True, **{**_NO_INSTANTIATOR, **kwargs}
+                checkpoint_path,
+                map_location="cpu",
+                strict=False,
+                weights_only=True,
+                **{**WITHOUT_INSTANTIATOR, **kwargs},
             )
         for name, (recipe, inputs, others) in parts.items():
             given = find_network(module, name)

@@ -12,22 +12,22 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_quant.callbacks.calibration import calibration_inputs
 from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import (
-    calibration_inputs,
     calibration_loader,
     isolated_seed,
     stage_loader,
 )
 from lightning_quant.callbacks.device_metric import first_batches, metrics_of
-from lightning_quant.callbacks.lightning_package import check_trainer_package
+from lightning_quant.callbacks.lightning_packages import AnyCallback
 from lightning_quant.callbacks.logs import rank_zero_log
+from lightning_quant.callbacks.networks import quantized_networks
 from lightning_quant.callbacks.progress import progress
 from lightning_quant.callbacks.quantization import (
     QuantizationCallback,
     callback_of,
     measuring,
-    quantized_networks,
 )
 from lightning_quant.callbacks.reporting import write_callback_report
 from lightning_quant.callbacks.training import QuantizationAwareTraining
@@ -45,7 +45,7 @@ _LOOKED_AT = 16
 POLICIES = ("warn", "raise")
 
 
-class DeviceExport(Callback):
+class DeviceExport(AnyCallback):
     """Export the quantized network when a fit, validate or test ends, and see what a device makes of it.
 
     Writes the bundle ``<dirpath>/<name>/``: ``<name>.aimet/`` (ONNX and encodings, for Qualcomm AI Hub),
@@ -162,7 +162,6 @@ class DeviceExport(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        check_trainer_package(trainer, type(self).__name__)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         before = callbacks[: callbacks.index(self)]
         names = [one.network_name for one in before if isinstance(one, QuantizationCallback)]

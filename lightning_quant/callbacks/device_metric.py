@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_module, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -18,6 +18,8 @@ from typing_extensions import override
 
 from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import batches, stage_loader, twin_batches
+from lightning_quant.callbacks.lightning_internals import own_trainer_kept, validation_dataloaders_of_fit
+from lightning_quant.callbacks.lightning_packages import of_package
 from lightning_quant.callbacks.restored_state import restored_state
 from lightning_quant.callbacks.validation import swapped_network
 from lightning_quant.deploy.bundle import single_samples
@@ -26,6 +28,7 @@ from lightning_quant.errors import CalibrationError
 from lightning_quant.simulation.batch_axes import NoBatchAxisError, cut, find_axes, fit
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.utilities.modules import preserve_modes
 
 
 @dataclass
@@ -67,10 +70,9 @@ def first_batches(
         The batches, and whether there were some of another size.
     """
     if trainer.state.fn == "fit":
-        source = trainer.fit_loop.epoch_loop.val_loop._data_source
-        if not (source.is_defined() and trainer.enable_validation):
+        loader = validation_dataloaders_of_fit(trainer)
+        if loader is None:
             return [], False
-        loader = source.dataloader()
     else:
         loader = stage_loader(trainer)
     catcher = InputCatcher(trainer, pl_module, name, network)
@@ -179,30 +181,26 @@ def metrics_of(
 
 def _validate(pl_module: pl.LightningModule, name: str, network: nn.Module, kept: list[Any]) -> dict[str, Any]:
     """Validate with another network and a Trainer of its own: the running one is at its end, or amid a fit."""
-    owner = pl_module._trainer
-    modes = {module: module.training for module in pl_module.modules()}
     device = pl_module.device
-    greetings = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    greetings = rank_zero_module.log
     level = greetings.level
     greetings.setLevel(logging.WARNING)  # the user's own Trainer has said it all
     try:
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-        in_place = swapped_network(pl_module, name, network.cpu().eval())
-        # a metric that remembers would take the best of one candidate to the next
-        with torch.inference_mode(False), in_place, restored_state([pl_module], network):
-            trainer.validate(pl_module, DataLoader(kept, batch_size=None), verbose=False)  # type: ignore[arg-type]
-        return dict(trainer.callback_metrics)
+        with own_trainer_kept(pl_module), preserve_modes(pl_module):
+            trainer = of_package(pl_module, pl.Trainer)(
+                accelerator="cpu",
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+            )
+            in_place = swapped_network(pl_module, name, network.cpu().eval())
+            # a metric that remembers would take the best of one candidate to the next
+            with torch.inference_mode(False), in_place, restored_state([pl_module], network):
+                trainer.validate(pl_module, DataLoader(kept, batch_size=None), verbose=False)  # type: ignore[arg-type]
+            return dict(trainer.callback_metrics)
     finally:
         greetings.setLevel(level)
         pl_module.to(device)
-        pl_module._trainer = owner
-        for module, training in modes.items():
-            module.training = training

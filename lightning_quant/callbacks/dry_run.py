@@ -19,11 +19,14 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
+
+from lightning_quant.callbacks.lightning_internals import set_device
+from lightning_quant.callbacks.lightning_packages import either
+from lightning_quant.utilities.modules import preserve_modes
 
 # Objects of these packages keep to themselves, but for modules: trainers, loggers, data sets, optimizers.
 _CLOSED = frozenset({"torch", "lightning", "lightning_fabric", "pytorch_lightning", "aimet_torch", "lightning_quant"})
@@ -56,7 +59,8 @@ def dry_run(
         to_its_end: whether the step may come to where it changes the network's weights.
     """
     shallow = [vars(trainer), vars(trainer.strategy)]
-    with torch.no_grad(), _put_back([module, batch], shallow, network, to_its_end), _NoBackward():
+    put_back = _put_back([module, batch], shallow, network, to_its_end)
+    with torch.no_grad(), preserve_modes(network), put_back, _NoBackward():
         module.eval()
         _quiet(trainer, module)
         yield
@@ -66,11 +70,10 @@ def _quiet(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Let what the module does to the outside do nothing; all of it is put back with its other attributes."""
     trainer.loggers = [DummyLogger() for _ in trainer.loggers]
     device = next((p.device for p in module.parameters() if not p.is_meta), module.device)
+    set_device(module, device)
     part: Any
     for part in module.modules():
-        if isinstance(part, _DeviceDtypeModuleMixin):
-            part._device = device  # in setup() Lightning tells where it will be
-        if isinstance(part, pl.LightningModule):
+        if isinstance(part, either(pl.LightningModule)):
             part.log = lambda *_, **__: None  # type: ignore[method-assign]
             part.manual_backward = lambda *_, **__: None  # type: ignore[method-assign]
             for name in ("optimizers", "lr_schedulers"):
@@ -113,7 +116,6 @@ def _put_back(held: list[Any], shallow: list[dict[str, Any]], network: nn.Module
     """Afterwards, what is reached from ``held`` is what it was, and ``shallow`` have their old entries."""
     mappings: list[tuple[Any, dict[Any, Any]]] = [(mapping, dict(mapping)) for mapping in shallow]
     parts = list(network.modules())
-    modes = [part.training for part in parts]
     mappings += [(hooks, dict(hooks)) for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks)]
     tensors = [*network.parameters(), *network.buffers()]
     undo: list[Callable[[], Any]] = [action for tensor in tensors for action in _hold_tensor(tensor, values)]
@@ -151,8 +153,6 @@ def _put_back(held: list[Any], shallow: list[dict[str, Any]], network: nn.Module
                 _refill(mapping, before)
         for action in undo:
             action()
-        for part, mode in zip(parts, modes, strict=True):
-            part.training = mode
 
 
 def _hold(value: Any) -> list[Callable[[], Any]]:

@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_quant.callbacks.lightning_packages import is_overridden
 
 _HOOKS = ("setup", "configure_model")
 

@@ -11,16 +11,17 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_quant.callbacks.calibration import calibration_samples
 from lightning_quant.callbacks.calls import InputCatcher
-from lightning_quant.callbacks.data import calibration_inputs, calibration_loader, isolated_seed
+from lightning_quant.callbacks.data import isolated_seed
 from lightning_quant.callbacks.logs import rank_zero_log
-from lightning_quant.callbacks.progress import progress
 from lightning_quant.callbacks.quantization import QuantizationCallback
 from lightning_quant.callbacks.validation import check_float_metric, measure, shuffled_outputs, swapped_network
 from lightning_quant.ladder.climb import Footing, climb
 from lightning_quant.ladder.gate import Ladder, RungResult
 from lightning_quant.ladder.rung import Technique, Workbench
-from lightning_quant.simulation.inputs import NetworkInputs, counted, up_to
+from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.utilities.modules import preserve_modes
 
 # How much better than chance a float network has to be, as a part of chance itself: an untrained one is off by luck.
 _CHANCE_MARGIN = 0.01
@@ -86,7 +87,6 @@ class Climber:
             with isolated_seed():  # so that a rung does not depend on whether those before it ran or were restored
                 yield
 
-        modes = {module: module.training for module in self.pl_module.modules()}
         bench = Workbench(
             float_network=self.float_network,
             inputs=self.network.inputs,
@@ -94,23 +94,18 @@ class Climber:
             measure=self._measure,
             suffices=None if self.ladder.max_drop is None else self.ladder.suffices,
         )
-        self.pl_module.eval()
-        try:
-            with torch.no_grad():
-                measure_float = self._measure_other
-                climb(
-                    self.ladder,
-                    rungs,
-                    self.network,
-                    bench,
-                    measure_float=measure_float,
-                    footing=footing,
-                    trying=trying,
-                    done=done,
-                )
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        with preserve_modes(self.pl_module), torch.no_grad():
+            self.pl_module.eval()
+            climb(
+                self.ladder,
+                rungs,
+                self.network,
+                bench,
+                measure_float=self._measure_other,
+                footing=footing,
+                trying=trying,
+                done=done,
+            )
 
     def _measure(self) -> float:
         network = self.pl_module.get_submodule(self.callback.network_name)
@@ -123,10 +118,5 @@ class Climber:
     def _samples(self) -> Iterator[NetworkInputs]:
         callback = self.callback
         catcher = InputCatcher(self.trainer, self.pl_module, callback.network_name, self.network)
-        samples = callback.recipe.calibration_samples
-        with isolated_seed(), progress(self.trainer, f"Rung {self.rung}", samples) as advance:
-            loader = calibration_loader(self.trainer, self.pl_module, callback.calibration_dataloader)
-            calls = calibration_inputs(self.trainer, loader, catcher, samples)
-            for new, call in counted(up_to(calls, samples)):
-                yield call
-                advance(new)
+        given, samples = callback.calibration_dataloader, callback.recipe.calibration_samples
+        return calibration_samples(self.trainer, self.pl_module, catcher, given, samples, f"Rung {self.rung}")

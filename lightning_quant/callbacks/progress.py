@@ -11,6 +11,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
+from lightning_quant.callbacks.lightning_packages import either
+
 Advance = Callable[[int], None]
 
 
@@ -30,9 +32,9 @@ def progress(trainer: pl.Trainer, description: str, total: int | None = None) ->
     """
     bar: Any = trainer.progress_bar_callback
     shown = bar is not None and bar.is_enabled and trainer.is_global_zero and sys.stdout.isatty()
-    if shown and isinstance(bar, RichProgressBar):
+    if shown and isinstance(bar, either(RichProgressBar)):
         yield from _rich(description, total)
-    elif shown and isinstance(bar, TQDMProgressBar):
+    elif shown and isinstance(bar, either(TQDMProgressBar)):
         yield from _tqdm(description, total)
     else:
         yield _nothing

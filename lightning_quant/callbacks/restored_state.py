@@ -24,6 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightning_quant.callbacks.lightning_internals import attributes_of_lightning
+from lightning_quant.callbacks.lightning_packages import either
+
 _VALUES = (
     *(bool, int, float, complex, str, bytes, type(None), type, Enum, PurePath, range, re.Pattern),
     *(datetime.date, datetime.time, datetime.timedelta, Decimal, Fraction),
@@ -31,9 +34,8 @@ _VALUES = (
     *(types.FunctionType, types.BuiltinFunctionType, types.MethodType, partial),
 )
 _DATA = (Dataset, DataLoader, Sampler)  # large, and not what validation writes to
+_RUNNING = (*either(pl.Trainer), *_DATA)
 _STATES = (Tensor, numpy.ndarray, torch.Generator, numpy.random.Generator, numpy.random.RandomState, random.Random)
-# What Lightning itself keeps in a module.
-_LIGHTNINGS_OWN = frozenset(vars(pl.LightningModule())) - frozenset(vars(nn.Module()))
 
 
 @contextmanager
@@ -78,7 +80,7 @@ def _remember(roots: Iterable[Any], apart: nn.Module) -> list[Callable[[], objec
         elif (restore := _state_of(value)) is not None:
             found.append(restore)
         elif id(value) in given or isinstance(value, nn.Module) or _is_data(value):
-            skipped = _LIGHTNINGS_OWN if isinstance(value, pl.LightningModule) else frozenset()
+            skipped = attributes_of_lightning(value)
             own = {name: held for name, held in vars(value).items() if name not in skipped}
             left.extend(own.values())
             found.append(_attributes(value, own, skipped))
@@ -102,7 +104,7 @@ def _is_data(value: Any) -> bool:
             left.extend(part.values())
         elif isinstance(part, (list, tuple, set, frozenset, deque)):
             left.extend(part)
-        elif not getattr(part, "__dict__", None) or isinstance(part, (pl.Trainer, *_DATA)) or _is_pythons(part):
+        elif not getattr(part, "__dict__", None) or isinstance(part, _RUNNING) or _is_pythons(part):
             return False
         else:
             left.extend(vars(part).values())

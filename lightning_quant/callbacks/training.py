@@ -24,17 +24,16 @@ from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.early_setup import set_up_early
 from lightning_quant.callbacks.finiteness import GradientWatch, Step, gradients_are_finite, origin
 from lightning_quant.callbacks.ladder_runner import Climber
-from lightning_quant.callbacks.lightning_package import check_trainer_package
 from lightning_quant.callbacks.logs import rank_zero_log
+from lightning_quant.callbacks.networks import find_network
 from lightning_quant.callbacks.quantization import (
     QuantizationCallback,
-    averaging,
     end_fit,
-    find_network,
     measuring,
     quantization_callbacks,
 )
 from lightning_quant.callbacks.resume_point import save_whole
+from lightning_quant.callbacks.trainer_checks import averaging_callbacks
 from lightning_quant.callbacks.validation import isolated_validation, measure, monitored
 from lightning_quant.errors import CalibrationError, CheckpointError, ConfigurationError, TrainingError
 from lightning_quant.ladder.climb import Footing
@@ -191,7 +190,6 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        check_trainer_package(trainer, type(self).__name__)
         set_up_early(trainer, pl_module, stage)
         fits = trainer.state.fn == "fit"
         is_float = QuantizedNetwork.of(find_network(pl_module, self.network_name)) is None
@@ -434,7 +432,7 @@ class QuantizationAwareTraining(QuantizationCallback):
                 f"max_drop={self.result.max_drop} and rungs are judged by {self.result.monitor!r}, but fit has no "
                 "validation: expected a validation_step, validation data and limit_val_batches above 0."
             )
-        if (one := averaging(trainer)) is not None:
+        for one in averaging_callbacks(trainer):
             raise ConfigurationError(
                 f"max_drop or rungs with {type(one).__name__}: it validates averaged weights, while the best of the "
                 "trained ones are kept. Leave one of the two away."

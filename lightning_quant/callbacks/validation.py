@@ -14,14 +14,15 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
 from lightning_quant.callbacks.data import isolated_seed
+from lightning_quant.callbacks.lightning_internals import logged_metrics_kept
+from lightning_quant.callbacks.lightning_packages import either
 from lightning_quant.callbacks.restored_state import restored_state
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation.inputs import tensors_in, with_tensors
 
 # Whose callbacks do not judge: they show, save and stop.
-_PACKAGES = ("lightning", "lightning_quant")
-# Where Lightning keeps what was logged, for callbacks, loggers and the progress bar.
-_SHOWN = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+_PACKAGES = ("lightning", "pytorch_lightning", "lightning_quant")
+_JUDGES = either(EarlyStopping, Checkpoint)
 
 
 def validate_in_fit(trainer: pl.Trainer) -> None:
@@ -50,20 +51,16 @@ def measure(trainer: pl.Trainer, monitor: str, hidden: Callback, network: nn.Mod
     """
     loggers = trainer.loggers
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    seeing = [one for one in callbacks if not (isinstance(one, (EarlyStopping, Checkpoint)) or one is hidden)]
+    seeing = [one for one in callbacks if not (isinstance(one, _JUDGES) or one is hidden)]
     trainer.loggers = [DummyLogger()] if loggers else []
     trainer.callbacks = seeing  # type: ignore[attr-defined]
-    shown = trainer._logger_connector
-    known = {name: dict(getattr(shown, name)) for name in _SHOWN}
     try:
-        with isolated_seed(), isolated_validation(trainer, network):
+        with logged_metrics_kept(trainer), isolated_seed(), isolated_validation(trainer, network):
             validate_in_fit(trainer)
             return monitored(trainer, monitor)
     finally:
         trainer.loggers = loggers
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
-        for name, metrics in known.items():
-            setattr(shown, name, metrics)
 
 
 def isolated_validation(trainer: pl.Trainer, network: nn.Module) -> AbstractContextManager[None]:

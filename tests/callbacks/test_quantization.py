@@ -673,7 +673,7 @@ def test_network_made_anew_after_setup(trainer: MakeTrainer) -> None:
         def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             self.quantized_network(pl_module)
 
-    with pytest.raises(ConfigurationError, match=r"'model' is SmallNet and not quantized.*Anew make it anew"):
+    with pytest.raises(ConfigurationError, match=r"'model' is SmallNet and not quantized.*Anew make it again"):
         trainer(Ptq()).fit(Anew(), small_loader(), small_loader())
 
 

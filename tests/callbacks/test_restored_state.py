@@ -377,7 +377,7 @@ import os, sys
 import torch
 from lightning.pytorch import Trainer
 from lightning_quant import QuantizationAwareTraining
-from tests.callbacks.test_traces import BestMetric, data
+from tests.callbacks.test_restored_state import BestMetric, data
 
 (out,) = sys.argv[1:]
 torch.set_num_threads(1)
