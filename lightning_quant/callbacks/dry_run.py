@@ -7,17 +7,15 @@ LightningModule holds is therefore noted before the step and put back after it. 
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import types
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
@@ -26,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_quant.callbacks.lightning_internals import set_device
 from lightning_quant.callbacks.lightning_packages import either
+from lightning_quant.callbacks.snapshots import Restore, of_collection, of_dict, of_state
 from lightning_quant.utilities.modules import preserve_modes
 
 # Objects of these packages keep to themselves, but for modules: trainers, loggers, data sets, optimizers.
@@ -114,11 +113,11 @@ class _NoBackward(TorchFunctionMode):
 @contextmanager
 def _put_back(held: list[Any], shallow: list[dict[str, Any]], network: nn.Module, values: bool) -> Iterator[None]:
     """Afterwards, what is reached from ``held`` is what it was, and ``shallow`` have their old entries."""
-    mappings: list[tuple[Any, dict[Any, Any]]] = [(mapping, dict(mapping)) for mapping in shallow]
+    undo: list[Restore] = [of_dict(mapping) for mapping in shallow]
     parts = list(network.modules())
-    mappings += [(hooks, dict(hooks)) for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks)]
+    undo += [of_dict(hooks) for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks)]
     tensors = [*network.parameters(), *network.buffers()]
-    undo: list[Callable[[], Any]] = [action for tensor in tensors for action in _hold_tensor(tensor, values)]
+    undo += [restore for tensor in tensors for restore in _of_tensor(tensor, values)]
     # the objects too, lest another one gets the number of one that is gone
     known: dict[int, Any] = {id(value): value for value in (*parts, *tensors)}
     waiting = list(held)
@@ -131,43 +130,27 @@ def _put_back(held: list[Any], shallow: list[dict[str, Any]], network: nn.Module
         if isinstance(value, nn.Module):
             waiting.append(value.__dict__)
         elif isinstance(value, dict):
-            mappings.append((value, dict(value)))
+            undo.append(of_dict(value))
             if 0 < len(value) <= _MANY:
                 waiting += value.values()
             if type(value) not in _DICTS and _is_open(value):
                 waiting.append(vars(value))
         elif isinstance(value, (list, tuple, deque, set)):
             if not isinstance(value, tuple):
-                undo.append(partial(_refill_all, value, list(value)))
+                undo.append(of_collection(value))
             if len(value) <= _MANY and not isinstance(value, set):
                 waiting += value
         elif _is_open(value):
             waiting.append(vars(value))
-        else:
-            undo += _hold(value)
+        elif isinstance(value, Tensor):
+            undo += _of_tensor(value)
+        elif (restore := of_state(value)) is not None:
+            undo.append(restore)
     try:
         yield
     finally:
-        for mapping, before in mappings:
-            if mapping or before:
-                _refill(mapping, before)
-        for action in undo:
-            action()
-
-
-def _hold(value: Any) -> list[Callable[[], Any]]:
-    """How to put a single value back."""
-    if isinstance(value, Tensor):
-        return _hold_tensor(value)
-    if isinstance(value, np.ndarray):
-        return [partial(_refill_array, value, value.copy())] if value.flags.writeable else []
-    if isinstance(value, torch.Generator):
-        return [partial(value.set_state, value.get_state())]
-    if isinstance(value, random.Random):
-        return [partial(value.setstate, value.getstate())]
-    if isinstance(value, np.random.Generator):
-        return [partial(setattr, value.bit_generator, "state", value.bit_generator.state)]
-    return []
+        for restore in undo:
+            restore()
 
 
 def _is_open(value: Any) -> bool:
@@ -180,10 +163,10 @@ def _is_open(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] not in sys.stdlib_module_names and not packages & _CLOSED
 
 
-def _hold_tensor(tensor: Tensor, values: bool = True) -> list[Callable[[], Any]]:
+def _of_tensor(tensor: Tensor, values: bool = True) -> list[Restore]:
     if is_lazy(tensor) or tensor.is_meta or tensor.layout is not torch.strided:
         return []
-    actions: list[Callable[[], Any]] = []
+    actions: list[Restore] = []
     if values:
         actions.append(partial(_restore, tensor, tensor.detach(), tensor.detach().clone()))
     if tensor.is_leaf and not tensor.is_inference():
@@ -205,20 +188,3 @@ def _restore_grad(tensor: Tensor, requires_grad: bool, grad: Tensor | None) -> N
     if tensor.requires_grad != requires_grad:
         tensor.requires_grad_(requires_grad)
     tensor.grad = grad
-
-
-def _refill(mapping: MutableMapping[Any, Any], before: dict[Any, Any]) -> None:
-    pairs = zip(mapping.items(), before.items(), strict=False)
-    if len(mapping) != len(before) or any(a[0] is not b[0] or a[1] is not b[1] for a, b in pairs):
-        mapping.clear()
-        mapping.update(before)
-
-
-def _refill_all(container: Any, before: list[Any]) -> None:
-    if len(container) != len(before) or any(a is not b for a, b in zip(container, before, strict=False)):
-        container.clear()
-        container.update(before) if isinstance(container, set) else container.extend(before)
-
-
-def _refill_array(array: Any, before: Any) -> None:
-    array[...] = before
