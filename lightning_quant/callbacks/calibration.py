@@ -1,4 +1,4 @@
-"""Calibration samples: calls of the network with them, in the order that every rank sees them in."""
+"""Calibration samples as calls of the network, in the same order on every rank."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def calibration_samples(
 def calibration_inputs(
     trainer: pl.Trainer, loader: Any, catcher: InputCatcher, samples: int
 ) -> Iterator[NetworkInputs]:
-    """Calls of the network with calibration samples, the same sequence on every rank.
+    """Yield calls of the network with calibration samples, the same sequence on every rank.
 
     Those of one step follow one another; the last is marked, see :class:`NetworkInputs`.
 
-    Each rank reads its share of the data as Lightning would deal it out; the shares are exchanged batch by
-    batch. So every rank observes every sample in the same order and comes to the same ranges, whatever the
-    range estimator, without any arithmetic on half-finished statistics.
+    Each rank reads its shard of the data as Lightning would split it; the shards are exchanged batch by batch. So
+    every rank observes every sample in the same order and computes the same ranges, whatever the range estimator,
+    without merging partial statistics.
 
     Args:
         trainer: the Trainer.

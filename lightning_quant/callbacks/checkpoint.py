@@ -27,7 +27,7 @@ Module = TypeVar("Module", bound=pl.LightningModule)
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """How the network in a checkpoint was quantized: precision, hardware, overrides, versions, inputs.
+    """Return how the network in a checkpoint was quantized: precision, hardware, overrides, versions, inputs.
 
     Of several networks it is the first one.
 
@@ -92,7 +92,7 @@ def load_quantized(
         for name, (recipe, inputs, others) in parts.items():
             given = find_network(module, name)
             prefix, state = f"{name}.", checkpoint["state_dict"]
-            _make_judgeable(given, {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+            _normalize(given, {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
             quantize(given, inputs, recipe, others)
         module.load_state_dict(checkpoint["state_dict"])
         for network in quantized_networks(module).values():
@@ -107,8 +107,8 @@ def load_quantized(
     return module.eval()
 
 
-def _make_judgeable(network: nn.Module, state: dict[str, Any]) -> None:
-    """Give a float network numbers by which it can be judged whether quantizing changes them; its own are loaded after.
+def _normalize(network: nn.Module, state: dict[str, Any]) -> None:
+    """Give a float network weights with which quantizing it can be verified; its own are loaded afterwards.
 
     It has the weights of the one in a checkpoint, and still the batch norms that were folded into them: it would
     normalize a second time. Weights that were trained with their activations cut off at the ends of ranges can grow
@@ -173,12 +173,12 @@ def _read(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # zip, EOF, struct and runtime errors, by where the damage is
         raise CheckpointError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise CheckpointError(f"{path} is no Lightning checkpoint: expected a dict with a 'state_dict'.")
+        raise CheckpointError(f"{path} is not a Lightning checkpoint: expected a dict with a 'state_dict'.")
     return checkpoint
 
 
 def _manifests(checkpoint: dict[str, Any], path: str | Path) -> dict[str, dict[str, Any]]:
-    """The manifests of the quantized networks in a checkpoint, by dotted name."""
+    """Return the manifests of the quantized networks in a checkpoint, by dotted name."""
     suffix = "._extra_state"
     found = {}
     for key, value in checkpoint["state_dict"].items():

@@ -22,20 +22,20 @@ from lightning_quant.errors import ConfigurationError
 
 
 def stage_loader(trainer: pl.Trainer) -> CombinedLoader:
-    """The running stage's own data: where the example for tracing comes from."""
+    """Return the running stage's own data, from which the example inputs are taken."""
     loader = stage_dataloaders(trainer)
     # as the Trainer does it: training combines several loaders in one batch, the others run them one by one
     return combined(loader) if trainer.state.fn == "fit" else CombinedLoader(loader, "sequential")
 
 
 def stage_name(trainer: pl.Trainer) -> str:
-    """The method of the Trainer that is running: fit, validate, test or predict."""
+    """Return which method of the Trainer is running: fit, validate, test or predict."""
     assert trainer.state.fn is not None
     return trainer.state.fn.value
 
 
 def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule, given: Any) -> Any:
-    """The data to calibrate on: given, the data module's calibration loader, or its training data.
+    """Return the data to calibrate on: what is given, the data module's calibration loader, or its training data.
 
     Raises:
         ConfigurationError: when there is neither. Validation data is never taken silently: ranges tuned on it
@@ -51,7 +51,7 @@ def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule, given
     for source in (datamodule, pl_module):
         if source is not None and is_overridden("train_dataloader", source):
             if is_overridden("setup", source):
-                with _what_was_there(source):
+                with _attributes_kept(source):
                     source.setup("fit")  # data modules make their training set there only
                     return source.train_dataloader()
             return source.train_dataloader()
@@ -63,8 +63,8 @@ def calibration_loader(trainer: pl.Trainer, pl_module: pl.LightningModule, given
 
 
 @contextmanager
-def _what_was_there(source: Any) -> Iterator[None]:
-    """Keep the attributes that a module has, network included, from being made anew for another stage."""
+def _attributes_kept(source: Any) -> Iterator[None]:
+    """Keep a ``setup`` for another stage from replacing attributes that a module has, its network included."""
     owned = [vars(source)]
     if isinstance(source, nn.Module):
         owned += [source._modules, source._parameters, source._buffers]
@@ -93,7 +93,7 @@ def combined(loader: Any) -> CombinedLoader:
 
 
 def batches(loader: Any) -> Iterator[Any]:
-    """Every batch of a loader or a collection of loaders, the way the Trainer would combine them."""
+    """Yield every batch of a loader or a collection of loaders, combined as the Trainer would."""
     loaders = combined(loader)
     with _generators_kept(loaders):
         for batch, _, _ in loaders:
@@ -101,10 +101,10 @@ def batches(loader: Any) -> Iterator[Any]:
 
 
 def twin_batches(loader: Any) -> list[Any]:
-    """Two batches, of two and of three times the same sample, as the loaders put theirs together.
+    """Return two batches, of two and of three copies of the same sample, collated as the loaders do.
 
-    They differ in nothing but the number of samples. None where the loaders are no data loaders of PyTorch, or their
-    data comes in batches.
+    They differ only in the number of samples. Nothing is returned where the loaders are not PyTorch data loaders, or
+    their data comes in batches.
     """
     loaders = combined(loader)
     made: dict[int, list[Any]] = {2: [], 3: []}
@@ -117,7 +117,7 @@ def twin_batches(loader: Any) -> list[Any]:
                     sample = next(iter(one.dataset))
                 else:
                     sample = one.dataset[next(iter(one.batch_sampler))[0]]
-            except Exception:  # whatever a data set of the user's cannot do out of turn
+            except Exception:  # of a data set that cannot be indexed at this time
                 return []
             for count, found in made.items():
                 copies: Any = [copy.deepcopy(sample) for _ in range(count)]

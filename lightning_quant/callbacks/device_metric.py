@@ -1,4 +1,4 @@
-"""The user's own validation metric of what a device computed, on the few samples it computed."""
+"""The user's own validation metric from a device's outputs, on the few samples that it computed."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def first_batches(
     like: NetworkInputs,
     among: int,
 ) -> tuple[list[LabelledBatch], bool]:
-    """The first ``samples`` samples of the validation data of the exported size; none where there is no such data.
+    """Return the first ``samples`` validation samples of the exported size; none where there are none.
 
-    Where the trainer tests, it is the test data: it is what the user looks at then.
+    While the Trainer tests, they come from the test data.
 
     Args:
         trainer: whose data it is.
@@ -89,7 +89,7 @@ def first_batches(
             part = apply_to_collection(batch, Tensor, _first, size, wanted)
         try:
             calls = [call.to(torch.device("cpu")) for call in catcher.catch(part, index)]
-        except CalibrationError:  # cut apart it is no batch any more
+        except CalibrationError:  # it cannot be cut into samples
             return [], False
         if len(calls) > 1:  # a state comes from the device itself: its answers cannot be played back
             return [], False
@@ -110,7 +110,7 @@ def _first(tensor: Tensor, size: int, wanted: int) -> Tensor:
 
 
 class _Playback(nn.Module):
-    """Answers with recorded outputs, one sample after the other, whatever it is asked."""
+    """Return recorded outputs, one sample after the other, whatever the input."""
 
     def __init__(self, outputs: Sequence[Tensors], network: QuantizedNetwork) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class _Playback(nn.Module):
 
 
 def _joined(samples: list[Tensor], shape: torch.Size) -> Tensor:
-    """Put samples together to a batch of a shape, on the axis in which they differ from it."""
+    """Concatenate samples to a batch of a shape, on the axis in which they differ from it."""
     axes = (axis for axis, (one, all_) in enumerate(zip(samples[0].shape, shape, strict=True)) if one != all_)
     return torch.cat(samples, next(axes, 0))
 
@@ -141,7 +141,7 @@ def metrics_of(
     labelled: Sequence[LabelledBatch],
     outputs: Sequence[Tensors],
 ) -> dict[str, float]:
-    """The metric ``monitor`` of the ``float`` network, the ``simulation`` and the ``device`` on the same samples.
+    """Compute ``monitor`` of the ``float`` network, the ``simulation`` and the ``device`` on the same samples.
 
     Args:
         pl_module: the user's module; its ``validation_step`` computes the metric.
@@ -156,7 +156,7 @@ def metrics_of(
     """
     kept = []
     left = len(outputs)
-    for one in labelled:  # whole batches only: the labels of half a batch belong to nothing
+    for one in labelled:  # whole batches only: labels cannot be cut
         if len(one.calls) > left:
             break  # a smaller one after it would be given the outputs of this one
         kept.append(one.batch)
@@ -180,11 +180,11 @@ def metrics_of(
 
 
 def _validate(pl_module: pl.LightningModule, name: str, network: nn.Module, kept: list[Any]) -> dict[str, Any]:
-    """Validate with another network and a Trainer of its own: the running one is at its end, or amid a fit."""
+    """Validate another network with a separate Trainer: the running one is in the middle of its own stage."""
     device = pl_module.device
     greetings = rank_zero_module.log
     level = greetings.level
-    greetings.setLevel(logging.WARNING)  # the user's own Trainer has said it all
+    greetings.setLevel(logging.WARNING)  # the user's own Trainer has logged them
     try:
         with own_trainer_kept(pl_module), preserve_modes(pl_module):
             trainer = of_package(pl_module, pl.Trainer)(

@@ -1,7 +1,7 @@
-"""Nothing that a step of the user's changes stays changed: running one for calibration is no training.
+"""Run a user's step without side effects: a step that is run for calibration must not train.
 
-A step updates teachers, counters, queues and metrics before and after it calls the network. All that the
-LightningModule holds is therefore noted before the step and put back after it. Files are beyond that.
+A step updates teachers, counters, queues and metrics before and after it calls the network. So all that the
+LightningModule holds is noted before the step and restored after it. Files are not.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from lightning_quant.callbacks.lightning_packages import either
 from lightning_quant.callbacks.snapshots import Restore, of_collection, of_dict, of_state
 from lightning_quant.utilities.modules import preserve_modes
 
-# Objects of these packages keep to themselves, but for modules: trainers, loggers, data sets, optimizers.
+# Objects of these packages are left alone, except modules: Trainers, loggers, data sets, optimizers.
 _CLOSED = frozenset({"torch", "lightning", "lightning_fabric", "pytorch_lightning", "aimet_torch", "lightning_quant"})
 _PLAIN = frozenset(
     {type(None), bool, int, float, complex, str, bytes, type, types.FunctionType, torch.dtype, torch.device}
 )
 _DICTS = frozenset({dict, OrderedDict, defaultdict})
 _NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
-# Of a larger container the contents are put back, what each of them holds is not.
+# A larger container gets its items back, but what each of them holds is not looked into.
 _MANY = 10_000
 
 
@@ -42,31 +42,31 @@ _MANY = 10_000
 def dry_run(
     trainer: pl.Trainer, module: pl.LightningModule, network: nn.Module, batch: Any, to_its_end: bool
 ) -> Iterator[None]:
-    """Run a step in this block as validation would, without a trace.
+    """Run a step in a block as validation would, without side effects.
 
-    The module is in eval mode where its parameters are; logging, backward passes, optimizers and schedulers do
-    nothing. At the end, attributes, contents of containers, parameters, buffers, gradients, metric states and
-    random number generators of the module, of what it holds and of the batch are what they were, and so are the
-    attributes of the Trainer. Of the network, modes, hooks, gradients and weights are put back, but no attributes:
-    what a step sets there before a call holds for that call when it is made again.
+    The module is in eval mode, on the device of its parameters; logging, backward passes, optimizers and schedulers
+    do nothing. At the end, attributes, items of containers, parameters, buffers, gradients, metric states and random
+    number generators of the module, of what it holds and of the batch are restored, and so are the attributes of the
+    Trainer. Of the network, modes, hooks, gradients and weights are restored, but not attributes: what a step sets
+    there before a call is needed when that call is made again.
 
     Args:
-        trainer: whose loggers are not to hear of it.
-        module: whose step is run.
+        trainer: the Trainer; its loggers get nothing.
+        module: the module whose step is run.
         network: the network in it.
         batch: what the step is given.
-        to_its_end: whether the step may come to where it changes the network's weights.
+        to_its_end: whether the step runs past its calls of the network, where it may change the weights.
     """
     shallow = [vars(trainer), vars(trainer.strategy)]
-    put_back = _put_back([module, batch], shallow, network, to_its_end)
-    with torch.no_grad(), preserve_modes(network), put_back, _NoBackward():
+    restoring = _restoring([module, batch], shallow, network, to_its_end)
+    with torch.no_grad(), preserve_modes(network), restoring, _NoBackward():
         module.eval()
         _quiet(trainer, module)
         yield
 
 
 def _quiet(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Let what the module does to the outside do nothing; all of it is put back with its other attributes."""
+    """Disable what the module does to the outside; all of it is restored with its other attributes."""
     trainer.loggers = [DummyLogger() for _ in trainer.loggers]
     device = next((p.device for p in module.parameters() if not p.is_meta), module.device)
     set_device(module, device)
@@ -76,18 +76,18 @@ def _quiet(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             part.log = lambda *_, **__: None  # type: ignore[method-assign]
             part.manual_backward = lambda *_, **__: None  # type: ignore[method-assign]
             for name in ("optimizers", "lr_schedulers"):
-                setattr(part, name, partial(_idle, getattr(part, name)))
+                setattr(part, name, partial(_inert, getattr(part, name)))
 
 
-def _idle(ask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _inert(ask: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     found = ask(*args, **kwargs)
     if isinstance(found, (list, tuple)):
-        return [_Idle(one) for one in found]
-    return None if found is None else _Idle(found)
+        return [_InertOptimizer(one) for one in found]
+    return None if found is None else _InertOptimizer(found)
 
 
-class _Idle:
-    """An optimizer or scheduler that can be asked everything, and takes no step."""
+class _InertOptimizer:
+    """An optimizer or scheduler whose attributes can be read, and that takes no step."""
 
     def __init__(self, real: Any) -> None:
         self._real = real
@@ -104,26 +104,26 @@ class _Idle:
 
 
 class _NoBackward(TorchFunctionMode):
-    """``loss.backward()`` does nothing: there is no graph, and nothing is to be learned."""
+    """Disable ``loss.backward()``: there is no graph."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return None if func is Tensor.backward else func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def _put_back(held: list[Any], shallow: list[dict[str, Any]], network: nn.Module, values: bool) -> Iterator[None]:
-    """Afterwards, what is reached from ``held`` is what it was, and ``shallow`` have their old entries."""
+def _restoring(held: list[Any], shallow: list[dict[str, Any]], network: nn.Module, values: bool) -> Iterator[None]:
+    """Restore afterwards all that is reached from ``held``, and the entries of the dictionaries in ``shallow``."""
     undo: list[Restore] = [of_dict(mapping) for mapping in shallow]
     parts = list(network.modules())
     undo += [of_dict(hooks) for part in parts for hooks in (part._forward_pre_hooks, part._forward_hooks)]
     tensors = [*network.parameters(), *network.buffers()]
     undo += [restore for tensor in tensors for restore in _of_tensor(tensor, values)]
-    # the objects too, lest another one gets the number of one that is gone
+    # the objects too, which keeps their ids from being reused
     known: dict[int, Any] = {id(value): value for value in (*parts, *tensors)}
     waiting = list(held)
     while waiting:
         value = waiting.pop()
-        # thousands of these in every network, so with little ado
+        # thousands of these in every network: the cheap tests first
         if type(value) in _PLAIN or id(value) in known:
             continue
         known[id(value)] = value
@@ -154,7 +154,7 @@ def _put_back(held: list[Any], shallow: list[dict[str, Any]], network: nn.Module
 
 
 def _is_open(value: Any) -> bool:
-    """Whether it is an object of the user's, with attributes of its own."""
+    """Whether a value is an object of the user's, whose attributes are restored one by one."""
     if isinstance(value, _NAMESPACES):
         return True
     if not hasattr(value, "__dict__") or isinstance(value, (Tensor, type, types.ModuleType, types.FunctionType)):
@@ -176,7 +176,7 @@ def _of_tensor(tensor: Tensor, values: bool = True) -> list[Restore]:
 
 
 def _restore(tensor: Tensor, memory: Tensor, values: Tensor) -> None:
-    """Give a tensor the memory and the values it had."""
+    """Restore the memory and the values of a tensor."""
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         if tensor.data_ptr() != memory.data_ptr() or tensor.shape != memory.shape:
             tensor.data = memory  # somebody wrote tensor.data = …

@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities import model_helpers
 from lightning.pytorch.utilities.rank_zero import rank_zero_module
+from typing_extensions import override
 
 from lightning_quant.errors import ConfigurationError
 
@@ -73,18 +74,10 @@ def check_module_class(module_class: type, user: str) -> None:
         )
 
 
-def explain_mixed_packages(trainer: pl.Trainer) -> None:
-    """Refuse a data module of the other package, which Lightning fails on with ``Expected a parent``.
-
-    Args:
-        trainer: that met an exception.
-
-    Raises:
-        ConfigurationError: which names both packages; nothing is raised where the Trainer's data module is its own.
-    """
+def _refuse_mixed_packages(trainer: pl.Trainer) -> None:
+    """Explain why a data module of the other package fails, which Lightning does with ``Expected a parent``."""
     datamodule = getattr(trainer, "datamodule", None)
-    mine = package_of(type(trainer))
-    theirs = package_of(type(datamodule))
+    mine, theirs = package_of(type(trainer)), package_of(type(datamodule))
     if isinstance(datamodule, either(pl.LightningDataModule)) and mine != theirs:
         raise ConfigurationError(
             f"{type(datamodule).__name__} is a LightningDataModule of {_dotted(theirs)}, in a Trainer of "
@@ -119,9 +112,20 @@ def _imported(name: str) -> Any:
 
 
 if TYPE_CHECKING:
-    AnyCallback = Callback
-    AnyCheckpoint = Checkpoint
+    _EitherCallback = Callback
+    _EitherCheckpoint = Checkpoint
 else:
-    # Bases of our own callbacks: Trainers and LightningCLIs of either package look for their own.
-    AnyCallback = type("AnyCallback", either(Callback), {"__module__": __name__})
-    AnyCheckpoint = type("AnyCheckpoint", either(Checkpoint), {"__module__": __name__})
+    _EitherCallback = type("_EitherCallback", either(Callback), {})
+    _EitherCheckpoint = type("_EitherCheckpoint", either(Checkpoint), {})
+
+
+class AnyCallback(_EitherCallback):
+    """Base of our callbacks: Trainers and LightningCLIs of either package take it for one of their own."""
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        _refuse_mixed_packages(trainer)
+
+
+class AnyCheckpoint(AnyCallback, _EitherCheckpoint):
+    """As :class:`AnyCallback`, for callbacks that Trainers call last and count as checkpoints."""

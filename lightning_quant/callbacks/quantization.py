@@ -1,4 +1,4 @@
-"""What both quantization callbacks share: when the simulation goes in, and when it is calibrated."""
+"""What both quantization callbacks share: when a network is quantized, and when it is calibrated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_quant.callbacks.data import batches, isolated_seed, stage_loader,
 from lightning_quant.callbacks.early_setup import end_early_setup, set_up_early
 from lightning_quant.callbacks.float_view import computing_float, without_quantizers
 from lightning_quant.callbacks.lightning_internals import averaged_model
-from lightning_quant.callbacks.lightning_packages import AnyCallback, explain_mixed_packages
+from lightning_quant.callbacks.lightning_packages import AnyCallback
 from lightning_quant.callbacks.logs import rank_zero_log
 from lightning_quant.callbacks.measured_precision import Measuring, hook_measuring, precision_notice
 from lightning_quant.callbacks.networks import find_network, quantized_networks
@@ -51,14 +51,14 @@ def end_fit(trainer: pl.Trainer) -> None:
 
 
 class QuantizationCallback(AnyCallback):
-    """Base of the quantization callbacks: puts the simulation in at ``setup`` and calibrates it once.
+    """Base of the quantization callbacks: quantizes the network at ``setup`` and calibrates it once.
 
-    ``setup`` runs before Lightning restores a checkpoint, makes the optimizers and wraps for DDP, so the
-    quantized network is what all three see; only ``configure_optimizers`` sees it without ranges, as in float, and they
-    join the optimizer that it made. Calibration waits for the strategy's setup to be over, when the device is there and
-    a restored checkpoint has said whether ranges are known already, and comes before any callback's ``on_fit_start``.
+    ``setup`` runs before Lightning restores a checkpoint, makes the optimizers and wraps for DDP, so all three see the
+    quantized network; only ``configure_optimizers`` sees it without ranges, as in float, which then join the optimizer
+    that it made. Calibration runs when the strategy is set up, with the module on its device and a checkpoint restored,
+    which may hold the ranges already, and before any callback's ``on_fit_start``.
 
-    Several networks of one module are quantized by a callback for each; each calibrates with those before it quantized
+    Several networks of one module are quantized by one callback each; each calibrates with those before it quantized
     and those after it in float.
 
     Args and raises: see :class:`PostTrainingQuantization`.
@@ -174,8 +174,8 @@ class QuantizationCallback(AnyCallback):
         self._groups = groups
 
     def _on_set_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Calibrate, now that all is at its place and before anything runs the network."""
-        self._hooked.pop_all()  # they are off
+        """Calibrate, on the module's device and before anything else runs the network."""
+        self._hooked.pop_all()  # they have removed themselves
         end_early_setup(pl_module)
         with measuring(trainer, pl_module)():
             self._calibrate_once(trainer, pl_module)
@@ -224,7 +224,7 @@ class QuantizationCallback(AnyCallback):
         self._measured.close()
         self._groups, self._fixed_ranges = None, []
         end_early_setup(pl_module)
-        explain_mixed_packages(trainer)
+        super().on_exception(trainer, pl_module, exception)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -232,9 +232,9 @@ class QuantizationCallback(AnyCallback):
         end_early_setup(pl_module)
 
     def _examples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[NetworkInputs]:
-        """Calls of the network with one sample, from the data of the running stage: one for each structure of inputs.
+        """Return calls of the network with one sample of the running stage's data, one for each structure of inputs.
 
-        That with the most tensors is the first: a state that is None at the first call is a tensor at the second.
+        The one with the most tensors comes first: a state that is None at the first call is a tensor at the second.
         """
         catcher = InputCatcher(trainer, pl_module, self.network_name)
         with isolated_seed(), self._others_in_float(trainer, pl_module):
@@ -296,7 +296,7 @@ class QuantizationCallback(AnyCallback):
         if network.left_in_float:
             module, operations = next(iter(network.left_in_float.items()))
             rank_zero_warn(
-                f"Some samples came to operations that the example of {self.network_name} did not, e.g. "
+                f"Some samples reached operations that the example of {self.network_name} did not, e.g. "
                 f"{', '.join(operations)} in {module or 'the network itself'}: they compute in float, and the exported "
                 "file has the other branch. Put the first batch of validation in order, or quantize a part without "
                 "control flow that depends on values."
@@ -344,17 +344,17 @@ class QuantizationCallback(AnyCallback):
 
 
 def quantization_callbacks(trainer: pl.Trainer) -> list[QuantizationCallback]:
-    """The quantization callbacks of a Trainer, one for each network."""
+    """Return the quantization callbacks of a Trainer, one for each network."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [one for one in callbacks if isinstance(one, QuantizationCallback)]
 
 
 def callback_of(trainer: pl.Trainer, name: str) -> QuantizationCallback | None:
-    """The callback that quantizes the network at the dotted attribute ``name``, if there is one."""
+    """Return the callback that quantizes the network at the dotted attribute ``name``, if there is one."""
     return next((one for one in quantization_callbacks(trainer) if one.network_name == name), None)
 
 
 def measuring(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Measuring:
-    """What everything runs in whose result is compared or reported; also for another network in the place of one."""
+    """Return the context for everything whose result is compared or reported, whatever network is measured."""
     refines = trainer.state.fn == "fit" and any(one.refines for one in quantization_callbacks(trainer))
     return Measuring(quantized_networks(pl_module).values(), refines)

@@ -1,4 +1,4 @@
-"""What a validation leaves behind in the user's objects, put back: metrics that remember, best values, counters."""
+"""Restore what a validation changes in the user's objects: metrics that accumulate, best values, counters."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ _STATES = (Tensor, numpy.ndarray, torch.Generator, numpy.random.Generator, numpy
 
 @contextmanager
 def restored_state(roots: Iterable[Any], apart: nn.Module) -> Iterator[None]:
-    """Put attributes back as they were before a block: numbers, tensors, arrays, containers, metrics, generators.
+    """Restore attributes after a block: numbers, tensors, arrays, containers, metrics, generators.
 
-    Objects stay the same ones, and so do those that they refer to: what changed is set back in place. Parameters, data
+    Objects keep their identity, and so do those that they refer to: what changed is restored in place. Parameters, data
     sets and objects that hold more than data (files, runs of a logger) are left alone.
 
     Args:
         roots: objects whose attributes may change, e.g. a LightningModule and callbacks.
         apart: a module inside that is left alone.
     """
-    put_back = _remember(roots, apart)
+    restores = _remember(roots, apart)
     try:
         yield
     finally:
         with torch.inference_mode():  # in which tensors made in it can be written to
-            for restore in put_back:
+            for restore in restores:
                 restore()
 
 
 def _remember(roots: Iterable[Any], apart: nn.Module) -> list[Restore]:
-    """How to put back everything that can be reached."""
+    """Return what restores everything that can be reached."""
     seen: dict[int, Any] = {id(module): module for module in apart.modules()}
     left = list(roots)
     given = {id(root) for root in left}
@@ -95,7 +95,7 @@ def _trained(value: Any) -> bool:
 
 
 def _is_data(value: Any) -> bool:
-    """Whether an object consists of data alone, through and through."""
+    """Whether an object holds nothing but data, in all its parts."""
     seen: dict[int, Any] = {}
     left = [value]
     while left:
@@ -115,7 +115,7 @@ def _is_data(value: Any) -> bool:
 
 
 def _is_pythons(value: Any) -> bool:
-    """Whether an object is of a class of Python's own that does something: files, threads, loggers."""
+    """Whether an object is of the standard library and holds a resource: files, threads, loggers."""
     module = type(value).__module__.partition(".")[0]
     return module in sys.stdlib_module_names and not isinstance(value, (types.SimpleNamespace, argparse.Namespace))
 

@@ -260,7 +260,7 @@ def test_damaged_file(checkpoint: tuple[Path, SmallModule]) -> None:
 
 def test_file_of_something_else(tmp_path: Path) -> None:
     torch.save([torch.zeros(3)], tmp_path / "list.ckpt")
-    with pytest.raises(CheckpointError, match="no Lightning checkpoint: expected a dict with a 'state_dict'"):
+    with pytest.raises(CheckpointError, match="is not a Lightning checkpoint: expected a dict with a 'state_dict'"):
         lq.read_manifest(tmp_path / "list.ckpt")
 
 

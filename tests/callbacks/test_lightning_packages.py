@@ -198,7 +198,12 @@ def test_weights_averaged_by_the_other_package(tmp_path: Path, package: Any, the
 @pytest.mark.parametrize(("package", "theirs"), MIXED)
 def test_a_data_module_of_the_other_package_is_refused(tmp_path: Path, package: Any, theirs: Any) -> None:
     module = module_of(package)()
-    for callback in (lq.PostTrainingQuantization(), climbing()):
+    for callback in (
+        lq.PostTrainingQuantization(),
+        climbing(),
+        lq.DeviceExport(),
+        lq.ResumePoint(tmp_path / "last.ckpt"),
+    ):
         trainer = trainer_of(package, tmp_path, callback)
         with pytest.raises(
             ConfigurationError, match=r"Data .*'lightning\.pytorch'|Data .*'pytorch_lightning'"
