@@ -278,7 +278,7 @@ def test_a_network_the_steps_do_not_call(trainer: MakeTrainer) -> None:
     assert type(module.unused) is SmallNet
 
 
-def test_random_numbers_are_put_back() -> None:
+def test_random_numbers_are_restored() -> None:
     torch.manual_seed(7), np.random.seed(7), random.seed(7)
     expected = torch.rand(1).item(), np.random.rand(), random.random()
     torch.manual_seed(7), np.random.seed(7), random.seed(7)

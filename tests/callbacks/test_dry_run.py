@@ -128,7 +128,7 @@ def held(module: Busy) -> dict[str, Any]:
 
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("called", [1, 2])
-def test_all_that_the_module_holds_is_put_back(trainer: MakeTrainer, tmp_path: Any, early: bool, called: int) -> None:
+def test_all_that_the_module_holds_is_restored(trainer: MakeTrainer, tmp_path: Any, early: bool, called: int) -> None:
     found: dict[str, Any] = {}
 
     class Ptq(PostTrainingQuantization):

@@ -585,7 +585,7 @@ def test_bad_names(trainer: MakeTrainer, arguments: dict[str, Any], message: str
     untouched(module, before)
 
 
-def test_a_lightning_module_is_no_network(trainer: MakeTrainer) -> None:
+def test_a_lightning_module_is_not_a_network(trainer: MakeTrainer) -> None:
     module = SmallModule()
     module.inner = SmallModule()
     with pytest.raises(ConfigurationError, match=r"network='inner' is a LightningModule.*'inner\.model'"):
@@ -664,7 +664,7 @@ def test_empty_stage_loader(trainer: MakeTrainer) -> None:
     assert type(module.model) is SmallNet
 
 
-def test_network_made_anew_after_setup(trainer: MakeTrainer) -> None:
+def test_network_replaced_after_setup(trainer: MakeTrainer) -> None:
     class Anew(SmallModule):
         def on_fit_start(self) -> None:
             self.model = small_net()

@@ -125,7 +125,7 @@ class Holder(pl.LightningModule):
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("inference", [True, False])
-def test_is_put_back(name: str, inference: bool) -> None:
+def test_is_restored(name: str, inference: bool) -> None:
     make, change, look = CHANGES[name]
     holder: Any = Holder()
     setattr(holder, name, make())
@@ -140,7 +140,7 @@ def test_is_put_back(name: str, inference: bool) -> None:
         assert set(vars(holder)) == names
 
 
-def test_what_a_metric_counted_in_validation_is_put_back() -> None:
+def test_what_a_metric_counted_in_validation_is_restored() -> None:
     """Tensors that were made in inference mode can be written to in it only."""
     holder: Any = Holder()
     holder.best = MaxMetric()
