@@ -70,6 +70,7 @@ class QuantizationCallback(AnyCallback):
     def __init__(
         self,
         precision: str | Precision = "w8a8",
+        *,
         network: str = "model",
         hardware: str = "htp_v75",
         calibration_samples: int = 256,
