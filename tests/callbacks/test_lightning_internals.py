@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import lightning
+import lightning.pytorch
 import pytest
 import torch
 from torch import nn
@@ -88,6 +88,15 @@ def test_the_count_sees(line: str) -> None:
 @pytest.mark.parametrize("line", ["self._data_source", "module._modules", "optimizer.param_groups", "path._flavour"])
 def test_the_count_leaves_alone(line: str) -> None:
     assert not list(uses(line))
+
+
+def test_what_lightning_keeps_in_a_module_is_known() -> None:
+    for package in (lightning.pytorch, pytest.importorskip("pytorch_lightning")):
+        module = package.LightningModule()
+        own = frozenset(vars(module))
+        module.best = 1.0
+        assert own - frozenset(vars(nn.Module())) == lightning_internals.attributes_of_lightning(module)
+    assert lightning_internals.attributes_of_lightning(nn.Linear(1, 1)) == frozenset()
 
 
 def test_the_one_file_uses_them() -> None:
