@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
@@ -20,6 +19,7 @@ from lightning_quant.callbacks.data import (
     stage_loader,
 )
 from lightning_quant.callbacks.device_metric import first_batches, metrics_of
+from lightning_quant.callbacks.lightning_internals import callbacks_of
 from lightning_quant.callbacks.lightning_packages import AnyCallback
 from lightning_quant.callbacks.logs import rank_zero_log
 from lightning_quant.callbacks.networks import quantized_networks
@@ -162,7 +162,7 @@ class DeviceExport(AnyCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         before = callbacks[: callbacks.index(self)]
         names = [one.network_name for one in before if isinstance(one, QuantizationCallback)]
         names += quantized_networks(pl_module)
@@ -335,6 +335,6 @@ class DeviceExport(AnyCallback):
         check_bounds(reports, self.min_psnr, self.max_metric_drop, self.mode)
 
     def _bounded_metric(self, trainer: pl.Trainer) -> str | None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         bounded = [one for one in callbacks if isinstance(one, QuantizationAwareTraining) and one.climbs]
         return bounded[0].result.monitor if bounded else None

@@ -1,4 +1,4 @@
-"""Lightning's private names: all that the package uses of them, for what Lightning has no public way.
+"""Lightning's private and undeclared names: all that the package uses of them, where Lightning has no public way.
 
 An upgrade of Lightning touches this file; a test sees that no other one uses such a name. Every function takes objects
 of either of Lightning's packages.
@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -27,6 +28,12 @@ from lightning_quant.callbacks.lightning_packages import either, of_package
 WITHOUT_INSTANTIATOR = {"_instantiator": None}
 # Where a Trainer keeps what was logged, for callbacks, loggers and the progress bar.
 _LOGGED = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[Callback]:
+    """Return the callbacks of a Trainer; Lightning sets the attribute without declaring it."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
 
 
 def stage_dataloaders(trainer: pl.Trainer) -> Any:

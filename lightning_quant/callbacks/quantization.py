@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from typing_extensions import override
@@ -19,7 +18,7 @@ from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import batches, isolated_seed, stage_loader, stage_name, twin_batches
 from lightning_quant.callbacks.early_setup import end_early_setup, set_up_early
 from lightning_quant.callbacks.float_view import computing_float, without_quantizers
-from lightning_quant.callbacks.lightning_internals import averaged_model
+from lightning_quant.callbacks.lightning_internals import averaged_model, callbacks_of
 from lightning_quant.callbacks.lightning_packages import AnyCallback
 from lightning_quant.callbacks.logs import rank_zero_log
 from lightning_quant.callbacks.measured_precision import Measuring, hook_measuring, precision_notice
@@ -346,8 +345,7 @@ class QuantizationCallback(AnyCallback):
 
 def quantization_callbacks(trainer: pl.Trainer) -> list[QuantizationCallback]:
     """Return the quantization callbacks of a Trainer, one for each network."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [one for one in callbacks if isinstance(one, QuantizationCallback)]
+    return [one for one in callbacks_of(trainer) if isinstance(one, QuantizationCallback)]
 
 
 def callback_of(trainer: pl.Trainer, name: str) -> QuantizationCallback | None:

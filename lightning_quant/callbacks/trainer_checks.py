@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_quant.callbacks.lightning_internals import is_compiled, synchronizes_batch_norms
+from lightning_quant.callbacks.lightning_internals import callbacks_of, is_compiled, synchronizes_batch_norms
 from lightning_quant.callbacks.lightning_packages import either
 from lightning_quant.errors import ConfigurationError
 
@@ -19,8 +19,7 @@ _AVERAGING = either(StochasticWeightAveraging, WeightAveraging)
 
 def averaging_callbacks(trainer: pl.Trainer) -> list[Callback]:
     """Return the callbacks that average weights."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [one for one in callbacks if isinstance(one, _AVERAGING)]
+    return [one for one in callbacks_of(trainer) if isinstance(one, _AVERAGING)]
 
 
 def check_trainer(trainer: pl.Trainer, user: str) -> None:
@@ -86,7 +85,7 @@ def check_float_network(
             module or network.
     """
     user = type(callback).__name__
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     before = callbacks[: callbacks.index(callback)]
     early = next((one for one in averaging_callbacks(trainer) if one in before), None)
     if early is not None:

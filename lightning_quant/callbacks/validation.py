@@ -14,7 +14,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
 from lightning_quant.callbacks.data import isolated_seed
-from lightning_quant.callbacks.lightning_internals import logged_metrics_kept
+from lightning_quant.callbacks.lightning_internals import callbacks_of, logged_metrics_kept
 from lightning_quant.callbacks.lightning_packages import either
 from lightning_quant.callbacks.restored_state import restored_state
 from lightning_quant.errors import ConfigurationError
@@ -50,7 +50,7 @@ def measure(trainer: pl.Trainer, monitor: str, hidden: Callback, network: nn.Mod
         ConfigurationError: if the metric was not logged; the message lists those that were.
     """
     loggers = trainer.loggers
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     seeing = [one for one in callbacks if not (isinstance(one, _REACTING) or one is hidden)]
     trainer.loggers = [DummyLogger()] if loggers else []
     trainer.callbacks = seeing  # type: ignore[attr-defined]
@@ -65,8 +65,7 @@ def measure(trainer: pl.Trainer, monitor: str, hidden: Callback, network: nn.Mod
 
 def isolated_validation(trainer: pl.Trainer, network: nn.Module) -> AbstractContextManager[None]:
     """Restore after a validation in a block what the module and the user's callbacks keep."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    users = [one for one in callbacks if type(one).__module__.partition(".")[0] not in _PACKAGES]
+    users = [one for one in callbacks_of(trainer) if type(one).__module__.partition(".")[0] not in _PACKAGES]
     return restored_state([trainer.lightning_module, *users], network)
 
 
