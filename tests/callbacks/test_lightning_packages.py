@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,37 @@ def test_a_fit_is_resumed_with_the_same_bits(tmp_path: Path, package: Any) -> No
                 torch.manual_seed(epochs)
         states.append({name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)})
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_combined_loaders(tmp_path: Path, package: Any) -> None:
+    class Combined(module_of(package)):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch["labelled"], batch_idx)  # type: ignore[no-any-return]
+
+    module = Combined()
+    combined = package.utilities.CombinedLoader({"labelled": small_loader()}, "min_size")
+    trainer = trainer_of(package, tmp_path, quantization := lq.QuantizationAwareTraining("w8a8"), max_epochs=1)
+    trainer.fit(module, combined)
+    assert trainer.global_step == 4
+    assert quantization.quantized_network(module).calibrated
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_sigterm_while_a_rung_reads_samples(tmp_path: Path, package: Any) -> None:
+    read = []
+
+    def samples() -> Any:
+        read.append(1)
+        yield from small_loader()
+        if len(read) > 1:  # not at the calibration, before which Lightning has no handler
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield from small_loader()
+
+    quantization = climbing()
+    quantization.calibration_dataloader = samples
+    with pytest.raises(package.utilities.exceptions.SIGTERMException):
+        trainer_of(package, tmp_path, quantization).fit(module_of(package)(), datamodule=data_of(package))
 
 
 @pytest.mark.parametrize(("package", "theirs"), MIXED)
