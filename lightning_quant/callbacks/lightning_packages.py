@@ -8,6 +8,7 @@ Annotations name ``lightning.pytorch`` alone.
 from __future__ import annotations
 
 import importlib
+import warnings
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -102,9 +103,11 @@ def _counterpart(thing: Any) -> Any:
 
 @cache
 def _imported(name: str) -> Any:
-    log = rank_zero_module.log  # one for both packages; importing another one must not redirect what Lightning logs
+    """Import a module of the other package, without what that does to warnings and to what Lightning logs."""
+    log = rank_zero_module.log  # one for both packages
     try:
-        return importlib.import_module(name)
+        with warnings.catch_warnings():
+            return importlib.import_module(name)
     except Exception:  # not installed, or too old for what is: then no object is of it
         return None
     finally:
