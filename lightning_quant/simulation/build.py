@@ -12,8 +12,10 @@ from torch import nn
 from lightning_quant.errors import PreflightError
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet, preflight
-from lightning_quant.simulation.callsites import quantizers, running
-from lightning_quant.simulation.callsites.lending import layers_kept, shapes_of_traces, weights_lent
+from lightning_quant.simulation.callsites import quantizers
+from lightning_quant.simulation.callsites.aimet_views import converted_in_place, shapes_from_traces, weights_attached
+from lightning_quant.simulation.callsites.attributes import BUFFERS
+from lightning_quant.simulation.callsites.watching import written_buffers
 from lightning_quant.simulation.exportable import not_in_onnx
 from lightning_quant.simulation.inplace import copied, state_kept, undone_on_error
 from lightning_quant.simulation.inputs import NetworkInputs
@@ -81,7 +83,7 @@ def quantize(
             preflight.refuse(narrow)
     findings += narrow
     quantized.remember_bitwidths()
-    network.__dict__[running.BUFFERS] = running.written_buffers(network)
+    network.__dict__[BUFFERS] = written_buffers(network)
     _accelerate(network)
     if findings:
         log.warning("Preflight of %s:\n%s", type(network).__name__, preflight.table(findings))
@@ -98,7 +100,7 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
     try:
         # A class AIMET does not know is the user's own, whose operations are call sites.
         aimet.QuantizationMixin.ignore_unknown_modules(True)
-        with state_kept(network), layers_kept(), shapes_of_traces(), weights_lent(network):
+        with state_kept(network), converted_in_place(), shapes_from_traces(), weights_attached(network):
             sim = aimet.QuantizationSimModel(
                 FlatNetwork(network, inputs).eval(),
                 tuple(inputs.tensors),

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.callsites import running
-from lightning_quant.simulation.callsites.sites import is_at_call_site
+from lightning_quant.simulation.callsites.attributes import BUFFERS, HIDDEN_SITES, SEEN, SITES, is_at_call_site
+from lightning_quant.simulation.callsites.sites import sites_of
+from lightning_quant.simulation.callsites.watching import COMPILED, begin
 from lightning_quant.simulation.fast import in_graphs
 from lightning_quant.simulation.inputs import tensors_in, with_tensors
 
@@ -40,10 +41,10 @@ _OURS = (
     "_parameters",
     "_buffers",
     "_modules",
-    running.SITES,
-    running.SEEN,
-    running.SET_ASIDE,
-    running.BUFFERS,
+    SITES,
+    SEEN,
+    HIDDEN_SITES,
+    BUFFERS,
     "_held_weight",
     "_is_ready",
 )
@@ -136,11 +137,11 @@ class Compiled:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Let calls of the network run compiled for the length of a block."""
-        running.COMPILED[self.network] = self
+        COMPILED[self.network] = self
         try:
             yield
         finally:
-            del running.COMPILED[self.network]
+            del COMPILED[self.network]
 
     def takes(self) -> bool:
         """Whether the network's next call is one for :meth:`__call__`; its hooks run around it."""
@@ -159,7 +160,7 @@ class Compiled:
                 return self._run(args, kwargs)
             except CannotCompileError as error:
                 self._give_up(error)
-        return running.begin(self.network, _forward_of(self.network), args, kwargs)
+        return begin(self.network, _forward_of(self.network), args, kwargs)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         for name, hooks in self._hooks:
@@ -205,7 +206,7 @@ class Compiled:
         def run(tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
             before, drawn = _remembered(self._modules), _random_states()
             with in_graphs.made(calibrated) as strangers, _exchanged(network, own, tensors):
-                output = running.begin(network, forward, args, kwargs)
+                output = begin(network, forward, args, kwargs)
             self._check_traces(before, drawn)
             if strangers and type(tensors[0]) not in (Tensor, nn.Parameter):  # backend="eager" runs this with real ones
                 raise CannotCompileError(Why.STRANGER, f"{tuple(strangers[0].shape)}")
@@ -356,7 +357,7 @@ def _forward_of(network: nn.Module) -> Callable[..., Any]:
 
 def _is_quantized_in_hooks(network: nn.Module) -> bool:
     """Whether a call site of the network stands in no ``forward``."""
-    outermost = [found[-2] for found, _ in running.sites_of(network) if len(found) > 1]
+    outermost = [found[-2] for found, _ in sites_of(network) if len(found) > 1]
     return any(name.rpartition(".")[2] != "forward" for name, *_ in outermost)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.simulation.callsites.running import FOLDED, OF_A_LIST, SEEN, SITES
+from lightning_quant.simulation.callsites.attributes import FOLDED, LIST_SITES, SEEN, SITES
 
 
 def copied(network: nn.Module) -> nn.Module:
@@ -98,7 +98,7 @@ def _plain_state(module: nn.Module) -> dict[str, Any]:
     return {name: v for name, v in vars(module).items() if name not in _NOT_THE_USERS and not isinstance(v, nn.Module)}
 
 
-_NOT_THE_USERS = {*vars(nn.Module()), SITES, SEEN, FOLDED, OF_A_LIST}
+_NOT_THE_USERS = {*vars(nn.Module()), SITES, SEEN, FOLDED, LIST_SITES}
 
 
 @contextmanager

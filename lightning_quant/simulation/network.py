@@ -16,8 +16,8 @@ from lightning_quant.errors import CheckpointError
 from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.callsites.inlining import functions_inlined
-from lightning_quant.simulation.callsites.running import watched_class
+from lightning_quant.simulation.callsites.traces import functions_inlined
+from lightning_quant.simulation.callsites.watching import watched_class
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
 from lightning_quant.simulation.manifest import Manifest
 from lightning_quant.simulation.preflight import Finding

@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.errors import PreflightError
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.callsites.lending import shapes_of_traces
-from lightning_quant.simulation.callsites.recording import instrument
-from lightning_quant.simulation.callsites.running import FOLDED
+from lightning_quant.simulation.callsites.aimet_views import shapes_from_traces
+from lightning_quant.simulation.callsites.attributes import FOLDED
+from lightning_quant.simulation.callsites.instrument import instrument
 from lightning_quant.simulation.inplace import copied, part_shared_activations, state_kept, undone_on_error
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import FlatNetwork
@@ -141,7 +141,7 @@ def _fold_batch_norms(
             module.affine = True
     expected = [_drawing_the_same(call, twin) for call in calls]
     try:
-        with shapes_of_traces():
+        with shapes_from_traces():
             pairs = aimet.fold_all_batch_norms(
                 FlatNetwork(twin, inputs).eval(), None, dummy_input=tuple(inputs.tensors)
             )
@@ -179,7 +179,7 @@ def _owners(twin: nn.Module) -> dict[nn.Module, nn.Module]:
     lenders = {module._parameters["weight"]: module for module in twin.modules() if "weight" in module._parameters}
     found = {}
     for layer in list(twin.modules()):
-        if "_lent" not in vars(layer):
+        if "_takes_weights" not in vars(layer):
             continue
         owner = lenders.get(vars(layer).get("_weight_of"))
         if owner is not None and not isinstance(layer, _BatchNorm):

@@ -20,7 +20,7 @@ from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate
-from lightning_quant.simulation.callsites.sites import RULES
+from lightning_quant.simulation.callsites.rules.table import RULES
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.prepare import relative_difference
 from tests.helpers.networks import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.simulation.callsites.running import is_range
+from lightning_quant.simulation.callsites.attributes import is_range
 from lightning_quant.simulation.compiled import Compiled, Why
 from tests.simulation.callsites.patterns import PATTERNS
 from tests.simulation.callsites.test_patterns import made, quantized, run

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_quant.ladder.rungs.layer_outputs import unrounded
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.callsites.running import FOLDED
+from lightning_quant.simulation.callsites.attributes import FOLDED
 from lightning_quant.simulation.normalize import use_torch_classes
 from tests.helpers.networks import Body, calibrated, call, images, quantized, seeded
 

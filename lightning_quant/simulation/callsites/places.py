@@ -6,14 +6,11 @@ import itertools
 import sys
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
-
-if TYPE_CHECKING:
-    from lightning_quant.simulation.callsites.sites import ApartSite, Site
 
 _T = TypeVar("_T")
 
@@ -33,10 +30,10 @@ _HANDING_ON: Any = (
     torch.autograd.function,
 )
 _HERE = Path(__file__).parent
-_RUNNING = str(_HERE / "running.py")
-_HANDS_ON = frozenset(
-    [str(_HERE / name) for name in ("recording.py", "sites.py", "inlining.py")] + [m.__file__ for m in _HANDING_ON]
-)
+# All files here hand operations on but decompositions, which call their own.
+_OURS, _DECOMPOSITIONS = str(_HERE), str(_HERE / "decompositions")
+_INTERCEPTING = frozenset(str(_HERE / name) for name in ("interception.py", "watching.py", "checkpointing.py"))
+_HANDS_ON = frozenset(m.__file__ for m in _HANDING_ON)
 _BEGINS = frozenset((sys.modules[nn.Module.__module__].__file__, torch.utils.checkpoint.__file__))
 
 
@@ -51,16 +48,16 @@ _KEPT: dict[int, Any] = {}
 _SAME: dict[Any, Any] = {}
 
 
-def spot(within: Place | tuple[()], name: str) -> Spot:
-    """Where the operation stands that ``running.py`` handles now: for the same spot the same object.
+def spot(parent: Place | tuple[()], name: str) -> Spot:
+    """Return where the operation stands that is intercepted now: for the same spot the same object.
 
     Args:
-        within: the place of the operation that is being taken apart.
+        parent: the place of the operation whose decomposition runs.
         name: the function's base name. It is part of the spot: one call can be of several functions, as in
             ``for act in (relu, sigmoid): act(x)``.
     """
     frame: FrameType | None = sys._getframe(2)
-    key: tuple[Any, ...] = (name, id(within))
+    key: tuple[Any, ...] = (name, id(parent))
     while frame is not None:
         code = frame.f_code
         kind = _KINDS.get(id(code)) or _kind(code)
@@ -72,16 +69,16 @@ def spot(within: Place | tuple[()], name: str) -> Spot:
             break
         frame = frame.f_back
     found = _SPOTS.get(key)
-    return _new(key, within) if found is None else found
+    return _new(key, parent) if found is None else found
 
 
 def _kind(code: CodeType) -> int:
     file = code.co_filename
-    if file == _RUNNING:
+    if file in _INTERCEPTING:
         kind = _BOTH
     elif file in _BEGINS:
         kind = _BEGIN
-    elif file in _HANDS_ON:
+    elif file in _HANDS_ON or (file.startswith(_OURS) and not file.startswith(_DECOMPOSITIONS)):
         kind = _HANDS
     else:
         kind = _LAST if code.co_name == "forward" and code.co_varnames[:1] == ("self",) else _PART
@@ -90,17 +87,17 @@ def _kind(code: CodeType) -> int:
     return kind
 
 
-def _new(key: tuple[Any, ...], within: Place | tuple[()]) -> Spot:
+def _new(key: tuple[Any, ...], parent: Place | tuple[()]) -> Spot:
     name, _, *frames = key
     stable = (_stable(_KEPT[code], at) for code, at in zip(frames[::2], frames[1::2], strict=True))
-    found = same((*within, *stable, name))
-    _KEPT[id(within)] = within
+    found = same((*parent, *stable, name))
+    _KEPT[id(parent)] = parent
     _SPOTS[key] = found
     return found
 
 
 def same(value: _T) -> _T:
-    """The first spot or place that was equal to this one; it is never freed, so that its number is its own."""
+    """Return the first spot or place that was equal to this one; it is never freed, so that its number is its own."""
     found: _T = _SAME.setdefault(value, value)
     return found
 
@@ -116,22 +113,29 @@ def _position(code: CodeType, at: int) -> tuple[int | None, ...]:
     return position if None not in position else (at,)
 
 
-class Sites(dict[Place, "Site | ApartSite"]):
+class Answer(Protocol):
+    """What stands at a place: it computes the operation that is called there."""
+
+    def answer(self, running: Any, func: Any, args: Any, kwargs: Any) -> Any:
+        """Compute what was called, or return ``NotImplemented`` to let the function do it."""
+
+
+class Sites(dict[Place, Answer]):
     """The call sites of a module, by place."""
 
     __slots__ = ("by_name",)
 
-    by_name: dict[str, dict[tuple[int, int], Site | ApartSite]]
+    by_name: dict[str, dict[tuple[int, int], Answer]]
 
-    def index(self) -> dict[str, dict[tuple[int, int], Site | ApartSite]]:
-        """The sites by the function's name first, which few operations have in common with any; then by number."""
-        made: dict[str, dict[tuple[int, int], Site | ApartSite]] = {}
+    def index(self) -> dict[str, dict[tuple[int, int], Answer]]:
+        """Return the sites by the function's name, which rules out most operations; then by ids of spots and counts."""
+        made: dict[str, dict[tuple[int, int], Answer]] = {}
         for (found, count), site in self.items():
             made.setdefault(found[-1], {})[id(same(found)), count] = site
         self.by_name = made
         return made
 
-    def __setitem__(self, at: Place, site: Site | ApartSite) -> None:
+    def __setitem__(self, at: Place, site: Answer) -> None:
         self._forget()
         super().__setitem__(at, site)
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.simulation.callsites.running import OWNER
-from lightning_quant.simulation.callsites.sites import is_at_call_site
+from lightning_quant.simulation.callsites.attributes import OWNER, is_at_call_site
 
 
 def complete(sim: Any) -> None:
@@ -23,7 +22,7 @@ def complete(sim: Any) -> None:
         if module.__dict__["_moves"]:  # values that were rounded stay rounded
             for index in range(len(module.output_quantizers)):
                 module.output_quantizers[index] = None
-        if "_made_up" in vars(module):  # weights of one: their range is known
+        if "_has_default_weights" in vars(module):  # weights of one: their range is known
             for parameter in module.param_quantizers.parameters():
                 parameter.requires_grad_(False)
     _share_weights(sim)
@@ -131,19 +130,22 @@ def _quantize_constants(sim: Any) -> None:
 def _bound_divisions(sim: Any) -> None:
     """Let divisions and square roots keep clear of a zero that rounding made."""
     from lightning_quant.simulation.aimet import QuantizationMixin, custom
-    from lightning_quant.simulation.callsites.bounded import Quotient, Root  # imports AIMET
+    from lightning_quant.simulation.callsites.safe_division import SafeDivide, SafeSqrt  # imports AIMET
 
-    QuantizationMixin.qcls_to_cls |= {Quotient: custom.Divide, Root: custom.Sqrt}  # where it looks for the way back
+    QuantizationMixin.qcls_to_cls |= {
+        SafeDivide: custom.Divide,
+        SafeSqrt: custom.Sqrt,
+    }  # where it looks for the way back
     for op in sim.connected_graph.ordered_ops:
         module = sim._get_qmodule(op)
         kind: Any = type(module)
         if kind is custom.QuantizedSqrt:
-            module.__class__ = Root
+            module.__class__ = SafeSqrt
         elif kind is custom.QuantizedDivide and len(op.inputs) == 2:
             quantizers: Any = module.input_quantizers
             quantizer = rounding(sim, op.inputs[1].producer)
             if quantizers[1] is None and quantizer is not None:
-                module.__class__ = Quotient
+                module.__class__ = SafeDivide
                 quantizers[1] = quantizer
 
 

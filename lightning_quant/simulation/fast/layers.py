@@ -35,7 +35,8 @@ from lightning_quant.simulation.aimet import (
     _MinMaxRange,
     custom,
 )
-from lightning_quant.simulation.callsites.running import current, paused, running_pass, traced
+from lightning_quant.simulation.callsites.passes import current, paused, running_pass
+from lightning_quant.simulation.callsites.traces import traced
 from lightning_quant.simulation.fast import gpu, in_graphs, kernels
 from lightning_quant.simulation.fast.kernels import Activation
 from lightning_quant.simulation.fast.observers import accelerate_analyzer, slow_down_analyzer

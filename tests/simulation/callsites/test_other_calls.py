@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_quant.ladder.rungs.layer_outputs import unrounded
-from lightning_quant.simulation.callsites.running import noting
+from lightning_quant.simulation.callsites.passes import noting
 from lightning_quant.simulation.inputs import NetworkInputs
 from tests.simulation.callsites.test_patterns import quantized
 

@@ -15,7 +15,7 @@ from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate
-from lightning_quant.simulation.callsites.running import is_range
+from lightning_quant.simulation.callsites.attributes import is_range
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.simulation.callsites.patterns import PATTERNS, Pattern

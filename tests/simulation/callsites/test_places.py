@@ -16,7 +16,7 @@ from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate
-from lightning_quant.simulation.callsites.running import sites_of
+from lightning_quant.simulation.callsites.sites import sites_of
 from lightning_quant.simulation.inplace import undone_on_error
 from tests.helpers.networks import call
 

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_quant.simulation.aimet import custom
 
 
-class Quotient(custom.QuantizedDivide):
+class SafeDivide(custom.QuantizedDivide):
     """A division by at least one step of the grid that its divisor was rounded to, where no divisor is negative.
 
     The second input quantizer is the one that the divisor was rounded by.
@@ -36,7 +36,7 @@ class Quotient(custom.QuantizedDivide):
         return super().forward(x, y)
 
 
-class Root(custom.QuantizedSqrt):
+class SafeSqrt(custom.QuantizedSqrt):
     """A square root without a slope at zero, where the true one is infinite: as ``torch.norm`` has it."""
 
     @override

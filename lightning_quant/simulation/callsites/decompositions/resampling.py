@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_quant.simulation.callsites.running import paused, untraced
+from lightning_quant.simulation.callsites.passes import paused
+from lightning_quant.simulation.callsites.traces import untraced
 
 
 def interpolate(input: Tensor, size: Any = None, scale_factor: Any = None, *args: Any, **kwargs: Any) -> Tensor:
     """``F.interpolate``; with antialiasing it is linear along each axis: (N, C, H, W) between two matrices."""
-    if not takes_interpolate(input, size, scale_factor, *args, **kwargs):
+    if not supports_interpolate(input, size, scale_factor, *args, **kwargs):
         return F.interpolate(input, size, scale_factor, *args, **kwargs)
     rows, columns = (
         _along(input, axis, _of(size, axis), _of(scale_factor, axis), *args, **kwargs).to(input) for axis in (0, 1)
@@ -22,8 +23,8 @@ def interpolate(input: Tensor, size: Any = None, scale_factor: Any = None, *args
     return torch.matmul(rows, torch.matmul(input, columns.T))
 
 
-def takes_interpolate(input: Tensor, *args: Any, **kwargs: Any) -> bool:
-    """Whether it is one of images with antialiasing, which is the seventh argument."""
+def supports_interpolate(input: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Return whether it is one of images with antialiasing, which is the seventh argument."""
     return input.dim() == 4 and bool(kwargs.get("antialias", args[5] if len(args) > 5 else False))
 
 
@@ -47,8 +48,8 @@ def unfold(input: Tensor, kernel_size: Any, dilation: Any = 1, padding: Any = 0,
     return F.conv2d(input, weight, None, stride, padding, dilation, channels).flatten(2)
 
 
-def takes_unfold(input: Tensor, *args: Any, **kwargs: Any) -> bool:
-    """Whether it is that of images, not ``Tensor.unfold(dimension, size, step)``."""
+def supports_unfold(input: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Return whether it is that of images, not ``Tensor.unfold(dimension, size, step)``."""
     return input.dim() == 4 and len(args) != 3 and not kwargs.keys() & {"dimension", "size", "step"}
 
 

@@ -62,8 +62,8 @@ def _picked(tensor: Tensor, value: Tensor, places: Tensor, axis: int) -> Tensor:
     return torch.cat([tensor, value, tensor.narrow(axis, 0, 1)], axis).index_select(axis, places)
 
 
-def takes_set_item(tensor: Tensor, index: Any, value: Any) -> bool:
-    """Whether the places do not depend on values."""
+def supports_set_item(tensor: Tensor, index: Any, value: Any) -> bool:
+    """Return whether the places do not depend on values."""
     return _is_fixed(index, tensor) and _is_written(value, tensor)
 
 
@@ -72,8 +72,8 @@ def index_put(tensor: Tensor, indices: Any, values: Tensor, accumulate: bool = F
     return set_item(tensor, tuple(indices), values)
 
 
-def takes_index_put(tensor: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> bool:
-    """Whether values are written, not added, and the places do not depend on values."""
+def supports_index_put(tensor: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> bool:
+    """Return whether values are written, not added, and the places do not depend on values."""
     return not accumulate and _is_fixed(tuple(indices), tensor) and _is_written(values, tensor)
 
 
@@ -87,8 +87,8 @@ def index_fill(tensor: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
     return index_copy(tensor, dim, index, value)
 
 
-def takes_index(tensor: Tensor, dim: int, index: Tensor, source: Any) -> bool:
-    """Whether it writes finite floating-point values."""
+def supports_index(tensor: Tensor, dim: int, index: Tensor, source: Any) -> bool:
+    """Return whether it writes finite floating-point values."""
     return _is_written(source, tensor)
 
 
@@ -105,8 +105,8 @@ def scatter(tensor: Tensor, dim: int, index: Tensor, src: Any = None, *, value: 
     return _shaped(flat, tensor.shape)
 
 
-def takes_scatter(tensor: Tensor, dim: int, index: Tensor, src: Any = None, **kwargs: Any) -> bool:
-    """Whether values are written, not added or multiplied."""
+def supports_scatter(tensor: Tensor, dim: int, index: Tensor, src: Any = None, **kwargs: Any) -> bool:
+    """Return whether values are written, not added or multiplied."""
     source = kwargs.get("value") if src is None else src
     return not kwargs.keys() - {"value"} and source is not None and _is_written(source, tensor)
 
@@ -149,7 +149,7 @@ def _is_whole(part: Any) -> bool:
 
 
 def _is_fixed(index: Any, tensor: Tensor) -> bool:
-    """Whether an index has one part for an axis, numbers all, and lists of them side by side."""
+    """Return whether an index has one part for an axis, numbers all, and lists of them side by side."""
     parts = index if isinstance(index, tuple) else (index,)
     if any(part is None or isinstance(part, bool) or _is_mask(part) for part in parts):
         return False
