@@ -9,26 +9,39 @@ graph. It is looked for while the graph is made, and where it is found, the netw
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from operator import itemgetter
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType
 from typing import Any
 
-import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.callsites.attributes import BUFFERS, HIDDEN_SITES, SEEN, SITES, is_at_call_site
+from lightning_quant.simulation.callsites.attributes import is_at_call_site
 from lightning_quant.simulation.callsites.sites import sites_of
 from lightning_quant.simulation.callsites.watching import COMPILED, begin
 from lightning_quant.simulation.fast import in_graphs
+from lightning_quant.simulation.graph_state import (
+    HOOKS,
+    MISSING,
+    NOT_READ,
+    PLAIN,
+    attributes_of,
+    call_key,
+    constants_of,
+    is_same,
+    mode_key,
+    number_names,
+    random_states,
+    restore,
+    snapshot,
+)
 from lightning_quant.simulation.inputs import tensors_in, with_tensors
 
 log = logging.getLogger(__name__)
@@ -36,21 +49,6 @@ log = logging.getLogger(__name__)
 # Graphs of one network; each takes a minute to compile.
 MOST_GRAPHS = 16
 _OPTIONS = ("backend", "mode", "options")
-# Where a module keeps what is not the user's to set.
-_OURS = (
-    "_parameters",
-    "_buffers",
-    "_modules",
-    SITES,
-    SEEN,
-    HIDDEN_SITES,
-    BUFFERS,
-    "_held_weight",
-    "_is_ready",
-)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_NOT_READ = frozenset((*vars(nn.Module()), *_OURS))
-_PLAIN = (bool, int, float, str, type(None))
 
 
 class Why(Enum):
@@ -91,7 +89,7 @@ def check_options(given: Any) -> dict[str, Any]:
             "whole, and of one size."
         )
     try:
-        torch.compile(_read, **options)
+        torch.compile(constants_of, **options)
     except Exception as error:  # each backend has its own
         raise ConfigurationError(
             f"compile={given!r}: torch.compile does not take it: {type(error).__name__}: "
@@ -128,11 +126,11 @@ class Compiled:
         self._numbers = [
             (itemgetter(*names), vars(module))
             for name, module in self._modules.items()
-            if name not in own and not is_at_call_site(module) and (names := _names_of_numbers(module))
+            if name not in own and not is_at_call_site(module) and (names := number_names(module))
         ]
-        self._hooks = [(name, vars(module)[kind]) for name, module in self._modules.items() if name for kind in _HOOKS]
+        self._hooks = [(name, vars(module)[kind]) for name, module in self._modules.items() if name for kind in HOOKS]
         # outside of a graph nobody looks at what hooks of the network itself compute
-        self._outside = [vars(network)[kind] for kind in _HOOKS] if _is_quantized_in_hooks(network) else []
+        self._outside = [vars(network)[kind] for kind in HOOKS] if _is_quantized_in_hooks(network) else []
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -168,17 +166,22 @@ class Compiled:
                 raise CannotCompileError(Why.HOOK, name)
         tensors = [*self.network.parameters(), *self.network.buffers()]
         state = (
-            _kind((args, kwargs)),
-            _kind_of_pass(),
+            call_key((args, kwargs)),
+            mode_key(),
             tuple([tensor.requires_grad for tensor in tensors]),
             tuple([values["training"] for values in self._modes]),
             tuple(
-                [_read(value) for values in self._attributes for key, value in values.items() if key not in _NOT_READ]
+                [
+                    constants_of(value)
+                    for values in self._attributes
+                    for key, value in values.items()
+                    if key not in NOT_READ
+                ]
             ),
             tuple([get(values) for get, values in self._numbers]),
         )
         graph = self._graphs.get(state)
-        before = _remembered(self._modules) if graph is None else None
+        before = snapshot(self._modules) if graph is None else None
         if graph is None:
             if len(self._graphs) == MOST_GRAPHS:
                 raise CannotCompileError(Why.GRAPHS, str(MOST_GRAPHS))
@@ -189,7 +192,7 @@ class Compiled:
             raise
         except Exception as error:
             if before is not None:
-                _put_back(self._modules, before)
+                restore(self._modules, before)
             elif not isinstance(error, _OF_THE_COMPILER):
                 raise
             if (found := _cause(error)) is not None:
@@ -204,14 +207,14 @@ class Compiled:
         calibrated = _calibrated(network)
 
         def run(tensors: list[Tensor], args: Any, kwargs: Any) -> Any:
-            before, drawn = _remembered(self._modules), _random_states()
+            before, drawn = snapshot(self._modules), random_states()
             with in_graphs.made(calibrated) as strangers, _exchanged(network, own, tensors):
                 output = begin(network, forward, args, kwargs)
             self._check_traces(before, drawn)
             if strangers and type(tensors[0]) not in (Tensor, nn.Parameter):  # backend="eager" runs this with real ones
                 raise CannotCompileError(Why.STRANGER, f"{tuple(strangers[0].shape)}")
             answer[:] = [apply_to_collection(output, Tensor, lambda _: _TENSOR)]
-            if (other := next((one for one in _leaves(output) if type(one) not in _PLAIN), None)) is not None:
+            if (other := next((one for one in _leaves(output) if type(one) not in PLAIN), None)) is not None:
                 raise CannotCompileError(Why.OUTPUT, type(other).__name__)
             return tensors_in(output)
 
@@ -233,15 +236,15 @@ class Compiled:
 
     def _check_traces(self, before: Any, drawn: Any) -> None:
         """Raise if the Python that has run left more behind than operations, or read what no graph reads."""
-        _put_back({name: self._modules[name] for name in self._modules.keys() - self._own.keys()}, before)
+        restore({name: self._modules[name] for name in self._modules.keys() - self._own.keys()}, before)
         for name, module in self._own.items():
-            now = _values(module)
+            now = attributes_of(module)
             for key in before[name].keys() | now.keys():
-                if not _same(before[name].get(key, _MISSING), now.get(key, _MISSING)):
+                if not is_same(before[name].get(key, MISSING), now.get(key, MISSING)):
                     raise CannotCompileError(Why.ATTRIBUTE, f"{name}.{key}".lstrip("."))
                 if isinstance(now[key], Tensor):
                     raise CannotCompileError(Why.TENSOR, f"{name}.{key}".lstrip("."))
-        for whose, old, new in zip(("Python", "NumPy"), drawn, _random_states(), strict=True):
+        for whose, old, new in zip(("Python", "NumPy"), drawn, random_states(), strict=True):
             if old != new:
                 raise CannotCompileError(Why.RANDOM, whose)
 
@@ -277,7 +280,6 @@ def _exchanged(network: nn.Module, own: list[Tensor], given: list[Tensor]) -> It
 
 
 _LIBRARIES = ("torch.", "aimet_torch.", "lightning_quant.simulation.")
-_MISSING = object()
 # PyTorch 2.11 has it in its private place only.
 _nonstrict_trace: Any = getattr(torch.compiler, "nonstrict_trace", None) or torch._dynamo.nonstrict_trace
 
@@ -304,52 +306,6 @@ def _leaves(answer: Any) -> Iterator[Any]:
         yield from _leaves(one)
 
 
-def _kind(value: Any) -> Any:
-    """What a graph takes for given of the arguments of a call: all but the numbers in tensors."""
-    if isinstance(value, Tensor):
-        strides = value.stride() if value.layout is torch.strided else ()
-        return type(value), value.shape, strides, value.dtype, value.device, value.requires_grad
-    if isinstance(value, (list, tuple)):
-        return (type(value), *map(_kind, value))
-    if isinstance(value, Mapping):
-        return (type(value), *((key, _kind(one)) for key, one in value.items()))
-    return (type(value), value) if type(value) in _PLAIN else type(value)
-
-
-def _kind_of_pass() -> Any:
-    """What a graph takes for given of what surrounds a call."""
-    kinds = ("cpu", "cuda")
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds),
-    )
-
-
-def _read(value: Any, inside: bool = False) -> Any:
-    """What a forward pass can read of an attribute and take for given: numbers, and what consists of them."""
-    kind = type(value)
-    if kind in _PLAIN:
-        return value
-    if kind is list or kind is tuple:
-        return tuple([_read(one, inside) for one in value])
-    if kind is dict:
-        return tuple([(key, _read(one, inside)) for key, one in value.items() if type(key) in _PLAIN])
-    if inside or not hasattr(value, "__dict__") or isinstance(value, _NOT_LOOKED_INTO):
-        return None
-    if kind.__module__.partition(".")[0] in _NOT_OF_USERS:
-        return None
-    return _read(vars(value), inside=True)  # an object of the user's own, such as a configuration
-
-
-_NOT_LOOKED_INTO = (nn.Module, type, ModuleType, FunctionType, MethodType)
-_NOT_OF_USERS = ("torch", "aimet_torch", "lightning_quant", "functools")
-
-
-def _names_of_numbers(module: nn.Module) -> list[str]:
-    return [name for name, value in vars(module).items() if type(value) in _PLAIN and name not in _OURS]
-
-
 def _forward_of(network: nn.Module) -> Callable[..., Any]:
     watched: Any = type(network)
     return watched.watched.forward
@@ -364,46 +320,6 @@ def _is_quantized_in_hooks(network: nn.Module) -> bool:
 def _calibrated(network: nn.Module) -> list[nn.Module]:
     """The quantizers whose ranges are known."""
     return [one for one in network.modules() if isinstance(one, aimet.QuantizerBase) and one.is_initialized()]
-
-
-def _values(module: nn.Module) -> dict[str, Any]:
-    """What a module keeps, one level of containers copied."""
-    kept = {}
-    for key, value in vars(module).items():
-        if key not in _OURS and key not in _HOOKS:
-            kept[key] = value.copy() if type(value) in (list, dict, set) else value
-    return kept
-
-
-def _remembered(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
-    return {name: _values(module) for name, module in modules.items()}
-
-
-def _put_back(modules: Mapping[str, nn.Module], before: Mapping[str, dict[str, Any]]) -> None:
-    for name, module in modules.items():
-        now = _values(module)
-        for key in now.keys() - before[name].keys():
-            del vars(module)[key]
-        for key, value in before[name].items():
-            if not _same(value, now.get(key, _MISSING)):
-                vars(module)[key] = value
-
-
-def _same(one: Any, other: Any) -> bool:
-    if type(one) is not type(other):
-        return False
-    if type(one) is dict:
-        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
-    if type(one) is list:
-        return len(one) == len(other) and all(map(_same, one, other))
-    if type(one) is set:
-        return bool(one == other)
-    return one is other or (type(one) in _PLAIN and one == other)
-
-
-def _random_states() -> tuple[Any, Any]:
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return random.getstate(), (kind, keys.tobytes(), *rest)  # type: ignore[union-attr]
 
 
 def _cause(error: BaseException | None) -> CannotCompileError | None:
