@@ -182,7 +182,7 @@ def scales(hardware: str) -> list[str]:
     convolution, _, _, linear = layers.children()
     sizes = [layer.param_quantizers["weight"].shape for layer in (convolution, linear)]
     rounded = convolution.output_quantizers[0] is not None
-    return ["one" if math.prod(size) == 1 else "one a channel" for size in sizes] + [
+    return ["one" if math.prod(size) == 1 else "per channel" for size in sizes] + [
         "rounded in between" if rounded else "together"
     ]
 
