@@ -21,6 +21,8 @@ from tests.helpers.processes import environment, run_two_ranks
 from tests.helpers.small import SmallModule, assert_same_tensors, encodings, small_data, small_loader, small_net
 from tests.helpers.trainers import quiet_trainer
 
+pytestmark = pytest.mark.slow
+
 # A user's script, started once: Lightning launches the second process.
 SCRIPT = """
 import os, sys

@@ -14,6 +14,8 @@ import lightning_quant as lq
 from tests.helpers.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
 from tests.helpers.trainers import quiet_trainer
 
+pytestmark = pytest.mark.slow
+
 RUNGS = (
     "ptq",
     "tf_enhanced",

@@ -352,6 +352,7 @@ def test_what_a_run_resumes_from_stays_as_it_is(trainer: MakeTrainer, trained: S
         assert Path(first.best_model_path).read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_a_kill_in_a_rung_leaves_a_checkpoint_to_go_on_from(
     trainer: MakeTrainer, trained: SmallNet, tmp_path: Path
 ) -> None:

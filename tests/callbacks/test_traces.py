@@ -389,6 +389,7 @@ torch.save({"rungs": {rung.rung: rung.metric for rung in quantization.result.run
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     first, second = run_two_ranks(tmp_path, SCRIPT, str(tmp_path))
     assert first == second

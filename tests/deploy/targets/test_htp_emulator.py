@@ -37,7 +37,7 @@ from tests.helpers.trainers import quiet_trainer
 MakeTrainer = Callable[..., Trainer]
 
 _REASON = HtpEmulatorTarget("SM8650").unavailable()
-pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
 
 CHIPS = ("SM8550", "SM8650", "SM8750")
 # PSNR in dB of emulator against simulation. The emulator scales sums back to integers less exactly than the simulation,

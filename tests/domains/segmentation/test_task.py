@@ -128,6 +128,7 @@ def one_sees_less() -> TensorDataset:
     return data
 
 
+@pytest.mark.slow
 def test_miou_sums_the_processes_of_ddp(tmp_path: Path) -> None:
     data = one_sees_less()
     task = SegmentationTask(seeing(), num_classes=4)
