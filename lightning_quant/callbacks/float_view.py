@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_quant.simulation import aimet
 from lightning_quant.simulation.callsites.sites import is_at_call_site
 
 _CONTAINERS = ("input_quantizers", "output_quantizers", "param_quantizers")
@@ -49,24 +50,21 @@ def without_quantizers(network: nn.Module) -> Iterator[dict[nn.Module, list[nn.M
 @contextmanager
 def computing_float(network: nn.Module) -> Iterator[None]:
     """Let a network compute without its quantizers for the length of a block."""
-    from aimet_torch.nn.base import BaseQuantizationMixin
-
     with ExitStack() as off:
         for module in network.modules():
-            if isinstance(module, BaseQuantizationMixin):
+            if isinstance(module, aimet.BaseQuantizationMixin):
                 off.enter_context(module._remove_all_quantizers())
         yield
 
 
 def _quantizers_of(module: nn.Module) -> frozenset[str]:
     """Names of the children of a module that only quantization gave it."""
-    from aimet_torch.nn.base import BaseQuantizationMixin
-    from aimet_torch.quantization.base import QuantizerBase
-
-    names = _CONTAINERS if isinstance(module, BaseQuantizationMixin) else ()
+    names = _CONTAINERS if isinstance(module, aimet.BaseQuantizationMixin) else ()
     children = module._modules.items()
     return frozenset(
-        name for name, child in children if child is not None and (name in names or isinstance(child, QuantizerBase))
+        name
+        for name, child in children
+        if child is not None and (name in names or isinstance(child, aimet.QuantizerBase))
     )
 
 

@@ -83,23 +83,19 @@ def quantize(
     return quantized
 
 
-def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> Any:
+def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> aimet.Simulation:
     """AIMET's QuantizationSimModel around the flat form of ``network``, whose modules it changes in place."""
-    from aimet_torch import QuantizationSimModel
-    from aimet_torch.common.defs import QuantScheme
-    from aimet_torch.nn import QuantizationMixin
-
     schemes = {
-        "min_max": QuantScheme.min_max,
-        "tf_enhanced": QuantScheme.post_training_tf_enhanced,
-        "percentile": QuantScheme.post_training_percentile,
+        "min_max": aimet.QuantScheme.min_max,
+        "tf_enhanced": aimet.QuantScheme.post_training_tf_enhanced,
+        "percentile": aimet.QuantScheme.post_training_percentile,
     }
-    ignored_before = QuantizationMixin._ignore_unknown_modules
+    ignored_before = aimet.QuantizationMixin._ignore_unknown_modules
     try:
         # A class AIMET does not know is the user's own, whose operations are call sites.
-        QuantizationMixin.ignore_unknown_modules(True)
+        aimet.QuantizationMixin.ignore_unknown_modules(True)
         with state_kept(network), layers_kept(), shapes_of_traces(), weights_lent(network):
-            sim = QuantizationSimModel(
+            sim = aimet.QuantizationSimModel(
                 FlatNetwork(network, inputs).eval(),
                 tuple(inputs.tensors),
                 quant_scheme=schemes[recipe.range_estimator],
@@ -115,7 +111,7 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
             "quantize a part of it (network='model.backbone') or move what cannot be traced out of it."
         ) from error
     finally:
-        QuantizationMixin.ignore_unknown_modules(ignored_before)
+        aimet.QuantizationMixin.ignore_unknown_modules(ignored_before)
     if recipe.range_estimator == "percentile":
         sim.set_percentile_value(recipe.percentile)
     _tie_resizes(sim)
@@ -131,24 +127,23 @@ def _accelerate(network: nn.Module) -> None:
         log.info("%d quantizers, e.g. %s, run on AIMET's own kernels: block sizes or other kinds.", len(left), left[0])
 
 
-def _tie_resizes(sim: Any) -> None:
+def _tie_resizes(sim: aimet.Simulation) -> None:
     """Give both sides of every ``interpolate`` one range, as the NPU resizes integers without another scale.
 
     With different scales its compiler falls back to float around the resize: a dequantize, the resize and a quantize
     in float32. AIMET ties ``nn.Upsample`` itself, but not the functional form that tracing turns into a module; its
     ``propagate_output_encodings`` would also tie the network whose shape gives the size.
     """
-    from aimet_torch._base.nn.modules.custom import Interpolate
-
-    if sim._hw_version is None or not sim.connected_graph.is_safe():  # as AIMET does for its own
+    graph = sim.connected_graph
+    if sim._hw_version is None or graph is None or not graph.is_safe():  # as AIMET does for its own
         return
     resize: Any
-    resizes: Any = (Interpolate, nn.Upsample)
-    for op in reversed(sim.connected_graph.ordered_ops):  # a resize of a resize gets its range from behind
+    resizes: Any = (aimet.custom.Interpolate, nn.Upsample)
+    for op in reversed(graph.ordered_ops):  # a resize of a resize gets its range from behind
         resize = sim._get_qmodule(op)
-        if isinstance(resize, Interpolate) and resize.output_quantizers[0] is not None:
+        if isinstance(resize, aimet.custom.Interpolate) and resize.output_quantizers[0] is not None:
             _quantize_like(sim, op, resize.output_quantizers[0])
-    for op in sim.connected_graph.ordered_ops:  # a tensor that goes into two of them has the range of one
+    for op in graph.ordered_ops:  # a tensor that goes into two of them has the range of one
         resize = sim._get_qmodule(op)
         if isinstance(resize, resizes) and resize.output_quantizers[0] is not None:
             before = quantizers.rounding(sim, op.inputs[0].producer)
@@ -156,7 +151,7 @@ def _tie_resizes(sim: Any) -> None:
                 resize.input_quantizers[0] = resize.output_quantizers[0]
 
 
-def _quantize_like(sim: Any, op: Any, quantizer: nn.Module) -> None:
+def _quantize_like(sim: aimet.Simulation, op: aimet.Operation, quantizer: aimet.Quantizer) -> None:
     """Let ``quantizer`` round the tensor that comes into ``op``."""
     source = next((product for product in op.inputs if product.shape), None)  # the others are numbers: its new size
     if source is None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
-from torch import nn
 
 from lightning_quant.errors import CalibrationError
 from lightning_quant.simulation import aimet
@@ -142,14 +140,14 @@ def calibrate_weights(network: QuantizedNetwork, names: Iterable[str] | None = N
                     quantizer(getattr(layer, name))
 
 
-def weight_quantizers(network: QuantizedNetwork) -> list[Any]:
+def weight_quantizers(network: QuantizedNetwork) -> list[aimet.Quantizer]:
     """The quantizers of all parameters that are quantized."""
     layers = quantized_layers(network).values()
     return [quantizer for layer in layers for quantizer in layer.param_quantizers.values() if quantizer is not None]
 
 
 @contextmanager
-def _kept(quantizers: list[Any]) -> Iterator[None]:
+def _kept(quantizers: list[aimet.Quantizer]) -> Iterator[None]:
     """Let AIMET compute no new range for these quantizers."""
     for quantizer in quantizers:
         quantizer.allow_overwrite(False)
@@ -160,11 +158,11 @@ def _kept(quantizers: list[Any]) -> Iterator[None]:
             quantizer.allow_overwrite(True)
 
 
-def _quantizers(network: QuantizedNetwork) -> list[tuple[str, Any]]:
-    from aimet_torch.quantization.base import QuantizerBase
+def _quantizers(network: QuantizedNetwork) -> list[tuple[str, aimet.Quantizer]]:
+    return [
+        (name, module) for name, module in network.network.named_modules() if isinstance(module, aimet.QuantizerBase)
+    ]
 
-    return [(name, module) for name, module in network.network.named_modules() if isinstance(module, QuantizerBase)]
 
-
-def _finite(quantizer: nn.Module) -> bool:
+def _finite(quantizer: aimet.Quantizer) -> bool:
     return all(bool(torch.isfinite(end).all()) for end in quantizer.parameters())

@@ -22,6 +22,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.utilities.parsing import check, read_arrays
 
@@ -78,8 +79,6 @@ class Statistics:
 
     def give(self, network: QuantizedNetwork) -> None:
         """Make the observers of a network hold this, and nothing else."""
-        from aimet_torch.quantization.encoding_analyzer import _Histogram, _MinMaxRange
-
         for name, observer in _observers(network).items():
             observer.reset_stats()
             if name not in self.seen:
@@ -89,9 +88,9 @@ class Statistics:
                 dict(zip(tensors, row, strict=True)) for row in zip(*tensors.values(), strict=True)
             )
             if isinstance(observer.stats, list):
-                observer.stats = [_Histogram(**row) for row in rows]
+                observer.stats = [aimet._Histogram(**row) for row in rows]
             else:
-                (observer.stats,) = (_MinMaxRange(**row) for row in rows)
+                (observer.stats,) = (aimet._MinMaxRange(**row) for row in rows)
 
 
 class StatisticsCache:

@@ -24,6 +24,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.simulation import aimet
 from lightning_quant.simulation.callsites import running
 from lightning_quant.simulation.callsites.sites import is_at_call_site
 from lightning_quant.simulation.fast import in_graphs
@@ -361,9 +362,7 @@ def _is_quantized_in_hooks(network: nn.Module) -> bool:
 
 def _calibrated(network: nn.Module) -> list[nn.Module]:
     """The quantizers whose ranges are known."""
-    from aimet_torch.quantization.base import QuantizerBase
-
-    return [one for one in network.modules() if isinstance(one, QuantizerBase) and one.is_initialized()]
+    return [one for one in network.modules() if isinstance(one, aimet.QuantizerBase) and one.is_initialized()]
 
 
 def _values(module: nn.Module) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch.onnx.utils
 from torch import nn
 
 import lightning_quant
+from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import FlatNetwork
 from lightning_quant.simulation.preflight import Finding, FindingKind
@@ -55,9 +56,8 @@ def _know_all_operations() -> None:
 
 def _place(source: str) -> str:
     """The innermost line of the user's code, of ``file(line): function`` in a row each."""
-    import aimet_torch
-
-    others = tuple(str(Path(file).parent) for file in (torch.__file__, aimet_torch.__file__, lightning_quant.__file__))
+    libraries = (torch, aimet.load(), lightning_quant)
+    others = tuple(str(Path(library.__file__).parent) for library in libraries if library.__file__)
     for line in source.splitlines():
         file, _, rest = line.partition("(")
         if file.endswith(".py") and not file.startswith(others) and Path(file).name != "typing_extensions.py":

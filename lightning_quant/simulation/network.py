@@ -8,7 +8,7 @@ import importlib.metadata
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -17,15 +17,13 @@ from torch import Tensor, nn
 from lightning_quant.errors import CheckpointError
 from lightning_quant.precision import PRECISIONS, Precision
 from lightning_quant.recipe import QuantRecipe
+from lightning_quant.simulation import aimet
 from lightning_quant.simulation.calibration_cache import StatisticsCache
 from lightning_quant.simulation.callsites.inlining import functions_inlined
 from lightning_quant.simulation.callsites.running import watched_class
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
 from lightning_quant.simulation.preflight import Finding
 from lightning_quant.utilities.parsing import check, fitting, shown
-
-if TYPE_CHECKING:
-    from aimet_torch import QuantizationSimModel
 
 FORMAT_VERSION = 1
 MANIFEST_KEY = "lightning_quant"
@@ -94,7 +92,7 @@ class QuantizedNetwork:
     def __init__(
         self,
         network: nn.Module,
-        sim: QuantizationSimModel,
+        sim: aimet.Simulation,
         recipe: QuantRecipe,
         inputs: NetworkInputs,
         output: Any,
@@ -189,11 +187,9 @@ class QuantizedNetwork:
         """The learnable ends (min, max) of all quantization ranges."""
         return [parameter for quantizer in self.quantizers() for parameter in quantizer.parameters()]
 
-    def quantizers(self) -> Iterator[Any]:
+    def quantizers(self) -> Iterator[aimet.Quantizer]:
         """AIMET's quantizers of weights and activations; the objects stay the same, whatever bits they get."""
-        from aimet_torch.quantization.base import QuantizerBase
-
-        return (module for module in self.network.modules() if isinstance(module, QuantizerBase))
+        return (module for module in self.network.modules() if isinstance(module, aimet.QuantizerBase))
 
     def weights_held(self) -> AbstractContextManager[None]:
         """Quantize every weight once for the length of a block, in which no gradient is computed.
@@ -284,16 +280,10 @@ class QuantizedNetwork:
         """Calibrate with another range estimator from now on, see :class:`QuantRecipe`."""
         if range_estimator == self.range_estimator:
             return
-        from aimet_torch.quantization.encoding_analyzer import (
-            MinMaxEncodingAnalyzer,
-            PercentileEncodingAnalyzer,
-            TfEnhancedEncodingAnalyzer,
-        )
-
         kinds = {
-            "min_max": MinMaxEncodingAnalyzer,
-            "tf_enhanced": TfEnhancedEncodingAnalyzer,
-            "percentile": partial(PercentileEncodingAnalyzer, percentile=self.recipe.percentile),
+            "min_max": aimet.MinMaxEncodingAnalyzer,
+            "tf_enhanced": aimet.TfEnhancedEncodingAnalyzer,
+            "percentile": partial(aimet.PercentileEncodingAnalyzer, percentile=self.recipe.percentile),
         }
         module: Any
         for module in self.network.modules():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs
 
 # How far a batch norm written as a product and a sum may be from PyTorch's own, relative to the largest value.
@@ -33,9 +34,7 @@ def use_torch_classes(network: nn.Module, inputs: NetworkInputs) -> dict[str, st
     Returns:
         The new names of modules that were replaced → their own.
     """
-    from aimet_torch.nn import QuantizationMixin
-
-    known = QuantizationMixin.cls_to_qcls
+    known = aimet.QuantizationMixin.cls_to_qcls
     candidates: dict[str, Callable[[Any], nn.Module]] = {}
     for name, module in network.named_modules():
         base = next((cls for cls in type(module).__mro__ if cls in known), None)

@@ -6,7 +6,7 @@ import fnmatch
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.precision import Precision
@@ -16,12 +16,10 @@ if TYPE_CHECKING:
     from lightning_quant.simulation.network import QuantizedNetwork
 
 
-def quantized_layers(network: QuantizedNetwork) -> dict[str, Any]:
+def quantized_layers(network: QuantizedNetwork) -> dict[str, aimet.QuantizedLayer]:
     """Every layer that AIMET quantizes, by its name in the network."""
-    from aimet_torch.nn.base import BaseQuantizationMixin
-
     modules = network.network.named_modules()
-    return {name: module for name, module in modules if isinstance(module, BaseQuantizationMixin)}
+    return {name: module for name, module in modules if isinstance(module, aimet.BaseQuantizationMixin)}
 
 
 def matching(network: QuantizedNetwork, overrides: Mapping[str, Precision]) -> dict[str, Precision]:
@@ -64,18 +62,16 @@ def set_precisions(network: QuantizedNetwork, precisions: Mapping[str, Precision
     """
     if not precisions:
         return
-    if network.sim.connected_graph is None:
+    if (graph := network.sim.connected_graph) is None:
         raise ConfigurationError(
             "This quantized network is a copy, which lacks AIMET's graph of the network: expected the one "
             "that quantize() or the callback made, to give layers another precision."
         )
-    from aimet_torch.mixed_precision import MixedPrecisionConfigurator
-
     layers = quantized_layers(network)
     modules = network.network.modules()
     observers = {module: module.encoding_analyzer for module in modules if hasattr(module, "encoding_analyzer")}
-    with aimet.quiet(), _one_place_per_input(network, layers):
-        configurator = MixedPrecisionConfigurator(network.sim)
+    with aimet.quiet(), _one_place_per_input(graph, layers):
+        configurator = aimet.MixedPrecisionConfigurator(network.sim)
         for name, precision in precisions.items():
             configurator.set_precision(layers[name], activation=f"int{precision.activation_bits}")
         try:
@@ -93,10 +89,10 @@ def set_precisions(network: QuantizedNetwork, precisions: Mapping[str, Precision
 
 
 @contextmanager
-def _one_place_per_input(network: QuantizedNetwork, layers: Mapping[str, Any]) -> Iterator[None]:
+def _one_place_per_input(graph: aimet.Graph, layers: Mapping[str, aimet.QuantizedLayer]) -> Iterator[None]:
     """Give concatenations a place for a quantizer at each input: AIMET looks there, and they have but one."""
     added = []
-    for operation in network.sim.connected_graph.get_all_ops().values():
+    for operation in graph.get_all_ops().values():
         module = operation.get_module()
         if module in layers.values() and operation.type == "Concat":
             missing = sum(not product.is_parm for product in operation.inputs) - len(module.input_quantizers)

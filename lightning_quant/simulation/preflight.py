@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.errors import PreflightError
+from lightning_quant.simulation.aimet import QuantizedLayer
 from lightning_quant.simulation.callsites.running import FOLDED
 
 
@@ -120,7 +121,7 @@ def inspect(network: nn.Module) -> list[Finding]:
     return findings
 
 
-def single_channels(layers: Mapping[str, Any]) -> list[Finding]:
+def single_channels(layers: Mapping[str, QuantizedLayer]) -> list[Finding]:
     """Convolutions with one output channel and weights below 8 bits, which the NPU's compiler does not take.
 
     Seen with QAIRT 2.51: the one scale of such a weight is taken for that of a whole tensor.

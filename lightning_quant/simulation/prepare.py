@@ -125,8 +125,6 @@ def _fold_batch_norms(
 
     AIMET finds and folds them in a copy, ``twin``, whose layers are given PyTorch's own classes.
     """
-    from aimet_torch.batch_norm_fold import fold_all_batch_norms
-
     inputs = calls[0]
     renamed = use_torch_classes(twin, inputs)
     if not any(isinstance(module, _BatchNorm) for module in twin.modules()):
@@ -144,7 +142,9 @@ def _fold_batch_norms(
     expected = [_drawing_the_same(call, twin) for call in calls]
     try:
         with shapes_of_traces():
-            pairs = fold_all_batch_norms(FlatNetwork(twin, inputs).eval(), None, dummy_input=tuple(inputs.tensors))
+            pairs = aimet.fold_all_batch_norms(
+                FlatNetwork(twin, inputs).eval(), None, dummy_input=tuple(inputs.tensors)
+            )
         for layer, _ in pairs:
             if layer in owners and owners[layer].bias is None:  # what is lent is changed where it lies
                 owners[layer].bias = layer._parameters["bias"]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_quant.simulation.aimet import QuantizedLayer, Quantizer
 from lightning_quant.simulation.inputs import NetworkInputs, up_to
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
@@ -76,7 +77,7 @@ def quantized_tensors(
         samples: calls of the network.
         count: how many samples to run.
     """
-    watched: dict[Any, _Watched] = {}
+    watched: dict[Quantizer, _Watched] = {}
     with torch.inference_mode(False), torch.no_grad(), ExitStack() as hooks:
         for name, layer in quantized_layers(network).items():
             for tensor, quantizer in quantizers_of(layer):
@@ -88,7 +89,7 @@ def quantized_tensors(
     return [one.result() for one in watched.values() if one.seen]
 
 
-def quantizers_of(layer: Any) -> list[tuple[str, Any]]:
+def quantizers_of(layer: QuantizedLayer) -> list[tuple[str, Quantizer | None]]:
     """The quantizers of a layer by the tensors they round: ``"weight"``, ``"input"``, ``"output 1"``; some ``None``."""
     parameters = list(layer.param_quantizers.items())
     for what, quantizers in (("input", layer.input_quantizers), ("output", layer.output_quantizers)):
@@ -107,7 +108,7 @@ def _see(watched: _Watched, quantizer: Any, args: tuple[Tensor], output: Tensor)
 class _Watched:
     layer: str
     tensor: str
-    quantizer: Any
+    quantizer: Quantizer
     seen: int = 0
     clipped: int = 0
     signal: float = 0.0

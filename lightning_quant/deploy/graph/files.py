@@ -71,9 +71,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
     names = dict(zip(("input_names", "output_names"), name_tensors(network, example, given), strict=True))
     sizes = [tuple(tensor.shape) for tensor in tensors_in(given)]
     tensors = tuple(example.tensors)
-    with aimet.quiet() as aimet_torch, weights_lent(network.network), noting() as noted:
-        from aimet_torch.onnx import _remove_dangling_nodes_and_initializers
-
+    with aimet.quiet(), weights_lent(network.network), noting() as noted:
         try:
             network.sim.onnx.export(
                 tensors,
@@ -85,11 +83,11 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
             )
             # tracing leaves the quantizers' own constants behind, used by nothing
             model = onnx.load(float_file)
-            _remove_dangling_nodes_and_initializers(model)
+            aimet._remove_dangling_nodes_and_initializers(model)
             check_fixed(model, title)
             _check_known(network, noted)
             gone = constants.fold_constants(model)
-            aimet_torch.onnx.export(
+            aimet.export(
                 network.sim.model,
                 tensors,
                 str(qdq_file),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_quant.deploy.graph.qdq import QdqGraph, hands_on
+from lightning_quant.simulation import aimet
 
 if TYPE_CHECKING:
     import onnx
@@ -100,7 +101,6 @@ def round_passed_inputs(model: onnx.ModelProto) -> dict[str, Grid]:
 
 def _round(graph: QdqGraph, name: str, quantizer: onnx.NodeProto) -> set[str]:
     """Let everything that hands on the input ``name`` take it from ``quantizer``; return what they put out."""
-    from aimet_torch.onnx import _remove_dangling_nodes_and_initializers
     from onnx import helper
 
     quantizer.input[0] = name
@@ -131,7 +131,7 @@ def _round(graph: QdqGraph, name: str, quantizer: onnx.NodeProto) -> set[str]:
     nodes = [copy.deepcopy(node) for node in nodes]
     del graph.model.graph.node[:]
     graph.model.graph.node.extend(nodes)
-    _remove_dangling_nodes_and_initializers(graph.model)
+    aimet._remove_dangling_nodes_and_initializers(graph.model)
     return set(rounded)
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_quant.simulation import aimet
+
 if TYPE_CHECKING:
     import onnx
 
@@ -89,12 +91,10 @@ class QdqGraph:
 
     def replace_nodes(self, nodes: list[onnx.NodeProto]) -> None:
         """Give the model other nodes, some of them its own; what nothing uses any more is taken out."""
-        from aimet_torch.onnx import _remove_dangling_nodes_and_initializers
-
         copies = [copy.deepcopy(node) for node in nodes]
         del self.model.graph.node[:]
         self.model.graph.node.extend(copies)
-        _remove_dangling_nodes_and_initializers(self.model)
+        aimet._remove_dangling_nodes_and_initializers(self.model)
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Give an initializer other values, of any shape."""

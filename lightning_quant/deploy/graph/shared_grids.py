@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_quant.deploy.graph.qdq import QdqGraph, of_integers
+from lightning_quant.simulation import aimet
 
 if TYPE_CHECKING:
     import onnx
@@ -35,15 +36,13 @@ def share_grids(model: onnx.ModelProto) -> dict[str, float]:
     Returns:
         The new scales of tensors, by their names in the float graph, for the encodings to agree.
     """
-    from aimet_torch.onnx import _remove_dangling_nodes_and_initializers
-
     merged = _merge(QdqGraph(model))
     graph = QdqGraph(model)
     tied = _tie(graph)
     scales = {integers: _grid(graph, integers)[0] for integers in {*merged.values(), *tied}}
     changed = {integers: scales[integers] for integers in tied}
     changed |= {dropped: scales[kept] for dropped, kept in merged.items()}
-    _remove_dangling_nodes_and_initializers(model)
+    aimet._remove_dangling_nodes_and_initializers(model)
     return {integers.removesuffix("_q"): scale for integers, scale in changed.items()}
 
 
@@ -88,8 +87,6 @@ def _tie(graph: QdqGraph) -> list[str]:
     Returns:
         The tensors of integers whose scale changed.
     """
-    from aimet_torch.common.onnx._utils import _is_grid_equivariant_op, _is_htp_interpolation_op
-
     stands_for: dict[str, str] = {}
 
     def first(integers: str) -> str:
@@ -98,7 +95,7 @@ def _tie(graph: QdqGraph) -> list[str]:
         return integers
 
     for node in graph.model.graph.node:
-        if not (_is_grid_equivariant_op(node.op_type) or _is_htp_interpolation_op(node.op_type)):
+        if not (aimet._is_grid_equivariant_op(node.op_type) or aimet._is_htp_interpolation_op(node.op_type)):
             continue
         sources = [graph.producers[name] for name in node.input if of_integers(graph.producers.get(name))]
         takers = [taker for name in node.output for taker in graph.consumers[name]]

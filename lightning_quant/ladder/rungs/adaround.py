@@ -44,33 +44,29 @@ class AdaptiveRounding(Technique):
 
     @override
     def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
-        from aimet_torch.adaround.adaround_weight import Adaround, AdaroundParameters
-        from aimet_torch.nn import BaseQuantizationMixin
-        from aimet_torch.utils import remove_activation_quantizers
-
         batches = TensorBatches(bench.samples(), self.samples)
         device = next(iter(batches))[0].device
         example = tuple(tensor.to(device) for tensor in network.inputs.tensors)
         rounded = copy.deepcopy(network.sim.model)
         original = _without_quantizers(copy.deepcopy(network.sim.model))
-        parameters = AdaroundParameters(
+        parameters = aimet.AdaroundParameters(
             batches,
             num_batches=len(batches),
             default_num_iterations=self.iterations,
             forward_fn=call_flat,
         )
-        layers = [module for module in rounded.modules() if isinstance(module, BaseQuantizationMixin)]
+        layers = [module for module in rounded.modules() if isinstance(module, aimet.BaseQuantizationMixin)]
         # AdaRound asks for a simulation, and uses its network alone
         simulation = copy.copy(network.sim)
         simulation.model = rounded
         with (
             aimet.quiet(),
             aimet.failing_as("AdaRound"),
-            remove_activation_quantizers(layers),
+            aimet.remove_activation_quantizers(layers),
             torch.enable_grad(),
             tempfile.TemporaryDirectory() as folder,
         ):
-            result = Adaround._apply_adaround(simulation, original, example, parameters, folder, "adaround")
+            result = aimet.Adaround._apply_adaround(simulation, original, example, parameters, folder, "adaround")
         mine = quantized_layers(network)
         weights = {name: value for name, value in result.network.named_parameters() if name.endswith(".weight")}
         changed = 0
@@ -87,7 +83,5 @@ class AdaptiveRounding(Technique):
 
 def _without_quantizers(network: torch.nn.Module) -> torch.nn.Module:
     """The float layers inside a quantized network."""
-    from aimet_torch.adaround.adaround_weight import Adaround
-
-    Adaround._remove_quantization_wrappers(network)
+    aimet.Adaround._remove_quantization_wrappers(network)
     return network

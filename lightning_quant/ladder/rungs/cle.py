@@ -43,12 +43,10 @@ def equalize(prepared: PreparedNetwork) -> tuple[nn.Module, int]:
     Raises:
         LightningQuantError: if the copy does not compute the same.
     """
-    from aimet_torch.cross_layer_equalization import CrossLayerScaling
-
     equalized = copy.deepcopy(prepared.network)
     with torch.no_grad(), aimet.quiet(), aimet.failing_as("cross-layer equalization"):
         flat = FlatNetwork(equalized, prepared.inputs).eval()
-        groups = CrossLayerScaling.scale_model(flat, dummy_input=tuple(prepared.inputs.tensors))
+        groups = aimet.CrossLayerScaling.scale_model(flat, dummy_input=tuple(prepared.inputs.tensors))
         difference = relative_difference(prepared.output, prepared.inputs.call(equalized))
     if difference > TOLERANCE:
         raise LightningQuantError(f"equalizing changed what the float network computes by {difference:.1e}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_quant.ladder.rung import Workbench
 from lightning_quant.ladder.rungs.cle import equalize
+from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
@@ -23,23 +24,21 @@ from lightning_quant.simulation.precisions import quantized_layers
 @contextmanager
 def weights_only(network: QuantizedNetwork) -> Iterator[None]:
     """Round weights only: activations pass as they are."""
-    from aimet_torch.utils import remove_activation_quantizers
-
-    with remove_activation_quantizers(list(quantized_layers(network).values())):
+    with aimet.remove_activation_quantizers(list(quantized_layers(network).values())):
         yield
 
 
 @contextmanager
 def unrounded(network: QuantizedNetwork) -> Iterator[None]:
     """Round nothing: the float network that these weights are."""
-    from aimet_torch.utils import remove_all_quantizers
-
-    with remove_all_quantizers(list(quantized_layers(network).values())):
+    with aimet.remove_all_quantizers(list(quantized_layers(network).values())):
         yield
 
 
 @contextmanager
-def hooked(layers: Mapping[str, nn.Module], hook: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+def hooked(
+    layers: Mapping[str, nn.Module | aimet.QuantizedLayer], hook: Callable[[str, Tensor], Tensor | None]
+) -> Iterator[None]:
     """Call ``hook(name, output)`` for each output of ``layers``; what it returns takes the output's place."""
 
     def on_forward(name: str) -> Callable[..., Any]:

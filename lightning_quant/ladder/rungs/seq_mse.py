@@ -43,8 +43,6 @@ class SequentialMse(Technique):
 
     @override
     def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
-        from aimet_torch.seq_mse import apply_seq_mse
-
         quantizers = weight_quantizers(network)
         trainable = {p: p.requires_grad for quantizer in quantizers for p in quantizer.parameters()}
         before = [quantizer.get_max().clone() for quantizer in quantizers]
@@ -52,7 +50,7 @@ class SequentialMse(Technique):
         hooks = {module: set(module._forward_hooks) for module in network.sim.model.modules()}
         try:
             with aimet.quiet(), aimet.failing_as("SeqMSE"):
-                apply_seq_mse(network.sim, batches, num_candidates=self.candidates, forward_fn=call_flat)
+                aimet.apply_seq_mse(network.sim, batches, num_candidates=self.candidates, forward_fn=call_flat)
         finally:
             for module, known in hooks.items():  # AIMET leaves the hook of a pass that failed
                 for added in module._forward_hooks.keys() - known:

@@ -11,9 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from aimet_torch.nn.modules import custom
 from torch import Tensor
 from typing_extensions import override
+
+from lightning_quant.simulation.aimet import custom
 
 
 class Quotient(custom.QuantizedDivide):

@@ -19,7 +19,7 @@ def layers_kept() -> Iterator[None]:
     It makes a new module for each and copies what the old one holds. The old one becomes the new one here, so that
     whoever holds the layer (the user's own attributes, lists and hooks) holds the quantized one.
     """
-    from aimet_torch.nn import QuantizationMixin
+    from lightning_quant.simulation.aimet import QuantizationMixin
 
     convert = QuantizationMixin.__dict__["from_module"]
 
@@ -44,7 +44,7 @@ class LaidOutAlike:
 @functools.cache
 def _laid_out_alike(quantized: Any, plain: Any) -> Any:
     """AIMET's class, or one of it that Python lets a module change to: it looks at a class's first base only."""
-    from aimet_torch.nn import QuantizationMixin
+    from lightning_quant.simulation.aimet import QuantizationMixin
 
     try:
         plain.__new__(plain).__class__ = quantized
@@ -81,7 +81,7 @@ def shapes_of_traces() -> Iterator[None]:
 
     It looks them up in a pass without a trace, and takes a layer that it did not see there for a sign of a wrong graph.
     """
-    from aimet_torch.meta import connectedgraph
+    from lightning_quant.simulation.aimet import connectedgraph
 
     graph = connectedgraph.ConnectedGraph
     original = graph.__dict__["_generate_module_tensor_shapes_lookup_table"]

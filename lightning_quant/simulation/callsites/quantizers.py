@@ -130,9 +130,7 @@ def _quantize_constants(sim: Any) -> None:
 
 def _bound_divisions(sim: Any) -> None:
     """Let divisions and square roots keep clear of a zero that rounding made."""
-    from aimet_torch.nn import QuantizationMixin
-    from aimet_torch.nn.modules import custom
-
+    from lightning_quant.simulation.aimet import QuantizationMixin, custom
     from lightning_quant.simulation.callsites.bounded import Quotient, Root  # imports AIMET
 
     QuantizationMixin.qcls_to_cls |= {Quotient: custom.Divide, Root: custom.Sqrt}  # where it looks for the way back

@@ -64,12 +64,9 @@ _OF_TRANSFORMERS = "aimet_torch.nn.transformers"
 
 def is_layer(module: nn.Module) -> bool:
     """Whether AIMET quantizes a module as a whole, and may: nothing in it was changed from the outside."""
-    aimet.load()
-    from aimet_torch.nn import QuantizationMixin
-
     if isinstance(module, nn.Identity):
         return True
-    quantized = QuantizationMixin.cls_to_qcls.get(type(module))
+    quantized = aimet.QuantizationMixin.cls_to_qcls.get(type(module))
     if quantized is None or quantized.__module__.startswith(_OF_TRANSFORMERS) or isinstance(module, _NOT_ONE):
         return False
     own = vars(module)

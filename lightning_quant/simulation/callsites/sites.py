@@ -122,7 +122,7 @@ class Binary(Rule):
         self.swapped = swapped
 
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
-        from aimet_torch.nn.modules import custom
+        from lightning_quant.simulation.aimet import custom
 
         if not _is_of_two(self.operands(args, kwargs), kwargs):
             return None
@@ -231,7 +231,7 @@ class Named(Rule):
         self.module = module
 
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
-        from aimet_torch.nn.modules import custom
+        from lightning_quant.simulation.aimet import custom
 
         made: nn.Module = getattr(custom, self.module)()
         return made
@@ -272,7 +272,7 @@ class Concatenation(Rule):
     """``cat`` of a list of tensors."""
 
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
-        from aimet_torch.nn.modules import custom
+        from lightning_quant.simulation.aimet import custom
 
         made: nn.Module = custom.Concat(self._axis(args, kwargs))
         return made
@@ -565,8 +565,7 @@ def _inplace_by_position(name: str, args: Any) -> bool:
 @functools.cache
 def generic_class(name: str, function: Any) -> type[nn.Module]:
     """The module's class for a function that AIMET has none for, known to AIMET."""
-    from aimet_torch._base.nn.modules.custom import create_wrapper_module
-    from aimet_torch.nn import QuantizationMixin
+    from lightning_quant.simulation.aimet import QuantizationMixin, create_wrapper_module
 
     plain: Any = create_wrapper_module("".join(part.title() for part in name.split("_")), function)
     plain.__module__ = __name__
@@ -590,7 +589,7 @@ def generic_class(name: str, function: Any) -> type[nn.Module]:
 
 
 def _quantized_generic(name: str, function: Any) -> Any:
-    from aimet_torch.nn import QuantizationMixin
+    from lightning_quant.simulation.aimet import QuantizationMixin
 
     return QuantizationMixin.cls_to_qcls[generic_class(name, function)]
 

@@ -18,17 +18,23 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-from aimet_torch.common.quantsim import _get_minimum_scale
-from aimet_torch.nn import BaseQuantizationMixin, QuantizationMixin
-from aimet_torch.nn.modules import custom
-from aimet_torch.nn.true_quant import _DispatchMixin
-from aimet_torch.quantization.affine import AffineEncoding, QuantizeDequantize
-from aimet_torch.quantization.base import QuantizerBase
-from aimet_torch.quantization.encoding_analyzer import _flag_extreme_min_max, _MinMaxObserver, _MinMaxRange
-from aimet_torch.quantization.tensor import QuantizedTensorBase
-from aimet_torch.utils import StatisticsNotFoundError
 from torch import Tensor, nn
 
+from lightning_quant.simulation.aimet import (
+    AffineEncoding,
+    BaseQuantizationMixin,
+    QuantizationMixin,
+    QuantizeDequantize,
+    QuantizedTensorBase,
+    QuantizerBase,
+    StatisticsNotFoundError,
+    _DispatchMixin,
+    _flag_extreme_min_max,
+    _get_minimum_scale,
+    _MinMaxObserver,
+    _MinMaxRange,
+    custom,
+)
 from lightning_quant.simulation.callsites.running import current, paused, running_pass, traced
 from lightning_quant.simulation.fast import gpu, in_graphs, kernels
 from lightning_quant.simulation.fast.kernels import Activation

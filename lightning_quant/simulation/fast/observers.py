@@ -9,15 +9,15 @@ import math
 from typing import Any
 
 import torch
-from aimet_torch.common.quantsim import _get_minimum_scale
-from aimet_torch.quantization.encoding_analyzer import (
+from torch import Tensor
+
+from lightning_quant.simulation.aimet import (
     PercentileEncodingAnalyzer,
     TfEnhancedEncodingAnalyzer,
+    _get_minimum_scale,
     _Histogram,
     _HistogramObserver,
 )
-from torch import Tensor
-
 from lightning_quant.simulation.fast import kernels
 
 # Numbers that are worked on at a time, where that takes several copies of them.
