@@ -71,6 +71,7 @@ def run(folder: Path, *callbacks: pl.Callback, optimizers: Any = None, ckpt_path
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float", "qat"])
 @pytest.mark.parametrize("optimizers", [None, scheduled], ids=["constant", "scheduled"])
 @pytest.mark.parametrize("moment", ["training", "epoch end"])
