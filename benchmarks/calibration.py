@@ -14,7 +14,7 @@ from benchmarks.measure import float_and_simulated, photographs, publish, table
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.calibration_cache import StatisticsCache
 from lightning_quant.simulation.fast.layers import slow_down
-from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.inputs import NetworkInputs, Passes
 
 BATCH = 8
 
@@ -24,7 +24,6 @@ def seconds_of(
 ) -> float:
     """Calibrate a fresh simulation."""
     _, network = float_and_simulated(name, precision, images, range_estimator=estimator)
-    network.statistics_cache = StatisticsCache(cache) if cache else None
     if stock:
         slow_down(network)
 
@@ -32,7 +31,7 @@ def seconds_of(
         return (NetworkInputs((batch,)) for batch in images.split(BATCH))
 
     started = time.perf_counter()
-    calibrate(network, batches)
+    calibrate(network, Passes(batches), cache=StatisticsCache(cache) if cache else None)
     return time.perf_counter() - started
 
 

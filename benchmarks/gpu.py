@@ -181,7 +181,7 @@ def variants(case: Case, images: Tensor, compiled: bool) -> dict[str, Callable[[
         made.learn_ranges(learned)
         if compiled:
             return Variant(InPlace(Compiled(made.network)), made.network)
-        return Variant(made.network, made.network, made.weights_held)
+        return Variant(made.network, made.network, made.cached_weights)
 
     def stock() -> Variant:
         from lightning_quant.simulation.fast.layers import slow_down

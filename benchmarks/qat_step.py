@@ -93,7 +93,7 @@ def measure(name: str, precision: str, learned: bool, images: Tensor, rounds: in
     variants = {"float": float_network, "stock": stock, "ours": ours}
     steps = {key: trainer(network, images, targets) for key, network in variants.items()}
     training = interleaved(steps, rounds)
-    with ours.weights_held():
+    with ours.cached_weights():
         validation = interleaved({key: validator(network, images) for key, network in variants.items()}, rounds)
     saved = {key: saved_bytes(network, images, targets) for key, network in variants.items()}
     peak = {key: peak_bytes(step) for key, step in steps.items()}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_quant.deploy.bundle import export_bundle
     from lightning_quant.precision import Precision
     from lightning_quant.recipe import QuantRecipe
+    from lightning_quant.simulation.range_estimators import RangeEstimator
 
 _HOMES = {
     "DeviceExport": "lightning_quant.callbacks.device_export",
@@ -24,6 +25,7 @@ _HOMES = {
     "Precision": "lightning_quant.precision",
     "QuantRecipe": "lightning_quant.recipe",
     "QuantizationAwareTraining": "lightning_quant.callbacks.training",
+    "RangeEstimator": "lightning_quant.simulation.range_estimators",
     "ResumePoint": "lightning_quant.callbacks.resume_point",
     "export_bundle": "lightning_quant.deploy.bundle",
     "load_quantized": "lightning_quant.callbacks.checkpoint",
@@ -36,6 +38,7 @@ __all__ = [
     "Precision",
     "QuantRecipe",
     "QuantizationAwareTraining",
+    "RangeEstimator",
     "ResumePoint",
     "export_bundle",
     "load_quantized",

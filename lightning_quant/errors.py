@@ -47,7 +47,7 @@ class DeviceError(LightningQuantError, RuntimeError):
 
 
 class DeviceUnavailableError(DeviceError):
-    """A target cannot be reached or is not installed here; what was begun there can be gone on with later."""
+    """A target cannot be reached or is not installed here; jobs that were submitted can be resumed later."""
 
 
 class DeviceTimeoutError(DeviceUnavailableError, TimeoutError):

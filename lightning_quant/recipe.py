@@ -11,9 +11,8 @@ from typing import Any
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.precision import Precision
+from lightning_quant.simulation.range_estimators import MinMax, RangeEstimator
 from lightning_quant.utilities.parsing import fitting, read_json
-
-RANGE_ESTIMATORS = ("min_max", "tf_enhanced", "percentile")
 
 # AIMET's own aliases, spelled out so that a typo is caught without the seconds that importing AIMET takes.
 HARDWARE_CONFIGS = (
@@ -40,11 +39,10 @@ class QuantRecipe:
         hardware: AIMET hardware config that says which tensors the device quantizes and how: one of
             :data:`HARDWARE_CONFIGS` or the path of a JSON file in AIMET's format.
         calibration_samples: how many samples (images, not batches) the activation ranges are taken from.
-        range_estimator: how a range follows from what was seen. ``min_max`` takes the extremes,
-            ``tf_enhanced`` the range with the least signal-to-quantization-noise, ``percentile`` cuts
-            off the outermost values (``percentile`` below).
-        percentile: for ``range_estimator="percentile"``: where the upper end of a range lies, and mirrored the
-            lower one: 99.99 cuts off 0.01 % of the values on each side.
+        range_estimator: how a range follows from what was seen. ``"min_max"`` takes the extremes, ``"tf_enhanced"``
+            the range with the highest signal-to-quantization-noise ratio, ``"percentile"`` cuts off the outermost
+            0.01 % of the values on each side; another share with ``{"percentile": {"percentile": 99.9}}``. Or a
+            :class:`RangeEstimator` of your own: an instance, or the dotted path of the class.
         overrides: precision of single layers, as glob on the network's module names → precision, e.g.
             ``{"head.*": "w8a16"}``. The last glob that matches a module wins.
         strict: make every finding of the preflight an error instead of a warning.
@@ -56,8 +54,7 @@ class QuantRecipe:
     precision: Precision = field(default_factory=lambda: Precision(8, 8))
     hardware: str = "htp_v75"
     calibration_samples: int = 256
-    range_estimator: str = "min_max"
-    percentile: float = 99.99
+    range_estimator: RangeEstimator = field(default_factory=MinMax)
     overrides: Mapping[str, Precision] = field(default_factory=dict)
     strict: bool = False
 
@@ -67,17 +64,12 @@ class QuantRecipe:
         overrides = {str(glob): Precision.parse(value) for glob, value in dict(self.overrides or {}).items()}
         object.__setattr__(self, "overrides", overrides)
         _check_hardware(self.hardware)
-        if self.range_estimator not in RANGE_ESTIMATORS:
-            raise ConfigurationError(
-                f"Unknown range_estimator {self.range_estimator!r}: expected one of {', '.join(RANGE_ESTIMATORS)}."
-            )
+        object.__setattr__(self, "range_estimator", RangeEstimator.parse(self.range_estimator))
         if not isinstance(self.calibration_samples, int) or self.calibration_samples < 1:
             raise ConfigurationError(
                 f"calibration_samples={self.calibration_samples!r}: expected a whole number of samples of "
                 "at least 1 (100 to 500 images are usual)."
             )
-        if not 50 <= self.percentile <= 100:
-            raise ConfigurationError(f"percentile={self.percentile!r}: expected a share between 50 and 100.")
 
     @property
     def has_fine_grids(self) -> bool:

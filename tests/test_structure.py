@@ -18,7 +18,6 @@ FILES = {
 IMPORT_EACH_OTHER: set[frozenset[str]] = {
     frozenset({"callbacks.calls", "callbacks.data"}),
     frozenset({"report.page", "report.summary"}),
-    frozenset({"simulation.calibration_cache", "simulation.network"}),
     frozenset({"simulation.callsites.places", "simulation.callsites.sites"}),
     frozenset({"simulation.callsites.recording", "simulation.callsites.running"}),
     frozenset({"simulation.callsites.running", "simulation.callsites.sites"}),

@@ -19,7 +19,9 @@ from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.recipe import HARDWARE_CONFIGS, QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.inputs import NetworkInputs
-from lightning_quant.simulation.network import MANIFEST_KEY, check_manifest, check_ranges
+from lightning_quant.simulation.manifest import MANIFEST_KEY, Manifest
+from lightning_quant.simulation.network import check_ranges
+from lightning_quant.simulation.range_estimators import RangeEstimator
 from lightning_quant.utilities.parsing import read_checkpoint
 
 Module = TypeVar("Module", bound=pl.LightningModule)
@@ -36,7 +38,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: if the file is missing, damaged or holds no quantized network.
     """
-    return next(iter(_manifests(_read(path), path).values()))
+    return next(iter(_manifests(_read(path), path).values())).to_dict()
 
 
 def load_quantized(
@@ -135,22 +137,22 @@ def _make_judgeable(network: nn.Module, state: dict[str, Any]) -> None:
 
 
 def _recipe_and_inputs(
-    manifest: dict[str, Any], path: str | Path, hardware: str | None, example_inputs: NetworkInputs | None
+    manifest: Manifest, path: str | Path, hardware: str | None, example_inputs: NetworkInputs | None
 ) -> tuple[QuantRecipe, NetworkInputs, list[NetworkInputs]]:
     try:
-        if hardware is None and manifest["hardware"] not in HARDWARE_CONFIGS:
-            raise ValueError(f"hardware={manifest['hardware']!r} is a file")  # never looked for by what a file says
+        if hardware is None and manifest.hardware not in HARDWARE_CONFIGS:
+            raise ValueError(f"hardware={manifest.hardware!r} is a file")  # never looked for by what a file says
         recipe = QuantRecipe(
-            precision=manifest["precision"],
-            hardware=hardware or manifest["hardware"],
-            overrides=manifest["overrides"],
-            range_estimator=manifest["range_estimator"],
+            precision=manifest.precision,
+            hardware=hardware or manifest.hardware,
+            overrides=manifest.overrides,
+            range_estimator=RangeEstimator.of_checkpoint(manifest.range_estimator),
         )
-        others = [NetworkInputs.from_description(one) for one in manifest.get("other_inputs", ())]
-        return recipe, example_inputs or NetworkInputs.from_description(manifest["inputs"]), others
+        others = [NetworkInputs.from_description(one) for one in manifest.other_inputs]
+        return recipe, example_inputs or NetworkInputs.from_description(manifest.inputs or {}), others
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"The manifest in {path} cannot be used: {error}. Expected what lightning_quant wrote; give "
             "a hardware config of your own again, with hardware=..."
@@ -175,14 +177,14 @@ def _read(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _manifests(checkpoint: dict[str, Any], path: str | Path) -> dict[str, dict[str, Any]]:
+def _manifests(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Manifest]:
     """The manifests of the quantized networks in a checkpoint, by dotted name."""
     suffix = "._extra_state"
     found = {}
     for key, value in checkpoint["state_dict"].items():
         if isinstance(key, str) and key.endswith(suffix) and isinstance(value, dict) and MANIFEST_KEY in value:
             try:
-                found[key.removesuffix(suffix)] = check_manifest(value)
+                found[key.removesuffix(suffix)] = Manifest.of_checkpoint(value)
             except CheckpointError as error:
                 raise CheckpointError(f"{path}: {error}") from error
     if found:

@@ -19,7 +19,7 @@ from lightning_quant.callbacks.validation import check_float_metric, guessing, i
 from lightning_quant.ladder.climb import Footing, climb
 from lightning_quant.ladder.gate import Ladder, RungResult
 from lightning_quant.ladder.rung import Technique, Workbench
-from lightning_quant.simulation.inputs import NetworkInputs, counted, up_to
+from lightning_quant.simulation.inputs import NetworkInputs, counted, take_samples
 
 # How much better than chance a float network has to be, as a part of chance itself: an untrained one is off by luck.
 _CHANCE_MARGIN = 0.01
@@ -92,6 +92,7 @@ class Climber:
             samples=self._samples,
             measure=self._measure,
             suffices=None if self.ladder.max_drop is None else self.ladder.suffices,
+            cache=self.callback.calibration_cache(self.trainer),
         )
         self.pl_module.eval()
         try:
@@ -126,6 +127,6 @@ class Climber:
         with undisturbed(), progress(self.trainer, f"Rung {self.rung}", samples) as advance:
             loader = calibration_loader(self.trainer, self.pl_module, callback.calibration_dataloader)
             calls = calibration_inputs(self.trainer, loader, catcher, samples)
-            for new, call in counted(up_to(calls, samples)):
+            for new, call in counted(take_samples(calls, samples)):
                 yield call
                 advance(new)

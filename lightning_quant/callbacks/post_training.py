@@ -30,7 +30,9 @@ class PostTrainingQuantization(QuantizationCallback):
         calibration_samples: how many samples (images, not batches) the ranges are taken from.
         calibration_dataloader: the data to take them from. Default: ``datamodule.calibration_dataloader()``
             if it has one, else the training data.
-        range_estimator: ``"min_max"``, ``"tf_enhanced"`` or ``"percentile"``.
+        range_estimator: ``"min_max"``, ``"tf_enhanced"`` or ``"percentile"``, with options as in
+            ``{"percentile": {"percentile": 99.9}}``; or a ``RangeEstimator`` of your own, an instance or the
+            dotted path of the class.
         overrides: precision of single layers, as glob on the network's module names → precision.
         strict: make the warnings of the preflight errors.
         statistics_cache: folder that keeps what calibration saw, so that other precisions with the same width of

@@ -42,9 +42,10 @@ from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate, uncalibrated
 from lightning_quant.simulation.calibration_cache import StatisticsCache
-from lightning_quant.simulation.inputs import NetworkInputs, counted, up_to
+from lightning_quant.simulation.inputs import NetworkInputs, Passes, counted, take_samples
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.preflight import refuse, sharing_siblings
+from lightning_quant.simulation.range_estimators import RangeEstimator, RangeEstimatorSpec
 
 # Below Lightning's own logger, so that what a run says appears where Lightning's messages do.
 log = logging.getLogger(f"lightning.pytorch.{__name__}")
@@ -96,7 +97,7 @@ class QuantizationCallback(Callback):
         hardware: str = "htp_v75",
         calibration_samples: int = 256,
         calibration_dataloader: Iterable[Any] | None = None,
-        range_estimator: str = "min_max",
+        range_estimator: RangeEstimator | RangeEstimatorSpec = "min_max",
         overrides: Mapping[str, str] | None = None,
         strict: bool = False,
         statistics_cache: str | None = None,
@@ -105,7 +106,7 @@ class QuantizationCallback(Callback):
             precision=Precision.parse(precision),
             hardware=hardware,
             calibration_samples=calibration_samples,
-            range_estimator=range_estimator,
+            range_estimator=RangeEstimator.parse(range_estimator),
             overrides={glob: Precision.parse(value) for glob, value in (overrides or {}).items()},
             strict=strict,
         )
@@ -175,8 +176,6 @@ class QuantizationCallback(Callback):
         example, *others = self._examples(trainer, pl_module)
         quantized = quantize(network, example, self.recipe, others)
         quantized.findings[:0] = siblings
-        if self.statistics_cache is not None and trainer.world_size == 1:
-            quantized.statistics_cache = StatisticsCache(self.statistics_cache)
         say(f"Quantized {type(pl_module).__name__}.{self.network_name} to {self.recipe.precision}.")
 
     def _add_ranges(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -284,7 +283,7 @@ class QuantizationCallback(Callback):
         """Quantize each weight once until the loop that starts is over."""
         network = QuantizedNetwork.of(pl_module.get_submodule(self.network_name))
         if network is not None:
-            self._held.enter_context(network.weights_held())
+            self._held.enter_context(network.cached_weights())
 
     def _calibrate_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         network = self.quantized_network(pl_module)
@@ -300,11 +299,11 @@ class QuantizationCallback(Callback):
                 with undisturbed(), others, progress(trainer, "Calibrating", samples) as advance:
                     loader = calibration_loader(trainer, pl_module, self.calibration_dataloader)
                     calls = calibration_inputs(trainer, loader, catcher, samples)
-                    for new, call in counted(up_to(calls, samples)):
+                    for new, call in counted(take_samples(calls, samples)):
                         yield call
                         advance(new)
 
-            used = calibrate(network, inputs() if isinstance(self.calibration_dataloader, Iterator) else inputs)
+            used = calibrate(network, Passes(inputs), cache=self.calibration_cache(trainer))
             if trainer.world_size > 1:  # GPUs may round differently; the ranges must not
                 for parameter in network.range_parameters():
                     torch.distributed.broadcast(parameter.data, src=0)
@@ -327,6 +326,12 @@ class QuantizationCallback(Callback):
                 f"No calibration sample reached {len(missing)} quantizers, e.g. {missing[0]!r}: these parts of "
                 "the network did not run. They will fail when they do; calibrate with data that uses them."
             )
+
+    def calibration_cache(self, trainer: pl.Trainer) -> StatisticsCache | None:
+        """Return the cache that was asked for; ``None`` where samples cannot be read twice, or processes share them."""
+        if self.statistics_cache is None or trainer.world_size > 1 or isinstance(self.calibration_dataloader, Iterator):
+            return None
+        return StatisticsCache(self.statistics_cache)
 
     def _check_same_recipe(self, network: QuantizedNetwork) -> None:
         mine, theirs = self.recipe.identity(), network.recipe.identity()

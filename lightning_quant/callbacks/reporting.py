@@ -98,7 +98,7 @@ def _reproduce(callback: QuantizationCallback | None) -> str:
         "network": callback.network_name,
         "hardware": recipe.hardware,
         "calibration_samples": recipe.calibration_samples,
-        "range_estimator": recipe.range_estimator,
+        "range_estimator": recipe.range_estimator.spec,
         "overrides": {glob: str(precision) for glob, precision in recipe.overrides.items()} or None,
         "strict": recipe.strict,
     }

@@ -44,6 +44,7 @@ from lightning_quant.ladder.rungs.ptq import CalibratedRanges
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.compiled import Compiled, check_options
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.range_estimators import RangeEstimator, RangeEstimatorSpec
 from lightning_quant.utilities.files import alone
 from lightning_quant.utilities.memory import PeakMemory
 
@@ -77,7 +78,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         calibration_samples: how many samples (images, not batches) the ranges are taken from.
         calibration_dataloader: the data to take them from. Default: ``datamodule.calibration_dataloader()``
             if it has one, else the training data.
-        range_estimator: ``"min_max"``, ``"tf_enhanced"`` or ``"percentile"``.
+        range_estimator: ``"min_max"``, ``"tf_enhanced"`` or ``"percentile"``, with options as in
+            ``{"percentile": {"percentile": 99.9}}``; or a ``RangeEstimator`` of your own, an instance or the
+            dotted path of the class.
         overrides: precision of single layers, as glob on the network's module names → precision.
         strict: make the warnings of the preflight errors.
         max_drop: how far ``monitor`` may fall below the float network, in units of the metric (0.01 of an mIoU
@@ -119,7 +122,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         hardware: str = "htp_v75",
         calibration_samples: int = 256,
         calibration_dataloader: Iterable[Any] | None = None,
-        range_estimator: str = "min_max",
+        range_estimator: RangeEstimator | RangeEstimatorSpec = "min_max",
         overrides: Mapping[str, str] | None = None,
         strict: bool = False,
         max_drop: float | None = None,

@@ -24,7 +24,8 @@ from lightning_quant.errors import CalibrationError, ExportError
 from lightning_quant.precision import PRECISIONS
 from lightning_quant.simulation.exportable import FLOAT_OPSET
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
-from lightning_quant.simulation.network import FORMAT_VERSION, QuantizedNetwork
+from lightning_quant.simulation.manifest import FORMAT_VERSION
+from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.utilities.files import alone
 from lightning_quant.utilities.parsing import check, check_version, fitting, read_json
 
@@ -212,7 +213,7 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
     measured = parity.compare(_outputs(network, qdq, written, calls))
     parity.check(measured, network.recipe.precision)
     manifest = {
-        **network.manifest(),
+        **network.manifest().to_dict(),
         "name": name,
         "encodings_version": ENCODINGS_VERSION,
         "opset": {"float": FLOAT_OPSET, "qdq": QDQ_OPSET},

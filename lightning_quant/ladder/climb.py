@@ -88,7 +88,7 @@ def climb(
                 ladder.float_reestimated = measure_float(reference)
             with trying(technique.name), PeakMemory() as memory:
                 if technique.start == "float":
-                    network.start_anew(bench.prepared.network)
+                    network.reset_to(bench.prepared.network)
                 elif footing.base is not None:
                     network.restore(footing.base)
                 changed = technique.apply(network, bench)

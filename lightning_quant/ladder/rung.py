@@ -10,7 +10,9 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.calibrate import calibrate
+from lightning_quant.simulation.calibration_cache import StatisticsCache
+from lightning_quant.simulation.inputs import NetworkInputs, Passes
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.prepare import PreparedNetwork, prepare
 
@@ -26,6 +28,7 @@ class Workbench:
         measure: the user's metric of the quantized network as it is now, with the correction in force, if there is
             one (see :attr:`Technique.finishing`). Costs a validation.
         suffices: whether a value of that metric is within what the user allows; ``None`` if there is no bound.
+        cache: where calibration keeps what it saw, for other precisions; ``None``: nowhere.
     """
 
     float_network: nn.Module
@@ -33,11 +36,21 @@ class Workbench:
     samples: Callable[[], Iterator[NetworkInputs]]
     measure: Callable[[], float]
     suffices: Callable[[float], bool] | None
+    cache: StatisticsCache | None = None
 
     @cached_property
     def prepared(self) -> PreparedNetwork:
         """The float network with the layers and the weights that its simulation started from."""
         return prepare(self.float_network, self.inputs)
+
+    def calibrate(self, network: QuantizedNetwork, *, weights: bool = True) -> int:
+        """Calibrate from the same samples again; return how many there were.
+
+        Args:
+            network: the quantized network.
+            weights: ``False`` keeps the ranges of the weights as they are.
+        """
+        return calibrate(network, Passes(self.samples), weights=weights, cache=self.cache)
 
 
 class Technique(ABC):

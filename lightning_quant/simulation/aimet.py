@@ -50,6 +50,7 @@ _USED = {
         "_MinMaxObserver",
         "_MinMaxRange",
         "_flag_extreme_min_max",
+        "adjust_min_max",
     ),
     "aimet_torch.quantization.tensor": ("QuantizedTensorBase",),
     "aimet_torch.seq_mse": ("apply_seq_mse",),
@@ -261,7 +262,7 @@ class Simulation(Protocol):
         """Return all quantizers."""
 
     def set_percentile_value(self, percentile_value: float) -> None:
-        """Set where the ranges of percentile observers end, 50 to 100."""
+        """Set where the ranges of percentile analyzers end, 50 to 100."""
 
     def _get_qmodule(self, op: Operation) -> Any:
         """Return the quantized layer of an operation of the graph, or ``None``."""

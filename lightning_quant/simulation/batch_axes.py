@@ -1,7 +1,7 @@
 """Where the samples of a batch lie in the network's inputs, found by comparing batches of different size.
 
 Sequences are often time first, masks have no samples, images come in lists, tiles of an image on the first axis.
-Nothing of that can be told from one call. Two calls with two and with three times the same sample differ in nothing
+None of that can be seen from one call. Two calls with two and with three times the same sample differ in nothing
 but that.
 """
 
@@ -23,7 +23,7 @@ class NoBatchAxisError(ValueError):
 
 @dataclass(frozen=True)
 class Along:
-    """A tensor with samples along an axis, ``each`` entries a sample."""
+    """A tensor with samples along an axis, ``each`` entries per sample."""
 
     rank: int
     axis: int
@@ -39,7 +39,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Items:
-    """A list or tuple of ``each`` items a sample."""
+    """A list or tuple of ``each`` items per sample."""
 
     each: int
 
@@ -56,7 +56,7 @@ Axes = Any
 
 
 def find_axes(two: Any, three: Any) -> Axes:
-    """The batch axes of a structure, from what two and what three times the same sample make of it.
+    """Find the batch axes of a structure by comparing batches of two and of three times the same sample.
 
     Raises:
         NoBatchAxisError: when they do not tell.
@@ -69,13 +69,13 @@ def find_axes(two: Any, three: Any) -> Axes:
 
 
 def first_axis(structure: Any) -> Axes:
-    """A guess: samples lie along the first axis of the first tensor, and of those that are as long there."""
+    """Guess that samples lie along the first axis of the first tensor, and of those that are as long there."""
     size = _first_size(structure)
     return _describe(structure, lambda t: Along(t.dim(), 0, 1) if t.dim() and t.shape[0] == size else Whole(t.dim()))
 
 
 def fit(structure: Any, axes: Axes) -> bool:
-    """Whether ``axes`` are those of such a structure; what is None in it may be a tensor in others."""
+    """Return whether ``axes`` are those of such a structure; what is None in it may be a tensor in others."""
     if isinstance(structure, Tensor):
         if isinstance(axes, Along):
             return axes.rank == structure.dim() and structure.shape[axes.axis] % axes.each == 0
@@ -96,7 +96,7 @@ def fit(structure: Any, axes: Axes) -> bool:
 
 
 def samples_in(structure: Any, axes: Axes) -> int:
-    """How many samples a structure holds; 1 where nothing in it depends on them."""
+    """Return how many samples a structure holds; 1 where nothing in it depends on them."""
     for value, leaf in _pairs(structure, axes):
         if isinstance(leaf, Along):
             return int(value.shape[leaf.axis]) // leaf.each
@@ -107,7 +107,7 @@ def samples_in(structure: Any, axes: Axes) -> int:
 
 
 def cut(structure: Any, axes: Axes, start: int, stop: int) -> Any:
-    """The structure with samples ``start`` to ``stop`` alone."""
+    """Return the structure with samples ``start`` to ``stop`` alone."""
     if isinstance(axes, Along):
         if not isinstance(structure, Tensor):
             return structure
@@ -157,7 +157,7 @@ def _describe(structure: Any, leaf: Any) -> Axes:
 
 
 def _map(axes: Axes, divisor: int) -> Axes:
-    """Count entries a sample in units of ``divisor``: tiles of one image are samples to the network."""
+    """Count entries per sample in units of ``divisor``: tiles of one image are samples to the network."""
     if isinstance(axes, (Along, Items, Packed)):
         return dataclasses.replace(axes, each=axes.each // divisor)
     children = _children(axes) if isinstance(axes, (dict, tuple)) else None
@@ -173,7 +173,7 @@ def _batched(axes: Axes) -> Iterator[Any]:
 
 
 def _pairs(structure: Any, axes: Axes) -> Iterator[tuple[Any, Any]]:
-    """Each batched part of a structure with its leaf."""
+    """Yield each batched part of a structure with its leaf."""
     if isinstance(axes, (Along, Items, Packed)):
         if structure is not None:
             yield structure, axes
@@ -190,7 +190,7 @@ def _first_size(structure: Any) -> int | None:
 
 
 def _children(structure: Any) -> dict[Any, Any] | None:
-    """What a container holds, by key or position; None for anything else."""
+    """Return what a container holds, by key or position; None for anything else."""
     if isinstance(structure, Mapping):
         return dict(structure)
     if isinstance(structure, (list, tuple)) and not isinstance(structure, PackedSequence):

@@ -17,11 +17,19 @@ from lightning_quant.simulation.callsites.lending import layers_kept, shapes_of_
 from lightning_quant.simulation.exportable import not_in_onnx
 from lightning_quant.simulation.inplace import copied, state_kept, undone_on_error
 from lightning_quant.simulation.inputs import NetworkInputs
-from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork
+from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork, set_range_estimator
 from lightning_quant.simulation.precisions import matching, quantized_layers, set_precisions
 from lightning_quant.simulation.prepare import prepare_in_place
+from lightning_quant.simulation.range_estimators import MinMax, Percentile, TfEnhanced
 
 log = logging.getLogger(__name__)
+
+# AIMET's own; under post_training_percentile it keeps min and max for the outputs of ReLU.
+_SCHEMES: dict[type, str] = {
+    MinMax: "min_max",
+    TfEnhanced: "post_training_tf_enhanced",
+    Percentile: "post_training_percentile",
+}
 
 
 def quantize(
@@ -85,11 +93,7 @@ def quantize(
 
 def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> aimet.Simulation:
     """AIMET's QuantizationSimModel around the flat form of ``network``, whose modules it changes in place."""
-    schemes = {
-        "min_max": aimet.QuantScheme.min_max,
-        "tf_enhanced": aimet.QuantScheme.post_training_tf_enhanced,
-        "percentile": aimet.QuantScheme.post_training_percentile,
-    }
+    estimator = recipe.range_estimator
     ignored_before = aimet.QuantizationMixin._ignore_unknown_modules
     try:
         # A class AIMET does not know is the user's own, whose operations are call sites.
@@ -98,7 +102,7 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
             sim = aimet.QuantizationSimModel(
                 FlatNetwork(network, inputs).eval(),
                 tuple(inputs.tensors),
-                quant_scheme=schemes[recipe.range_estimator],
+                quant_scheme=aimet.QuantScheme[_SCHEMES.get(type(estimator), "min_max")],
                 default_param_bw=recipe.precision.weight_bits,
                 default_output_bw=recipe.precision.activation_bits,
                 config_file=recipe.hardware,
@@ -112,10 +116,12 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
         ) from error
     finally:
         aimet.QuantizationMixin.ignore_unknown_modules(ignored_before)
-    if recipe.range_estimator == "percentile":
-        sim.set_percentile_value(recipe.percentile)
+    if isinstance(estimator, Percentile):
+        sim.set_percentile_value(estimator.percentile)
     _tie_resizes(sim)
     quantizers.complete(sim)
+    if type(estimator) not in _SCHEMES:
+        set_range_estimator(network, estimator)
     return sim
 
 

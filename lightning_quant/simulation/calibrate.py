@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
 
 from lightning_quant.errors import CalibrationError
-from lightning_quant.simulation import aimet
-from lightning_quant.simulation import calibration_cache as statistics_cache
+from lightning_quant.simulation import aimet, calibration_cache
+from lightning_quant.simulation.calibration_cache import DataHash, Statistics, StatisticsCache
 from lightning_quant.simulation.callsites.running import IN_TRACES_ONLY, noting
-from lightning_quant.simulation.inputs import NetworkInputs, counted, up_to
+from lightning_quant.simulation.inputs import NetworkInputs, counted, take_samples
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
 from lightning_quant.utilities.full_precision import full_precision
@@ -22,19 +22,21 @@ log = logging.getLogger(__name__)
 
 def calibrate(
     network: QuantizedNetwork,
-    batches: Iterable[NetworkInputs] | Callable[[], Iterable[NetworkInputs]],
+    batches: Iterable[NetworkInputs],
     *,
     weights: bool = True,
+    cache: StatisticsCache | None = None,
 ) -> int:
-    """Set the ranges of all weights and activations; marks the network as calibrated.
+    """Set the ranges of all weights and activations, and mark the network as calibrated.
 
     Args:
         network: the quantized network.
         batches: calls of the network with representative samples. They are consumed until
             ``network.recipe.calibration_samples`` samples were seen; the last one is cut to fit. The calls of one
-            step count once. A function that starts over with the same ones lets ``network.statistics_cache`` be used,
-            if there is one.
+            step count once.
         weights: ``False`` keeps the ranges of the weights as they are.
+        cache: where to keep what was seen, and to look for it first. ``batches`` are then iterated over more than once:
+            expected is what gives the same ones each time, not an iterator.
 
     Returns:
         The number of samples used, which is less than asked for when the batches ran out.
@@ -48,30 +50,30 @@ def calibrate(
 
     def run(_: object) -> None:
         nonlocal seen
-        if network.statistics_cache is None or not callable(batches):
-            seen = _observe(network, batches() if callable(batches) else batches)
+        if cache is None:
+            seen = _observe(network, batches)
             return
-        with network.statistics_cache.locked(network) as path:
-            known = statistics_cache.read(path)
+        with cache.locked(network) as path:
+            known = calibration_cache.read(path)
             if known is not None and not known.fits(network):
-                log.warning("Calibrating anew: %s was not seen by the quantizers of this network.", path)
+                log.warning("Calibrating again: %s was not seen by the quantizers of this network.", path)
                 known = None
-            if known is not None and known.data == _hash(network, batches(), wanted):
+            if known is not None and known.data == _hash(network, batches, wanted):
                 # layers learn in a forward pass whose outputs they read, see AIMET's protection against overflow
-                next(iter(batches())).batched_like(network.inputs).first(1).call(network.network)
+                next(iter(batches)).batched_like(network.inputs).first(1).call(network.network)
                 known.give(network)
                 seen = known.samples
                 log.info("Calibrated with what was seen of the same %d samples before.", seen)
                 return
-            digest = statistics_cache.DataHash()
-            seen = _observe(network, batches(), digest)
-            statistics_cache.write(path, statistics_cache.Statistics.of(network, str(digest), seen))
+            digest = DataHash()
+            seen = _observe(network, batches, digest)
+            calibration_cache.write(path, Statistics.of(network, str(digest), seen))
 
     # ranges must be ordinary tensors: made under inference_mode they would break training later
     kept = nullcontext() if weights else _kept(weight_quantizers(network))
     # what is kept on disk is for networks with finer grids too
-    exact = full_precision() if network.has_fine_grids or network.statistics_cache is not None else nullcontext()
-    with torch.inference_mode(False), aimet.quiet(), kept, exact, network.weights_held(), noting() as noted:
+    exact = full_precision() if network.has_fine_grids or cache is not None else nullcontext()
+    with torch.inference_mode(False), aimet.quiet(), kept, exact, network.cached_weights(), noting() as noted:
         network.sim.compute_encodings(run)
     names = {module: name for name, module in network.network.named_modules()}
     network.left_in_float = {names[module]: list(dict.fromkeys(found)) for module, found in noted.items()}
@@ -87,13 +89,11 @@ def calibrate(
     return seen
 
 
-def _observe(
-    network: QuantizedNetwork, batches: Iterable[NetworkInputs], digest: statistics_cache.DataHash | None = None
-) -> int:
-    """Run the samples through the network; how many there were."""
+def _observe(network: QuantizedNetwork, batches: Iterable[NetworkInputs], digest: DataHash | None = None) -> int:
+    """Run the samples through the network; return how many there were."""
     seen = index = 0
     known = (batch.batched_like(network.inputs) for batch in batches)
-    for new, batch in counted(up_to(known, network.recipe.calibration_samples)):
+    for new, batch in counted(take_samples(known, network.recipe.calibration_samples)):
         for tensor in batch.tensors:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 what = "NaN" if torch.isnan(tensor).any() else "Inf"
@@ -110,7 +110,7 @@ def _observe(
         seen += new
         index += batch.last
     if seen == 0:
-        # AIMET itself would go on with ranges for the weights only, and fail at the first use.
+        # AIMET itself would continue with ranges for the weights only, and fail at the first use.
         raise CalibrationError(
             "The calibration data loader gave no batch: expected at least one. Check its data set, its "
             "sampler and drop_last (a data set smaller than the batch size leaves nothing)."
@@ -119,14 +119,14 @@ def _observe(
 
 
 def _hash(network: QuantizedNetwork, batches: Iterable[NetworkInputs], wanted: int) -> str:
-    digest = statistics_cache.DataHash()
-    for batch in up_to((batch.batched_like(network.inputs) for batch in batches), wanted):
+    digest = DataHash()
+    for batch in take_samples((batch.batched_like(network.inputs) for batch in batches), wanted):
         digest.add(batch)
     return str(digest)
 
 
 def uncalibrated(network: QuantizedNetwork) -> list[str]:
-    """Names of quantizers that no calibration sample reached: parts of the network that were never run."""
+    """Return the names of quantizers that no calibration sample reached: parts of the network that were never run."""
     return [name for name, quantizer in _quantizers(network) if not quantizer.is_initialized()]
 
 
@@ -141,7 +141,7 @@ def calibrate_weights(network: QuantizedNetwork, names: Iterable[str] | None = N
 
 
 def weight_quantizers(network: QuantizedNetwork) -> list[aimet.Quantizer]:
-    """The quantizers of all parameters that are quantized."""
+    """Return the quantizers of all parameters that are quantized."""
     layers = quantized_layers(network).values()
     return [quantizer for layer in layers for quantizer in layer.param_quantizers.values() if quantizer is not None]
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +24,8 @@ from torch import Tensor
 
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.utilities.parsing import check, read_arrays
-
-if TYPE_CHECKING:
-    from lightning_quant.simulation.network import QuantizedNetwork
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +48,7 @@ class Statistics:
 
     @classmethod
     def of(cls, network: QuantizedNetwork, data: str, samples: int) -> Statistics:
-        """Take what the observers of a network hold."""
+        """Copy what the observers of a network hold."""
         seen = {}
         for name, observer in _observers(network).items():
             stats = observer.stats if isinstance(observer.stats, list) else [observer.stats]
@@ -64,7 +62,7 @@ class Statistics:
         return cls(data, samples, seen)
 
     def fits(self, network: QuantizedNetwork) -> bool:
-        """Whether the observers of a network are those that saw this: their number of ranges and of bins."""
+        """Return whether the observers of a network are those that saw this, by their number of ranges and of bins."""
         observers = _observers(network)
         for name, arrays in self.seen.items():
             if name not in observers:
@@ -78,7 +76,7 @@ class Statistics:
         return True
 
     def give(self, network: QuantizedNetwork) -> None:
-        """Make the observers of a network hold this, and nothing else."""
+        """Replace what the observers of a network hold with this."""
         for name, observer in _observers(network).items():
             observer.reset_stats()
             if name not in self.seen:
@@ -105,7 +103,7 @@ class StatisticsCache:
 
     @contextmanager
     def locked(self, network: QuantizedNetwork) -> Iterator[Path]:
-        """The file for a network, whose weights have their ranges already; another process waits until it is there."""
+        """Lock the file of a network whose weights have their ranges already; other processes wait meanwhile."""
         path = self._folder / f"{_key(network)}.npz"
         self._folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
@@ -113,7 +111,7 @@ class StatisticsCache:
 
 
 def read(path: Path) -> Statistics | None:
-    """The statistics in a file; ``None`` when there are none, or not whole."""
+    """Return the statistics in a file; ``None`` when there are none, or they are damaged."""
     if not path.is_file():
         return None
     try:
@@ -129,8 +127,8 @@ def read(path: Path) -> Statistics | None:
         for name, arrays in seen.items():
             _check_arrays(name, arrays)
         return Statistics(str(data), int(samples), seen)
-    except Exception as error:  # truncated, or none of ours: calibration writes it anew
-        log.warning("Calibrating anew: %s cannot be read (%s: %s).", path, type(error).__name__, error)
+    except Exception as error:  # truncated, or not one of ours: calibration writes it again
+        log.warning("Calibrating again: %s cannot be read (%s: %s).", path, type(error).__name__, error)
         return None
 
 
@@ -150,7 +148,7 @@ def _check_arrays(name: str, arrays: dict[str, np.ndarray]) -> None:
 
 
 def write(path: Path, statistics: Statistics) -> None:
-    """Put statistics into a file, whole or not at all."""
+    """Write statistics to a file, whole or not at all."""
     arrays = {f"{name}|{field}": array for name, fields in statistics.seen.items() for field, array in fields.items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with partial.open("wb") as file:
@@ -179,7 +177,7 @@ def _add(digest: Any, name: str, tensor: Tensor) -> None:
 
 
 def _observers(network: QuantizedNetwork) -> dict[str, Any]:
-    """Of all activations, by the name of their quantizer."""
+    """Return the observers of all activations, by the name of their quantizer."""
     modules: Any = network.network.named_modules()
     return {
         name: module.encoding_analyzer.observer
@@ -189,7 +187,7 @@ def _observers(network: QuantizedNetwork) -> dict[str, Any]:
 
 
 def _key(network: QuantizedNetwork) -> str:
-    """Identifies what the activations depend on: the network, its weights and their grids, and what observes."""
+    """Identify what the activations depend on: the network, its weights and their grids, and what observes."""
     digest = hashlib.sha256()
     for package in ("lightning-quant", "aimet-torch", "torch"):
         digest.update(f"{package} {importlib.metadata.version(package)} ".encode())

@@ -22,7 +22,7 @@ FLOAT_OPSET = 17
 
 
 def not_in_onnx(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
-    """Name the operations of a network that PyTorch's exporter cannot write, and where they stand in the code.
+    """Name the operations of a network that PyTorch's exporter cannot write, with their lines in the code.
 
     Args:
         network: the network with its call sites, in eval mode.
@@ -55,7 +55,7 @@ def _know_all_operations() -> None:
 
 
 def _place(source: str) -> str:
-    """The innermost line of the user's code, of ``file(line): function`` in a row each."""
+    """Return the innermost line of the user's code, of ``file(line): function`` in a row each."""
     libraries = (torch, aimet.load(), lightning_quant)
     others = tuple(str(Path(library.__file__).parent) for library in libraries if library.__file__)
     for line in source.splitlines():

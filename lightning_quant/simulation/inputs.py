@@ -21,19 +21,19 @@ from lightning_quant.simulation.batch_axes import Along, Axes, Items, Whole, cut
 
 
 def tensors_in(data: Any) -> list[Tensor]:
-    """Every tensor in a nested structure, in the order ``apply_to_collection`` visits them."""
+    """Yield every tensor in a nested structure, in the order ``apply_to_collection`` visits them."""
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
         found.append(tensor)
-        return tensor  # a PackedSequence is made anew of what comes back
+        return tensor  # a PackedSequence is made again of what comes back
 
     apply_to_collection(data, Tensor, note)
     return found
 
 
 def with_tensors(structure: Any, tensors: Sequence[Tensor]) -> Any:
-    """The same structure with its tensors replaced, in order."""
+    """Return the same structure with its tensors replaced, in order."""
     replacement = iter(tensors)
     return apply_to_collection(structure, Tensor, lambda _: next(replacement))
 
@@ -63,7 +63,7 @@ class NetworkInputs:
 
     @property
     def ranks(self) -> list[int]:
-        """How many axes each tensor has."""
+        """Return the number of axes of each tensor."""
         return [tensor.dim() for tensor in self.tensors]
 
     @property
@@ -76,36 +76,36 @@ class NetworkInputs:
         return first_axis((self.args, self.kwargs)) if self.axes is None else self.axes
 
     def map(self, function: Callable[[Tensor], Tensor]) -> NetworkInputs:
-        """The same call with ``function`` applied to each tensor."""
+        """Return the same call with ``function`` applied to each tensor."""
         args, kwargs = apply_to_collection((self.args, self.kwargs), Tensor, function)
         return replace(self, args=args, kwargs=kwargs)
 
     def first(self, samples: int) -> NetworkInputs:
-        """The same call with only the first ``samples`` samples of every batched tensor."""
+        """Return the same call with only the first ``samples`` samples of every batched tensor."""
         return self.samples(0, samples)
 
     def samples(self, start: int, stop: int) -> NetworkInputs:
-        """The same call with only the samples from ``start`` up to ``stop``."""
+        """Return the same call with only the samples from ``start`` up to ``stop``."""
         args, kwargs = cut((self.args, self.kwargs), self._known_axes, start, stop)
         return replace(self, args=args, kwargs=kwargs)
 
     def batched_like(self, other: NetworkInputs) -> NetworkInputs:
-        """This call with the batch axes of another one, where nothing is known of its own and they fit."""
+        """Return this call with the batch axes of another one, if its own are unknown and they fit."""
         known = self.axes is not None or other.axes is None or not fit((self.args, self.kwargs), other.axes)
         return self if known else replace(self, axes=other.axes)
 
     def has_sizes_of(self, other: NetworkInputs) -> bool:
-        """Whether the tensors are as many, as large and of the types of another call's, in the same structure."""
+        """Return whether the tensors have the number, sizes and types of another call's, in the same structure."""
         mine, theirs = (replace(one, axes=None).structure() for one in (self, other))
         return mine == theirs
 
     def structure(self) -> dict[str, Any]:
-        """What :meth:`describe` says but for values."""
+        """Return what :meth:`describe` says, without values."""
         found: dict[str, Any] = _without_values(self.describe())
         return found
 
     def to(self, device: torch.device) -> NetworkInputs:
-        """The same call with its tensors on ``device``."""
+        """Return the same call with its tensors on ``device``."""
         # a PackedSequence keeps its lengths on the CPU
         moved = apply_to_collection((self.args, self.kwargs), (Tensor, PackedSequence), lambda one: one.to(device))
         return replace(self, args=moved[0], kwargs=moved[1])
@@ -116,7 +116,7 @@ class NetworkInputs:
         return network(*own.args, **own.kwargs)
 
     def describe(self) -> dict[str, Any]:
-        """Structure, shapes, types and batch axes, if they are known, as JSON values for a checkpoint's manifest."""
+        """Return structure, shapes, types and known batch axes as JSON values for a checkpoint's manifest."""
         args, kwargs = (_UNKNOWN, _UNKNOWN) if self.axes is None else self.axes
         return {
             "args": [_describe(arg, _inner(args, index)) for index, arg in enumerate(self.args)],
@@ -151,8 +151,22 @@ class NetworkInputs:
             ) from error
 
 
-def up_to(calls: Iterable[NetworkInputs], count: int) -> Iterator[NetworkInputs]:
-    """The calls with the first ``count`` samples, in the batches they come in; all calls of a step."""
+class Passes:
+    """Samples that can be run through more than once: each iteration starts another pass.
+
+    Args:
+        start: starts a pass over the same calls.
+    """
+
+    def __init__(self, start: Callable[[], Iterable[NetworkInputs]]) -> None:
+        self._start = start
+
+    def __iter__(self) -> Iterator[NetworkInputs]:
+        return iter(self._start())
+
+
+def take_samples(calls: Iterable[NetworkInputs], count: int) -> Iterator[NetworkInputs]:
+    """Yield the calls with the first ``count`` samples, in the batches they come in; all calls of a step."""
     left, used = count, 0
     for call in calls:
         cut = call.first(left)
@@ -165,7 +179,7 @@ def up_to(calls: Iterable[NetworkInputs], count: int) -> Iterator[NetworkInputs]
 
 
 def counted(calls: Iterable[NetworkInputs]) -> Iterator[tuple[int, NetworkInputs]]:
-    """Each call with the number of samples that it adds: the calls of one step are about the same ones."""
+    """Yield each call with the number of samples that it adds: the calls of one step are about the same ones."""
     used = 0
     for call in calls:
         yield max(call.batch_size - used, 0), call
@@ -219,7 +233,7 @@ def _describe(value: Any, axes: Axes) -> Any:
 
 
 def _axes(item: Mapping[str, Any]) -> Axes:
-    """The batch axes in what :func:`_describe` wrote."""
+    """Return the batch axes in what :func:`_describe` wrote."""
     (kind, content), *_ = item.items()
     if kind == "tensor":
         if item.get("batch", _UNKNOWN) is None:

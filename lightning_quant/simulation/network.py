@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.metadata
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,31 +13,18 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError
-from lightning_quant.precision import PRECISIONS, Precision
+from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.calibration_cache import StatisticsCache
 from lightning_quant.simulation.callsites.inlining import functions_inlined
 from lightning_quant.simulation.callsites.running import watched_class
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
+from lightning_quant.simulation.manifest import Manifest
 from lightning_quant.simulation.preflight import Finding
-from lightning_quant.utilities.parsing import check, fitting, shown
+from lightning_quant.simulation.range_estimators import RangeEstimator, RangeEstimatorSpec
+from lightning_quant.utilities.parsing import shown
 
-FORMAT_VERSION = 1
-MANIFEST_KEY = "lightning_quant"
 _MOST_BITS = 32
-_FIELDS = {
-    "precision": str,
-    "hardware": str,
-    "overrides": dict[str, str],
-    "range_estimator": str,
-    "calibrated": bool,
-    "float_sha256": str | None,
-    "equalized": bool,
-    "raised": dict[str, str],
-    "inputs": dict[str, Any],
-    "other_inputs": list[dict[str, Any]],
-}
 
 
 class FlatNetwork(nn.Module):
@@ -67,8 +52,8 @@ class QuantizedNetwork:
     """What is known of a network whose weights and activations are rounded to the integers of the device.
 
     The network itself stays the user's object: its class, methods, attributes, hooks and names of weights are what
-    they were, with ranges added. This stands beside it; :meth:`of` finds it. What the network does not have itself
-    (``self.model.findings``) is looked up here, and what this does not have, there. The network's ``state_dict``
+    they were, with ranges added. This object is kept with it; :meth:`of` finds it. What the network does not have
+    itself (``self.model.findings``) is looked up here, and what this does not have, there. The network's ``state_dict``
     carries a manifest, so a checkpoint knows how it was quantized and refuses to be loaded into something else.
 
     Attributes:
@@ -80,10 +65,9 @@ class QuantizedNetwork:
         calibrated: whether the ranges of the activations are known. Restored with the weights, and the
             only thing to ask: AIMET's own ``is_initialized()`` turns true under DDP without calibration.
         left_in_float: operations that no example of the network came to and calibration did, by module.
-        raised: layers that were given a finer precision than the recipe says, to win accuracy back.
-        range_estimator: how ranges are calibrated, see :meth:`observe_with`.
-        statistics_cache: where calibration keeps what it saw, for other precisions; ``None``: nowhere.
-        equalized: whether scale was shifted between channels, so that layers put out other numbers than in float.
+        promoted: layers that were given a finer precision than the recipe says, to win accuracy back.
+        range_estimator: how ranges are calibrated, see :meth:`set_range_estimator`.
+        equalized: whether scale was shifted between channels, so that layers output other numbers than in float.
         float_class: class of the float network.
         float_sha256: identifies the weights of the float network it was made of.
         sim: AIMET's ``QuantizationSimModel`` around it, for everything AIMET can do with one.
@@ -107,11 +91,10 @@ class QuantizedNetwork:
         self.others = list(others)
         self.findings = findings
         self.calibrated = False
-        self.raised: dict[str, Precision] = {}
+        self.promoted: dict[str, Precision] = {}
         self.range_estimator = recipe.range_estimator
         self.equalized = False
         self.left_in_float: dict[str, list[str]] = {}
-        self.statistics_cache: StatisticsCache | None = None
         self._bitwidths: dict[str, int] = {}
         ranges = {id(parameter) for parameter in self.range_parameters() if parameter.requires_grad}
         self._learnable_ranges = {name for name, value in network.named_parameters() if id(value) in ranges}
@@ -126,14 +109,14 @@ class QuantizedNetwork:
 
     @classmethod
     def of(cls, module: Any) -> QuantizedNetwork | None:
-        """What is known of a network; ``None`` if it is not quantized."""
+        """Return what is known of a network; ``None`` if it is not quantized."""
         if isinstance(module, cls):
             return module
         return vars(module).get(_STATE) if isinstance(module, nn.Module) else None
 
     @classmethod
     def named_in(cls, module: nn.Module) -> Iterator[tuple[str, QuantizedNetwork]]:
-        """The quantized networks among the modules of ``module``, with their dotted names."""
+        """Yield the quantized networks among the modules of ``module``, with their dotted names."""
         for name, one in module.named_modules():
             if (known := cls.of(one)) is not None:
                 yield name, known
@@ -166,7 +149,7 @@ class QuantizedNetwork:
 
     @property
     def float_network(self) -> nn.Module | None:
-        """A copy of the float network, as it was; ``None`` where it is not at hand.
+        """A copy of the float network, as it was; ``None`` where there is none.
 
         A checkpoint does not hold it: what :func:`~lightning_quant.load_quantized` builds has none.
         """
@@ -175,7 +158,7 @@ class QuantizedNetwork:
 
     @property
     def output_structure(self) -> Any:
-        """What the network answers with, its tensors empty."""
+        """The structure of the network's output, its tensors empty."""
         return self._output
 
     @property
@@ -184,21 +167,21 @@ class QuantizedNetwork:
         return any(quantizer.bitwidth > 8 for quantizer in self.quantizers())
 
     def range_parameters(self) -> list[nn.Parameter]:
-        """The learnable ends (min, max) of all quantization ranges."""
+        """Return the learnable ends (min, max) of all quantization ranges."""
         return [parameter for quantizer in self.quantizers() for parameter in quantizer.parameters()]
 
     def quantizers(self) -> Iterator[aimet.Quantizer]:
-        """AIMET's quantizers of weights and activations; the objects stay the same, whatever bits they get."""
+        """Return AIMET's quantizers of weights and activations; the objects stay the same, whatever bits they get."""
         return (module for module in self.network.modules() if isinstance(module, aimet.QuantizerBase))
 
-    def weights_held(self) -> AbstractContextManager[None]:
+    def cached_weights(self) -> AbstractContextManager[None]:
         """Quantize every weight once for the length of a block, in which no gradient is computed.
 
-        Weights that change in it are quantized anew, except where they are written to through ``.data``.
+        Weights that change in it are quantized again, except where they are written to through ``.data``.
         """
-        from lightning_quant.simulation.fast.layers import weights_held
+        from lightning_quant.simulation.fast.layers import cached_weights
 
-        return weights_held(self.network)
+        return cached_weights(self.network)
 
     def learn_ranges(self, learn: bool) -> None:
         """Let training change the ranges, or keep them as they are. Ends pinned by the hardware stay pinned."""
@@ -206,46 +189,53 @@ class QuantizedNetwork:
             if name in self._learnable_ranges:
                 parameter.requires_grad_(learn)
 
-    def manifest(self) -> dict[str, Any]:
-        """How this network was quantized, in plain values."""
-        return {
-            MANIFEST_KEY: importlib.metadata.version("lightning-quant"),
-            "format_version": FORMAT_VERSION,
-            "aimet_torch": importlib.metadata.version("aimet-torch"),
-            "torch": importlib.metadata.version("torch"),
-            **self.recipe.identity(),
-            "range_estimator": self.range_estimator,
-            "calibrated": self.calibrated,
-            "float_sha256": self.float_sha256,
-            "equalized": self.equalized,
-            "raised": {layer: str(precision) for layer, precision in self.raised.items()},
-            "inputs": self.inputs.describe(),
-            "other_inputs": [other.describe() for other in self.others],
-        }
+    def manifest(self) -> Manifest:
+        """Return how this network was quantized."""
+        return Manifest(
+            **Manifest.versions(),
+            precision=self.recipe.precision,
+            hardware=self.recipe.identity()["hardware"],
+            overrides=self.recipe.overrides,
+            range_estimator=self.range_estimator.spec,
+            calibrated=self.calibrated,
+            float_sha256=self.float_sha256,
+            equalized=self.equalized,
+            promoted=self.promoted,
+            inputs=self.inputs.describe(),
+            other_inputs=[other.describe() for other in self.others],
+        )
 
     def take_over(self, state: Any) -> None:
-        """Check a stored manifest against this network, then take over whether it is calibrated.
+        """Check a stored manifest against this network, then adopt what it says of the ranges.
 
         Raises:
             CheckpointError: naming the first entry that disagrees, with both values.
         """
-        check_manifest(state)
+        manifest = Manifest.of_checkpoint(state)
+        stored = manifest.to_dict()
         for name, expected in self.recipe.identity().items():
-            if state.get(name) != expected:
+            if stored[name] != expected:
                 raise CheckpointError(
-                    f"The checkpoint was quantized with {name}={state.get(name)!r}, but the callback was given "
-                    f"{name}={expected!r}. Give the callback {name}={state.get(name)!r}, or start from the "
+                    f"The checkpoint was quantized with {name}={stored[name]!r}, but the callback was given "
+                    f"{name}={expected!r}. Give the callback {name}={stored[name]!r}, or start from the "
                     f"float weights to quantize with {expected!r}."
                 )
-        self.calibrated = bool(state.get("calibrated", False))
-        self.float_sha256 = state.get("float_sha256")
-        self.equalized = bool(state.get("equalized", False))
+        self.set_range_estimator(self._stored_estimator(manifest.range_estimator))
+        self.calibrated = manifest.calibrated
+        self.float_sha256 = manifest.float_sha256
+        self.equalized = manifest.equalized
         # the bit widths themselves come with AIMET's state of each quantizer
-        self.raised = {str(layer): Precision.parse(value) for layer, value in state.get("raised", {}).items()}
-        self.observe_with(state.get("range_estimator", self.range_estimator))
+        self.promoted = dict(manifest.promoted)
+
+    def _stored_estimator(self, spec: RangeEstimatorSpec) -> RangeEstimator:
+        """Return the estimator of a checkpoint, which may be one that this network was given as an instance."""
+        for known in (self.range_estimator, self.recipe.range_estimator):
+            if known.spec == spec:
+                return known
+        return RangeEstimator.of_checkpoint(spec)
 
     def snapshot(self) -> dict[str, Any]:
-        """A copy of everything that quantization and training change: weights, ranges, bit widths."""
+        """Return a copy of everything that quantization and training change: weights, ranges, bit widths."""
         return {name: _copied(value) for name, value in self.network.state_dict().items()}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
@@ -254,11 +244,11 @@ class QuantizedNetwork:
         self.network.load_state_dict({name: _copied(v) if isinstance(v, dict) else v for name, v in snapshot.items()})
 
     def remember_bitwidths(self) -> None:
-        """Take the bit widths as they are for those of the recipe, to go back to in :meth:`start_anew`."""
+        """Remember the bit widths as those of the recipe, for :meth:`reset_to` to restore."""
         modules = self.network.named_modules()
         self._bitwidths = {name: module.bitwidth for name, module in modules if hasattr(module, "bitwidth")}
 
-    def start_anew(self, network: nn.Module) -> None:
+    def reset_to(self, network: nn.Module) -> None:
         """Go back to float weights that were never calibrated: weights, bit widths and range estimator.
 
         Args:
@@ -272,31 +262,22 @@ class QuantizedNetwork:
                     mine[name].copy_(value)
         for name, bits in self._bitwidths.items():
             self.network.get_submodule(name).bitwidth = bits  # type: ignore[assignment]
-        self.raised = {}
+        self.promoted = {}
         self.equalized = False
-        self.observe_with(self.recipe.range_estimator)
+        self.set_range_estimator(self.recipe.range_estimator)
 
-    def observe_with(self, range_estimator: str) -> None:
-        """Calibrate with another range estimator from now on, see :class:`QuantRecipe`."""
-        if range_estimator == self.range_estimator:
-            return
-        kinds = {
-            "min_max": aimet.MinMaxEncodingAnalyzer,
-            "tf_enhanced": aimet.TfEnhancedEncodingAnalyzer,
-            "percentile": partial(aimet.PercentileEncodingAnalyzer, percentile=self.recipe.percentile),
-        }
-        module: Any
-        for module in self.network.modules():
-            if hasattr(module, "encoding_analyzer"):
-                module.encoding_analyzer = kinds[range_estimator](module.encoding_analyzer.observer.shape)
-        self.range_estimator = range_estimator
+    def set_range_estimator(self, estimator: RangeEstimator) -> None:
+        """Calibrate with another range estimator from now on."""
+        if estimator != self.range_estimator:
+            set_range_estimator(self.network, estimator)
+            self.range_estimator = estimator
 
 
 _STATE = "_quantized"
 
 
 class _Quantized:
-    """What the class of a quantized network has besides the user's own."""
+    """What the class of a quantized network has in addition to the user's own."""
 
     def __getattr__(self: Any, name: str) -> Any:
         try:
@@ -308,15 +289,15 @@ class _Quantized:
             return getattr(known, name)
 
     def get_extra_state(self: Any) -> Any:
-        """The manifest; :meth:`torch.nn.Module.state_dict` stores it beside the weights."""
+        """Return the manifest; :meth:`torch.nn.Module.state_dict` stores it with the weights."""
         if torch.onnx.is_in_onnx_export():  # which takes every state for a tensor, as AIMET's quantizers know too
             return torch.empty(0)
         own = type(self).watched.get_extra_state
-        manifest: dict[str, Any] = self.__dict__[_STATE].manifest()
+        manifest: dict[str, Any] = self.__dict__[_STATE].manifest().to_dict()
         return manifest if own is nn.Module.get_extra_state else {**manifest, _OF_THE_NETWORK: own(self)}
 
     def set_extra_state(self: Any, state: Any) -> None:
-        """Take the manifest over."""
+        """Check the manifest and adopt it."""
         self.__dict__[_STATE].take_over(state)
         if isinstance(state, dict) and _OF_THE_NETWORK in state:
             type(self).watched.set_extra_state(self, state[_OF_THE_NETWORK])
@@ -339,37 +320,13 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
-def check_manifest(manifest: Any) -> dict[str, Any]:
-    """Return ``manifest`` if this version can read it.
-
-    Raises:
-        CheckpointError: when it is none, or was written by a later format.
-    """
-    if not isinstance(manifest, dict) or MANIFEST_KEY not in manifest:
-        raise CheckpointError(
-            f"Expected the manifest of a quantized network, got {type(manifest).__name__}: the checkpoint "
-            "was not written by lightning_quant."
-        )
-    version = manifest.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"The checkpoint has format_version={shown(version)} (written by lightning_quant "
-            f"{shown(manifest[MANIFEST_KEY])}), this version reads {FORMAT_VERSION}. Install a version that fits."
-        )
-    try:
-        fitting(manifest, dict[str, Any])
-        for name, kind in _FIELDS.items():
-            if name in manifest:
-                fitting(manifest[name], kind, name)
-        for part in ("overrides", "raised"):
-            for layer, precision in manifest.get(part, {}).items():
-                check(precision in PRECISIONS, f"{part}.{layer}", precision, f"one of {', '.join(PRECISIONS)}")
-    except ValueError as error:
-        raise CheckpointError(
-            f"The manifest in the checkpoint is damaged: {error}. Expected what lightning_quant wrote; take another "
-            "checkpoint, or quantize anew."
-        ) from error
-    return manifest
+def set_range_estimator(network: nn.Module, estimator: RangeEstimator) -> None:
+    """Let every quantizer of a network observe for, and compute its range by, ``estimator``."""
+    module: Any
+    for module in network.modules():
+        if hasattr(module, "encoding_analyzer"):
+            observer = module.encoding_analyzer.observer
+            module.encoding_analyzer = estimator.analyzer(observer.shape, observer.block_size)
 
 
 def check_ranges(network: QuantizedNetwork) -> None:
@@ -385,7 +342,7 @@ def check_ranges(network: QuantizedNetwork) -> None:
             raise CheckpointError(
                 f"The grid of {name!r} reaches from {shown(low)} to {shown(high)} in blocks of "
                 f"{shown(getattr(module, 'block_size', None))}: expected at most {_MOST_BITS} bits and no blocks. Take "
-                "an earlier checkpoint, or quantize anew."
+                "an earlier checkpoint, or quantize again."
             )
         if network.calibrated and {"min", "max"} <= ends.keys():
             least, most = ends["min"], ends["max"]
@@ -393,7 +350,7 @@ def check_ranges(network: QuantizedNetwork) -> None:
             if not bool((torch.isfinite(least) & torch.isfinite(most)).all()):
                 raise CheckpointError(
                     f"The range of {name!r} is NaN or infinite: expected finite ends. Take an earlier checkpoint, or "
-                    "quantize anew."
+                    "quantize again."
                 )
 
 

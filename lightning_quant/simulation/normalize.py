@@ -81,7 +81,7 @@ def _plain(module: nn.Module, base: type[nn.Module]) -> nn.Module:
 
 
 def _is_frozen_norm(module: nn.Module) -> bool:
-    """Whether a module holds what a batch norm does, and nothing to train."""
+    """Return whether a module holds what a batch norm does, and nothing to train."""
     held = {name for name, _ in module.named_buffers(recurse=False)}
     return held >= {"weight", "bias", "running_mean", "running_var"} and not list(module.parameters(recurse=False))
 

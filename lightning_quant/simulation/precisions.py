@@ -1,4 +1,4 @@
-"""The precision of single layers, with what the hardware requires of their neighbours."""
+"""The precision of single layers, with what the hardware requires of their neighbors."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def quantized_layers(network: QuantizedNetwork) -> dict[str, aimet.QuantizedLayer]:
-    """Every layer that AIMET quantizes, by its name in the network."""
+    """Return every layer that AIMET quantizes, by its name in the network."""
     modules = network.network.named_modules()
     return {name: module for name, module in modules if isinstance(module, aimet.BaseQuantizationMixin)}
 
 
 def matching(network: QuantizedNetwork, overrides: Mapping[str, Precision]) -> dict[str, Precision]:
-    """Spell out globs on layer names; the last one that matches a layer wins.
+    """Resolve globs on layer names; the last one that matches a layer wins.
 
     Raises:
         ConfigurationError: for a glob that matches no layer.
@@ -43,15 +43,16 @@ def matching(network: QuantizedNetwork, overrides: Mapping[str, Precision]) -> d
 
 
 def layer_precision(network: QuantizedNetwork, layer: str) -> Precision:
-    """The precision a layer was asked to have: its own, or that of the whole network."""
-    own = {**matching(network, network.recipe.overrides), **network.raised}
+    """Return the precision a layer was asked to have: its own, or that of the whole network."""
+    own = {**matching(network, network.recipe.overrides), **network.promoted}
     return own.get(layer, network.recipe.precision)
 
 
 def set_precisions(network: QuantizedNetwork, precisions: Mapping[str, Precision]) -> None:
     """Change the bit widths of layers: their weights, and the activations that go into them.
 
-    Ranges stay as they are: calibrate afterwards. What a layer hands on changes only if the layers after it agree.
+    Ranges stay as they are: calibrate afterwards. The precision of a layer's output changes only if all layers after it
+    use the same one.
 
     Args:
         network: the quantized network, not a copy of one (copies lack AIMET's graph of the network).
@@ -81,7 +82,7 @@ def set_precisions(network: QuantizedNetwork, precisions: Mapping[str, Precision
                 f"AIMET cannot give {', '.join(precisions)} another precision: {type(error).__name__}: {error}. "
                 "Expected layers whose inputs it can trace back; leave out those around resizing and concatenation."
             ) from error
-    for name, precision in precisions.items():  # not by AIMET: a request for a neighbour would undo it
+    for name, precision in precisions.items():  # not by AIMET: a request for a neighbor would undo it
         if (weight := dict(layers[name].param_quantizers).get("weight")) is not None:
             weight.bitwidth = precision.weight_bits
     for quantizer, observer in observers.items():  # AIMET replaces the one for percentile by that for tf_enhanced

@@ -1,4 +1,4 @@
-"""What stands in the way of quantizing a network fully: found by running it once, told as a table.
+"""What stands in the way of quantizing a network fully: found by running it once, reported as a table.
 
 AIMET leaves some things in float with a warning at most, or without a word. Every one of them costs accuracy
 or speed on the device, so each becomes a row that names the module, the problem and the remedy.
@@ -21,7 +21,7 @@ from lightning_quant.simulation.callsites.running import FOLDED
 
 
 class FindingKind(Enum):
-    """What a finding says of a module, for what goes by it: the words are for people."""
+    """What a finding says of a module: code decides by it, its words are for people."""
 
     LEFT_IN_FLOAT = "left in float"
     NO_RANGES = "no ranges"
@@ -32,7 +32,7 @@ class FindingKind(Enum):
 
     @property
     def leaves_open(self) -> bool:
-        """Whether tensors of the module have no encoding, and the user was told."""
+        """Return whether tensors of the module have no encoding, and the user was warned."""
         return self in (FindingKind.LEFT_IN_FLOAT, FindingKind.NO_RANGES)
 
 
@@ -54,7 +54,7 @@ class Finding:
 
 
 def table(findings: Iterable[Finding]) -> str:
-    """The findings as an aligned text table, one row each."""
+    """Return the findings as an aligned text table, one row each."""
     rows = [("module", "problem", "what to do")]
     rows += [(finding.module or "(network)", finding.problem, finding.remedy) for finding in findings]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
@@ -98,7 +98,7 @@ def refuse(findings: list[Finding]) -> None:
 
 
 def inspect(network: nn.Module) -> list[Finding]:
-    """Tell what of a prepared network will stay float or unfolded.
+    """Report what of a prepared network will stay in float or unfolded.
 
     Args:
         network: the network as it goes into the simulation: batch norms folded, call sites found.
@@ -122,7 +122,7 @@ def inspect(network: nn.Module) -> list[Finding]:
 
 
 def single_channels(layers: Mapping[str, QuantizedLayer]) -> list[Finding]:
-    """Convolutions with one output channel and weights below 8 bits, which the NPU's compiler does not take.
+    """Find convolutions with one output channel and weights below 8 bits, which the NPU's compiler does not take.
 
     Seen with QAIRT 2.51: the one scale of such a weight is taken for that of a whole tensor.
 
@@ -141,7 +141,7 @@ def single_channels(layers: Mapping[str, QuantizedLayer]) -> list[Finding]:
 
 
 def sharing_siblings(root: nn.Module, network: nn.Module, name: str) -> list[Finding]:
-    """Modules beside the network that hold some of its parameters: they compute with them unrounded.
+    """Find modules outside the network that hold some of its parameters: they compute with them unrounded.
 
     Args:
         root: the LightningModule.

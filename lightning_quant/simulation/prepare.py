@@ -171,9 +171,9 @@ def _fold_batch_norms(
 
 
 def _owners(twin: nn.Module) -> dict[nn.Module, nn.Module]:
-    """The modules whose own weights are lent to a call site as they are, by the layer there.
+    """Return the modules whose own weights are lent to a call site as they are, by the layer there.
 
-    Nothing can be folded into weights that are computed anew in each pass, and a batch norm that is called as a
+    Nothing can be folded into weights that are computed again in each pass, and a batch norm that is called as a
     function belongs to a module that does more; such a layer is made one that AIMET does not know.
     """
     lenders = {module._parameters["weight"]: module for module in twin.modules() if "weight" in module._parameters}
@@ -199,7 +199,7 @@ def _take_over(layer: Any, folded: Any) -> None:
 
 
 def _remove_norm(network: nn.Module, name: str) -> None:
-    """Put an Identity in the place of a batch norm; one that does more than normalize goes on doing that."""
+    """Put an Identity in the place of a batch norm; one that does more than normalize continues to do that."""
     norm = network.get_submodule(name)
     if isinstance(norm, _BatchNorm) and type(norm) not in _PLAIN:
         norm.__dict__[FOLDED] = True
@@ -214,7 +214,7 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def _follows(norm: _BatchNorm, layer: Any, folded: Any) -> bool:
-    """Whether the batch norm took the output of its layer: AIMET also folds those that come before one."""
+    """Return whether the batch norm took the output of its layer: AIMET also folds those that come before one."""
     scale = output_factors(norm)
     weight = layer.weight.detach()
     if isinstance(layer, nn.modules.conv._ConvTransposeNd) or weight.shape[0] != scale.numel():
@@ -224,14 +224,14 @@ def _follows(norm: _BatchNorm, layer: Any, folded: Any) -> bool:
 
 
 def output_factors(norm: _BatchNorm) -> torch.Tensor:
-    """What a batch norm in eval mode multiplies each channel with: weight / sqrt(running_var + eps)."""
+    """Return what a batch norm in eval mode multiplies each channel with: weight / sqrt(running_var + eps)."""
     assert norm.running_var is not None
     scale = (norm.running_var.detach() + norm.eps).rsqrt()
     return scale if norm.weight is None else norm.weight.detach() * scale
 
 
 def relative_difference(expected: Any, actual: Any) -> float:
-    """Largest absolute difference between two outputs, relative to the largest expected value."""
+    """Return the largest absolute difference between two outputs, relative to the largest expected value."""
     pairs = list(zip(tensors_in(expected), tensors_in(actual), strict=True))
     worst = 0.0
     for a, b in pairs:

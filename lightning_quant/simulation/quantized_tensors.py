@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.simulation.aimet import QuantizedLayer, Quantizer
-from lightning_quant.simulation.inputs import NetworkInputs, up_to
+from lightning_quant.simulation.inputs import NetworkInputs, take_samples
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
 
@@ -32,10 +32,10 @@ class QuantizedTensor:
         tensor: ``"weight"``, ``"input"`` or ``"output"``, with a number where there are several.
         bits: bit width.
         symmetric: whether the grid has zero in its middle.
-        channels: how many scales there are: 1, or one a channel.
+        channels: how many scales there are: 1 per tensor, or C per channel.
         qmin: smallest integer.
         qmax: largest integer.
-        scale: smallest and largest length of a step, in units of the tensor; equal with one channel.
+        scale: smallest and largest scale, in units of the tensor; equal with one channel.
         offset: smallest and largest integer that is added so that zero is an integer.
         low: the grid's lowest number in units of the tensor, the least of all channels.
         high: the grid's highest number, the greatest of all channels.
@@ -67,7 +67,7 @@ class QuantizedTensor:
 def quantized_tensors(
     network: QuantizedNetwork, samples: Iterable[NetworkInputs], count: int = 4
 ) -> list[QuantizedTensor]:
-    """Look at all weights, and at the activations of some samples, in the order of the layers.
+    """Describe all weights, and the activations of some samples, in the order of the layers.
 
     Costs one pass of ``count`` samples, and leaves the network as it was. Quantizers that no sample reached are left
     out.
@@ -84,13 +84,13 @@ def quantized_tensors(
                 if quantizer is not None and quantizer.is_initialized() and quantizer not in watched:
                     watched[quantizer] = _Watched(name, tensor, quantizer)
                     hooks.callback(quantizer.register_forward_hook(partial(_see, watched[quantizer])).remove)
-        for call in up_to(samples, count):
+        for call in take_samples(samples, count):
             call.call(network.network)
     return [one.result() for one in watched.values() if one.seen]
 
 
 def quantizers_of(layer: QuantizedLayer) -> list[tuple[str, Quantizer | None]]:
-    """The quantizers of a layer by the tensors they round: ``"weight"``, ``"input"``, ``"output 1"``; some ``None``."""
+    """Return the quantizers of a layer by what they round: ``"weight"``, ``"input"``, ``"output 1"``; some ``None``."""
     parameters = list(layer.param_quantizers.items())
     for what, quantizers in (("input", layer.input_quantizers), ("output", layer.output_quantizers)):
         alone = len(quantizers) == 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.precision import Precision
-from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, up_to
+from lightning_quant.simulation.inputs import NetworkInputs, take_samples, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import layer_precision, quantized_layers, set_precisions
 from lightning_quant.utilities.full_precision import full_precision
@@ -55,7 +55,7 @@ def layer_sensitivity(
         samples: calibration samples.
         count: how many of them to use.
     """
-    calls = list(up_to(samples, count))
+    calls = list(take_samples(samples, count))
     layers = quantized_layers(network)
     parts = _parts(network, layers)
     names = {module: name for name, module in network.network.named_modules()}
@@ -88,15 +88,15 @@ def _decibels(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 and math.isfinite(noise) else -math.inf
 
 
-def finer(part: str, now: Precision) -> Precision | None:
-    """The next finer precision of a layer's weights or activations; ``None`` if there is none."""
+def next_finer(part: str, now: Precision) -> Precision | None:
+    """Return the next finer precision of a layer's weights or activations; ``None`` if there is none."""
     if part == "weights":
         return Precision(8, now.activation_bits) if now.weight_bits < 8 else None
     return Precision(now.weight_bits, 16) if now.activation_bits < 16 else None
 
 
 def _parts(network: QuantizedNetwork, layers: dict[str, Any]) -> list[tuple[list[str], str, list[Any]]]:
-    """Layers tied together, which part of them, and the quantizers that get finer if one of them is raised by a step.
+    """List layers tied together, their part, and the quantizers that get finer if one of them is raised by a step.
 
     Asked of AIMET, which knows what the hardware ties together: a layer's input is another one's output.
     """
@@ -106,7 +106,7 @@ def _parts(network: QuantizedNetwork, layers: dict[str, Any]) -> list[tuple[list
         weight = layer.param_quantizers["weight"] if _has_weight(layer) else None
         if weight is not None:
             tied["weights", weight] = [name]
-        if (raised := finer("activations", layer_precision(network, name))) is not None:
+        if (raised := next_finer("activations", layer_precision(network, name))) is not None:
             before = {quantizer: quantizer.bitwidth for quantizer in _quantizers(layers)}
             with suppress(ConfigurationError):  # then its activations cannot be raised either
                 set_precisions(network, {name: raised})
@@ -127,7 +127,7 @@ def _quantizers(layers: dict[str, Any]) -> Iterator[Any]:
 
 
 class _Switchboard:
-    """Every quantizer of a network, to be put back in its place one by one."""
+    """Every quantizer of a network, which can be switched on one by one."""
 
     def __init__(self, layers: dict[str, Any]) -> None:
         self._places: dict[Any, list[tuple[Any, Any]]] = {}
@@ -172,7 +172,7 @@ def _all_quantizers_off(layers: dict[str, Any]) -> Iterator[_Switchboard]:
 def _float_pass(
     network: QuantizedNetwork, layers: dict[str, Any], calls: list[NetworkInputs]
 ) -> tuple[list[Tensor], dict[str, int]]:
-    """The outputs without any rounding, and how many multiply-accumulate operations each layer does."""
+    """Return the outputs without any rounding, and how many multiply-accumulate operations each layer does."""
     operations: dict[str, int] = {}
 
     def count(name: str, layer: Any, args: Any, output: Any) -> None:

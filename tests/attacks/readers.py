@@ -89,8 +89,7 @@ def calibrate_with_cache(folder: Path) -> Any:
     (path,) = (folder / "cache").glob("*.npz")
     statistics_cache.read(path)
     network = quantized(Body())
-    network.statistics_cache = StatisticsCache(folder / "cache")
-    calibrate(network, lambda: [call(images(4))])
+    calibrate(network, [call(images(4))], cache=StatisticsCache(folder / "cache"))
     return network
 
 
@@ -211,8 +210,7 @@ def make_genuine(folder: Path) -> None:
     torch.save({**content, "state_dict": module.state_dict()}, folder / "checkpoint/last.ckpt")
 
     seen = quantized(Body())
-    seen.statistics_cache = StatisticsCache(folder / "cache")
-    calibrate(seen, lambda: [call(images(4))])
+    calibrate(seen, [call(images(4))], cache=StatisticsCache(folder / "cache"))
     (cached,) = (folder / "cache").glob("*.npz")
     shutil.copy(cached, folder / "cache/statistics.npz")
 

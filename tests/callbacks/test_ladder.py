@@ -412,10 +412,10 @@ def test_raised_layers_survive_checkpoint_and_export(trainer: MakeTrainer, train
     callback = qat("w4a16", max_drop=-10.0, rungs=("ptq", {"mixed": {"budget": 1.0}}))
     export = lq.DeviceExport(tmp_path / "export", name="net", samples=2)
     one = fit(trainer, module, callback, export)
-    assert module.quantized.raised
+    assert module.quantized.promoted
     one.save_checkpoint(tmp_path / "last.ckpt")
     loaded = lq.load_quantized(SmallModule, tmp_path / "last.ckpt")
-    assert loaded.quantized.raised == module.quantized.raised
+    assert loaded.quantized.promoted == module.quantized.promoted
     assert_same_tensors(loaded.state_dict(), module.state_dict())
     assert lq.read_manifest(tmp_path / "last.ckpt")["raised"]
     assert export.bundle is not None

@@ -18,7 +18,6 @@ from torch.utils.data import Dataset
 
 import lightning_quant as lq
 from lightning_quant.ladder.rung import Technique, Workbench
-from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.utilities.full_precision import full_precision
 from tests.helpers.small import SmallModule, encodings, small_data, small_loader
@@ -95,7 +94,7 @@ class Widening(Technique):
     def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
         for quantizer in network.quantizers():
             quantizer.bitwidth = 16
-        calibrate(network, bench.samples)
+        bench.calibrate(network)
         return "all"
 
 

@@ -66,3 +66,12 @@ def test_training_on_after_it(trainer: MakeTrainer) -> None:
     trainer(QuantizationAwareTraining(), max_epochs=1).fit(module, small_loader())
     assert module.called == ["training"] * 4
     assert any(not torch.equal(encodings(module.quantized)[name], value) for name, value in before.items())
+
+
+def test_the_calibration_cache_is_for_data_that_can_be_read_twice(trainer: MakeTrainer, tmp_path: Path) -> None:
+    once = PostTrainingQuantization(calibration_dataloader=iter(small_loader()), statistics_cache=str(tmp_path / "a"))
+    trainer(once).validate(SmallModule(), small_loader(), verbose=False)
+    assert not (tmp_path / "a").exists()
+    again = PostTrainingQuantization(calibration_dataloader=small_loader(), statistics_cache=str(tmp_path / "b"))
+    trainer(again).validate(SmallModule(), small_loader(), verbose=False)
+    assert len(list((tmp_path / "b").glob("*.npz"))) == 1

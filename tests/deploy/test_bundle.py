@@ -46,9 +46,6 @@ from tests.helpers.networks import (
     seeded,
 )
 
-aimet.load()
-import aimet_torch  # noqa: E402
-
 SAMPLES = [call(images(3, seed=9))]
 
 
@@ -363,14 +360,14 @@ def _tamper(file: Path, factor: float) -> None:
 def test_a_file_that_computes_something_else_fails_loudly(
     old: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    real, before = aimet_torch.onnx.export, contents(old.path)
+    real, before = aimet.export, contents(old.path)
     made = calibrated(Body(), precision=precision)
 
     def export(model: Any, args: Any, file: str, **options: Any) -> None:
         real(model, args, file, **options)
         _tamper(Path(file), 1.2)
 
-    monkeypatch.setattr(aimet_torch.onnx, "export", export)
+    monkeypatch.setattr(aimet, "export", export)
     with pytest.raises(ParityError, match=rf"differs from the simulation: .* at {precision}.*The files were not kept"):
         export_bundle(made, old.path, SAMPLES)
     assert contents(old.path) == before

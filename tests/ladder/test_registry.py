@@ -11,6 +11,8 @@ from lightning_quant.errors import ConfigurationError
 from lightning_quant.ladder.registry import TECHNIQUES, techniques
 from lightning_quant.ladder.rung import Technique, Workbench
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.range_estimators import Percentile
+from tests.helpers.estimators import Deviations
 
 
 class Mine(Technique):
@@ -47,6 +49,18 @@ def test_every_name_makes_a_technique_of_that_name() -> None:
 def test_options_may_be_left_empty(options: Any) -> None:
     (mixed,) = techniques([{"mixed": options}])
     assert (mixed.budget, mixed.samples) == (0.1, 8)  # type: ignore[attr-defined]
+
+
+def test_a_range_estimator_is_an_option_of_ptq() -> None:
+    (plain, first, second) = techniques(
+        [
+            "ptq",
+            {"percentile": {"percentile": 99.9}},
+            {"ptq": {"range_estimator": {"tests.helpers.estimators.Deviations": {"count": 2.0}}}},
+        ]
+    )
+    assert [one.name for one in (plain, first, second)] == ["ptq", "percentile", "deviations"]
+    assert [one.estimator for one in (plain, first, second)] == [None, Percentile(99.9), Deviations(2.0)]  # type: ignore[attr-defined]
 
 
 def test_each_call_makes_techniques_of_its_own() -> None:

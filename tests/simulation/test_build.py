@@ -38,7 +38,6 @@ from tests.helpers.networks import (
 )
 
 aimet.load()
-from aimet_torch import batch_norm_fold  # noqa: E402
 from aimet_torch.common import quantsim  # noqa: E402
 from aimet_torch.nn import QuantizationMixin  # noqa: E402
 from aimet_torch.quantization.base import QuantizerBase  # noqa: E402
@@ -164,7 +163,7 @@ def test_batch_norms_are_folded_into_the_same_function() -> None:
 
 
 def test_a_wrong_fold_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = batch_norm_fold.fold_all_batch_norms
+    real = aimet.fold_all_batch_norms
 
     def wrong(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = real(model, *args, **kwargs)
@@ -172,7 +171,7 @@ def test_a_wrong_fold_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> N
             model.network.conv.weight[0].mul_(1.05)
         return result
 
-    monkeypatch.setattr(batch_norm_fold, "fold_all_batch_norms", wrong)
+    monkeypatch.setattr(aimet, "fold_all_batch_norms", wrong)
     original = Body()
     made = calibrated(original)
     told = next(finding for finding in made.findings if "folding batch norms changed the output" in finding.problem)
@@ -189,7 +188,7 @@ def test_a_fold_that_breaks_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch
         model.network.conv.weight.data[0] = float("nan")
         return []
 
-    monkeypatch.setattr(batch_norm_fold, "fold_all_batch_norms", fold)
+    monkeypatch.setattr(aimet, "fold_all_batch_norms", fold)
     original = Body()
     made = calibrated(original)
     problem = next(finding.problem for finding in made.findings if "batch norms" in finding.problem)

@@ -127,7 +127,8 @@ def test_an_outlier_stretches_min_max_only() -> None:
     data[0, 0, 0, 0] = 3 * usual
     widths = {}
     for estimator, percentile in (("min_max", 99), ("tf_enhanced", 99), ("percentile", 99), ("percentile", 80)):
-        network = quantized(Chain(), range_estimator=estimator, percentile=percentile, calibration_samples=2000)
+        chosen = {"percentile": {"percentile": percentile}} if estimator == "percentile" else estimator
+        network = quantized(Chain(), range_estimator=chosen, calibration_samples=2000)
         calibrate(network, batches(data, 1000))
         given = network.network.first.input_quantizers[0]
         widths[estimator, percentile] = float(given.get_max() - given.get_min())

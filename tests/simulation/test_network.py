@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
-from lightning_quant.simulation.network import FORMAT_VERSION, FlatNetwork, check_manifest
+from lightning_quant.simulation.network import FlatNetwork
 from tests.helpers.networks import (
     Answer,
     AnyInputs,
@@ -217,27 +217,13 @@ def test_float_weights_are_told_apart() -> None:
         made.model.load_state_dict(Body().state_dict())
 
 
-@pytest.mark.parametrize("manifest", [None, 3, {}, {"precision": "w8a8"}, ["lightning_quant"]])
-def test_what_is_no_manifest(manifest: Any) -> None:
-    with pytest.raises(CheckpointError, match="was not written by lightning_quant"):
-        check_manifest(manifest)
-
-
-def test_manifest_of_a_later_format() -> None:
-    manifest = quantized(Body()).manifest()
-    assert check_manifest(manifest) is manifest
-    assert manifest["format_version"] == FORMAT_VERSION
-    with pytest.raises(CheckpointError, match=r"format_version=99.*this version reads 1"):
-        check_manifest({**manifest, "format_version": 99})
-
-
 def test_manifest_says_what_the_network_is_called_with() -> None:
     manifest = quantized(Options(), call(images(2), mask=None)).manifest()
-    assert manifest["inputs"] == {
+    assert manifest.inputs == {
         "args": [{"tensor": [2, 3, 8, 8], "dtype": "float32"}],
         "kwargs": {"mask": {"value": None}},
     }
-    assert manifest["range_estimator"] == "min_max"
-    assert manifest["calibrated"] is False
-    made = NetworkInputs.from_description(manifest["inputs"])
+    assert manifest.range_estimator == "min_max"
+    assert manifest.calibrated is False
+    made = NetworkInputs.from_description(manifest.inputs)
     assert quantized(Options(), made).state_dict().keys() == quantized(Options()).state_dict().keys()

@@ -164,7 +164,7 @@ def test_globs_name_layers_and_the_last_wins() -> None:
 
 def test_the_precision_asked_for_is_that_of_the_raise_the_override_or_the_network() -> None:
     network = calibrated(Body(), precision="w4a8", overrides={"branch": Precision(8, 8), "head": Precision(8, 8)})
-    network.raised = {"head": FINEST}
+    network.promoted = {"head": FINEST}
     assert [layer_precision(network, name) for name in ("conv", "branch", "head")] == [
         Precision(4, 8),
         Precision(8, 8),

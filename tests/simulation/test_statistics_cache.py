@@ -25,14 +25,13 @@ class Samples:
     def __init__(self, factor: float = 1) -> None:
         self.factor = factor
 
-    def __call__(self) -> Iterator[NetworkInputs]:
+    def __iter__(self) -> Iterator[NetworkInputs]:
         return iter([call(self.factor * images(4, seed)) for seed in (3, 4)])
 
 
 def run(precision: str, cache: Path | None, samples: Any = None, **recipe: Any) -> tuple[dict[str, Tensor], int]:
     """Ranges, and how many samples went through the network to find them."""
     network: QuantizedNetwork = quantized(Body(), precision=precision, **recipe)
-    network.statistics_cache = StatisticsCache(cache) if cache else None
     passed = 0
 
     def count(module: Any, args: Any) -> None:
@@ -40,7 +39,7 @@ def run(precision: str, cache: Path | None, samples: Any = None, **recipe: Any) 
         passed += len(args[0])
 
     network.network.register_forward_pre_hook(count)
-    assert calibrate(network, samples or Samples()) == 8
+    assert calibrate(network, samples or Samples(), cache=StatisticsCache(cache) if cache else None) == 8
     return encodings(network), passed
 
 
@@ -72,16 +71,15 @@ def test_other_data_other_weights_and_other_estimators_are_other_passes(tmp_path
     assert run("w8a8", tmp_path, range_estimator="percentile")[1] == 8
 
     network = quantized(Body())
-    network.statistics_cache = StatisticsCache(tmp_path)
     with torch.no_grad():
         network.network.get_parameter("conv.weight")[0, 0, 0, 0] += 1
     before = set(tmp_path.iterdir())
-    calibrate(network, Samples())
+    calibrate(network, Samples(), cache=StatisticsCache(tmp_path))
     assert len(set(tmp_path.iterdir()) - before) == 2  # its statistics and their lock
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-40], lambda b: b"", lambda b: b[:100] + b"\xff" + b[101:]])
-def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+def test_a_damaged_file_is_written_again(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     expected, _ = run("w8a8", tmp_path)
     (file,) = tmp_path.glob("*.npz")
     whole = file.read_bytes()
@@ -94,8 +92,8 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, damage: Callable[[bytes], b
 
 def test_a_kill_leaves_nothing_locked(tmp_path: Path) -> None:
     class Killed(Samples):
-        def __call__(self) -> Iterator[NetworkInputs]:
-            yield next(super().__call__())
+        def __iter__(self) -> Iterator[NetworkInputs]:
+            yield next(super().__iter__())
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -112,19 +110,12 @@ def test_another_process_waits_for_the_first(tmp_path: Path) -> None:
     class Watching(Samples):
         locked = 0
 
-        def __call__(self) -> Iterator[NetworkInputs]:
+        def __iter__(self) -> Iterator[NetworkInputs]:
             (lock,) = tmp_path.glob("*.lock")
             with pytest.raises(Timeout):
                 FileLock(lock, is_singleton=False).acquire(timeout=0)
             Watching.locked += 1
-            return super().__call__()
+            return super().__iter__()
 
     run("w8a8", tmp_path, Watching())
     assert Watching.locked == 1
-
-
-def test_without_a_way_to_start_over_it_is_not_used(tmp_path: Path) -> None:
-    network = quantized(Body())
-    network.statistics_cache = StatisticsCache(tmp_path)
-    calibrate(network, Samples()())
-    assert not list(tmp_path.iterdir())

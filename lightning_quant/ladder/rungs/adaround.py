@@ -13,7 +13,6 @@ from lightning_quant.errors import ConfigurationError
 from lightning_quant.ladder.rung import Technique, Workbench
 from lightning_quant.ladder.rungs.seq_mse import TensorBatches, call_flat
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
 
@@ -77,7 +76,7 @@ class AdaptiveRounding(Technique):
                     layer.weight.copy_(value)  # decided softly; onto the grid:
                     layer.weight.copy_(layer.param_quantizers["weight"](layer.weight).as_subclass(torch.Tensor))
                     changed += 1
-        calibrate(network, bench.samples, weights=False)
+        bench.calibrate(network, weights=False)
         return f"rounded the weights of {changed} layers adaptively"
 
 

@@ -17,7 +17,6 @@ from lightning_quant.ladder.rungs.layer_outputs import (
     statistics,
     weights_only,
 )
-from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
 
@@ -67,7 +66,7 @@ class BiasCorrection(Technique):
             bias = layers[name].bias
             assert isinstance(bias, Tensor)
             bias.add_(torch.stack(values).mean(0))
-        calibrate(network, bench.samples, weights=False)
+        bench.calibrate(network, weights=False)
         return f"corrected {len(shifts)} biases"
 
 

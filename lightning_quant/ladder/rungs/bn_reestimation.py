@@ -22,7 +22,6 @@ from lightning_quant.ladder.rungs.layer_outputs import (
     statistics,
     weights_only,
 )
-from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
 from lightning_quant.simulation.prepare import output_factors
@@ -101,7 +100,7 @@ class BatchNormReestimation(Technique):
             mean, variance = torch.stack(values).mean(0), torch.stack(variances[name]).mean(0)
             factor = _correction(norms[name], variance, scales.get(name))
             _rescale(layers[name], factor, mean, _target(norms[name], scales.get(name)))
-        calibrate(network, bench.samples, weights=False)
+        bench.calibrate(network, weights=False)
         return f"re-estimated {len(means)} folded batch norms"
 
 

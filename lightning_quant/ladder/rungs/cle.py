@@ -12,7 +12,6 @@ from typing_extensions import override
 from lightning_quant.errors import LightningQuantError
 from lightning_quant.ladder.rung import Technique, Workbench
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork
 from lightning_quant.simulation.prepare import TOLERANCE, PreparedNetwork, relative_difference
 
@@ -31,9 +30,9 @@ class CrossLayerEqualization(Technique):
     @override
     def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
         equalized, groups = equalize(bench.prepared)
-        network.start_anew(equalized)
+        network.reset_to(equalized)
         network.equalized = True
-        calibrate(network, bench.samples)
+        bench.calibrate(network)
         return f"equalized {groups} groups of layers"
 
 

@@ -9,10 +9,10 @@ from typing_extensions import override
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.ladder.rung import Technique, Workbench
 from lightning_quant.precision import Precision
-from lightning_quant.simulation.calibrate import calibrate, calibrate_weights
+from lightning_quant.simulation.calibrate import calibrate_weights
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import layer_precision
-from lightning_quant.simulation.sensitivity import LayerSensitivity, finer, layer_sensitivity
+from lightning_quant.simulation.sensitivity import LayerSensitivity, layer_sensitivity, next_finer
 
 _FINER = {"weights": 8, "activations": 16}
 
@@ -47,7 +47,7 @@ class MixedPrecision(Technique):
     @override
     def unsuitable(self, network: QuantizedNetwork, bench: Workbench) -> str | None:
         now = network.recipe.precision
-        if all(finer(part, now) is None for part in ("weights", "activations")):
+        if all(next_finer(part, now) is None for part in ("weights", "activations")):
             return f"{now} is the finest precision there is"
         return None
 
@@ -85,7 +85,7 @@ class MixedPrecision(Technique):
         spent = {"weights": 0.0, "activations": 0.0}
         chosen = []
         for one in sensitivities:
-            if finer(one.part, layer_precision(network, one.layer)) is None:
+            if next_finer(one.part, layer_precision(network, one.layer)) is None:
                 continue
             if spent[one.part] + one.share <= self.budget:
                 spent[one.part] += one.share
@@ -105,14 +105,14 @@ class MixedPrecision(Technique):
         precisions: dict[str, Precision] = {}
         for one in raised:
             now = precisions.get(one.layer) or layer_precision(network, one.layer)
-            if (next_one := finer(one.part, now)) is not None:
+            if (next_one := next_finer(one.part, now)) is not None:
                 precisions[one.layer] = next_one
         for one in raised:
             for name in one.quantizers:
                 network.network.get_submodule(name).bitwidth = _FINER[one.part]  # type: ignore[assignment]
-        network.raised = {**network.raised, **precisions}
+        network.promoted = {**network.promoted, **precisions}
         calibrate_weights(network, [one.layer for one in raised if one.part == "weights"])
-        calibrate(network, bench.samples, weights=False)
+        bench.calibrate(network, weights=False)
 
 
 def _told(raised: list[LayerSensitivity]) -> str:

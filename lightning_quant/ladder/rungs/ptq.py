@@ -7,38 +7,67 @@ from typing import ClassVar, Literal
 from typing_extensions import override
 
 from lightning_quant.ladder.rung import Technique, Workbench
-from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.range_estimators import (
+    MinMax,
+    Percentile,
+    RangeEstimator,
+    RangeEstimatorSpec,
+    TfEnhanced,
+)
 
 
 class CalibratedRanges(Technique):
-    """Float weights, ranges by the recipe's own estimator: what plain post-training quantization is."""
+    """Float weights, ranges from the calibration data: what plain post-training quantization is.
+
+    Args:
+        range_estimator: another estimator than the recipe's, in each form that ``range_estimator=`` of the callbacks
+            takes. The rung is then recorded under its name.
+    """
 
     name = "ptq"
     start: ClassVar[Literal["best", "float"]] = "float"
-    estimator: ClassVar[str | None] = None
+    estimator: RangeEstimator | None = None
+
+    def __init__(self, range_estimator: RangeEstimator | RangeEstimatorSpec | None = None) -> None:
+        if range_estimator is not None:
+            self.estimator = RangeEstimator.parse(range_estimator)
+            self.name = self.estimator.name  # type: ignore[misc]  # one rung for each estimator
 
     @override
     def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
         estimator = self.estimator or network.recipe.range_estimator
-        network.observe_with(estimator)
-        samples = calibrate(network, bench.samples)
+        network.set_range_estimator(estimator)
+        samples = bench.calibrate(network)
         return f"{estimator} ranges from {samples} samples"
 
 
 class MinMaxRanges(CalibratedRanges):
     """Ranges from the smallest and largest value that occurred."""
 
-    name = estimator = "min_max"
+    name = "min_max"
+
+    def __init__(self) -> None:
+        super().__init__(MinMax())
 
 
 class TfEnhancedRanges(CalibratedRanges):
     """Ranges with the least signal-to-quantization-noise: outliers are cut off."""
 
-    name = estimator = "tf_enhanced"
+    name = "tf_enhanced"
+
+    def __init__(self) -> None:
+        super().__init__(TfEnhanced())
 
 
 class PercentileRanges(CalibratedRanges):
-    """Ranges that leave the outermost values out, as many as ``QuantRecipe.percentile`` says."""
+    """Ranges without the outermost values.
 
-    name = estimator = "percentile"
+    Args:
+        percentile: where the upper end of a range lies, and mirrored the lower one, 50 to 100.
+    """
+
+    name = "percentile"
+
+    def __init__(self, percentile: float = 99.99) -> None:
+        super().__init__(Percentile(percentile))

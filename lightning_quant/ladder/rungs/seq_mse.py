@@ -11,8 +11,8 @@ from typing_extensions import override
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.ladder.rung import Technique, Workbench
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.calibrate import calibrate, weight_quantizers
-from lightning_quant.simulation.inputs import NetworkInputs, up_to
+from lightning_quant.simulation.calibrate import weight_quantizers
+from lightning_quant.simulation.inputs import NetworkInputs, take_samples
 from lightning_quant.simulation.network import QuantizedNetwork
 
 
@@ -59,7 +59,7 @@ class SequentialMse(Technique):
                 quantizer.allow_overwrite(True)
             for parameter, requires_grad in trainable.items():
                 parameter.requires_grad_(requires_grad)
-        calibrate(network, bench.samples, weights=False)
+        bench.calibrate(network, weights=False)
         changed = sum(not q.get_max().equal(old) for q, old in zip(quantizers, before, strict=True))
         return f"narrowed the weight ranges of {changed} layers"
 
@@ -68,7 +68,7 @@ class TensorBatches:
     """Calibration samples the way AIMET's loaders give them: tuples of tensors, with a length."""
 
     def __init__(self, samples: Iterator[NetworkInputs], count: int) -> None:
-        self._batches = [tuple(batch.tensors) for batch in up_to(samples, count)]
+        self._batches = [tuple(batch.tensors) for batch in take_samples(samples, count)]
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -274,7 +274,7 @@ def _quantized(quantizer: Any, weight: Tensor, dtype: torch.dtype | None) -> Ten
 
 
 @contextlib.contextmanager
-def weights_held(network: nn.Module) -> Iterator[None]:
+def cached_weights(network: nn.Module) -> Iterator[None]:
     """Quantize every weight once for the length of a block, in which no gradient is computed.
 
     A weight that an operation of PyTorch changes is quantized anew; only what writes through ``.data`` goes unseen.

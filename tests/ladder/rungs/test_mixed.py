@@ -82,7 +82,7 @@ def test_activations_alone_are_raised_where_they_alone_suffer() -> None:
     assert bench.measure() > 25
     assert told.startswith("raised 1 (")
     assert told.endswith("of the multiply-accumulates): second (activations)")
-    assert network.raised == {"second": Precision(8, 16)}
+    assert network.promoted == {"second": Precision(8, 16)}
     after = raised_bits(network, before)
     assert after
     assert set(after.values()) == {16}
@@ -122,12 +122,12 @@ def test_the_budget_bounds_weights_and_operations_each() -> None:
         before = bits(network)
         apply(MixedPrecision(budget), network, bench)
         parts = {"weights": 0.0, "activations": 0.0}
-        for layer, precision in network.raised.items():
+        for layer, precision in network.promoted.items():
             assert layer_precision(network, layer) == precision
             parts["weights"] += shares[layer, "weights"] * (precision.weight_bits == 8)
             parts["activations"] += shares[layer, "activations"] * (precision.activation_bits == 16)
         assert all(share <= budget + 1e-9 for share in parts.values())
-        assert bool(raised_bits(network, before)) is bool(network.raised)
+        assert bool(raised_bits(network, before)) is bool(network.promoted)
         if budget == 1.0:
             assert parts == {"weights": pytest.approx(1), "activations": pytest.approx(1)}
 
@@ -136,7 +136,7 @@ def test_a_budget_that_nothing_fits_changes_nothing() -> None:
     network, bench = bench_of(precision="w4a16")
     before, metric = bits(network), bench.measure()
     assert apply(MixedPrecision(0.001), network, bench) == "raised nothing: no layer fits the budget"
-    assert (network.raised, bits(network), bench.measure()) == ({}, before, metric)
+    assert (network.promoted, bits(network), bench.measure()) == ({}, before, metric)
 
 
 def test_layers_that_share_a_range_are_raised_together_and_the_weights_stay() -> None:
@@ -151,15 +151,15 @@ def test_layers_that_share_a_range_are_raised_together_and_the_weights_stay() ->
 def test_what_was_raised_is_not_raised_again_and_more_can_be() -> None:
     network, bench = bench_of(fragile_first, precision="w4a16", enough=32.5)
     apply(MixedPrecision(), network, bench)
-    assert network.raised == {"first": Precision(8, 16)}
+    assert network.promoted == {"first": Precision(8, 16)}
     bench.suffices = lambda metric: False
     before = bits(network)
     apply(MixedPrecision(1.0), network, bench)
-    assert network.raised == dict.fromkeys(("first", "second", "head"), Precision(8, 16))
+    assert network.promoted == dict.fromkeys(("first", "second", "head"), Precision(8, 16))
     assert raised_bits(network, before) == {"second.param_quantizers.weight": 8, "head.param_quantizers.weight": 8}
     with torch.no_grad():
-        network.start_anew(bench.prepared.network)
-    assert network.raised == {}
+        network.reset_to(bench.prepared.network)
+    assert network.promoted == {}
     assert bits(network) == bits(bench_of(fragile_first, precision="w4a16")[0])
 
 
@@ -177,7 +177,7 @@ def test_raised_layers_survive_a_snapshot(change: Callable[[Any], None], precisi
     assert bench.measure() == answer
     other, _ = bench_of(change, precision=precision)
     other.load_state_dict(raised)
-    assert other.raised == network.raised
+    assert other.promoted == network.promoted
     assert torch.equal(other(images()), network(images()))
 
 

@@ -74,7 +74,7 @@ def test_the_recipe_is_gone_back_to_from_anywhere(precision: str) -> None:
         if technique.unsuitable(network, bench) is None:
             apply(technique, network, bench)
     with torch.no_grad():
-        network.start_anew(bench.prepared.network)
+        network.reset_to(bench.prepared.network)
     apply(techniques(["ptq"])[0], network, bench)
     assert_same_tensors(network.state_dict(), snapshot)
 
@@ -140,13 +140,13 @@ def test_an_interruption_leaves_nothing_that_going_back_does_not_mend(rung: Any,
 
 @pytest.mark.parametrize("percentile", [99.9, 99.99])
 def test_percentiles_suffice_where_extremes_do_not(percentile: float) -> None:
-    network, bench = bench_of(precision="w8a8", percentile=percentile)
+    network, bench = bench_of(precision="w8a8")
     first, *others = batches()
     first = first.map(torch.clone)
     first.args[0][0, 0, 0, 0] = 300.0  # one broken pixel in the calibration data
     bench.samples = lambda: iter([first, *others])
     reached = {}
-    for technique in techniques(["min_max", "percentile"]):
+    for technique in techniques(["min_max", {"percentile": {"percentile": percentile}}]):
         apply(technique, network, bench)
         reached[technique.name] = bench.measure()
     assert reached["min_max"] < 25

@@ -100,7 +100,7 @@ def test_ranges_leave_dead_outliers_out(name: str, gain: float) -> None:
         technique(name).apply(network, bench)
     assert bench.measure() > before + gain
     assert bool((network.network.head.param_quantizers["weight"].get_max() < 0.7 * maximum).all())
-    assert network.range_estimator == (name if name == "tf_enhanced" else "min_max")
+    assert network.range_estimator.name == (name if name == "tf_enhanced" else "min_max")
 
 
 def test_percentiles_leave_the_outermost_values_out() -> None:
@@ -146,7 +146,7 @@ def test_the_one_fragile_layer_is_raised_and_nothing_else() -> None:
         told = technique("mixed").apply(network, bench)
     after = bits(network)
     assert {name: after[name] for name in after if after[name] != before[name]} == {"first.param_quantizers.weight": 8}
-    assert {layer: str(precision) for layer, precision in network.raised.items()} == {"first": "w8a16"}
+    assert {layer: str(precision) for layer, precision in network.promoted.items()} == {"first": "w8a16"}
     assert told.startswith("raised 1 (")
     assert bench.measure() > 32.5
 
@@ -172,7 +172,7 @@ def test_the_budget_is_kept() -> None:
     with torch.no_grad():
         mixed.apply(network, bench)
     sizes = {name: quantized_layers(network)[name].weight.numel() for name in ("first", "second", "head")}
-    raised = sum(sizes[name] for name in network.raised)
+    raised = sum(sizes[name] for name in network.promoted)
     assert 0 < raised / sum(sizes.values()) <= 0.15
 
 
@@ -181,7 +181,7 @@ def test_activations_are_raised_at_8_bit_weights() -> None:
     before = bench.measure()
     with torch.no_grad():
         technique("mixed").apply(network, bench)
-    assert {str(precision) for precision in network.raised.values()} == {"w8a16"}
+    assert {str(precision) for precision in network.promoted.values()} == {"w8a16"}
     assert 16 in bits(network).values()
     assert bench.measure() > before + 5
 
@@ -251,7 +251,7 @@ def test_equalization_that_changes_the_function_is_not_used(monkeypatch: pytest.
         technique("cle").apply(network, bench)
 
 
-def test_tied_weights_can_start_anew() -> None:
+def test_tied_weights_can_be_reset() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -265,7 +265,7 @@ def test_tied_weights_can_start_anew() -> None:
     snapshot = network.snapshot()
     with torch.no_grad():
         network.network.a.weight.zero_()
-        network.start_anew(bench.prepared.network)
+        network.reset_to(bench.prepared.network)
     assert_same_tensors(network.state_dict(), snapshot)
 
 

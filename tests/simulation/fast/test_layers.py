@@ -209,7 +209,7 @@ def test_held_weights_are_quantized_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
     quantizer.register_forward_hook(counted)
     weight = network.network.get_parameter("conv.weight")
-    with network.weights_held():
+    with network.cached_weights():
         with torch.no_grad():
             assert torch.equal(network(images()), expected)
             assert torch.equal(network(images()), expected)
