@@ -387,18 +387,6 @@ def test_compiled_modules_are_refused(trainer: MakeTrainer) -> None:
     assert type(module.model) is SmallNet
 
 
-def test_deterministic(trainer: MakeTrainer) -> None:
-    results = []
-    try:
-        for _ in range(2):
-            module = SmallModule()
-            trainer(QuantizationAwareTraining(), max_epochs=1, deterministic=True).fit(module, small_loader())
-            results.append(module.state_dict())
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert_same_tensors(*results)
-
-
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy])
 def test_sharding_strategies_are_refused(trainer: MakeTrainer, strategy: Any) -> None:
     # They want a GPU, and DeepSpeed its package, to be constructed in a Trainer: an empty one is put in its place.
