@@ -32,6 +32,7 @@ from tests.helpers.small import (
     small_loader,
     small_net,
 )
+from tests.helpers.trainers import quiet_trainer
 
 MakeTrainer = Callable[..., Trainer]
 CALLBACKS = [PostTrainingQuantization, QuantizationAwareTraining]
@@ -49,16 +50,7 @@ class Watch(pl.Callback):
 def quantized_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint after one epoch of QAT."""
     root = tmp_path_factory.mktemp("quantized")
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        callbacks=[QuantizationAwareTraining()],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=root,
-    )
+    trainer = quiet_trainer(root, QuantizationAwareTraining(), max_epochs=1)
     trainer.fit(SmallModule(), small_loader())
     trainer.save_checkpoint(root / "quantized.ckpt")
     return root / "quantized.ckpt"

@@ -20,6 +20,8 @@ from tests.helpers.networks import Body, images
 from tests.report.folders import full_record, run_folder
 from tests.report.test_record import record
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
 # Without these it looks for updates; as root it needs no sandbox.

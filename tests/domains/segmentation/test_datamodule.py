@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from PIL import Image
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from lightning_quant.domains.segmentation.datamodule import CityscapesDataModule
 from lightning_quant.domains.segmentation.scenes import generate_scenes
 from lightning_quant.errors import ConfigurationError, DataError
 from tests.domains.segmentation.test_cityscapes import CAMVID, needs_camvid, write_pair
+from tests.helpers.trainers import quiet_trainer
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +53,7 @@ class Sink(LightningModule):
 def test_a_trainer_runs_every_stage(scenes: str, tmp_path: Path) -> None:
     data = CityscapesDataModule(scenes, batch_size=4)
     sink = Sink()
-    trainer = Trainer(
-        max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, logger=False, num_sanity_val_steps=0,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0)
     trainer.fit(sink, datamodule=data)
     trainer.test(sink, datamodule=data)
     trainer.predict(sink, datamodule=data)
