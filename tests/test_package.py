@@ -13,6 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import lightning_quant
+
 ROOT = Path(__file__).resolve().parent.parent
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir() and path.name != "hydra")
 
@@ -91,7 +93,7 @@ print("composed", len({choices!r}))
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
     code = (
-        "import sys, lightning_quant; dir(lightning_quant)\n"
+        "import sys, lightning_quant, lightning_quant.callbacks; dir(lightning_quant), dir(lightning_quant.callbacks)\n"
         "heavy = {'torch', 'aimet_torch', 'lightning', 'hydra', 'onnx', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -99,13 +101,21 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 def test_every_public_name_is_there() -> None:
-    import lightning_quant
-
     assert sorted(lightning_quant.__all__) == sorted(lightning_quant._HOMES)
     for name in lightning_quant.__all__:
         assert getattr(lightning_quant, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = lightning_quant.nonsense
+
+
+def test_callbacks_are_found_among_callbacks() -> None:
+    from lightning_quant import callbacks
+
+    assert set(callbacks.__all__) <= set(lightning_quant.__all__)
+    for name in callbacks.__all__:
+        assert getattr(callbacks, name) is getattr(lightning_quant, name)
+    with pytest.raises(AttributeError, match=r"'lightning_quant\.callbacks' has no attribute 'nonsense'"):
+        _ = callbacks.nonsense
 
 
 def test_the_lock_pins_what_the_constraints_say_with_hashes() -> None:

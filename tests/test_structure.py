@@ -16,7 +16,6 @@ FILES = {
 }
 # Still to be parted; nothing is added here.
 IMPORT_EACH_OTHER: set[frozenset[str]] = {
-    frozenset({"callbacks.calls", "callbacks.data"}),
     frozenset({"report.page", "report.summary"}),
     frozenset({"simulation.callsites.places", "simulation.callsites.sites"}),
     frozenset({"simulation.callsites.recording", "simulation.callsites.running"}),

@@ -1,14 +1,13 @@
 """From a batch to the network's inputs, as the user's own steps make them.
 
-How a batch turns into calls of the network is known to the user's own ``validation_step`` (or whichever step there
-is) and to nobody else. So a step is run, and what it calls the network with is caught. Nothing that it changes stays
-changed, see :mod:`lightning_quant.callbacks.untouched`.
+Only the user's own ``validation_step`` (or whichever step there is) knows how a batch turns into calls of the network.
+So a step is run, and what it calls the network with is caught. All that it changes is restored afterwards, see
+:mod:`lightning_quant.callbacks.dry_run`.
 """
 
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -16,36 +15,35 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_quant.callbacks.data import batches, stage_loader
-from lightning_quant.callbacks.untouched import untouched
+from lightning_quant.callbacks.dry_run import dry_run
+from lightning_quant.callbacks.lightning_internals import make_optimizers
+from lightning_quant.callbacks.lightning_packages import is_overridden
+from lightning_quant.callbacks.logs import log
 from lightning_quant.errors import CalibrationError
 from lightning_quant.ladder.rungs.layer_outputs import unrounded
 from lightning_quant.simulation.batch_axes import Axes, NoBatchAxisError, find_axes, fit
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
 
-log = logging.getLogger(f"lightning.pytorch.{__name__}")
-
 # Relative to the largest output: a batch is computed in another order than a sample.
 _TOLERANCE = 1e-3
 _STEPS = ("validation_step", "test_step", "predict_step", "training_step", "forward")
 
 
-class _Left(BaseException):
-    """Leaves the user's step at the network's call. Not an Exception, so ``except Exception`` lets it by."""
+class _StopStep(BaseException):
+    """Ends the user's step at the network's call. Not an Exception, so that ``except Exception`` does not catch it."""
 
 
 @dataclass
 class _Run:
-    """What a step did.
+    """Record what a step did.
 
     Attributes:
         calls: of the network, in order.
-        done: how many of them came to an end.
+        done: how many of them returned.
         error: what ended the step, if anything did.
     """
 
@@ -55,18 +53,18 @@ class _Run:
 
 
 class InputCatcher:
-    """Turns batches into the calls of a network that the user's own steps make of them.
+    """Turn batches into the calls of a network that the user's own steps make with them.
 
-    The first batch runs the step to its end, to see how often it calls the network. If that is once, the step is left
-    at this call from then on: no loss, no metric. If it is more often, as with recurrent states, siamese networks or a
+    The first batch runs the step to its end, to see how often it calls the network. If that is once, later steps stop
+    at this call: no loss, no metric. If it is more often, as with recurrent states, siamese networks or a
     discriminator, every step runs to its end, and the network computes in float: its states are its own.
 
     Args:
         trainer: the Trainer, for its transfer hooks and device.
         pl_module: the module whose steps are run.
         name: dotted attribute of the network in it.
-        quantized: the quantized network, if it is quantized already: what it was built with tells calls that a step
-            makes of a batch it is not made for.
+        quantized: the quantized network, if it is quantized already: the inputs it was built with reveal
+            calls that a step makes with a batch it was not written for.
         first: the step to try first.
     """
 
@@ -90,7 +88,7 @@ class InputCatcher:
         self._axes: list[Axes] = []
 
     def catch(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> list[NetworkInputs]:
-        """The calls of the network that a step makes for ``batch``, in order; the last one is marked.
+        """Return the calls of the network that a step makes for ``batch``, in order; the last one is marked.
 
         Raises:
             CalibrationError: when no step of the module gets as far as calling the network.
@@ -98,7 +96,7 @@ class InputCatcher:
         batch = self._to_device(batch, dataloader_idx)
         calls, failures = self._calls(batch, batch_idx, dataloader_idx)
         if not calls:
-            calls = self._bare(batch)
+            calls = self._unlabelled_calls(batch)
         if not calls:
             raise CalibrationError(
                 f"Could not get from batch {batch_idx} to the network {self._name!r}: {'; '.join(failures)}. Expected "
@@ -113,8 +111,9 @@ class InputCatcher:
         """Find the batch axes of the network's inputs.
 
         Args:
-            pair: batches of two and of three times the same sample, see :func:`~lightning_quant.callbacks.data.twins`.
-                Nothing is learned from none, nor where the steps take batches of a certain size only.
+            pair: batches of two and of three times the same sample, see
+                :func:`~lightning_quant.callbacks.data.twin_batches`. Nothing is learned from none, nor where
+                the steps take batches of a certain size only.
         """
         calls = [self._calls(self._to_device(batch, 0), 0, 0, learning=True)[0] for batch in pair]
         if len({len(one) for one in calls}) != 1:
@@ -126,7 +125,7 @@ class InputCatcher:
                     self._axes.append(axes)
 
     def check_axes(self, call: NetworkInputs) -> None:
-        """Refuse a call of which nobody knows where its samples lie.
+        """Refuse a call whose batch axis is unknown.
 
         Where no batches of other sizes could be compared, samples are taken to lie on the first axis; then the first
         one alone must give the network's first answer.
@@ -136,7 +135,7 @@ class InputCatcher:
         """
         if call.axes is not None or call.batch_size == 1:
             return
-        with untouched(self._trainer, self._module, self._network, None, True):
+        with dry_run(self._trainer, self._module, self._network, None, True):
             whole, again, one = (tensors_in(each.call(self._network)) for each in (call, call, call.first(1)))
         is_random = not all(_same(a, b) for a, b in zip(whole, again, strict=True))
         agreeing = [_is_first(a, b, call.batch_size, is_random) for a, b in zip(one, whole, strict=False)]
@@ -156,7 +155,7 @@ class InputCatcher:
     def _calls(
         self, batch: Any, batch_idx: int, dataloader_idx: int, learning: bool = False
     ) -> tuple[list[NetworkInputs], list[str]]:
-        """What the first step that fits calls the network with, or why none fits."""
+        """Return what the first step that fits calls the network with, or why none fits."""
         failures = []
         for step in list(self._steps):
             run = self._run(step, batch, batch_idx, dataloader_idx)
@@ -177,11 +176,11 @@ class InputCatcher:
             return run.calls[: run.done], []
         return [], failures
 
-    def _bare(self, batch: Any) -> list[NetworkInputs]:
-        """The calls for a batch of one tensor that no step takes: images without labels.
+    def _unlabelled_calls(self, batch: Any) -> list[NetworkInputs]:
+        """Return the calls for a batch of one tensor that no step takes: images without labels.
 
-        It is what the network is given only if the steps, too, give it their images as they are. So that is seen on
-        the data of the running stage; images that a step would have normalized are no input.
+        The network can take it directly only if the steps, too, pass their images on unchanged. That is checked on the
+        data of the running stage; images that a step would have normalized are not the network's input.
         """
         tensors = tensors_in(batch)
         if len(tensors) != 1:
@@ -203,7 +202,7 @@ class InputCatcher:
         return self._trainer.strategy.batch_to_device(batch, device, dataloader_idx)
 
     def _problem(self, run: _Run, learning: bool) -> str | None:
-        """Why these are no proper calls of the network: a step may take a batch apart wrongly that it is not made for.
+        """Return why these calls are invalid, or ``None``: a step may mis-unpack a batch that it was not written for.
 
         ``images, labels = batch`` takes a bare tensor of two images for a pair, and two loaders' batches as well.
         """
@@ -219,7 +218,7 @@ class InputCatcher:
             return f"called it with what makes it raise {reason}"
         if self._quantized is None and not learning:
             try:
-                with untouched(self._trainer, self._module, self._network, None, True):
+                with dry_run(self._trainer, self._module, self._network, None, True):
                     self._with_axes(first).first(1).call(self._network)
             except Exception as error:
                 return f"called it with what makes it raise {type(error).__name__}: {error}"
@@ -235,27 +234,26 @@ class InputCatcher:
         run = _Run()
 
         def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # copies: what the step does to its tensors afterwards is not the network's business
+            # copies: the step may change its tensors afterwards
             run.calls.append(NetworkInputs(args, dict(kwargs)).map(_copied))
             if not self._runs_on:
                 run.done = 1
-                raise _Left
+                raise _StopStep
 
         def end(*_: Any) -> None:
             run.done += 1
 
         strategy = self._trainer.strategy
         float_network = unrounded(self._quantized) if self._quantized and self._runs_on else nullcontext()
-        with untouched(self._trainer, self._module, self._network, batch, self._runs_on), float_network:
+        with dry_run(self._trainer, self._module, self._network, batch, self._runs_on), float_network:
             hooks: list[Any] = [self._network.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)]
             hooks.append(self._network.register_forward_hook(end))
             try:
                 if step == "training_step" and not (self._module.automatic_optimization or strategy.optimizers):
                     # a manual step starts with its optimizers, which Lightning makes after setup()
-                    made = _init_optimizers_and_lr_schedulers(self._module)
-                    strategy.optimizers, strategy.lr_scheduler_configs = made
+                    make_optimizers(self._trainer)
                 method(*given)
-            except _Left:
+            except _StopStep:
                 pass
             except Exception as error:
                 run.error = error
@@ -274,7 +272,7 @@ def _same(tensor: Tensor, other: Tensor) -> bool:
 
 
 def _is_first(one: Tensor, whole: Tensor, samples: int, is_random: bool) -> bool | None:
-    """Whether a tensor is the first sample's part of another one; None where it is no part."""
+    """Whether a tensor is the first sample of another one; ``None`` where the shapes do not compare."""
     if one.dim() != whole.dim() or one.shape == whole.shape:
         return None
     for axis in range(one.dim()):

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_quant.callbacks.lightning_package import check_module_package
-from lightning_quant.callbacks.quantization import find_network, quantized_networks
+from lightning_quant.callbacks.lightning_internals import WITHOUT_INSTANTIATOR
+from lightning_quant.callbacks.lightning_packages import check_module_class
+from lightning_quant.callbacks.networks import find_network, quantized_networks
 from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.recipe import HARDWARE_CONFIGS, QuantRecipe
 from lightning_quant.simulation.build import quantize
@@ -26,12 +27,9 @@ from lightning_quant.utilities.parsing import read_checkpoint
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 
-# LightningCLI leaves the name of a function in a checkpoint that would import and build classes that the file names.
-_NO_INSTANTIATOR = {"_instantiator": None}
-
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """How the network in a checkpoint was quantized: precision, hardware, overrides, versions, inputs.
+    """Return how the network in a checkpoint was quantized: precision, hardware, overrides, versions, inputs.
 
     Of several networks it is the first one.
 
@@ -56,7 +54,7 @@ def load_quantized(
         >>> trainer.validate(module, datamodule=data)  # doctest: +SKIP
 
     Args:
-        module_class: the LightningModule's class.
+        module_class: the LightningModule's class, of ``lightning.pytorch`` or ``pytorch_lightning``.
         checkpoint_path: an ordinary Lightning checkpoint of a quantized module. It is read with
             ``weights_only=True``: nothing in it is executed.
         hardware: path of the hardware config, if it was a JSON file of your own.
@@ -68,9 +66,9 @@ def load_quantized(
 
     Raises:
         CheckpointError: if the file is damaged, not quantized, or does not fit ``module_class``.
-        ConfigurationError: if ``module_class`` is of the package ``pytorch_lightning``.
+        ConfigurationError: if ``module_class`` is not a LightningModule.
     """
-    check_module_package(module_class, "load_quantized()")
+    check_module_class(module_class, "load_quantized()")
     checkpoint = _read(checkpoint_path)
     manifests = _manifests(checkpoint, checkpoint_path)
     if example_inputs is not None and len(manifests) > 1:
@@ -87,12 +85,16 @@ def load_quantized(
             # the quantized part is missing on purpose here: it is built and loaded below
             warnings.filterwarnings("ignore", message="Found keys that are", category=UserWarning)
             module = module_class.load_from_checkpoint(
-                checkpoint_path, map_location="cpu", strict=False, weights_only=True, **{**_NO_INSTANTIATOR, **kwargs}
+                checkpoint_path,
+                map_location="cpu",
+                strict=False,
+                weights_only=True,
+                **{**WITHOUT_INSTANTIATOR, **kwargs},
             )
         for name, (recipe, inputs, others) in parts.items():
             given = find_network(module, name)
             prefix, state = f"{name}.", checkpoint["state_dict"]
-            _make_judgeable(given, {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+            _normalize(given, {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
             quantize(given, inputs, recipe, others)
         module.load_state_dict(checkpoint["state_dict"])
         for network in quantized_networks(module).values():
@@ -107,8 +109,8 @@ def load_quantized(
     return module.eval()
 
 
-def _make_judgeable(network: nn.Module, state: dict[str, Any]) -> None:
-    """Give a float network numbers by which it can be judged whether quantizing changes them; its own are loaded after.
+def _normalize(network: nn.Module, state: dict[str, Any]) -> None:
+    """Give a float network weights with which quantizing it can be verified; its own are loaded afterwards.
 
     It has the weights of the one in a checkpoint, and still the batch norms that were folded into them: it would
     normalize a second time. Weights that were trained with their activations cut off at the ends of ranges can grow
@@ -173,12 +175,12 @@ def _read(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # zip, EOF, struct and runtime errors, by where the damage is
         raise CheckpointError(f"{path} is not a readable checkpoint: {type(error).__name__}: {error}") from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise CheckpointError(f"{path} is no Lightning checkpoint: expected a dict with a 'state_dict'.")
+        raise CheckpointError(f"{path} is not a Lightning checkpoint: expected a dict with a 'state_dict'.")
     return checkpoint
 
 
 def _manifests(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Manifest]:
-    """The manifests of the quantized networks in a checkpoint, by dotted name."""
+    """Return the manifests of the quantized networks in a checkpoint, by dotted name."""
     suffix = "._extra_state"
     found = {}
     for key, value in checkpoint["state_dict"].items():

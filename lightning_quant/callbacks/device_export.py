@@ -8,26 +8,26 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_quant.callbacks.calibration import calibration_inputs
 from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import (
-    calibration_inputs,
     calibration_loader,
+    isolated_seed,
     stage_loader,
-    undisturbed,
 )
 from lightning_quant.callbacks.device_metric import first_batches, metrics_of
-from lightning_quant.callbacks.lightning_package import check_trainer_package
+from lightning_quant.callbacks.lightning_internals import callbacks_of
+from lightning_quant.callbacks.lightning_packages import AnyCallback
+from lightning_quant.callbacks.logs import rank_zero_log
+from lightning_quant.callbacks.networks import quantized_networks
 from lightning_quant.callbacks.progress import progress
 from lightning_quant.callbacks.quantization import (
     QuantizationCallback,
     callback_of,
     measuring,
-    quantized_networks,
-    say,
 )
 from lightning_quant.callbacks.reporting import write_callback_report
 from lightning_quant.callbacks.training import QuantizationAwareTraining
@@ -45,7 +45,7 @@ _LOOKED_AT = 16
 POLICIES = ("warn", "raise")
 
 
-class DeviceExport(Callback):
+class DeviceExport(AnyCallback):
     """Export the quantized network when a fit, validate or test ends, and see what a device makes of it.
 
     Writes the bundle ``<dirpath>/<name>/``: ``<name>.aimet/`` (ONNX and encodings, for Qualcomm AI Hub),
@@ -162,8 +162,7 @@ class DeviceExport(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        check_trainer_package(trainer, type(self).__name__)
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         before = callbacks[: callbacks.index(self)]
         names = [one.network_name for one in before if isinstance(one, QuantizationCallback)]
         names += quantized_networks(pl_module)
@@ -213,7 +212,7 @@ class DeviceExport(Callback):
             parity: dict[str, Any] = self.bundle.manifest["parity"]
             agreement = "equal to" if parity["psnr_db"] is None else f"{parity['psnr_db']} dB against"
             samples = f"{parity['samples']} samples in ONNX Runtime"
-            say(f"Exported {self.bundle.path} ({agreement} the simulation on {samples}).")
+            rank_zero_log(f"Exported {self.bundle.path} ({agreement} the simulation on {samples}).")
             for report in device_folder(self.bundle).rglob(REPORT_NAME):
                 report.unlink()  # of the network that the bundle held before
         # before the device: jobs can queue for longer than processes wait for each other
@@ -236,9 +235,9 @@ class DeviceExport(Callback):
     ) -> None:
         assert self.bundle is not None
         try:
-            with undisturbed(), torch.inference_mode(False), torch.no_grad(), progress(trainer, "Writing the report"):
+            with isolated_seed(), torch.inference_mode(False), torch.no_grad(), progress(trainer, "Writing the report"):
                 path = write_callback_report(trainer, name, network, self.bundle, reports, calls)
-            say(f"Report: {path}")
+            rank_zero_log(f"Report: {path}")
         except Exception as error:  # nor is a training run lost to a picture
             rank_zero_warn(f"The report was not written: {type(error).__name__}: {error}")
 
@@ -270,7 +269,7 @@ class DeviceExport(Callback):
         callback = callback_of(trainer, name)
         given = None if callback is None else callback.calibration_dataloader
         catcher = InputCatcher(trainer, pl_module, name, network)
-        with undisturbed(), torch.inference_mode(False), torch.no_grad():
+        with isolated_seed(), torch.inference_mode(False), torch.no_grad():
             try:
                 loader = calibration_loader(trainer, pl_module, given)
             except ConfigurationError:  # nothing is calibrated here: to compare, any data will do
@@ -287,7 +286,9 @@ class DeviceExport(Callback):
             found = first_samples(noted(), self.samples, network.inputs, among)
             if len(sizes) > 1:
                 shapes = [tuple(tensor.shape) for tensor in found[0].tensors]
-                say(f"Inputs come in {len(sizes)} or more sizes: exported for {shapes}, and compared on those alone.")
+                rank_zero_log(
+                    f"Inputs come in {len(sizes)} or more sizes: exported for {shapes}, and compared on those alone."
+                )
             return found
 
     def _measure(
@@ -300,7 +301,7 @@ class DeviceExport(Callback):
     ) -> None:
         assert self.bundle is not None
         assert self.push is not None
-        with undisturbed(), torch.inference_mode(False), torch.no_grad():
+        with isolated_seed(), torch.inference_mode(False), torch.no_grad():
             among = _LOOKED_AT * self.samples
             batches, others = first_batches(trainer, pl_module, network, name, self.samples, calls[0], among)
             if others and not batches:
@@ -317,7 +318,7 @@ class DeviceExport(Callback):
             measured = self.push.run(self.bundle, samples)
         self.passed_over = self.push.passed_over
         if self.passed_over:
-            say("No better target: " + "; ".join(self.passed_over.values()) + ".")
+            rank_zero_log("No better target: " + "; ".join(self.passed_over.values()) + ".")
         # with several processes its metric would wait for the others, which validate nothing now
         monitor = (self.monitor or self._bounded_metric(trainer)) if trainer.world_size == 1 else None
         reports = [one.report for one in measured]
@@ -326,14 +327,14 @@ class DeviceExport(Callback):
             if monitor and one.outputs and batches:
                 one.report.metric = metrics_of(pl_module, name, network, monitor, batches, one.outputs)
                 one.write()
-            say(one.report.sentence())
+            rank_zero_log(one.report.sentence())
             for warning in one.report.warnings:
-                say(f"{one.report.device}: {warning}")
+                rank_zero_log(f"{one.report.device}: {warning}")
             for logger in trainer.loggers:
                 logger.log_metrics(one.report.scalars(), step=trainer.global_step)
         check_bounds(reports, self.min_psnr, self.max_metric_drop, self.mode)
 
     def _bounded_metric(self, trainer: pl.Trainer) -> str | None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         bounded = [one for one in callbacks if isinstance(one, QuantizationAwareTraining) and one.climbs]
         return bounded[0].result.monitor if bounded else None

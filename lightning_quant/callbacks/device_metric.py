@@ -1,4 +1,4 @@
-"""The user's own validation metric of what a device computed, on the few samples it computed."""
+"""The user's own validation metric from a device's outputs, on the few samples that it computed."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_module, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_quant.callbacks.calls import InputCatcher
-from lightning_quant.callbacks.data import batches, stage_loader, twins
-from lightning_quant.callbacks.traces import leaving_no_trace
-from lightning_quant.callbacks.validation import in_place_of
+from lightning_quant.callbacks.data import batches, stage_loader, twin_batches
+from lightning_quant.callbacks.lightning_internals import own_trainer_kept, validation_dataloaders_of_fit
+from lightning_quant.callbacks.lightning_packages import of_package
+from lightning_quant.callbacks.restored_state import restored_state
+from lightning_quant.callbacks.validation import swapped_network
 from lightning_quant.deploy.bundle import single_samples
 from lightning_quant.deploy.samples import Tensors
 from lightning_quant.errors import CalibrationError
 from lightning_quant.simulation.batch_axes import NoBatchAxisError, cut, find_axes, fit
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.utilities.modules import preserve_modes
 
 
 @dataclass
@@ -50,9 +53,9 @@ def first_batches(
     like: NetworkInputs,
     among: int,
 ) -> tuple[list[LabelledBatch], bool]:
-    """The first ``samples`` samples of the validation data of the exported size; none where there is no such data.
+    """Return the first ``samples`` validation samples of the exported size; none where there are none.
 
-    Where the trainer tests, it is the test data: it is what the user looks at then.
+    While the Trainer tests, they come from the test data.
 
     Args:
         trainer: whose data it is.
@@ -67,10 +70,9 @@ def first_batches(
         The batches, and whether there were some of another size.
     """
     if trainer.state.fn == "fit":
-        source = trainer.fit_loop.epoch_loop.val_loop._data_source
-        if not (source.is_defined() and trainer.enable_validation):
+        loader = validation_dataloaders_of_fit(trainer)
+        if loader is None:
             return [], False
-        loader = source.dataloader()
     else:
         loader = stage_loader(trainer)
     catcher = InputCatcher(trainer, pl_module, name, network)
@@ -78,7 +80,7 @@ def first_batches(
     wanted, others = samples, False
     axes = None
     with suppress(NoBatchAxisError, ValueError):
-        axes = find_axes(*twins(loader))
+        axes = find_axes(*twin_batches(loader))
     for index, batch in enumerate(batches(loader)):
         size = max(call.batch_size for call in catcher.catch(batch, index))
         if axes is not None and fit(batch, axes):
@@ -87,7 +89,7 @@ def first_batches(
             part = apply_to_collection(batch, Tensor, _first, size, wanted)
         try:
             calls = [call.to(torch.device("cpu")) for call in catcher.catch(part, index)]
-        except CalibrationError:  # cut apart it is no batch any more
+        except CalibrationError:  # it cannot be cut into samples
             return [], False
         if len(calls) > 1:  # a state comes from the device itself: its answers cannot be played back
             return [], False
@@ -108,7 +110,7 @@ def _first(tensor: Tensor, size: int, wanted: int) -> Tensor:
 
 
 class _Playback(nn.Module):
-    """Answers with recorded outputs, one sample after the other, whatever it is asked."""
+    """Return recorded outputs, one sample after the other, whatever the input."""
 
     def __init__(self, outputs: Sequence[Tensors], network: QuantizedNetwork) -> None:
         super().__init__()
@@ -126,7 +128,7 @@ class _Playback(nn.Module):
 
 
 def _joined(samples: list[Tensor], shape: torch.Size) -> Tensor:
-    """Put samples together to a batch of a shape, on the axis in which they differ from it."""
+    """Concatenate samples to a batch of a shape, on the axis in which they differ from it."""
     axes = (axis for axis, (one, all_) in enumerate(zip(samples[0].shape, shape, strict=True)) if one != all_)
     return torch.cat(samples, next(axes, 0))
 
@@ -139,7 +141,7 @@ def metrics_of(
     labelled: Sequence[LabelledBatch],
     outputs: Sequence[Tensors],
 ) -> dict[str, float]:
-    """The metric ``monitor`` of the ``float`` network, the ``simulation`` and the ``device`` on the same samples.
+    """Compute ``monitor`` of the ``float`` network, the ``simulation`` and the ``device`` on the same samples.
 
     Args:
         pl_module: the user's module; its ``validation_step`` computes the metric.
@@ -154,7 +156,7 @@ def metrics_of(
     """
     kept = []
     left = len(outputs)
-    for one in labelled:  # whole batches only: the labels of half a batch belong to nothing
+    for one in labelled:  # whole batches only: labels cannot be cut
         if len(one.calls) > left:
             break  # a smaller one after it would be given the outputs of this one
         kept.append(one.batch)
@@ -178,31 +180,27 @@ def metrics_of(
 
 
 def _validate(pl_module: pl.LightningModule, name: str, network: nn.Module, kept: list[Any]) -> dict[str, Any]:
-    """Validate with another network and a Trainer of its own: the running one is at its end, or amid a fit."""
-    owner = pl_module._trainer
-    modes = {module: module.training for module in pl_module.modules()}
+    """Validate another network with a separate Trainer: the running one is in the middle of its own stage."""
     device = pl_module.device
-    greetings = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    greetings = rank_zero_module.log
     level = greetings.level
-    greetings.setLevel(logging.WARNING)  # the user's own Trainer has said it all
+    greetings.setLevel(logging.WARNING)  # the user's own Trainer has logged them
     try:
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-        in_place = in_place_of(pl_module, name, network.cpu().eval())
-        # a metric that remembers would take the best of one candidate to the next
-        with torch.inference_mode(False), in_place, leaving_no_trace([pl_module], network):
-            trainer.validate(pl_module, DataLoader(kept, batch_size=None), verbose=False)  # type: ignore[arg-type]
-        return dict(trainer.callback_metrics)
+        with own_trainer_kept(pl_module), preserve_modes(pl_module):
+            trainer = of_package(pl_module, pl.Trainer)(
+                accelerator="cpu",
+                devices=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+            )
+            in_place = swapped_network(pl_module, name, network.cpu().eval())
+            # a metric that remembers would take the best of one candidate to the next
+            with torch.inference_mode(False), in_place, restored_state([pl_module], network):
+                trainer.validate(pl_module, DataLoader(kept, batch_size=None), verbose=False)  # type: ignore[arg-type]
+            return dict(trainer.callback_metrics)
     finally:
         greetings.setLevel(level)
         pl_module.to(device)
-        pl_module._trainer = owner
-        for module, training in modes.items():
-            module.training = training

@@ -1,8 +1,8 @@
 """The user's ``setup`` and ``configure_model``, run before the callback that needs what they make.
 
-Lightning calls the callbacks' ``setup`` first. The quantization callback runs the module's steps there, which may use
-whatever the module makes in its own, up to the network itself. So it calls the two, and further calls of them do
-nothing until the stage begins: each runs once, as without the callback.
+Lightning calls the callbacks' ``setup`` first. The quantization callback runs the module's steps there, which may need
+what the module makes in its own ``setup``, up to the network itself. So the callback calls both hooks, and further
+calls do nothing until the stage begins: each runs once, as without the callback.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_quant.callbacks.lightning_packages import is_overridden
 
 _HOOKS = ("setup", "configure_model")
 
 
 def set_up_early(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-    """Call ``setup`` and ``configure_model`` of the module now, and let nobody else until :func:`end_early_setup`.
+    """Call ``setup`` and ``configure_model`` of the module now; further calls do nothing until :func:`end_early_setup`.
 
     Args:
-        trainer: amid its setup.
+        trainer: the Trainer, in its setup.
         pl_module: the user's module.
-        stage: what Lightning will tell its ``setup``.
+        stage: what Lightning will pass to its ``setup``.
     """
     for name in _HOOKS:
         if _was_called(pl_module, name) or not is_overridden(name, pl_module):
@@ -41,7 +42,7 @@ def set_up_early(trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str)
 
 
 def end_early_setup(pl_module: pl.LightningModule) -> None:
-    """Give the module its hooks back: the stage begins, or the run has failed."""
+    """Restore the module's hooks: the stage begins, or the run has failed."""
     for name in _HOOKS:
         if _was_called(pl_module, name):
             del vars(pl_module)[name]
@@ -53,4 +54,4 @@ def _was_called(pl_module: pl.LightningModule, name: str) -> bool:
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """Stands for a hook that was called before."""
+    """Replace a hook that was called before."""

@@ -1,4 +1,4 @@
-"""A quantized network seen as the float one: what code that sorts modules and parameters expects to find."""
+"""A quantized network seen as the float one, for code that goes through its modules and parameters."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _CONTAINERS = ("input_quantizers", "output_quantizers", "param_quantizers")
 
 @contextmanager
 def without_quantizers(network: nn.Module) -> Iterator[dict[nn.Module, list[nn.Module]]]:
-    """Leave the quantizers out of the tree of modules for the length of a block.
+    """Hide the quantizers from the tree of modules for the length of a block.
 
-    ``modules()``, ``children()``, ``parameters()`` and ``state_dict()`` then tell of the float network alone, names
-    and order included. Whoever asks for a quantizer by its name gets it, so the network runs as before.
+    ``modules()``, ``children()``, ``parameters()`` and ``state_dict()`` then list the float network alone, names and
+    order included. Access to a quantizer by name still works, so the network runs as before.
 
     Yields:
-        The quantizers left out, by the module that they belong to, in the order of the network's modules.
+        The hidden quantizers, by the module that they belong to, in the order of the network's modules.
     """
-    left_out: dict[nn.Module, list[nn.Module]] = {}
+    hidden_quantizers: dict[nn.Module, list[nn.Module]] = {}
     inside: set[nn.Module] = set()
     for module in list(network.modules()):
         if module not in inside and (names := _quantizers_of(module)):
-            left_out[module] = [module._modules[name] for name in names]  # type: ignore[misc]
-            inside.update(part for quantizer in left_out[module] for part in quantizer.modules())
-    hidden = {module: _quantizers_of(module) for module in left_out}
+            hidden_quantizers[module] = [module._modules[name] for name in names]  # type: ignore[misc]
+            inside.update(part for quantizer in hidden_quantizers[module] for part in quantizer.modules())
+    hidden = {module: _quantizers_of(module) for module in hidden_quantizers}
     for module in network.modules():
         if sites := _sites_of(module):
             hidden[module] = hidden.get(module, frozenset()) | sites
@@ -38,7 +38,7 @@ def without_quantizers(network: nn.Module) -> Iterator[dict[nn.Module, list[nn.M
     try:
         for module, children in whole.items():
             module.__dict__["_modules"] = _WithoutQuantizers(children, hidden[module])
-        yield left_out
+        yield hidden_quantizers
     finally:
         for module, children in whole.items():
             now: Any = module._modules
@@ -58,7 +58,7 @@ def computing_float(network: nn.Module) -> Iterator[None]:
 
 
 def _quantizers_of(module: nn.Module) -> frozenset[str]:
-    """Names of the children of a module that only quantization gave it."""
+    """Return the names of a module's children that quantization added."""
     names = _CONTAINERS if isinstance(module, aimet.BaseQuantizationMixin) else ()
     children = module._modules.items()
     return frozenset(
@@ -69,13 +69,13 @@ def _quantizers_of(module: nn.Module) -> frozenset[str]:
 
 
 def _sites_of(module: nn.Module) -> frozenset[str]:
-    """Names of the children of a module that answer its functional operations."""
+    """Return the names of a module's children that compute its functional operations."""
     children = module._modules.items()
     return frozenset(name for name, child in children if child is not None and is_at_call_site(child))
 
 
 class _WithoutQuantizers(dict[str, Any]):
-    """The children of a module, of which some are found by name only."""
+    """The children of a module, some of which are found by name only."""
 
     def __init__(self, children: dict[str, Any], hidden: frozenset[str]) -> None:
         super().__init__(children)

@@ -11,15 +11,17 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_quant.callbacks.calibration import calibration_samples
 from lightning_quant.callbacks.calls import InputCatcher
-from lightning_quant.callbacks.data import calibration_inputs, calibration_loader, undisturbed
-from lightning_quant.callbacks.progress import progress
-from lightning_quant.callbacks.quantization import QuantizationCallback, say
-from lightning_quant.callbacks.validation import check_float_metric, guessing, in_place_of, measure
+from lightning_quant.callbacks.data import isolated_seed
+from lightning_quant.callbacks.logs import rank_zero_log
+from lightning_quant.callbacks.quantization import QuantizationCallback
+from lightning_quant.callbacks.validation import check_float_metric, measure, shuffled_outputs, swapped_network
 from lightning_quant.ladder.climb import Footing, climb
 from lightning_quant.ladder.gate import Ladder, RungResult
 from lightning_quant.ladder.rung import Technique, Workbench
-from lightning_quant.simulation.inputs import NetworkInputs, counted, take_samples
+from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.utilities.modules import preserve_modes
 
 # How much better than chance a float network has to be, as a part of chance itself: an untrained one is off by luck.
 _CHANCE_MARGIN = 0.01
@@ -57,8 +59,8 @@ class Climber:
         ladder = self.ladder
         value = check_float_metric(ladder.monitor, self._measure_other(self.float_network))
         ladder.float_metric = value
-        say(f"Float network: {ladder.monitor} {value:.4f}.")
-        with guessing(self.float_network) as exchanged:
+        rank_zero_log(f"Float network: {ladder.monitor} {value:.4f}.")
+        with shuffled_outputs(self.float_network) as exchanged:
             chance = self._measure_other(self.float_network)
         margin = _CHANCE_MARGIN * abs(chance) * (1 if ladder.mode == "max" else -1)
         if exchanged and not ladder.is_better(value, chance + margin):
@@ -82,10 +84,9 @@ class Climber:
         @contextmanager
         def trying(name: str) -> Iterator[None]:
             self.rung = name
-            with undisturbed():  # so that a rung does not depend on whether those before it ran or were restored
+            with isolated_seed():  # so that a rung does not depend on whether those before it ran or were restored
                 yield
 
-        modes = {module: module.training for module in self.pl_module.modules()}
         bench = Workbench(
             float_network=self.float_network,
             inputs=self.network.inputs,
@@ -94,39 +95,29 @@ class Climber:
             suffices=None if self.ladder.max_drop is None else self.ladder.suffices,
             cache=self.callback.calibration_cache(self.trainer),
         )
-        self.pl_module.eval()
-        try:
-            with torch.no_grad():
-                measure_float = self._measure_other
-                climb(
-                    self.ladder,
-                    rungs,
-                    self.network,
-                    bench,
-                    measure_float=measure_float,
-                    footing=footing,
-                    trying=trying,
-                    done=done,
-                )
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        with preserve_modes(self.pl_module), torch.no_grad():
+            self.pl_module.eval()
+            climb(
+                self.ladder,
+                rungs,
+                self.network,
+                bench,
+                measure_float=self._measure_other,
+                footing=footing,
+                trying=trying,
+                done=done,
+            )
 
     def _measure(self) -> float:
         network = self.pl_module.get_submodule(self.callback.network_name)
         return measure(self.trainer, self.ladder.monitor, hidden=self.callback, network=network)
 
     def _measure_other(self, network: nn.Module) -> float:
-        with in_place_of(self.pl_module, self.callback.network_name, network):
+        with swapped_network(self.pl_module, self.callback.network_name, network):
             return self._measure()
 
     def _samples(self) -> Iterator[NetworkInputs]:
         callback = self.callback
         catcher = InputCatcher(self.trainer, self.pl_module, callback.network_name, self.network)
-        samples = callback.recipe.calibration_samples
-        with undisturbed(), progress(self.trainer, f"Rung {self.rung}", samples) as advance:
-            loader = calibration_loader(self.trainer, self.pl_module, callback.calibration_dataloader)
-            calls = calibration_inputs(self.trainer, loader, catcher, samples)
-            for new, call in counted(take_samples(calls, samples)):
-                yield call
-                advance(new)
+        given, samples = callback.calibration_dataloader, callback.recipe.calibration_samples
+        return calibration_samples(self.trainer, self.pl_module, catcher, given, samples, f"Rung {self.rung}")

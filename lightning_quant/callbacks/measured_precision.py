@@ -1,4 +1,4 @@
-"""In which precision a run measures: as the user trains, or with all digits of float32 where a grid needs them."""
+"""The precision a run measures in: that of training, or full float32 where a grid needs it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CONTEXTS = ("val_step_context", "test_step_context", "predict_step_context")
 class Measuring:
     """The context that a run measures in: full precision where one of its networks has more than 8 bits somewhere.
 
-    Asked anew each time: a restored checkpoint or a rung may have given layers other bits.
+    Evaluated at each use: a restored checkpoint or a rung may have changed the bit widths of layers.
 
     Args:
         networks: the quantized networks of the run.
@@ -32,11 +32,11 @@ class Measuring:
 
     @property
     def in_full(self) -> bool:
-        """Whether it is full precision now."""
+        """Whether the context is full precision now."""
         return self._refines or any(quantizer.bitwidth > 8 for quantizer in self._quantizers)
 
     def __call__(self) -> AbstractContextManager[None]:
-        """The context."""
+        """Return the context."""
         return full_precision() if self.in_full else nullcontext()
 
 
@@ -48,7 +48,7 @@ def hook_measuring(plugin: Precision, measuring: Callable[[], AbstractContextMan
         measuring: gives the context.
 
     Returns:
-        What takes the hooks off.
+        What removes the hooks.
     """
     off = ExitStack()
     for name in _CONTEXTS:
@@ -70,8 +70,8 @@ def _within(own: Any, measuring: Callable[[], AbstractContextManager[object]]) -
     return context
 
 
-def told(trainer: pl.Trainer, fine: bool) -> str | None:
-    """What is trained and what is measured in which precision, in words; ``None`` where it goes without saying.
+def precision_notice(trainer: pl.Trainer, fine: bool) -> str | None:
+    """Describe which precision training and measuring compute in; ``None`` where it is float32 on a CPU.
 
     Args:
         trainer: the Trainer, in its setup.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from typing_extensions import override
 
-from lightning_quant.callbacks.quantization import QuantizationCallback, end_fit, quantization_callbacks, say
+from lightning_quant.callbacks.logs import rank_zero_log
+from lightning_quant.callbacks.quantization import QuantizationCallback, end_fit, quantization_callbacks
 from lightning_quant.callbacks.validation import validate_in_fit
 
 
@@ -47,7 +48,7 @@ class PostTrainingQuantization(QuantizationCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        say("PostTrainingQuantization does not train: fit ends after calibration and validation.")
+        rank_zero_log("PostTrainingQuantization does not train: fit ends after calibration and validation.")
         if trainer.enable_validation and self is quantization_callbacks(trainer)[-1]:
             validate_in_fit(trainer)
         end_fit(trainer)

@@ -1,4 +1,4 @@
-"""Progress of what takes time besides training, in the manner of the Trainer's own bar: Rich, tqdm, or none."""
+"""Progress of what takes time besides training, in the style of the Trainer's own bar: Rich, tqdm, or none."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
+from lightning_quant.callbacks.lightning_packages import either
+
 Advance = Callable[[int], None]
 
 
 @contextmanager
 def progress(trainer: pl.Trainer, description: str, total: int | None = None) -> Iterator[Advance]:
-    """Show a bar for the length of a block; nothing where the Trainer shows none, or the output is no terminal.
+    """Show a bar for the length of a block; nothing where the Trainer shows none, or the output is not a terminal.
 
     Examples:
         >>> with progress(trainer, "Calibrating", total=256) as advance:  # doctest: +SKIP
@@ -24,15 +26,15 @@ def progress(trainer: pl.Trainer, description: str, total: int | None = None) ->
         ...         advance(len(batch))
 
     Args:
-        trainer: whose bar is followed.
+        trainer: the Trainer whose style of bar is used.
         description: what is being done.
         total: how much there is to do, for the time left. ``None``: unknown, the time that has passed is shown.
     """
     bar: Any = trainer.progress_bar_callback
     shown = bar is not None and bar.is_enabled and trainer.is_global_zero and sys.stdout.isatty()
-    if shown and isinstance(bar, RichProgressBar):
+    if shown and isinstance(bar, either(RichProgressBar)):
         yield from _rich(description, total)
-    elif shown and isinstance(bar, TQDMProgressBar):
+    elif shown and isinstance(bar, either(TQDMProgressBar)):
         yield from _tqdm(description, total)
     else:
         yield _nothing
@@ -64,7 +66,7 @@ def _tqdm(description: str, total: int | None) -> Iterator[Advance]:
         if total is not None:
             yield lambda count: shown.update(count) and None
             return
-        # nobody advances it, so that it has to look at the clock itself
+        # never advanced, so it has to refresh its clock itself
         ended = threading.Event()
 
         def tick() -> None:

@@ -1,9 +1,7 @@
-"""What both quantization callbacks share: when the simulation goes in, and when it is calibrated."""
+"""What both quantization callbacks share: when a network is quantized, and when it is calibrated."""
 
 from __future__ import annotations
 
-import difflib
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -11,54 +9,39 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
+from lightning_quant.callbacks.calibration import calibration_samples
 from lightning_quant.callbacks.calls import InputCatcher
-from lightning_quant.callbacks.data import (
-    batches,
-    calibration_inputs,
-    calibration_loader,
-    stage_loader,
-    stage_name,
-    twins,
-    undisturbed,
-)
+from lightning_quant.callbacks.data import batches, isolated_seed, stage_loader, stage_name, twin_batches
 from lightning_quant.callbacks.early_setup import end_early_setup, set_up_early
 from lightning_quant.callbacks.float_view import computing_float, without_quantizers
-from lightning_quant.callbacks.lightning_package import check_trainer_package
-from lightning_quant.callbacks.measured_precision import Measuring, hook_measuring, told
-from lightning_quant.callbacks.progress import progress
+from lightning_quant.callbacks.lightning_internals import averaged_model, callbacks_of
+from lightning_quant.callbacks.lightning_packages import AnyCallback
+from lightning_quant.callbacks.logs import rank_zero_log
+from lightning_quant.callbacks.measured_precision import Measuring, hook_measuring, precision_notice
+from lightning_quant.callbacks.networks import find_network, quantized_networks
 from lightning_quant.callbacks.range_groups import RangeGroups
 from lightning_quant.callbacks.schedules import show_as_given
 from lightning_quant.callbacks.strategy_hooks import hook_strategy
+from lightning_quant.callbacks.trainer_checks import (
+    averaging_callbacks,
+    check_float_network,
+    check_synchronized,
+    check_trainer,
+)
 from lightning_quant.errors import CalibrationError, ConfigurationError
 from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate, uncalibrated
 from lightning_quant.simulation.calibration_cache import StatisticsCache
-from lightning_quant.simulation.inputs import NetworkInputs, Passes, counted, take_samples
+from lightning_quant.simulation.inputs import NetworkInputs, Passes
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.preflight import refuse, sharing_siblings
 from lightning_quant.simulation.range_estimators import RangeEstimator, RangeEstimatorSpec
-
-# Below Lightning's own logger, so that what a run says appears where Lightning's messages do.
-log = logging.getLogger(f"lightning.pytorch.{__name__}")
-
-_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
-_STRATEGIES = (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)
-_AVERAGING = (StochasticWeightAveraging, WeightAveraging)
-
-
-@rank_zero_only
-def say(message: str) -> None:
-    """Tell the user what a callback did, once whatever the number of processes."""
-    log.info(message)
 
 
 def end_fit(trainer: pl.Trainer) -> None:
@@ -67,21 +50,15 @@ def end_fit(trainer: pl.Trainer) -> None:
     trainer.should_stop = True
 
 
-def averaging(trainer: pl.Trainer) -> Callback | None:
-    """The callback that averages weights, if there is one."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((one for one in callbacks if isinstance(one, _AVERAGING)), None)
+class QuantizationCallback(AnyCallback):
+    """Base of the quantization callbacks: quantizes the network at ``setup`` and calibrates it once.
 
+    ``setup`` runs before Lightning restores a checkpoint, makes the optimizers and wraps for DDP, so all three see the
+    quantized network; only ``configure_optimizers`` sees it without ranges, as in float, which then join the optimizer
+    that it made. Calibration runs when the strategy is set up, with the module on its device and a checkpoint restored,
+    which may hold the ranges already, and before any callback's ``on_fit_start``.
 
-class QuantizationCallback(Callback):
-    """Base of the quantization callbacks: puts the simulation in at ``setup`` and calibrates it once.
-
-    ``setup`` runs before Lightning restores a checkpoint, makes the optimizers and wraps for DDP, so the
-    quantized network is what all three see; only ``configure_optimizers`` sees it without ranges, as in float, and they
-    join the optimizer that it made. Calibration waits for the strategy's setup to be over, when the device is there and
-    a restored checkpoint has said whether ranges are known already, and comes before any callback's ``on_fit_start``.
-
-    Several networks of one module are quantized by a callback for each; each calibrates with those before it quantized
+    Several networks of one module are quantized by one callback each; each calibrates with those before it quantized
     and those after it in float.
 
     Args and raises: see :class:`PostTrainingQuantization`.
@@ -93,6 +70,7 @@ class QuantizationCallback(Callback):
     def __init__(
         self,
         precision: str | Precision = "w8a8",
+        *,
         network: str = "model",
         hardware: str = "htp_v75",
         calibration_samples: int = 256,
@@ -131,27 +109,33 @@ class QuantizationCallback(Callback):
         return super().state_key if name == "model" else self._generate_state_key(network=name)
 
     def quantized_network(self, pl_module: pl.LightningModule) -> QuantizedNetwork:
-        """The quantized network inside ``pl_module``."""
+        """Return the quantized network inside ``pl_module``.
+
+        Raises:
+            ConfigurationError: when it is not quantized.
+        """
         network = pl_module.get_submodule(self.network_name)
         quantized = QuantizedNetwork.of(network)
         if quantized is None:
             raise ConfigurationError(
                 f"network={self.network_name!r} is {type(network).__name__} and not quantized: expected what setup() "
-                f"made of it. Does {type(pl_module).__name__} make it anew in its own setup() or configure_model()?"
+                f"made of it. Does {type(pl_module).__name__} make it again in its own setup() or configure_model()?"
             )
         return quantized
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        check_trainer_package(trainer, type(self).__name__)
-        self._check_trainer(trainer)
+        check_trainer(trainer, type(self).__name__)
+        for other in quantization_callbacks(trainer):
+            if other is not self:
+                self._check_beside(other)
         set_up_early(trainer, pl_module, stage)
         network = find_network(pl_module, self.network_name)
         if (known := QuantizedNetwork.of(network)) is not None:
             self._check_same_recipe(known)
         else:
             self._quantize(trainer, pl_module, network)
-        self._check_synchronised(trainer, pl_module)
+        check_synchronized(trainer, self.quantized_network(pl_module).network, self.network_name, type(self).__name__)
         self._hooked.close()  # of a run that ended early
         unhook = hook_strategy(
             trainer.strategy,
@@ -163,11 +147,11 @@ class QuantizationCallback(Callback):
         self._measured.close()
         if self is quantization_callbacks(trainer)[-1]:  # one for all, now that every network is there
             self._measured.callback(hook_measuring(trainer.precision_plugin, measuring(trainer, pl_module)))
-            if (line := told(trainer, measuring(trainer, pl_module).in_full)) is not None:
-                say(line)
+            if (line := precision_notice(trainer, measuring(trainer, pl_module).in_full)) is not None:
+                rank_zero_log(line)
 
     def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module) -> None:
-        self._check_first_time(trainer, pl_module)
+        check_float_network(trainer, pl_module, network, self, self.network_name)
         siblings = sharing_siblings(pl_module, network, self.network_name)
         if self.recipe.strict:
             refuse(siblings)
@@ -176,7 +160,7 @@ class QuantizationCallback(Callback):
         example, *others = self._examples(trainer, pl_module)
         quantized = quantize(network, example, self.recipe, others)
         quantized.findings[:0] = siblings
-        say(f"Quantized {type(pl_module).__name__}.{self.network_name} to {self.recipe.precision}.")
+        rank_zero_log(f"Quantized {type(pl_module).__name__}.{self.network_name} to {self.recipe.precision}.")
 
     def _add_ranges(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the ranges to the optimizers, which the user has just made without them."""
@@ -189,8 +173,8 @@ class QuantizationCallback(Callback):
         self._groups = groups
 
     def _on_set_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Calibrate, now that all is at its place and before anything runs the network."""
-        self._hooked.pop_all()  # they are off
+        """Calibrate, on the module's device and before anything else runs the network."""
+        self._hooked.pop_all()  # they have removed themselves
         end_early_setup(pl_module)
         with measuring(trainer, pl_module)():
             self._calibrate_once(trainer, pl_module)
@@ -239,6 +223,7 @@ class QuantizationCallback(Callback):
         self._measured.close()
         self._groups, self._fixed_ranges = None, []
         end_early_setup(pl_module)
+        super().on_exception(trainer, pl_module, exception)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -246,12 +231,12 @@ class QuantizationCallback(Callback):
         end_early_setup(pl_module)
 
     def _examples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[NetworkInputs]:
-        """Calls of the network with one sample, from the data of the running stage: one for each structure of inputs.
+        """Return calls of the network with one sample of the running stage's data, one for each structure of inputs.
 
-        That with the most tensors is the first: a state that is None at the first call is a tensor at the second.
+        The one with the most tensors comes first: a state that is None at the first call is a tensor at the second.
         """
         catcher = InputCatcher(trainer, pl_module, self.network_name)
-        with undisturbed(), self._others_in_float(trainer, pl_module):
+        with isolated_seed(), self._others_in_float(trainer, pl_module):
             loader = stage_loader(trainer)
             batch = next(batches(loader), None)
             if batch is None:
@@ -259,7 +244,7 @@ class QuantizationCallback(Callback):
                     f"The data loader of trainer.{stage_name(trainer)}() gave no batch: expected at least one. Check "
                     "its data set, its sampler and drop_last."
                 )
-            catcher.learn_axes(twins(loader))
+            catcher.learn_axes(twin_batches(loader))
             calls = catcher.catch(batch, 0)
             catcher.check_axes(calls[0])
             calls = [replace(call.first(1), last=True) for call in calls]
@@ -292,31 +277,25 @@ class QuantizationCallback(Callback):
         catcher = InputCatcher(trainer, pl_module, self.network_name, network)
         # validation runs under inference_mode, whose tensors would break training later
         with torch.inference_mode(False), torch.no_grad():
-            samples = self.recipe.calibration_samples
+            given, samples = self.calibration_dataloader, self.recipe.calibration_samples
 
             def inputs() -> Iterator[NetworkInputs]:
-                others = self._others_in_float(trainer, pl_module)
-                with undisturbed(), others, progress(trainer, "Calibrating", samples) as advance:
-                    loader = calibration_loader(trainer, pl_module, self.calibration_dataloader)
-                    calls = calibration_inputs(trainer, loader, catcher, samples)
-                    for new, call in counted(take_samples(calls, samples)):
-                        yield call
-                        advance(new)
+                with self._others_in_float(trainer, pl_module):
+                    yield from calibration_samples(trainer, pl_module, catcher, given, samples, "Calibrating")
 
             used = calibrate(network, Passes(inputs), cache=self.calibration_cache(trainer))
             if trainer.world_size > 1:  # GPUs may round differently; the ranges must not
                 for parameter in network.range_parameters():
                     torch.distributed.broadcast(parameter.data, src=0)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, _AVERAGING) and callback._average_model is not None:
+        for callback in averaging_callbacks(trainer):
+            if (average := averaged_model(callback)) is not None:
                 # a copy made in setup(): without this, ranges that nobody calibrated are validated and saved
-                average = getattr(callback._average_model, "module", callback._average_model)
                 average.get_submodule(self.network_name).load_state_dict(network.network.state_dict())
-        say(f"Calibrated {self.network_name} with {used} samples.")
+        rank_zero_log(f"Calibrated {self.network_name} with {used} samples.")
         if network.left_in_float:
             module, operations = next(iter(network.left_in_float.items()))
             rank_zero_warn(
-                f"Some samples came to operations that the example of {self.network_name} did not, e.g. "
+                f"Some samples reached operations that the example of {self.network_name} did not, e.g. "
                 f"{', '.join(operations)} in {module or 'the network itself'}: they compute in float, and the exported "
                 "file has the other branch. Put the first batch of validation in order, or quantize a part without "
                 "control flow that depends on values."
@@ -343,36 +322,6 @@ class QuantizationCallback(Callback):
                     "callback the same values."
                 )
 
-    def _check_trainer(self, trainer: pl.Trainer) -> None:
-        mine = type(self).__name__
-        if isinstance(trainer.strategy, _STRATEGIES):
-            raise ConfigurationError(
-                f"{type(trainer.strategy).__name__} with {mine}: expected a strategy that keeps parameters whole. "
-                "Use strategy='ddp' or a single device."
-            )
-        if trainer.precision not in _PRECISIONS:
-            raise ConfigurationError(
-                f"Trainer(precision={trainer.precision!r}) with {mine}: expected one of {', '.join(_PRECISIONS)}. "
-                "The simulation keeps weights and ranges in float32; 'bf16-mixed' gives the speed of bfloat16."
-            )
-        for other in quantization_callbacks(trainer):
-            if other is not self:
-                self._check_beside(other)
-
-    def _check_synchronised(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse what would take the quantizers of batch norms away: Lightning exchanges the modules after this."""
-        if trainer.state.fn != "fit" or getattr(trainer.strategy, "_layer_sync", None) is None:
-            return
-        network = self.quantized_network(pl_module).network
-        left = [name for name, module in network.named_modules() if isinstance(module, _BatchNorm)]
-        if left:
-            raise ConfigurationError(
-                f"Trainer(sync_batchnorm=True) with {type(self).__name__}: Lightning would replace {len(left)} batch "
-                f"norms of {self.network_name!r}, e.g. {left[0]!r}, by others without quantizers. Expected "
-                "sync_batchnorm=False. Batch norms that were folded have nothing to synchronise any more; those that "
-                "could not be, synchronise by themselves if your module makes them nn.SyncBatchNorm in its __init__."
-            )
-
     def _check_beside(self, other: QuantizationCallback) -> None:
         """Refuse another quantization callback, unless both together have one meaning."""
         mine, theirs, name, of_other = type(self).__name__, type(other).__name__, self.network_name, other.network_name
@@ -398,81 +347,18 @@ class QuantizationCallback(Callback):
                 "the result of both networks. Climb with one first, and quantize the other in a second fit."
             )
 
-    def _check_first_time(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What would run with, or keep, the float network."""
-        mine = type(self).__name__
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        before = callbacks[: callbacks.index(self)]
-        early = next((one for one in before if isinstance(one, _AVERAGING)), None)
-        if early is not None:
-            raise ConfigurationError(
-                f"{type(early).__name__} is listed before {mine}: it would average the float network, whose "
-                f"weights have other shapes. List {mine} first in callbacks=[...]."
-            )
-        if pl_module._compiler_ctx is not None:
-            raise ConfigurationError(
-                f"torch.compile() of {type(pl_module).__name__} with {mine}: expected it uncompiled, since "
-                "quantization changes the network. Pass the module itself to the Trainer; "
-                "QuantizationAwareTraining(compile=True) compiles the quantized network."
-            )
-        network = find_network(pl_module, self.network_name)
-        for name, module in network.named_modules():
-            if module._compiled_call_impl is not None:
-                raise ConfigurationError(
-                    f"{f'{self.network_name}.{name}'.rstrip('.')}.compile() with {mine}: expected it uncompiled, since "
-                    "quantization changes the network. Leave the call away; "
-                    "QuantizationAwareTraining(compile=True) compiles the quantized network."
-                )
-
 
 def quantization_callbacks(trainer: pl.Trainer) -> list[QuantizationCallback]:
-    """The quantization callbacks of a Trainer, one for each network."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return [one for one in callbacks if isinstance(one, QuantizationCallback)]
+    """Return the quantization callbacks of a Trainer, one for each network."""
+    return [one for one in callbacks_of(trainer) if isinstance(one, QuantizationCallback)]
 
 
 def callback_of(trainer: pl.Trainer, name: str) -> QuantizationCallback | None:
-    """The callback that quantizes the network at the dotted attribute ``name``, if there is one."""
+    """Return the callback that quantizes the network at the dotted attribute ``name``, if there is one."""
     return next((one for one in quantization_callbacks(trainer) if one.network_name == name), None)
 
 
-def quantized_networks(pl_module: pl.LightningModule) -> dict[str, QuantizedNetwork]:
-    """The quantized networks of a module, by the dotted attribute."""
-    return dict(QuantizedNetwork.named_in(pl_module))
-
-
 def measuring(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Measuring:
-    """What everything runs in whose result is compared or reported; also for another network in the place of one."""
+    """Return the context for everything whose result is compared or reported, whatever network is measured."""
     refines = trainer.state.fn == "fit" and any(one.refines for one in quantization_callbacks(trainer))
     return Measuring(quantized_networks(pl_module).values(), refines)
-
-
-def find_network(pl_module: pl.LightningModule, name: str) -> nn.Module:
-    """The module at the dotted attribute ``name``."""
-    owner: Any = pl_module
-    for part in name.split("."):
-        if not hasattr(owner, part):
-            known = [key for key, _ in owner.named_children()] if isinstance(owner, nn.Module) else []
-            near = difflib.get_close_matches(part, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigurationError(
-                f"network={name!r}: {type(owner).__name__} has no attribute {part!r}; expected one of its modules: "
-                f"{', '.join(known) or 'it has none'}.{hint} (It may be made in __init__, setup or configure_model.)"
-            )
-        owner = getattr(owner, part)
-    if not isinstance(owner, nn.Module):
-        raise ConfigurationError(
-            f"network={name!r} is {type(owner).__name__}: expected an nn.Module. Name the attribute of "
-            f"{type(pl_module).__name__} that holds the network."
-        )
-    if hasattr(owner, "_orig_mod"):
-        raise ConfigurationError(
-            f"network={name!r} was compiled: expected the plain nn.Module, since quantization changes it. Leave "
-            "torch.compile() away; QuantizationAwareTraining(compile=True) compiles the quantized network."
-        )
-    if isinstance(owner, pl.LightningModule):
-        raise ConfigurationError(
-            f"network={name!r} is a LightningModule: expected the plain nn.Module inside it, without metrics and "
-            f"losses, e.g. network='{name}.model'."
-        )
-    return owner

@@ -14,26 +14,27 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_quant.callbacks.float_view import without_quantizers
 
-# What a group of ranges does not take over from the group that it follows.
+# What a group of ranges does not copy from the group that it follows.
 _OWN = ("params", "param_names", "name", "weight_decay")
-# Orthogonalizes matrices: a range is none. Known by PyTorch since 2.9.
+# Orthogonalizes matrices, which a range is not. In PyTorch since 2.9.
 _MATRICES_ONLY: Any = getattr(torch.optim, "Muon", ())
 
 
 class RangeGroups:
-    """Trains each range as the layer that it belongs to is trained, but without weight decay.
+    """Train each range as the layer that it belongs to is trained, but without weight decay.
 
     A range goes to the optimizer that holds the parameters of its layer, into a group of its own that follows theirs in
     everything but the decay: learning rate, momentum and whatever else schedulers, callbacks or the user change in it.
-    A layer without parameters goes with those before it, in the part of the network that it stands in. Where several
-    groups train them it is the one that trains most; where most is in no optimizer the range is not trained, and where
-    most is frozen it is frozen too, until that is thawed. A group that the user made for ranges alone stays as it is.
+    A layer without parameters follows those before it, in the same part of the network. Where several groups train
+    them, it follows the one that trains most; where most of them are in no optimizer, the range is not trained, and
+    where most are frozen, it is frozen too, until they are thawed. A group that the user made for ranges alone stays
+    as it is.
 
     Args:
-        optimizers: those of the Trainer, as the user made them.
+        optimizers: the Trainer's, as the user made them.
         network: the quantized network.
         name: its dotted name in the LightningModule, for optimizers that know their parameters by name.
-        fixed: ranges that never learn, even if somebody thaws all parameters of the network.
+        fixed: ranges that never learn, even if all parameters of the network are thawed.
     """
 
     def __init__(
@@ -77,10 +78,10 @@ class RangeGroups:
         return not (group["params"] and all(parameter in self._ours for parameter in group["params"]))
 
     def follow(self) -> None:
-        """Bring every group of ranges up to date with the group that it follows."""
+        """Update every group of ranges from the group that it follows."""
         self._freeze()
         shape = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in self._optimizers]
-        if shape != self._shape:  # at first, and when groups were added: a finetuning callback thaws layer by layer
+        if shape != self._shape:  # at first, and when groups are added: a finetuning callback thaws layer by layer
             self._arrange()
         for optimizer, index, source in self._pairs:
             group, given = optimizer.param_groups[index], optimizer.param_groups[source]
@@ -89,7 +90,7 @@ class RangeGroups:
                 group["weight_decay"] = 0.0
 
     def _freeze(self) -> None:
-        """Keep ranges frozen that shall be: what is not to be trained is not to compute anything else."""
+        """Freeze the ranges of frozen layers, and thaw them with their layers; fixed ranges stay frozen."""
         for parameter in self._fixed:
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
@@ -104,7 +105,7 @@ class RangeGroups:
                 parameter.requires_grad_(False)
                 parameter.grad = None
                 self._frozen.add(parameter)
-            elif not frozen and parameter in self._frozen:  # others were frozen by somebody else, who will know why
+            elif not frozen and parameter in self._frozen:  # others were frozen by the user
                 parameter.requires_grad_(True)
                 self._frozen.discard(parameter)
 
@@ -140,7 +141,7 @@ class RangeGroups:
                     self._pairs.append((optimizer, index, source[1]))
 
     def _places(self) -> dict[nn.Parameter, tuple[int, int]]:
-        """Optimizer and group of every parameter that ranges could follow."""
+        """Return the optimizer and group of every parameter that ranges could follow."""
         return {
             parameter: (number, index)
             for number, optimizer in enumerate(self._optimizers)
@@ -150,7 +151,7 @@ class RangeGroups:
         }
 
     def _place(self, parameter: nn.Parameter, places: dict[nn.Parameter, tuple[int, int]]) -> tuple[int, int] | None:
-        """The group to follow: the one that trains most of what the range belongs to."""
+        """Return the group to follow: the one that trains most of what the range belongs to."""
         followed = [one for one in self._followed[parameter] if one not in self._matrices]
         if len(followed) < len(self._followed[parameter]) and not followed:  # then with other biases and norms
             followed = [one for one in self._weights if one in places]
@@ -172,7 +173,7 @@ class RangeGroups:
         optimizer.add_param_group(group)
 
     def _names_for(self, given: dict[str, Any], ranges: list[nn.Parameter]) -> list[str]:
-        """Names of ranges, from wherever the user's own names begin."""
+        """Return names of ranges, with the prefix that the user's own names have."""
         prefix = self._prefix
         for parameter, name in zip(given["params"], given["param_names"], strict=True):
             path = self._names.get(parameter)
@@ -183,10 +184,10 @@ class RangeGroups:
 
 
 def followed_by_ranges(network: nn.Module) -> dict[nn.Parameter, list[nn.Parameter]]:
-    """For each range the parameters that it is trained with.
+    """Return for each range the parameters that it is trained with.
 
-    Those of its layer; for a layer without any, those of the layers before it in the smallest part of the network that
-    holds some, or of all layers there if none comes before.
+    These are the parameters of its layer; for a layer without any, those of the layers before it in the smallest part
+    of the network that has some, or of all layers there if none comes before.
     """
     names = {module: name for name, module in network.named_modules()}  # with the modules at call sites
     with without_quantizers(network) as quantizers:
@@ -202,7 +203,7 @@ def followed_by_ranges(network: nn.Module) -> dict[nn.Parameter, list[nn.Paramet
 
 
 def _before(name: str, own: dict[str, list[nn.Parameter]]) -> list[nn.Parameter]:
-    """The parameters before the layer ``name``; ``own`` holds those of each, in the order of the network."""
+    """Return the parameters before the layer ``name``; ``own`` holds those of each, in the order of the network."""
     before = set(list(own)[: list(own).index(name)])
     part = name
     while part:

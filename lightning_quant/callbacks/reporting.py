@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
+from lightning_quant.callbacks.lightning_packages import either
 from lightning_quant.callbacks.quantization import QuantizationCallback, callback_of
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.deploy.bundle import Bundle, on_cpu_in_eval
@@ -81,11 +82,11 @@ def log_pictures(loggers: Iterable[Logger], pictures: Mapping[str, Path], step: 
 
     for logger in loggers:
         for name, path in pictures.items():
-            if isinstance(logger, TensorBoardLogger):
+            if isinstance(logger, either(TensorBoardLogger)):
                 logger.experiment.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
-            elif isinstance(logger, WandbLogger):
+            elif isinstance(logger, either(WandbLogger)):
                 logger.log_image(name, [str(path)], step=step)
-            elif isinstance(logger, MLFlowLogger):
+            elif isinstance(logger, either(MLFlowLogger)):
                 logger.experiment.log_artifact(logger.run_id, str(path), name.partition("/")[0])
 
 

@@ -10,14 +10,13 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
-from lightning_quant.callbacks.lightning_package import check_trainer_package
+from lightning_quant.callbacks.lightning_packages import AnyCheckpoint
 from lightning_quant.utilities.files import replacing
 
 
-class ResumePoint(Checkpoint):
+class ResumePoint(AnyCheckpoint):
     """Keeps the state of a fit after every epoch in one file, and goes on from it as if nothing had happened.
 
     Lightning's own checkpoints hold no random numbers, so a resumed fit shuffles and augments differently. With this
@@ -47,7 +46,6 @@ class ResumePoint(Checkpoint):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        check_trainer_package(trainer, type(self).__name__)
         self._draws_alone = trainer.world_size == 1
 
     @override

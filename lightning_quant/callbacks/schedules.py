@@ -1,4 +1,4 @@
-"""Schedulers see an optimizer as the user made it, without the groups of the ranges."""
+"""Schedulers that see an optimizer as the user made it, without the groups of the ranges."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch.optim import Optimizer
 def show_as_given(holders: Iterable[Any], optimizer: Optimizer, given: Callable[[dict[str, Any]], bool]) -> None:
     """Let schedulers see only those groups of ``optimizer`` that were there when they were made.
 
-    A scheduler keeps something for each group that it saw, and each scheduler elsewhere: a group added behind its back
-    is passed over by one and makes another raise.
+    A scheduler keeps something for each group that it saw, and each kind of scheduler elsewhere: a group that is added
+    later is ignored by one and makes another raise.
 
     Args:
-        holders: schedulers, those that hold others included; anything else is passed over.
+        holders: schedulers, including those that hold others; anything else is skipped.
         optimizer: the optimizer that they drive.
-        given: whether a group is one of the user's.
+        given: tells whether a group is one of the user's.
     """
     _replace(holders, optimizer, given, set())
 
 
 def _as_given(optimizer: Optimizer, given: Callable[[dict[str, Any]], bool]) -> Any:
-    """The same optimizer, attribute by attribute, but for the groups that it tells of."""
+    """Return a view of the same optimizer, attribute by attribute, that shows the given groups only."""
     kind: Any = type(optimizer)
 
     class AsGiven(kind):
@@ -44,7 +44,7 @@ def _as_given(optimizer: Optimizer, given: Callable[[dict[str, Any]], bool]) -> 
         def __hash__(self) -> int:
             return hash(optimizer)
 
-        def __reduce_ex__(self, protocol: Any) -> Any:  # a copy is one of the optimizer
+        def __reduce_ex__(self, protocol: Any) -> Any:  # a copy is a copy of the optimizer
             return optimizer.__reduce_ex__(protocol)
 
     AsGiven.__name__, AsGiven.__qualname__, AsGiven.__module__ = kind.__name__, kind.__qualname__, kind.__module__
@@ -70,12 +70,12 @@ def _replace(
 
 
 def _shows(value: Any, optimizer: Optimizer) -> bool:
-    """Whether an object is the optimizer, or shows it without the ranges of another network."""
+    """Whether an object is the optimizer, or a view of it without the ranges of another network."""
     return value is optimizer or (isinstance(value, Optimizer) and value == optimizer)
 
 
 def is_scheduler_of(value: Any, optimizer: Optimizer) -> bool:
-    """Whether an object keeps the optimizer and does not train with it: a wrapper that takes steps is no scheduler."""
+    """Whether an object keeps the optimizer and takes no steps with it, as a wrapper of optimizers would."""
     attributes = getattr(value, "__dict__", None)
     if not isinstance(attributes, dict) or isinstance(value, type) or hasattr(value, "zero_grad"):
         return False

@@ -1,4 +1,4 @@
-"""What has to happen while a strategy sets up, where Lightning has no hook."""
+"""Hooks into the setup of a strategy, where Lightning has none."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def hook_strategy(
     """Hook the next ``strategy.setup()``, which moves the module to its device, wraps it and makes the optimizers.
 
     Args:
-        strategy: of the Trainer that runs.
-        while_optimizers_are_made: gives the context to call the user's ``configure_optimizers`` in.
-        optimizers_are_made: called next, before Lightning goes on with the optimizers.
+        strategy: the Trainer's.
+        while_optimizers_are_made: returns the context to call the user's ``configure_optimizers`` in.
+        optimizers_are_made: called next, before Lightning uses the optimizers.
         all_is_set_up: called at the end, before any callback's ``on_fit_start``.
 
     Returns:
-        What takes the hooks off. They come off by themselves once all is set up.
+        What removes the hooks. They remove themselves once all is set up.
     """
     make_optimizers, set_up = strategy.setup_optimizers, strategy.setup
 
@@ -40,7 +40,7 @@ def hook_strategy(
             unhook()
         all_is_set_up()
 
-    def unhook() -> None:  # of an object's own attributes; those of its class appear again
+    def unhook() -> None:  # removes the object's own attributes, which uncovers those of its class
         for name in ("setup_optimizers", "setup"):
             vars(strategy).pop(name, None)
 

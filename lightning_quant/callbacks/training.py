@@ -24,18 +24,17 @@ from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.early_setup import set_up_early
 from lightning_quant.callbacks.finiteness import GradientWatch, Step, gradients_are_finite, origin
 from lightning_quant.callbacks.ladder_runner import Climber
-from lightning_quant.callbacks.lightning_package import check_trainer_package
+from lightning_quant.callbacks.logs import rank_zero_log
+from lightning_quant.callbacks.networks import find_network
 from lightning_quant.callbacks.quantization import (
     QuantizationCallback,
-    averaging,
     end_fit,
-    find_network,
     measuring,
     quantization_callbacks,
-    say,
 )
 from lightning_quant.callbacks.resume_point import save_whole
-from lightning_quant.callbacks.validation import measure, memories_apart, monitored
+from lightning_quant.callbacks.trainer_checks import averaging_callbacks
+from lightning_quant.callbacks.validation import isolated_validation, measure, monitored
 from lightning_quant.errors import CalibrationError, CheckpointError, ConfigurationError, TrainingError
 from lightning_quant.ladder.climb import Footing
 from lightning_quant.ladder.gate import Ladder, RungResult
@@ -194,7 +193,6 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        check_trainer_package(trainer, type(self).__name__)
         set_up_early(trainer, pl_module, stage)
         fits = trainer.state.fn == "fit"
         is_float = QuantizedNetwork.of(find_network(pl_module, self.network_name)) is None
@@ -230,7 +228,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.climbs:  # a metric that remembers it would satisfy the ladder
-            self._sane.enter_context(memories_apart(trainer, self.quantized_network(pl_module).network))
+            self._sane.enter_context(isolated_validation(trainer, self.quantized_network(pl_module).network))
 
     @override
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -263,7 +261,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         if self.compile is not None:
             compiled = Compiled(self.quantized_network(pl_module).network, self.compile)
             self._compiled.enter_context(compiled.in_place())
-            say(f"{self.network_name} is compiled in the first step, which takes a while.")
+            rank_zero_log(f"{self.network_name} is compiled in the first step, which takes a while.")
 
     @override
     def on_train_batch_start(
@@ -356,7 +354,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._best_state = _network_state(self.best_model_path, self.network_name)
         self.quantized_network(pl_module).restore(self._best_state)
         self._best_state, self._started = None, 0.0
-        say(f"Training ended: {self._standing()}.")
+        rank_zero_log(f"Training ended: {self._standing()}.")
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -437,7 +435,7 @@ class QuantizationAwareTraining(QuantizationCallback):
                 f"max_drop={self.result.max_drop} and rungs are judged by {self.result.monitor!r}, but fit has no "
                 "validation: expected a validation_step, validation data and limit_val_batches above 0."
             )
-        if (one := averaging(trainer)) is not None:
+        for one in averaging_callbacks(trainer):
             raise ConfigurationError(
                 f"max_drop or rungs with {type(one).__name__}: it validates averaged weights, while the best of the "
                 "trained ones are kept. Leave one of the two away."
@@ -471,7 +469,7 @@ class QuantizationAwareTraining(QuantizationCallback):
                 torch.distributed.broadcast(value.data, src=0)
         metric = "" if rung.metric is None else f"{self.result.monitor} {rung.metric:.4f}, "
         changed = f" ({rung.changed})" if rung.changed else ""
-        say(f"Rung {rung.rung}: {metric}{rung.reason}{changed}; {rung.seconds:.0f} s.")
+        rank_zero_log(f"Rung {rung.rung}: {metric}{rung.reason}{changed}; {rung.seconds:.0f} s.")
         self._log(trainer, rung)
         if rung.kept:
             self._best_state = network.snapshot()
@@ -489,7 +487,9 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._best_state = self.quantized_network(pl_module).snapshot()
             self._save(trainer)
         if self._good_enough():
-            say(f"Training stops: {ladder.monitor} is within {ladder.max_drop:g} of float and no longer improves.")
+            rank_zero_log(
+                f"Training stops: {ladder.monitor} is within {ladder.max_drop:g} of float and no longer improves."
+            )
             trainer.should_stop = True
 
     def _lock(self, trainer: pl.Trainer, folder: Path) -> None:
@@ -554,7 +554,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def _tell_no_training(self) -> None:
         why = "max_epochs=0" if not self.result.satisfied else "training is not needed"
-        say(f"No training: {self._standing()}; {why}.")
+        rank_zero_log(f"No training: {self._standing()}; {why}.")
 
     def _standing(self) -> str:
         ladder, best = self.result, self.result.best

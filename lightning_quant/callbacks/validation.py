@@ -1,4 +1,4 @@
-"""The user's own validation in the midst of a fit, for this network or for another one in its place."""
+"""The user's own validation within a fit, of the quantized network or of another one in its place."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
-from lightning_quant.callbacks.data import undisturbed
-from lightning_quant.callbacks.traces import leaving_no_trace
+from lightning_quant.callbacks.data import isolated_seed
+from lightning_quant.callbacks.lightning_internals import callbacks_of, logged_metrics_kept
+from lightning_quant.callbacks.lightning_packages import either
+from lightning_quant.callbacks.restored_state import restored_state
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation.inputs import tensors_in, with_tensors
 
-# Whose callbacks do not judge: they show, save and stop.
-_PACKAGES = ("lightning", "lightning_quant")
-# Where Lightning keeps what was logged, for callbacks, loggers and the progress bar.
-_SHOWN = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
+# Callbacks of these packages keep no metrics of the user's.
+_PACKAGES = ("lightning", "pytorch_lightning", "lightning_quant")
+_REACTING = either(EarlyStopping, Checkpoint)
 
 
 def validate_in_fit(trainer: pl.Trainer) -> None:
-    """Run the validation loop the way the training loop does."""
+    """Run the validation loop as the training loop does."""
     trainer.validating = True
     try:
         trainer.fit_loop.epoch_loop.val_loop.run()
@@ -34,47 +35,42 @@ def validate_in_fit(trainer: pl.Trainer) -> None:
 
 
 def measure(trainer: pl.Trainer, monitor: str, hidden: Callback, network: nn.Module) -> float:
-    """Validate aside and return the metric: nothing is logged, no callback stops or saves because of it.
+    """Validate without side effects and return the metric: nothing is logged, no callback stops or saves.
 
-    It leaves no trace in the user's module and callbacks either, nor in the random numbers that follow: a metric that
-    remembers the best value does not take it from one network to the next.
+    The user's module and callbacks are restored afterwards, and so are the random generators: a metric that keeps the
+    best value does not carry it from one network to the next.
 
     Args:
-        trainer: in the midst of a fit.
+        trainer: the Trainer, within a fit.
         monitor: name of the metric.
-        hidden: the callback that asks; it does not see its own measurement.
-        network: what is measured.
+        hidden: the callback that measures; its hooks are not called.
+        network: the network that is measured, which is left alone.
 
     Raises:
         ConfigurationError: if the metric was not logged; the message lists those that were.
     """
     loggers = trainer.loggers
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    seeing = [one for one in callbacks if not (isinstance(one, (EarlyStopping, Checkpoint)) or one is hidden)]
+    callbacks = callbacks_of(trainer)
+    seeing = [one for one in callbacks if not (isinstance(one, _REACTING) or one is hidden)]
     trainer.loggers = [DummyLogger()] if loggers else []
     trainer.callbacks = seeing  # type: ignore[attr-defined]
-    shown = trainer._logger_connector
-    known = {name: dict(getattr(shown, name)) for name in _SHOWN}
     try:
-        with undisturbed(), memories_apart(trainer, network):
+        with logged_metrics_kept(trainer), isolated_seed(), isolated_validation(trainer, network):
             validate_in_fit(trainer)
             return monitored(trainer, monitor)
     finally:
         trainer.loggers = loggers
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
-        for name, metrics in known.items():
-            setattr(shown, name, metrics)
 
 
-def memories_apart(trainer: pl.Trainer, network: nn.Module) -> AbstractContextManager[None]:
-    """Validate in a block as if there was no validation: what module and callbacks remember is put back after it."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    users = [one for one in callbacks if type(one).__module__.partition(".")[0] not in _PACKAGES]
-    return leaving_no_trace([trainer.lightning_module, *users], network)
+def isolated_validation(trainer: pl.Trainer, network: nn.Module) -> AbstractContextManager[None]:
+    """Restore after a validation in a block what the module and the user's callbacks keep."""
+    users = [one for one in callbacks_of(trainer) if type(one).__module__.partition(".")[0] not in _PACKAGES]
+    return restored_state([trainer.lightning_module, *users], network)
 
 
 def monitored(trainer: pl.Trainer, monitor: str) -> float:
-    """The metric as validation logged it last: the mean over the ranks, and so the same on each.
+    """Return the metric as validation logged it last: the mean over the ranks, and so the same on each.
 
     Raises:
         ConfigurationError: if it was not logged.
@@ -91,7 +87,7 @@ def monitored(trainer: pl.Trainer, monitor: str) -> float:
 
 
 @contextmanager
-def in_place_of(pl_module: pl.LightningModule, name: str, network: nn.Module) -> Iterator[None]:
+def swapped_network(pl_module: pl.LightningModule, name: str, network: nn.Module) -> Iterator[None]:
     """Put another network at the dotted attribute ``name`` for the length of a block."""
     parent, _, attribute = name.rpartition(".")
     owner = pl_module.get_submodule(parent)
@@ -106,11 +102,11 @@ def in_place_of(pl_module: pl.LightningModule, name: str, network: nn.Module) ->
 
 
 @contextmanager
-def guessing(network: nn.Module) -> Iterator[list[bool]]:
-    """Give every sample the answer to another one: what a metric says then is chance.
+def shuffled_outputs(network: nn.Module) -> Iterator[list[bool]]:
+    """Give every sample the output for another one: the metric is then that of chance.
 
     Yields:
-        A list that holds ``True`` once an answer was exchanged for another.
+        A list that holds ``True`` once an output was exchanged for a different one.
     """
     last: list[Tensor] = []
     exchanged: list[bool] = []
@@ -134,7 +130,7 @@ def guessing(network: nn.Module) -> Iterator[list[bool]]:
 
 
 def check_float_metric(monitor: str, value: float) -> float:
-    """Refuse a float metric that nothing can be compared with.
+    """Refuse a float metric that cannot be compared with.
 
     Raises:
         ConfigurationError: if it is NaN.

@@ -28,8 +28,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_quant.callbacks.calibration import calibration_inputs
 from lightning_quant.callbacks.calls import InputCatcher
-from lightning_quant.callbacks.data import calibration_inputs, calibration_loader
+from lightning_quant.callbacks.data import calibration_loader
 from lightning_quant.callbacks.device_export import DeviceExport
 from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.measured_precision import hook_measuring

@@ -146,7 +146,7 @@ def test_other_kinds_of_data(trainer: MakeTrainer, given: str) -> None:
 @pytest.mark.parametrize(
     ("network", "call", "size"), [(TimeFirst, time_first, 4), (Masked, masked, TIME)], ids=["time first", "mask"]
 )
-def test_asks_where_nothing_tells(trainer: MakeTrainer, network: Any, call: Any, size: int) -> None:
+def test_asks_where_nothing_shows_the_axis(trainer: MakeTrainer, network: Any, call: Any, size: int) -> None:
     data: Any = Batches(size)
     module = Steps(network(), call)
     with pytest.raises(CalibrationError, match=r"Cannot tell on which axis .* of 'model', of shapes .*collate_fn"):

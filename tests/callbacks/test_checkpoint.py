@@ -166,7 +166,7 @@ def test_network_passed_in_is_the_one_that_is_quantized(checkpoint: tuple[Path, 
     assert_same_tensors(network.state_dict(), module.model.state_dict())
 
 
-def test_loaded_module_goes_on(checkpoint: tuple[Path, SmallModule], trainer: MakeTrainer) -> None:
+def test_a_loaded_module_trains_on(checkpoint: tuple[Path, SmallModule], trainer: MakeTrainer) -> None:
     path, module = checkpoint
     loaded = lq.load_quantized(SmallModule, path)
     (metrics,) = trainer().validate(loaded, small_loader(), verbose=False)
@@ -260,7 +260,7 @@ def test_damaged_file(checkpoint: tuple[Path, SmallModule]) -> None:
 
 def test_file_of_something_else(tmp_path: Path) -> None:
     torch.save([torch.zeros(3)], tmp_path / "list.ckpt")
-    with pytest.raises(CheckpointError, match="no Lightning checkpoint: expected a dict with a 'state_dict'"):
+    with pytest.raises(CheckpointError, match="is not a Lightning checkpoint: expected a dict with a 'state_dict'"):
         lq.read_manifest(tmp_path / "list.ckpt")
 
 

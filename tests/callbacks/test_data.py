@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
-from lightning_quant.callbacks.data import undisturbed
+from lightning_quant.callbacks.data import isolated_seed
 from lightning_quant.errors import CalibrationError
 from tests.helpers.small import (
     SmallModule,
@@ -278,13 +278,13 @@ def test_a_network_the_steps_do_not_call(trainer: MakeTrainer) -> None:
     assert type(module.unused) is SmallNet
 
 
-def test_random_numbers_are_put_back() -> None:
+def test_random_numbers_are_restored() -> None:
     torch.manual_seed(7), np.random.seed(7), random.seed(7)
     expected = torch.rand(1).item(), np.random.rand(), random.random()
     torch.manual_seed(7), np.random.seed(7), random.seed(7)
     draws = []
     for _ in range(2):
-        with undisturbed():
+        with isolated_seed():
             draws.append((torch.rand(1).item(), np.random.rand(), random.random()))
     assert draws[0] == draws[1]
     assert (torch.rand(1).item(), np.random.rand(), random.random()) == expected

@@ -140,7 +140,7 @@ rank = int(os.environ.get("LOCAL_RANK", 0))
 class Module(SmallModule):
     def validation_step(self, batch, batch_idx):
         loss = self._loss(batch)
-        # not synchronised, and alone the second rank would be content with anything
+        # not synchronized, and alone the second rank would be content with anything
         self.log("own_loss", loss * (1 if rank == 0 else 0) + rank)
 
 callback = QuantizationAwareTraining("w4a8", monitor="own_loss", mode="min", max_drop=float(sys.argv[2]),
@@ -200,10 +200,10 @@ torch.save({"error": error, "classes": classes, "steps": trainer.global_step}, f
 
 
 @pytest.mark.parametrize("kind", ["folded", "kept"])
-def test_synchronised_batch_norms_do_not_lose_their_quantizers(tmp_path: Path, kind: str) -> None:
+def test_synchronized_batch_norms_do_not_lose_their_quantizers(tmp_path: Path, kind: str) -> None:
     one, two = run_two_ranks(tmp_path, SYNCHRONISED, str(tmp_path), kind)
     assert one == two
-    if kind == "folded":  # nothing is left to synchronise
+    if kind == "folded":  # nothing is left to synchronize
         assert (one["error"], one["classes"], one["steps"]) == ("", [], 2)
     else:
         assert "sync_batchnorm=True" in str(one["error"])
@@ -212,7 +212,7 @@ def test_synchronised_batch_norms_do_not_lose_their_quantizers(tmp_path: Path, k
         assert one["classes"] == ["QuantizedBatchNorm2d"]
 
 
-def test_batch_norms_that_synchronise_by_themselves_are_quantized(trainer: Callable[..., Trainer]) -> None:
+def test_batch_norms_that_synchronize_by_themselves_are_quantized(trainer: Callable[..., Trainer]) -> None:
     class Kept(nn.Module):
         def __init__(self) -> None:
             super().__init__()

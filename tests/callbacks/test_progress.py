@@ -16,14 +16,15 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
-import sys, warnings
+import importlib, sys, warnings
 warnings.filterwarnings("ignore")
 import lightning_quant as lq
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from tests.helpers.small import SmallModule, small_loader
-bars = {"rich": [RichProgressBar()], "tqdm": [TQDMProgressBar()], "none": []}[sys.argv[1]]
-trainer = Trainer(
+from tests.callbacks.test_lightning_packages import module_of
+from tests.helpers.small import small_loader
+package = importlib.import_module(sys.argv[2])
+known = {"rich": package.callbacks.RichProgressBar, "tqdm": package.callbacks.TQDMProgressBar}
+bars = [known[sys.argv[1]]()] if sys.argv[1] in known else []
+trainer = package.Trainer(
     accelerator="cpu", devices=1, max_epochs=0, logger=False, enable_checkpointing=False, enable_model_summary=False,
     enable_progress_bar=bool(bars),
     callbacks=[
@@ -31,17 +32,22 @@ trainer = Trainer(
         lq.DeviceExport("out", target="htp_emulator", name="net"), *bars,
     ],
 )
-trainer.fit(SmallModule(), small_loader(), small_loader())
+trainer.fit(module_of(package)(), small_loader(), small_loader())
 """
 
 
-def in_terminal(tmp_path: Path, bar: str) -> str:
+def in_terminal(tmp_path: Path, bar: str, package: str = "lightning.pytorch") -> str:
     """What a run shows in a terminal of 100 columns."""
     parent, child = pty.openpty()
     termios.tcsetwinsize(child, (40, 100))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm"}
     with subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, bar], cwd=tmp_path, env=environment, stdout=child, stderr=child, stdin=child
+        [sys.executable, "-c", SCRIPT, bar, package],
+        cwd=tmp_path,
+        env=environment,
+        stdout=child,
+        stderr=child,
+        stdin=child,
     ) as process:
         os.close(child)
         shown = b""
@@ -59,9 +65,11 @@ def in_terminal(tmp_path: Path, bar: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("bar", ["rich", "tqdm"])
-def test_each_step_is_shown_in_a_terminal(tmp_path: Path, bar: str) -> None:
-    shown = in_terminal(tmp_path, bar)
+@pytest.mark.parametrize(
+    ("bar", "package"), [("rich", "lightning.pytorch"), ("tqdm", "lightning.pytorch"), ("tqdm", "pytorch_lightning")]
+)
+def test_each_step_is_shown_in_a_terminal(tmp_path: Path, bar: str, package: str) -> None:
+    shown = in_terminal(tmp_path, bar, package)
     for step in ("Calibrating", "Rung cle", "Exporting net", "Waiting for Samsung Galaxy S24 (at most 60 min)"):
         assert step in shown, step
     assert "/256" in shown
@@ -69,7 +77,7 @@ def test_each_step_is_shown_in_a_terminal(tmp_path: Path, bar: str) -> None:
     assert re.search(r"Waiting for Samsung[^\n]*0:0\d", shown)  # the clock runs
 
 
-def test_without_the_trainers_bar_there_is_none(tmp_path: Path) -> None:
+def test_without_the_trainers_bar_none_is_shown(tmp_path: Path) -> None:
     shown = in_terminal(tmp_path, "none")
     assert "Calibrating" not in shown
     assert "Waiting for" not in shown
@@ -79,7 +87,7 @@ def test_without_the_trainers_bar_there_is_none(tmp_path: Path) -> None:
 def test_no_bar_outside_a_terminal(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, "rich"],
+        [sys.executable, "-c", SCRIPT, "rich", "lightning.pytorch"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -374,7 +374,7 @@ def test_ranges_follow_any_schedule(trainer: MakeTrainer, name: str, handed_over
 
 
 @pytest.mark.parametrize("name", ["cosine", "a list of its own", "made by hand"])
-def test_schedule_goes_on_where_it_was(trainer: MakeTrainer, tmp_path: Path, name: str) -> None:
+def test_schedule_resumes_where_it_was(trainer: MakeTrainer, tmp_path: Path, name: str) -> None:
     def fit(epochs: int, **arguments: Any) -> tuple[Trainer, Scheduled]:
         module = Scheduled(SCHEDULES[name])
         one = trainer(QuantizationAwareTraining("w4a8"), max_epochs=epochs)

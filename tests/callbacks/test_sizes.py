@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_quant import DeviceExport, PostTrainingQuantization
 from lightning_quant.callbacks.calls import InputCatcher
-from lightning_quant.callbacks.data import twins
+from lightning_quant.callbacks.data import twin_batches
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -141,7 +141,7 @@ class Caught(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         loader = trainer.validate_loop._data_source.dataloader()
         catcher = InputCatcher(trainer, pl_module, "model")
-        catcher.learn_axes(twins(loader))
+        catcher.learn_axes(twin_batches(loader))
         (self.call,) = catcher.catch(next(iter(loader)), 0)
         catcher.check_axes(self.call)
 

@@ -57,7 +57,7 @@ class Busy(SmallModule):
         self.average = Average(self.teacher)
         self.bank, self.table = torch.zeros(4, 3), np.zeros(3)
         self.generator = torch.Generator().manual_seed(0)
-        self.dice, self.numbers = random.Random(0), np.random.default_rng(0)
+        self.dice, self.numbers, self.legacy = random.Random(0), np.random.default_rng(0), np.random.RandomState(0)
         self.register_buffer("queue", torch.zeros(3, 8))
         self.metrics = MetricCollection([MulticlassAccuracy(CLASSES), MulticlassAUROC(CLASSES, thresholds=None)])
         self.mean = MeanMetric()
@@ -82,7 +82,7 @@ class Busy(SmallModule):
         self.bank[0] += images.mean()
         self.table[0] += 1
         self.queue = torch.cat([self.queue[:, 1:], torch.rand(3, 1, generator=self.generator)], 1)
-        self.dice.random(), self.numbers.random()
+        self.dice.random(), self.numbers.random(), self.legacy.random()
         scores = torch.randn(len(images), CLASSES).softmax(1)
         self.metrics.update(scores, torch.arange(len(images)) % CLASSES)
         self.mean(images.mean())
@@ -116,6 +116,7 @@ def held(module: Busy) -> dict[str, Any]:
             "average": vars(module.average),
             "table": torch.from_numpy(module.table),
             "random": [module.generator.get_state(), module.dice.getstate(), module.numbers.bit_generator.state],
+            "legacy": module.legacy.get_state()[2],
             "metrics": [metric.metric_state for metric in (*module.metrics.values(), module.mean)],
             "modes": {name: part.training for name, part in module.named_modules() if not name.startswith("model")},
             "trained": {name: p.requires_grad for name, p in module.named_parameters() if not name.startswith("model")},
@@ -127,7 +128,7 @@ def held(module: Busy) -> dict[str, Any]:
 
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("called", [1, 2])
-def test_all_that_the_module_holds_is_put_back(trainer: MakeTrainer, tmp_path: Any, early: bool, called: int) -> None:
+def test_all_that_the_module_holds_is_restored(trainer: MakeTrainer, tmp_path: Any, early: bool, called: int) -> None:
     found: dict[str, Any] = {}
 
     class Ptq(PostTrainingQuantization):

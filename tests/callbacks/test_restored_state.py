@@ -21,7 +21,7 @@ from torchmetrics import MaxMetric, MeanMetric, Metric, MetricCollection, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_quant import DeviceExport, QuantizationAwareTraining
-from lightning_quant.callbacks.traces import leaving_no_trace
+from lightning_quant.callbacks.restored_state import restored_state
 from tests.helpers.processes import run_two_ranks
 
 MakeTrainer = Callable[..., Trainer]
@@ -125,14 +125,14 @@ class Holder(pl.LightningModule):
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("inference", [True, False])
-def test_is_put_back(name: str, inference: bool) -> None:
+def test_is_restored(name: str, inference: bool) -> None:
     make, change, look = CHANGES[name]
     holder: Any = Holder()
     setattr(holder, name, make())
     value, before = getattr(holder, name), look(getattr(holder, name))
     names = set(vars(holder))
     for _ in range(2):
-        with leaving_no_trace([holder], holder.model), torch.inference_mode(inference):
+        with restored_state([holder], holder.model), torch.inference_mode(inference):
             change(holder)
             assert name in ("new", "gone") or look(getattr(holder, name)) != before
         assert getattr(holder, name) is value
@@ -140,7 +140,7 @@ def test_is_put_back(name: str, inference: bool) -> None:
         assert set(vars(holder)) == names
 
 
-def test_what_a_metric_counted_in_validation_is_put_back() -> None:
+def test_what_a_metric_counted_in_validation_is_restored() -> None:
     """Tensors that were made in inference mode can be written to in it only."""
     holder: Any = Holder()
     holder.best = MaxMetric()
@@ -148,7 +148,7 @@ def test_what_a_metric_counted_in_validation_is_put_back() -> None:
     with torch.inference_mode():
         holder.best.update(1.0)
         holder.sum = holder.sum + 1
-    with leaving_no_trace([holder], holder.model), torch.inference_mode():
+    with restored_state([holder], holder.model), torch.inference_mode():
         holder.best.update(2.0)
         holder.sum += 1
     assert float(holder.best.compute()) == 1.0
@@ -168,7 +168,7 @@ def test_what_is_left_alone() -> None:
 
     holder: Any = Holder()
     holder.images, holder.run = Images(), Run(Path("/dev/null"))
-    with leaving_no_trace([holder], holder.model):
+    with restored_state([holder], holder.model):
         holder.images.read = holder.run.step = 1
         holder.model.counted = 1
         with torch.no_grad():
@@ -376,7 +376,7 @@ SCRIPT = """
 import os, sys
 import torch
 from lightning_quant import QuantizationAwareTraining
-from tests.callbacks.test_traces import BestMetric, data
+from tests.callbacks.test_restored_state import BestMetric, data
 from tests.helpers.trainers import quiet_trainer
 
 (out,) = sys.argv[1:]
