@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_quant.domains.segmentation.datamodule import CityscapesDataModule, SyntheticScenesDataModule
 from lightning_quant.domains.segmentation.scenes import generate_scenes
 from lightning_quant.errors import ConfigurationError, DataError
-from tests.domains.segmentation.test_cityscapes import CAMVID, needs_camvid, write_pair
+from tests.domains.segmentation.pairs import write_pair
 from tests.helpers.trainers import quiet_trainer
 
 
@@ -189,9 +189,8 @@ def test_synthetic_scenes_are_drawn_once(tmp_path: Path) -> None:
     assert len(batches(data.calibration_dataloader())) == 3
 
 
-@needs_camvid
-def test_real_photographs_in_worker_processes() -> None:
-    data = CityscapesDataModule(str(CAMVID), size=(96, 128), num_workers=2, calibration_samples=16)
+def test_real_photographs_in_worker_processes(camvid: Path) -> None:
+    data = CityscapesDataModule(str(camvid), size=(96, 128), num_workers=2, calibration_samples=16)
     data.setup("fit")
     assert len(data.train_dataloader()) == 367 // 8
     images, targets = next(iter(data.val_dataloader()))
