@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson zoo elsewhere torture screenshots docs docs-serve test check-gpu check lock audit build clean
+.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson zoo elsewhere torture screenshots docs docs-serve test test-fast check-gpu check lock audit build clean
 
 # Options of the benchmark, e.g. ACCURACY='--networks lraspp --longer 4'. See python -m benchmarks.accuracy --help.
 ACCURACY ?=
@@ -86,8 +86,14 @@ check-gpu: install  ## on a CUDA GPU: the kernels and training there against the
 	$(BIN)/python -m pytest -n 8 tests/gpu tests/callbacks/test_finiteness.py::test_on_a_gpu_it_reads_late_by_itself \
 		tests/deploy/test_bundle.py::test_network_is_back_on_its_device
 
-test: install  ## the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+# Each file's tests stay in one process, which makes their fixtures once; tests/conftest.py puts long files first.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: install  ## all tests (under 20 minutes on 2 cores)
+	$(PYTEST)
+
+test-fast: install  ## all tests but the slow ones (under 3 minutes on 2 cores)
+	$(PYTEST) -m 'not slow'
 
 docs: install  ## the documentation site, in site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict

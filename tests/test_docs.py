@@ -56,6 +56,7 @@ class Resources(html.parser.HTMLParser):
             self.found.append(given.get("href") or "")
 
 
+@pytest.mark.slow
 def test_no_page_fetches_from_elsewhere(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 12
@@ -68,6 +69,7 @@ def test_no_page_fetches_from_elsewhere(site: Path) -> None:
         assert 'class="mermaid"' not in text  # the theme would load it from elsewhere
 
 
+@pytest.mark.slow
 def test_every_public_name_has_an_entry(site: Path) -> None:
     reference = (site / "reference/index.html").read_text()
     for name in lightning_quant.__all__:
@@ -157,6 +159,7 @@ def test_python_in_the_guides_is_python(page: Path) -> None:
         compile(block, page.name, "exec")
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "quickstart.md").read_text(), re.DOTALL)
     (tmp_path / "quickstart.py").write_text("\n".join(blocks))

@@ -13,7 +13,9 @@ from lightning_quant.domains.segmentation.datamodule import SyntheticScenesDataM
 from lightning_quant.domains.segmentation.ffnet import ffnet_nano
 from lightning_quant.domains.segmentation.task import SegmentationTask
 from tests.callbacks.rung_cases import Case, fit_case
-from tests.cli.test_app import SMALL, lightning_quant
+from tests.helpers.app import SMALL, lightning_quant
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -110,6 +110,7 @@ assert quantized(Network().eval(), call(torch.randn(1, 3, 8, 8))).findings == []
 """
 
 
+@pytest.mark.slow
 def test_what_later_versions_of_onnx_have_is_known_in_a_new_process() -> None:
     done = subprocess.run([sys.executable, "-c", IN_ONNX], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
