@@ -101,9 +101,10 @@ docs: install  ## the documentation site, in site/; warnings are errors
 docs-serve: install  ## the same site on this machine's port 8000, rebuilt on every change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
-check: install  ## ruff and mypy
+check: install  ## ruff, codespell and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell lightning_quant hydra_plugins conf tests benchmarks docs examples *.md Makefile
 	$(BIN)/mypy
 
 lock:  ## pin the tested versions of constraints.txt, and all they need, with the hashes of their files

@@ -10,7 +10,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
-# Width, height, colour scheme, and where the page is scrolled to.
+# Width, height, color scheme, and where the page is scrolled to.
 SHOTS = {
     "report-desktop": (1100, 900, "light", "report", None),
     "report-pictures": (1100, 900, "light", "report", "#pictures"),
