@@ -34,11 +34,11 @@ accuracy: install  ## every rung of the ladder on four networks; resumes where i
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.accuracy --camvid $(CAMVID) $(ACCURACY)
 
-devices: install  ## what the NPU's emulator makes of the four networks, compared with simulation and float
+devices: install  ## the four networks on the NPU's emulator, compared with simulation and float
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,qnn]'
 	$(BIN)/python -m benchmarks.devices --camvid $(CAMVID)
 
-bench: install  ## speed and memory beside float and stock AIMET, in one run on one thread (under 20 minutes)
+bench: install  ## speed and memory of ours, float and stock AIMET, in one run on one thread (under 20 minutes)
 	$(BIN)/python -m benchmarks.startup
 	for question in callback qat_step growth calibration; do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$question --camvid $(CAMVID) || exit 1; done
@@ -46,7 +46,7 @@ bench: install  ## speed and memory beside float and stock AIMET, in one run on 
 # Options of the benchmark on a GPU, e.g. GPU='--networks resnet50 --seconds 900'. See python -m benchmarks.gpu --help.
 GPU ?=
 
-bench-gpu: install  ## steps, validation, calibration and memory on a CUDA GPU, beside three float networks (6 minutes)
+bench-gpu: install  ## steps, validation, calibration and memory on a CUDA GPU, with three float networks (6 minutes)
 	$(BIN)/python -m benchmarks.gpu $(GPU)
 
 bench-peers: install  ## the same steps with ModelOpt and NNCF, in environments of their own (5 minutes each to install)
@@ -56,7 +56,7 @@ bench-peers: install  ## the same steps with ModelOpt and NNCF, in environments 
 		.venv-peers/$$1/bin/python -m pip install --quiet $$(grep -E '^(torch|torchvision)==' constraints.txt) "$${@:2}" || exit 1; \
 		OMP_NUM_THREADS=1 .venv-peers/$$1/bin/python -m benchmarks.peers $$1 || exit 1; done
 
-bench-lesson: install  ## calibration of FFNet-40S with 100 images of 1024×2048, ours beside stock (an hour)
+bench-lesson: install  ## calibration of FFNet-40S with 100 images of 1024×2048, ours and stock (an hour)
 	$(BIN)/python -m benchmarks.lesson --camvid $(CAMVID)
 
 # ultralytics is AGPL-3.0, and so is what is made with it: it is run from outside here, imported by nothing of this

@@ -100,8 +100,8 @@ def package() -> list[ast.AST]:
     return nodes
 
 
-def told(nodes: list[ast.AST]) -> list[tuple[str, str]]:
-    """Every error that is made and every warning that is given: its class, or "Warnings", and its text."""
+def raised(nodes: list[ast.AST]) -> list[tuple[str, str]]:
+    """Every error and every warning in the source: its class, or "Warnings", and its text."""
     warns = re.compile(r"rank_zero_warn|log\.warning|warnings\.warn|\w+\.warnings\.append")
     found = []
     for node in nodes:
@@ -130,7 +130,7 @@ def test_the_messages_that_are_explained_still_exist() -> None:
 
 
 def test_every_error_and_every_warning_is_explained_under_its_class() -> None:
-    sections, messages = explained(), told(package())
+    sections, messages = explained(), raised(package())
     assert len(messages) > 150
     missing = [(kind, text) for kind, text in messages if not any(part in text for part in sections[kind])]
     assert missing == []
