@@ -9,8 +9,8 @@ with a gradient scaler as the Trainer does it.
 Saved: what the forward pass leaves allocated for the backward pass. Peak: the most memory of a step beyond what lies
 there between two of them, weights and state of the optimizers. Launches: kernels that the host starts in a step.
 
-Rows are measured in the order of their value and written at once; one that fails is written with its error, and the next
-begins. Images are random numbers, so nothing but this repository is needed. ``--device cpu --tiny`` rehearses all of it
+Rows are measured in the order of their value and written at once; one that fails is written with its error, the next
+begins then. Images are random numbers, so nothing but this repository is needed. ``--device cpu --tiny`` rehearses all of it
 anywhere.
 """
 
@@ -531,7 +531,7 @@ def gpu_facts(device: torch.device, commit: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def building_for_peers(device: torch.device) -> Iterator[None]:
-    """Let ModelOpt build its CUDA kernels in its own process, in parallel with the first rows: it takes a minute."""
+    """Let ModelOpt build its CUDA kernels in a process of its own while the first rows run: it takes a minute."""
     if device.type != "cuda" or not _installed("nvidia-modelopt"):
         yield
         return
