@@ -9,9 +9,8 @@ with a gradient scaler as the Trainer does it.
 Saved: what the forward pass leaves allocated for the backward pass. Peak: the most memory of a step beyond what lies
 there between two of them, weights and state of the optimizers. Launches: kernels that the host starts in a step.
 
-Rows are measured in the order of their value and written at once; one that fails is written with its error, the next
-begins then. Images are random numbers, so nothing but this repository is needed. ``--device cpu --tiny`` rehearses all of it
-anywhere.
+Rows are measured in the order of their value and written at once; one that fails is written with its error.
+Images are random numbers, so nothing but this repository is needed. ``--device cpu --tiny`` rehearses it anywhere.
 """
 
 from __future__ import annotations
