@@ -76,6 +76,12 @@ def test_the_rung_of_the_docs_works(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert callback.result.rungs[1].changed == "weight ranges 5 % wider"
 
 
+def test_readme_links_lead_to_files() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)", README) if not link.startswith("http")]
+    assert len(links) > 20
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
 def table(text: str) -> list[list[str]]:
     """Return the cells of a Markdown table, its head first."""
     lines = re.findall(r"^\|(.*)\|$", text, re.MULTILINE)
