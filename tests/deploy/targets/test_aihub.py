@@ -354,7 +354,8 @@ def test_every_fault_ends_well(
         assert len(str(raised.value)) > 30
         assert TOKEN not in str(raised.value)
     else:
-        assert push(exported, timeout=timeout)[0].report.status == "finished"
+        # what passes is waited for, however slow this machine is
+        assert push(exported, timeout=timeout, patience=30.0)[0].report.status == "finished"
     assert hub.fired(number) >= 1
     assert time.monotonic() - began < 90  # a single call of the client can block for minutes
     hub.clear_faults()
