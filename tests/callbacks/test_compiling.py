@@ -18,6 +18,8 @@ from lightning_quant.simulation.callsites.attributes import is_range
 from lightning_quant.simulation.callsites.watching import COMPILED
 from tests.helpers.small import SmallModule, SmallNet, small_loader
 
+pytestmark = pytest.mark.slow
+
 MakeTrainer = Callable[..., Trainer]
 QUICK = {"backend": "aot_eager"}
 

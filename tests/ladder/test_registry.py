@@ -18,6 +18,9 @@ from tests.helpers.estimators import Deviations
 class Mine(Technique):
     name = "mine"
 
+    def __init__(self, strength: float = 1.0) -> None:
+        self.strength = strength
+
     @override
     def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
         return "nothing"
@@ -25,6 +28,10 @@ class Mine(Technique):
 
 class AlsoMine(Mine):
     """Of the same name."""
+
+
+class Borrowed(Mine):
+    name = "ptq"
 
 
 class Nameless(Technique):
@@ -63,6 +70,12 @@ def test_a_range_estimator_is_an_option_of_ptq() -> None:
     assert [one.estimator for one in (plain, first, second)] == [None, Percentile(99.9), Deviations(2.0)]  # type: ignore[attr-defined]
 
 
+def test_options_of_a_class_of_ones_own() -> None:
+    made = techniques(["ptq", {path(Mine): {"strength": 2.0}}])
+    assert [one.name for one in made] == ["ptq", "mine"]
+    assert made[1].strength == 2.0  # type: ignore[attr-defined]
+
+
 def test_each_call_makes_techniques_of_its_own() -> None:
     (first,), (second,) = techniques(["mixed"]), techniques(["mixed"])
     assert first is not second
@@ -86,6 +99,19 @@ def test_each_call_makes_techniques_of_its_own() -> None:
         ([{"qat": {}}], "training follows the rungs by itself"),
         ([Mine], "expected a name"),
         (None, "rungs=None: expected a list"),
+        ("ptq", "rungs='ptq': expected a list"),
+        ([], r"rungs=\[\]: expected a list of at least one"),
+        (["ptq", "ptq"], "names 'ptq' twice"),
+        (["qat"], "training follows the rungs by itself"),
+        ([3], "Rung 3: expected a name"),
+        ([{"mixed": {}, "cle": {}}], "expected one name with its options"),
+        ([{"mixed": {"depth": 3}}], "Rung 'mixed' with options .*depth"),
+        ([{"mixed": {"budget": 0}}], "budget=0: expected a share above 0"),
+        ([{"adaround": {"iterations": 0}}], "iterations=0: expected a whole number"),
+        ([{"seq_mse": {"samples": -1}}], "samples=-1: expected a whole number"),
+        (["no_such_package.Rung"], "Rung 'no_such_package.Rung' cannot be imported"),
+        (["torch.nn.Linear"], "Rung 'torch.nn.Linear' is no subclass of .*Technique"),
+        ([path(Borrowed)], "is named 'ptq', as one of this package is"),
     ],
 )
 def test_wrong_rungs(rungs: Any, message: str) -> None:
