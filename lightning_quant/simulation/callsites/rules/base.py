@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 
 class Rule(ABC):
@@ -33,6 +34,7 @@ class Binary(Rule):
         self.module = module
         self.swapped = swapped
 
+    @override
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
         from lightning_quant.simulation.aimet import custom
 
@@ -41,12 +43,14 @@ class Binary(Rule):
         made: nn.Module = getattr(custom, self.module)()
         return made
 
+    @override
     def operands(self, args: Any, kwargs: Any) -> list[Any]:
         found = list(args[:2])
         if kwargs:
             found += [value for key, value in kwargs.items() if key in _SECOND]
         return found[::-1] if self.swapped else found
 
+    @override
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
         operands = self.operands(args, kwargs)
         if not _is_of_two(operands, kwargs):
@@ -89,6 +93,7 @@ class Configured(Rule):
             found.pop(name, None)
         return found
 
+    @override
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
         settings = self._settings(args, kwargs)
         if not _are_numbers(settings):
@@ -97,6 +102,7 @@ class Configured(Rule):
         made.__dict__["_settings"] = settings
         return made
 
+    @override
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
         if len(args) > 1 or kwargs:
             settings = self._settings(args, kwargs)
@@ -119,11 +125,13 @@ _IGNORED = ("inplace", "_stacklevel", "dtype")
 
 
 def clip(min: float | None = None, max: float | None = None) -> nn.Module:
+    """Make the module for a ``clamp`` between numbers, either of which can be missing."""
     largest = torch.finfo(torch.float32).max
     return hardtanh(-largest if min is None else float(min), largest if max is None else float(max))
 
 
 def hardtanh(min_val: float = -1.0, max_val: float = 1.0) -> nn.Module:
+    """Make the module for ``F.hardtanh``."""
     # by this class AIMET knows that the hardware computes it with the convolution before it
     return nn.ReLU6() if (min_val, max_val) == (0.0, 6.0) else nn.Hardtanh(min_val, max_val)
 
@@ -142,12 +150,14 @@ class Named(Rule):
     def __init__(self, module: str) -> None:
         self.module = module
 
+    @override
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
         from lightning_quant.simulation.aimet import custom
 
         made: nn.Module = getattr(custom, self.module)()
         return made
 
+    @override
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
         if "input" in kwargs:
             args, kwargs = (kwargs["input"], *args), {key: v for key, v in kwargs.items() if key != "input"}
@@ -157,6 +167,7 @@ class Named(Rule):
 class Padding(Named):
     """``F.pad`` with an explicit value: AIMET's exporter cannot read a Pad at the start of a graph without one."""
 
+    @override
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
         given = dict(zip(("input", "pad", "mode", "value"), args, strict=False)) | kwargs
         if given.get("mode", "constant") == "constant" and given.get("value") is None:
@@ -167,18 +178,21 @@ class Padding(Named):
 class Concatenation(Rule):
     """``cat`` of a list of tensors."""
 
+    @override
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
         from lightning_quant.simulation.aimet import custom
 
         made: nn.Module = custom.Concat(self._axis(args, kwargs))
         return made
 
+    @override
     def operands(self, args: Any, kwargs: Any) -> list[Any]:
         return list(args[0] if args else kwargs["tensors"])
 
     def _axis(self, args: Any, kwargs: Any) -> int:
         return int(args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0)))
 
+    @override
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
         module._axis = self._axis(args, kwargs)
         return module(*self.operands(args, kwargs))

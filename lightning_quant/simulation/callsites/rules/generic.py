@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_quant.simulation.callsites.aimet_views import LayoutBase
 from lightning_quant.simulation.callsites.functions import AUGMENTED, in_place
@@ -20,6 +21,7 @@ class Generic(Named):
     def __init__(self) -> None:
         super().__init__("")
 
+    @override
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
         function = func
         if in_place(func, name):  # out of place, as every module computes

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_quant.simulation.callsites.rules.base import Rule
 
@@ -30,6 +31,7 @@ class Weighted(Rule):
         """Return the arguments by name."""
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
+    @override
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
         bound = self.bind(args, kwargs)
         layer = self.build(bound)
@@ -51,6 +53,7 @@ class Weighted(Rule):
         for part in ("weight", "bias"):
             values[part] = bound.get(part)
 
+    @override
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:
         bound = self.bind(args, kwargs)
         return self._compute(module, bound) if self._fits(module, bound) else NotImplemented
@@ -92,6 +95,7 @@ def _settings(bound: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def linear(bound: dict[str, Any]) -> nn.Module | None:
+    """Make the layer for ``F.linear``; ``None`` if the weight is not a matrix."""
     outputs, inputs = bound["weight"].shape if bound["weight"].dim() == 2 else (0, 0)
     if not outputs:
         return None
@@ -99,6 +103,7 @@ def linear(bound: dict[str, Any]) -> nn.Module | None:
 
 
 def convolution(transposed: bool) -> Callable[[dict[str, Any]], nn.Module | None]:
+    """Return what makes the layer for a convolution, or ``None`` if the call has no batch axis."""
     plain = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     turned = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -121,6 +126,7 @@ def convolution(transposed: bool) -> Callable[[dict[str, Any]], nn.Module | None
 
 
 def layer_norm(bound: dict[str, Any]) -> nn.Module | None:
+    """Make the layer for ``F.layer_norm``."""
     affine = bound.get("weight") is not None
     bias = bound.get("bias") is not None
     return nn.LayerNorm(
@@ -129,6 +135,7 @@ def layer_norm(bound: dict[str, Any]) -> nn.Module | None:
 
 
 def instance_norm(bound: dict[str, Any]) -> nn.Module | None:
+    """Make the layer for ``F.instance_norm``; ``None`` if the call has running statistics."""
     dimensions = bound["input"].dim() - 2
     if bound.get("running_mean") is not None or not 1 <= dimensions <= 3:
         return None
@@ -140,12 +147,14 @@ def instance_norm(bound: dict[str, Any]) -> nn.Module | None:
 class InstanceNorm(Weighted):
     """``F.instance_norm``; the NPU computes with integers only where there is a weight and a bias."""
 
+    @override
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
         layer = super().make(name, func, args, kwargs)
         if layer is not None and super().bind(args, kwargs).get("weight") is None:
             layer.__dict__["_has_default_weights"] = True
         return layer
 
+    @override
     def bind(self, args: Any, kwargs: Any) -> dict[str, Any]:
         bound = super().bind(args, kwargs)
         channels, like = bound["input"].shape[1], {"dtype": bound["input"].dtype, "device": bound["input"].device}
@@ -157,6 +166,7 @@ class InstanceNorm(Weighted):
 
 
 def batch_norm(bound: dict[str, Any]) -> nn.Module | None:
+    """Make the layer for ``F.batch_norm``; ``None`` if the call has no statistics, weight or bias."""
     if bound.get("running_mean") is None or bound.get("weight") is None or bound.get("bias") is None:
         return None
     dimensions = bound["input"].dim() - 2
@@ -169,6 +179,7 @@ def batch_norm(bound: dict[str, Any]) -> nn.Module | None:
 class BatchNorm(Weighted):
     """``F.batch_norm`` with weight and bias; its statistics are passed as well, and updated as the function does."""
 
+    @override
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
         layer = super().make(name, func, args, kwargs)
         if layer is not None:
@@ -193,6 +204,7 @@ class BatchNorm(Weighted):
 
 
 def prelu(bound: dict[str, Any]) -> nn.Module | None:
+    """Make the layer for ``F.prelu``."""
     return nn.PReLU(bound["weight"].numel(), device="meta")
 
 
