@@ -183,7 +183,7 @@ def variants(case: Case, images: Tensor, compiled: bool) -> dict[str, Callable[[
         return Variant(made.network, made.network, made.cached_weights)
 
     def stock() -> Variant:
-        from lightning_quant.simulation.fast.layers import slow_down
+        from lightning_quant.simulation.fast.short_path import slow_down
 
         made = ours(True)
         slow_down(made.learner)

@@ -129,7 +129,7 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
 
 def _accelerate(network: nn.Module) -> None:
     """Put a simulation on the short path, see :mod:`lightning_quant.simulation.fast`."""
-    from lightning_quant.simulation.fast.layers import accelerate
+    from lightning_quant.simulation.fast.short_path import accelerate
 
     if left := accelerate(network):
         log.info("%d quantizers, e.g. %s, run on AIMET's own kernels: block sizes or other kinds.", len(left), left[0])

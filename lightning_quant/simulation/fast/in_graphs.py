@@ -3,7 +3,7 @@
 A compiler joins them with the bias before and the operation behind; a kernel of ours it could not look into. While a
 graph is made (:mod:`lightning_quant.simulation.compiled`), quantizers on the short path come here.
 
-The arithmetic is that of ``kernels.cpp``, in float32 whatever comes in.
+The arithmetic is that of ``fake_quantize.cpp``, in float32 whatever comes in.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def _has_kernel(tensor: Tensor) -> bool:
 
 
 def histograms(tensor: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
-    """Counts in equal bins between ``low`` and ``high``, float32 [ranges, bins]: see ``kernels.cpp``."""
+    """Counts in equal bins between ``low`` and ``high``, float32 [ranges, bins]: see ``calibration.cpp``."""
     if tensor.is_cpu:
         return torch.ops.lightning_quant.histograms(tensor, low, high, bins)
     return counted_by_bin(tensor, low, high, bins)
@@ -181,7 +181,7 @@ def counted_by_bin(tensor: Tensor, low: Tensor, high: Tensor, bins: int) -> Tens
 def quantization_noise(
     counts: Tensor, centres: Tensor, scales: Tensor, offsets: Tensor, steps: int, gamma: float
 ) -> Tensor:
-    """The error of quantizing histograms to each of the grids, [ranges, grids]: see ``kernels.cpp``."""
+    """The error of quantizing histograms to each of the grids, [ranges, grids]: see ``calibration.cpp``."""
     if counts.is_cpu:
         return torch.ops.lightning_quant.quantization_noise(counts, centres, scales, offsets, steps, gamma)
     return noise_of_all_grids(counts, centres, scales, offsets, steps, gamma)

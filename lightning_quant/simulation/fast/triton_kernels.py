@@ -1,4 +1,4 @@
-"""Fake quantization for GPUs, in Triton: what ``kernels.cpp`` computes, in one launch a direction.
+"""Fake quantization for GPUs, in Triton: what ``fake_quantize.cpp`` computes, in one launch per direction.
 
 Numbers come in and go out in the tensor's own type, and are computed with in float32: the same bits as on the CPU where
 the type is float32. Every sum is taken in a fixed order, so that a run can be repeated.
@@ -68,7 +68,7 @@ def quotient(x, by, inverse):
 
 @triton.jit
 def grid_of(low, high, qmin, qmax, smallest, SYMMETRIC: tl.constexpr):
-    """Scale and offset of a range, and before their bounds: see ``Encoding`` in ``kernels.cpp``."""
+    """Scale and offset of a range, and before their bounds: see ``Encoding`` in ``fake_quantize.cpp``."""
     raw = tl.div_rn(high - low, qmax - qmin)
     scale = tl.where(tl.abs(raw) < smallest, smallest, tl.abs(raw))
     free = nearest(tl.div_rn(low, scale)) - qmin

@@ -23,7 +23,7 @@ aimet.load()
 
 from aimet_torch.quantization.affine import QuantizeDequantize  # noqa: E402
 
-from lightning_quant.simulation.fast.layers import accelerate, slow_down  # noqa: E402
+from lightning_quant.simulation.fast.short_path import accelerate, slow_down  # noqa: E402
 
 pytestmark = pytest.mark.skipif(kernels.unavailable() is not None, reason=str(kernels.unavailable()))
 SETTINGS = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

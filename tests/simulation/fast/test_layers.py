@@ -25,7 +25,7 @@ from tests.helpers.small import SmallModule, small_loader
 
 aimet.load()
 
-from lightning_quant.simulation.fast.layers import accelerate, slow_down  # noqa: E402
+from lightning_quant.simulation.fast.short_path import accelerate, slow_down  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
