@@ -150,7 +150,7 @@ class InPlace(nn.Module):
         self.compiled = compiled
 
     def forward(self, images: Tensor) -> Any:
-        with self.compiled.in_place():
+        with self.compiled.active():
             output = self.compiled.network(images)
         if self.compiled.why_not is not None:
             raise self.compiled.why_not

@@ -16,7 +16,7 @@ from lightning_quant.simulation import aimet
 from lightning_quant.simulation.callsites.aimet_views import shapes_from_traces
 from lightning_quant.simulation.callsites.attributes import FOLDED
 from lightning_quant.simulation.callsites.instrument import instrument
-from lightning_quant.simulation.inplace import copied, part_shared_activations, state_kept, undone_on_error
+from lightning_quant.simulation.inplace import copied, separate_shared_activations, state_kept, undone_on_error
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import FlatNetwork
 from lightning_quant.simulation.normalize import use_torch_classes
@@ -79,7 +79,7 @@ def prepare_in_place(
         undone_on_error(network),
     ):
         network.eval()
-        part_shared_activations(network)
+        separate_shared_activations(network)
         twin = copied(network)
         outputs = []
         for call in calls:

@@ -110,7 +110,7 @@ def test_what_cannot_be_compiled_trains_as_it_is(trainer: MakeTrainer, caplog: p
     [
         ("yes", r"expected True, False or a mapping of torch\.compile's options"),
         (None, r"expected True, False or a mapping of torch\.compile's options"),
-        ({"dynamic": True}, r"expected backend, mode, options\. Leave 'dynamic' away"),
+        ({"dynamic": True}, r"expected backend, mode, options\. Remove 'dynamic'"),
         ({"mode": "fastest"}, r"torch\.compile does not take it"),
         ({"backend": "none such"}, r"torch\.compile does not take it"),
     ],

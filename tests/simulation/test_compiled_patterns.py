@@ -55,7 +55,7 @@ def test_compiled(name: str) -> None:
     network.train()
     twin.train()
     compiled = Compiled(network, {"backend": "aot_eager"})
-    with compiled.in_place():
+    with compiled.active():
         for turn in range(2):
             for call in calls:
                 actual, gradients, state = run(network, call)

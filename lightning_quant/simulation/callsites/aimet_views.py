@@ -1,4 +1,4 @@
-"""AIMET's view of a network: every layer the object it was, every weight where AIMET looks for it."""
+"""AIMET's view of a network: every layer stays the same object, every weight is where AIMET expects it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LayoutBase:
 
 @functools.cache
 def _with_layout_of(quantized: Any, plain: Any) -> Any:
-    """AIMET's class, or one of it that Python lets a module change to: it looks at a class's first base only."""
+    """Return AIMET's class, or a subclass that Python lets a module change to: it compares the first base only."""
     from lightning_quant.simulation.aimet import QuantizationMixin
 
     try:
@@ -79,7 +79,7 @@ def weights_attached(network: nn.Module) -> Iterator[None]:
 def shapes_from_traces() -> Iterator[None]:
     """Let AIMET know the sizes in code that is run in a trace only, as some libraries have it for masks.
 
-    It looks them up in a pass without a trace, and takes a layer that it did not see there for a sign of a wrong graph.
+    It looks them up in a pass without a trace, and regards a layer that it did not see there as an error.
     """
     from lightning_quant.simulation.aimet import connectedgraph
 

@@ -41,7 +41,7 @@ def follow_checkpoints() -> None:
     """Let ``torch.utils.checkpoint`` run functions again in the pass they belong to."""
     module: Any = torch.utils.checkpoint
     name = "_checkpoint_without_reentrant_generator"
-    name = f"{name}_impl" if hasattr(module, f"{name}_impl") else name  # what 2.14 has made of the one of 2.11
+    name = f"{name}_impl" if hasattr(module, f"{name}_impl") else name  # its name in PyTorch 2.14; the other in 2.11
     without_reentrant, reentrant = getattr(module, name), module.CheckpointFunction.apply
 
     @functools.wraps(without_reentrant)

@@ -1,9 +1,9 @@
 """Hand each operation of a pass to the site it stands at.
 
 The user's Python runs as it is written. While it runs, a ``TorchFunctionMode`` sees every operation of PyTorch. Where
-in the code an operation stands (the module whose forward runs, the line, the how-manieth time in this pass) is its
-place, and the module that was made for the place computes in its stead. An operation without a place of its own runs
-as if nobody were looking.
+in the code an operation stands (the module whose forward runs, the line, how many times it was reached before in this
+pass) is its place, and the module that was made for the place computes instead. An operation without a site runs
+unchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lightning_quant.simulation.callsites.decompositions.table import TRACE_SUBS
 from lightning_quant.simulation.callsites.functions import base_name, computes, tensors_among
 from lightning_quant.simulation.callsites.passes import Pass, current, place
 from lightning_quant.simulation.callsites.places import Sites, spot
-from lightning_quant.simulation.callsites.traces import SIZES, is_idle_cast, size_as_number, tracing_state
+from lightning_quant.simulation.callsites.traces import SIZES, is_noop_cast, size_as_number, tracing_state
 
 
 class Interception(TorchFunctionMode):
@@ -30,7 +30,7 @@ class Interception(TorchFunctionMode):
         running.mode = self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # every operation of every step comes through here, and every look at a shape
+        # every operation of every step comes through here, and every access to a shape
         running = self.running
         if kwargs is None:
             kwargs = {}
@@ -55,8 +55,8 @@ class Interception(TorchFunctionMode):
         if named is not None:
             found = spot(running.parent, name)
             site = named.get((id(found), running.count(module, found)))
-            if site is not None and (answer := site.answer(running, func, args, kwargs)) is not NotImplemented:
-                return answer
+            if site is not None and (computed := site.compute(running, func, args, kwargs)) is not NotImplemented:
+                return computed
         result = func(*args, **kwargs)
         if func is torch.zeros and isinstance(module, RECURRENT):
             result.__dict__[DEFAULT_STATE] = True
@@ -69,7 +69,7 @@ class Interception(TorchFunctionMode):
         if traced:
             if func in SIZES:
                 return size_as_number(func, args, kwargs)
-            if is_idle_cast(func, args, kwargs):
+            if is_noop_cast(func, args, kwargs):
                 return args[0]
         observer = running.observer
         if observer is not None:
@@ -83,8 +83,8 @@ class Interception(TorchFunctionMode):
             return args[0] if args else kwargs["input"]
         at = place(running, module, name)
         site = values.get(SITES, {}).get(at)
-        if site is not None and (answer := site.answer(running, func, args, kwargs)) is not NotImplemented:
-            return answer
+        if site is not None and (computed := site.compute(running, func, args, kwargs)) is not NotImplemented:
+            return computed
         if traced:
             func = TRACE_SUBSTITUTES.get(func, func)
         result = func(*args, **kwargs)

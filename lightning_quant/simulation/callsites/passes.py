@@ -24,7 +24,7 @@ class Observer(Protocol):
         """Compute what was called."""
 
     def end(self, output: Any) -> None:
-        """Take note of what the network returned."""
+        """Record what the network returned."""
 
 
 class Pass:
@@ -49,7 +49,7 @@ class Pass:
         self.observer = observer
         self.noted = THREAD.noted
         self.is_observed = observer is not None or self.noted is not None
-        self.is_traced = traced()  # no trace or export begins in the midst of a pass
+        self.is_traced = traced()  # no trace or export begins during a pass
         self.paused = False  # inside a quantized layer, where there is nothing to see
         self.changes = False  # whether a tensor was changed in place
         self.parent: Place | tuple[()] = ()  # the place of the operation whose decomposition runs

@@ -17,11 +17,11 @@ _T = TypeVar("_T")
 # The code that stands where an operation is called: name, first line and position of each frame from the operation up
 # to the module's forward, and the function's name.
 Spot = tuple[Any, ...]
-# A spot, and the how-manieth time in this pass.
+# A spot, and how many times it was reached before in this pass.
 Place = tuple[Spot, int]
 
-# Frames that hand an operation on, and those at which a module's own code begins.
-_HANDING_ON: Any = (
+# Frames that pass an operation on, and those at which a module's own code begins.
+_PASSING_ON: Any = (
     torch.overrides,
     torch.functional,
     nn.functional,
@@ -30,16 +30,16 @@ _HANDING_ON: Any = (
     torch.autograd.function,
 )
 _HERE = Path(__file__).parent
-# All files here hand operations on but decompositions, which call their own.
+# All files here pass operations on, except for decompositions, which call their own.
 _OURS, _DECOMPOSITIONS = str(_HERE), str(_HERE / "decompositions")
 _INTERCEPTING = frozenset(str(_HERE / name) for name in ("interception.py", "watching.py", "checkpointing.py"))
-_HANDS_ON = frozenset(m.__file__ for m in _HANDING_ON)
+_PASSES_ON = frozenset(m.__file__ for m in _PASSING_ON)
 _BEGINS = frozenset((sys.modules[nn.Module.__module__].__file__, torch.utils.checkpoint.__file__))
 
 
 # What a frame has to do with the place of an operation: it is part of it, the last part (what wraps a forward may take
-# other ways in a trace), hands it on, has a module's own code begin above it, or both, as what intercepts it has.
-_PART, _LAST, _HANDS, _BEGIN, _BOTH = range(1, 6)
+# other ways in a trace), passes it on, has a module's own code begin above it, or both, as what intercepts it has.
+_PART, _LAST, _PASSES, _BEGIN, _BOTH = range(1, 6)
 
 # By the numbers of objects, since code compares and hashes by its contents; what is kept keeps its number.
 _KINDS: dict[int, int] = {}
@@ -78,8 +78,8 @@ def _kind(code: CodeType) -> int:
         kind = _BOTH
     elif file in _BEGINS:
         kind = _BEGIN
-    elif file in _HANDS_ON or (file.startswith(_OURS) and not file.startswith(_DECOMPOSITIONS)):
-        kind = _HANDS
+    elif file in _PASSES_ON or (file.startswith(_OURS) and not file.startswith(_DECOMPOSITIONS)):
+        kind = _PASSES
     else:
         kind = _LAST if code.co_name == "forward" and code.co_varnames[:1] == ("self",) else _PART
     _KEPT[id(code)] = code
@@ -113,29 +113,29 @@ def _position(code: CodeType, at: int) -> tuple[int | None, ...]:
     return position if None not in position else (at,)
 
 
-class Answer(Protocol):
+class CallSite(Protocol):
     """What stands at a place: it computes the operation that is called there."""
 
-    def answer(self, running: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    def compute(self, running: Any, func: Any, args: Any, kwargs: Any) -> Any:
         """Compute what was called, or return ``NotImplemented`` to let the function do it."""
 
 
-class Sites(dict[Place, Answer]):
+class Sites(dict[Place, CallSite]):
     """The call sites of a module, by place."""
 
     __slots__ = ("by_name",)
 
-    by_name: dict[str, dict[tuple[int, int], Answer]]
+    by_name: dict[str, dict[tuple[int, int], CallSite]]
 
-    def index(self) -> dict[str, dict[tuple[int, int], Answer]]:
+    def index(self) -> dict[str, dict[tuple[int, int], CallSite]]:
         """Return the sites by the function's name, which rules out most operations; then by ids of spots and counts."""
-        made: dict[str, dict[tuple[int, int], Answer]] = {}
+        made: dict[str, dict[tuple[int, int], CallSite]] = {}
         for (found, count), site in self.items():
             made.setdefault(found[-1], {})[id(same(found)), count] = site
         self.by_name = made
         return made
 
-    def __setitem__(self, at: Place, site: Answer) -> None:
+    def __setitem__(self, at: Place, site: CallSite) -> None:
         self._forget()
         super().__setitem__(at, site)
 

@@ -46,7 +46,7 @@ class Found:
 
 @dataclass
 class _Edge:
-    """What an operation made of what."""
+    """The tensors that an operation computed from others."""
 
     inputs: list[int]
     outputs: list[int]
@@ -77,11 +77,11 @@ class Recorder:
     repeating: bool = False
     stale: dict[int, nn.Module] = field(default_factory=dict)  # what a layer in place was given
     seen_changed: dict[int, tuple[int, Place]] = field(default_factory=dict)  # by an operation in place on another
-    refused: set[tuple[int, Place]] = field(default_factory=set)  # such operations, of which somebody sees the change
+    refused: set[tuple[int, Place]] = field(default_factory=set)  # such operations whose change is seen elsewhere
     aliased: set[nn.Module] = field(default_factory=set)
 
     def begin(self, inputs: Sequence[Tensor]) -> None:
-        """Before a pass."""
+        """Start a pass with these inputs."""
         self.kept.clear()
         self.edges.clear()
         self.constants = {id(tensor): tensor for tensor in _tensors_of(self.root)}
@@ -95,7 +95,7 @@ class Recorder:
         self._origins_known = True
 
     def operation(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
-        """Compute what was called, and note it."""
+        """Compute what was called, and record it."""
         name = base_name(func)
         if running.paused or not running.stack:
             result = func(*args, **kwargs)
@@ -119,7 +119,7 @@ class Recorder:
                 self._add(Found(module, at, name, self.repeating, tracing_state() is not None))
             before, self.repeating = self.repeating, self.repeating or name in REPEATED_STEPS
             try:
-                result = DecomposedSite(name, at).answer(running, func, args, kwargs)
+                result = DecomposedSite(name, at).compute(running, func, args, kwargs)
             finally:
                 self.repeating = before
             if name == "setitem":
@@ -141,7 +141,7 @@ class Recorder:
         return result
 
     def used(self, tensors: Iterable[Tensor]) -> None:
-        """Somebody computes with these."""
+        """Record that something computes with these tensors."""
         for tensor in tensors if self.stale or self.seen_changed else ():
             if id(tensor) in self.stale:
                 self.aliased.add(self.stale[id(tensor)])
@@ -149,19 +149,19 @@ class Recorder:
                 self.refused.add(self.seen_changed[id(tensor)])
 
     def forget(self) -> None:
-        """What was found in the place of operations that are refused now."""
+        """Drop what was found at operations that are refused now."""
         gone = [at for _, at in self.refused]
         self.pending = {key: found for key, found in self.pending.items() if found.at[0][:2] not in gone}
         for key in self.refused:
             self.pending.pop(key, None)
 
     def _sharing_memory(self, tensor: Tensor) -> Iterator[int]:
-        """The tensors that change with this one."""
+        """Return the ids of the tensors that change with this one."""
         base = tensor if tensor._base is None else tensor._base
         return (id(one) for one in self.kept if one is not tensor and (one is base or one._base is base))
 
     def end(self, output: Any) -> None:
-        """After a pass: which operations its outputs depend on."""
+        """Finish a pass: drop the operations that its outputs do not depend on."""
         made = [current(tensor) for tensor in tensors_in(output)]
         self.used(made)
         outputs = [tensor for tensor in made if tensor.is_floating_point()]
@@ -188,7 +188,7 @@ class Recorder:
         given = tensors_among((args, kwargs))
         if in_place(func, name) and self._is_kept(given[0]):
             return False
-        if name == "setitem" and id(given[0]) in self.given:  # who called the network sees the change
+        if name == "setitem" and id(given[0]) in self.given:  # the caller of the network sees the change
             return False
         if not any(tensor.is_floating_point() for tensor in given) or not self._depends(given):
             return False
@@ -213,11 +213,11 @@ class Recorder:
         return not self._is_kept(given[0]) and not self._is_zero(given[0])
 
     def _is_kept(self, tensor: Tensor) -> bool:
-        """Whether the network keeps a tensor from pass to pass, or one that this is a view of."""
+        """Return whether the network keeps a tensor from pass to pass, or one that this is a view of."""
         return id(tensor) in self.held or id(tensor._base) in self.held
 
     def _is_zero(self, tensor: Tensor) -> bool:
-        """Whether a tensor holds zeros, which are on every grid, and always will."""
+        """Return whether a tensor holds zeros, which are on every grid, and always will."""
         return id(tensor) in self.fresh and not tensor.any()
 
     def _make(
@@ -282,7 +282,7 @@ class Recorder:
 
 
 def _tensors_of(root: nn.Module) -> Iterator[Tensor]:
-    """What a network holds before it runs: parameters, buffers, and tensors in plain attributes."""
+    """Yield what a network holds before it runs: parameters, buffers, and tensors in plain attributes."""
     yield from root.parameters()
     yield from root.buffers()
     for module in root.modules():

@@ -1,7 +1,7 @@
-"""Division and square root where rounding made a zero of what was none.
+"""Division and square root where rounding produced a zero.
 
-Eight bits hold nothing between zero and 1/255 of the largest value. A length or a variance that is small beside others
-becomes zero, what is divided by it infinite, and a network that trained without trouble does not train any more.
+Eight bits hold nothing between zero and 1/255 of the largest value. A length or a variance that is small compared to
+others becomes zero, what is divided by it infinite, and a network that trained without trouble no longer trains.
 
 Importing this module imports AIMET.
 """

@@ -10,7 +10,7 @@ from lightning_quant.simulation.callsites.attributes import CONTAINERS, HIDDEN_S
 from lightning_quant.simulation.callsites.decompositions.table import DECOMPOSITIONS
 from lightning_quant.simulation.callsites.functions import in_place
 from lightning_quant.simulation.callsites.passes import Pass, changed_into
-from lightning_quant.simulation.callsites.places import Answer, Place, Sites, same
+from lightning_quant.simulation.callsites.places import CallSite, Place, Sites, same
 from lightning_quant.simulation.callsites.rules.table import GENERIC, RULES, inplace_by_position
 
 
@@ -21,7 +21,7 @@ class Site:
         name: base name of the function, with a star if the generic rule applies.
         holder: the module that the computing one is a child of.
         child: its name there, by which AIMET replaces it.
-        own: whether the holder is the module whose code it is; else it is the innermost around it that is no list.
+        own: whether the holder is the module whose code it is; else it is the innermost around it that is not a list.
     """
 
     def __init__(self, name: str, holder: nn.Module, child: str, own: bool) -> None:
@@ -41,7 +41,7 @@ class Site:
             found = self.holder._modules.get(self.child) or vars(self.holder)[HIDDEN_SITES][self.child]
         return found
 
-    def answer(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
+    def compute(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
         """Compute what was called, or return ``NotImplemented`` if the module computes something else."""
         if kwargs and kwargs.get("out") is not None:
             return NotImplemented
@@ -74,7 +74,7 @@ class DecomposedSite:
         supports = DECOMPOSITIONS[self.name].supports
         return kwargs.get("out") is None and (supports is None or supports(*args, **kwargs))
 
-    def answer(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
+    def compute(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
         """Compute what was called, or return ``NotImplemented`` if the decomposition does not support the arguments."""
         if not self.fits(running, args, kwargs):
             return NotImplemented
@@ -89,11 +89,11 @@ class DecomposedSite:
         return result
 
 
-def sites_of(module: nn.Module) -> dict[Place, Answer]:
+def sites_of(module: nn.Module) -> dict[Place, CallSite]:
     """Return the call sites of a module; empty if it has none."""
     return module.__dict__.get(SITES, {})
 
 
-def add_site(module: nn.Module, at: Place, site: Answer) -> None:
+def add_site(module: nn.Module, at: Place, site: CallSite) -> None:
     """Let ``site`` compute the operation at a place in the code of ``module``."""
     module.__dict__.setdefault(SITES, Sites())[at] = site

@@ -48,7 +48,7 @@ def size_as_number(func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
 
 
-def is_idle_cast(func: Any, args: Any, kwargs: Any) -> bool:
+def is_noop_cast(func: Any, args: Any, kwargs: Any) -> bool:
     """Return whether a cast returns its tensor unchanged; a trace records it anyway, and AIMET loses the tensor."""
     if base_name(func) not in CASTS or not args or not isinstance(args[0], Tensor) or kwargs.get("copy"):
         return False
@@ -57,8 +57,8 @@ def is_idle_cast(func: Any, args: Any, kwargs: Any) -> bool:
     return isinstance(made, Tensor) and made.dtype == given.dtype and made.device == given.device
 
 
-# ---- what the network's own code is answered, and where its operations stand -----------------------------------------
-# Whose code is answered truthfully whether it is traced or exported.
+# ---- what the network's own code sees of a trace, and where its operations stand -------------------------------------
+# Code of these packages still sees whether it is traced or exported.
 _LIBRARIES = ("torch", "aimet_torch", "lightning_quant")
 
 
@@ -74,7 +74,7 @@ def tracing_hidden() -> Iterator[None]:
         (torch.onnx, "is_in_onnx_export", torch.onnx.is_in_onnx_export),
     ]
     for module, name, original in patched:
-        setattr(module, name, functools.partial(_answer, original))
+        setattr(module, name, functools.partial(_seen_by_libraries, original))
     try:
         yield
     finally:
@@ -82,7 +82,7 @@ def tracing_hidden() -> Iterator[None]:
             setattr(module, name, original)
 
 
-def _answer(original: Callable[[], bool]) -> bool:
+def _seen_by_libraries(original: Callable[[], bool]) -> bool:
     caller = str(sys._getframe(1).f_globals.get("__name__", ""))
     return caller.partition(".")[0] in _LIBRARIES and original()
 
@@ -113,7 +113,7 @@ def _removed(names: Any, module: nn.Module) -> Iterator[None]:
 def functions_inlined() -> Iterator[None]:
     """Let a trace see through autograd functions, whose forward may hold call sites.
 
-    Those of PyTorch and AIMET, and those that say themselves how they are exported, stay as they are.
+    Those of PyTorch and AIMET, and those that define their own export (``symbolic``), stay as they are.
     """
     patched = [cls for cls in _subclasses(torch.autograd.Function) if "apply" not in vars(cls) and _is_opaque(cls)]
     for cls in patched:
@@ -142,7 +142,7 @@ def _inlined(cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 class _NoContext:
-    """Takes what a forward saves for a backward that does not come."""
+    """Accepts what a forward saves for a backward pass that never runs."""
 
     needs_input_grad = (False,) * 64
 

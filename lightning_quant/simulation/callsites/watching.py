@@ -96,7 +96,7 @@ def watched_class(cls: Any, *more: Any) -> Any:
             running.stack.pop()
 
     def new(_: type, *args: Any, **kwargs: Any) -> Any:
-        # what a module makes of its own class, such as a slice of a Sequential, is not watched
+        # an instance that a module makes of its own class, such as a slice of a Sequential, is not watched
         return cls(*args, **kwargs) if args or kwargs else cls.__new__(watched)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
@@ -191,7 +191,7 @@ def begin(module: nn.Module, plain_call: Callable[..., Any], args: Any, kwargs: 
 
 
 def _update_attributes(module: nn.Module) -> None:
-    """Set attributes to what tensors changed in place have become: after the pass nobody looks that up."""
+    """Set attributes to what tensors changed in place have become: after the pass nothing resolves that."""
     values = module.__dict__
     kept = [name for name, value in values.items() if name not in _NOT_KEPT and isinstance(value, _KEEPING)]
     for name in kept:

@@ -38,8 +38,8 @@ class Layer:
         running = running_pass()
         if running is not None and running.changes:
             args, kwargs = current(args), current(kwargs)
-        if in_graphs.is_made():
-            in_graphs.look((args, kwargs))
+        if in_graphs.is_tracing():
+            in_graphs.note_foreign((args, kwargs))
         return self._called(args, kwargs)
 
     def _called(self: Any, args: Any, kwargs: Any) -> Any:
@@ -113,7 +113,7 @@ class FastWeighted(FastLayer):
             return weight
         # what autocast would round it to next, again for every batch
         dtype = torch.get_autocast_dtype("cuda") if weight.is_cuda and torch.is_autocast_enabled("cuda") else None
-        if held is None or torch.is_grad_enabled() or in_graphs.is_made() or weight.is_inference():
+        if held is None or torch.is_grad_enabled() or in_graphs.is_tracing() or weight.is_inference():
             return _quantized(quantizer, weight, dtype)
         ends = quantizer._parameters.values()
         state = weight.data_ptr(), weight._version, *(end._version for end in ends), quantizer.qmin, quantizer.qmax

@@ -1,4 +1,4 @@
-"""What calibration sees and how it chooses ranges: AIMET's analyzers, their histograms in one pass.
+"""What calibration observes and how it chooses ranges: AIMET's analyzers, their histograms in one pass.
 
 Importing this module imports AIMET.
 """
@@ -130,7 +130,7 @@ _FAST = {
 
 
 def accelerate_analyzer(analyzer: Any) -> None:
-    """Let an analyzer of AIMET's use these classes, in place."""
+    """Let one of AIMET's analyzers use these classes, in place."""
     analyzer.__class__ = _FAST.get(type(analyzer), type(analyzer))
     if type(getattr(analyzer, "observer", None)) is _HistogramObserver:
         analyzer.observer.__class__ = FastHistogramObserver

@@ -51,14 +51,14 @@ class FastQuantizer:
             or low.dtype is not torch.float32
             or self.block_size is not None
             or self.zero_point_shift
-            or not (in_graphs.is_calibrated(self) if in_graphs.is_made() else _has_kernel(input, activation))
+            or not (in_graphs.is_calibrated(self) if in_graphs.is_tracing() else _has_kernel(input, activation))
             or is_traced()
             or not is_known(self, low, high)
         ):
             return None
         qmin, qmax = self.qmin, self.qmax
         grid = (low, high, qmin, qmax, self._symmetric, _smallest_scale(qmax - qmin), activation)
-        if in_graphs.is_made():
+        if in_graphs.is_tracing():
             return in_graphs.fake_quantize(input, *grid)
         if type(input) is not Tensor:
             input = input.as_subclass(Tensor)
@@ -126,7 +126,7 @@ def _has_kernel(input: Tensor, activation: Activation) -> bool:
 
 def is_traced() -> bool:
     """Return whether what runs now is recorded by something else than our own compilation."""
-    if in_graphs.is_made():
+    if in_graphs.is_tracing():
         return False
     running = running_pass()
     return traced() if running is None else running.is_traced

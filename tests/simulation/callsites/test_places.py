@@ -98,7 +98,7 @@ def test_copies_find_their_own_sites() -> None:
     assert answering(network) == expected
 
 
-def test_sites_of_a_change_that_failed_answer_no_more() -> None:
+def test_sites_of_a_failed_change_are_removed() -> None:
     network = quantized(Each(torch.relu))
 
     @undone_on_error(network)

@@ -52,7 +52,7 @@ def test_it_trains_and_its_file_computes_the_same(tmp_path: Path, way: str) -> N
     assert bundle.manifest["parity"]["psnr_db"] is None or bundle.manifest["parity"]["psnr_db"] > 60
 
 
-def test_a_divisor_of_either_sign_is_left_as_it_is() -> None:
+def test_a_divisor_of_either_sign_is_unchanged() -> None:
     class Signed(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x / (x + 10.0).sub(9.0)
@@ -72,7 +72,7 @@ def test_a_divisor_of_another_precision_has_one_grid() -> None:
     assert division.input_quantizers[1] is before
 
 
-def test_zero_has_a_length_without_a_slope() -> None:
+def test_the_length_of_zero_has_a_zero_gradient() -> None:
     known = calibrated(Divided("length"), call(ROWS))
     x = torch.zeros(1, 4, requires_grad=True)
     known.network(x).sum().backward()

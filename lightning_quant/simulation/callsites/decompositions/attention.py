@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What a masked position gets added: softmax makes 2e-22 of it, and unlike -inf it lies within a range.
+# What is added at a masked position: softmax turns it into 2e-22, and unlike -inf it lies within a range.
 MASKED = -50.0
 
 
@@ -24,7 +24,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """``F.scaled_dot_product_attention``: (…, L, E), (…, S, E), (…, S, V) to (…, L, V)."""
+    """Compute ``F.scaled_dot_product_attention``: (…, L, E), (…, S, E), (…, S, V) to (…, L, V)."""
     if enable_gqa:
         key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
         value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
@@ -38,7 +38,7 @@ def attention(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What is attended to, and how much."""
+    """Return the attended values, and the attention weights."""
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = torch.matmul(query * scale, key.transpose(-2, -1))
     if mask is not None:
@@ -50,7 +50,7 @@ def _attend(
 
 
 def additive(mask: Tensor, like: Tensor, keep: bool) -> Tensor:
-    """A mask as numbers to add; of a boolean one, ``keep`` is what is not masked."""
+    """Return a mask as numbers to add; ``keep``: whether a boolean one is true where nothing is masked."""
     if mask.dtype != torch.bool:
         return mask.clamp(min=MASKED)
     zeros = torch.zeros(mask.shape, dtype=like.dtype, device=like.device)
@@ -84,7 +84,7 @@ def multi_head_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """``F.multi_head_attention_forward`` on (L, N, E) or (L, E): what ``nn.MultiheadAttention`` calls."""
+    """Compute ``F.multi_head_attention_forward`` on (L, N, E) or (L, E): what ``nn.MultiheadAttention`` calls."""
     batched = query.dim() == 3
     if not batched:
         query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
@@ -95,7 +95,7 @@ def multi_head_attention(
         assert in_proj_weight is not None
         weights = in_proj_weight.chunk(3)
     biases: Sequence[Any] = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-    # the batch first, as the NPU wants it
+    # the batch first, as the NPU expects it
     parts = [
         F.linear(tensor.transpose(0, 1), weight, bias)
         for tensor, weight, bias in zip((query, key, value), weights, biases, strict=True)
@@ -125,7 +125,7 @@ def multi_head_attention(
 
 
 def supports_multi_head_attention(*args: Any, **kwargs: Any) -> bool:
-    """Return whether :func:`multi_head_attention` can take a call apart: not with keys of its own or given ones."""
+    """Return whether :func:`multi_head_attention` can compute a call: not with learned or static keys."""
     bound = dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)) | kwargs
     given = [bound.get(name) for name in ("bias_k", "bias_v", "static_k", "static_v")]
     return not bound.get("add_zero_attn") and all(one is None for one in given)

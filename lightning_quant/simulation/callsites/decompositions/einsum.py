@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def einsum(equation: str, *operands: Any) -> Tensor:
-    """``torch.einsum`` of two tensors as a matrix product between changes of the axes."""
+    """Compute ``torch.einsum`` of two tensors as a matrix product between changes of the axes."""
     left, right = operands[0] if len(operands) == 1 else operands
     (of_left, of_right), output = _letters(equation)
     left, of_left = _summed(left, of_left, of_right + output)
@@ -53,7 +53,7 @@ def _summed(tensor: Tensor, letters: str, needed: str) -> tuple[Tensor, str]:
 def _grouped(
     tensor: Tensor, letters: str, batch: list[str], first: list[str], second: list[str], sizes: dict[str, int]
 ) -> Tensor:
-    """As (batch…, first, second), the last two of them flattened."""
+    """Return a tensor as (batch…, first, second), the last two flattened."""
     order = [letters.index(one) for one in (*batch, *first, *second)]
     tensor = tensor if order == sorted(order) else tensor.permute(order)
     ends = [math.prod(sizes[one] for one in part) for part in (first, second)]

@@ -13,7 +13,7 @@ from torch import Tensor
 def group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """``F.group_norm`` as the instance norm of each group, which the NPU has for integers, then weight and bias."""
+    """Compute ``F.group_norm`` as an instance norm per group, an integer operation on the NPU, and an affine step."""
     shape = input.shape
     groups = input.reshape(shape[0], num_groups, shape[1] // num_groups, -1)
     normed = F.instance_norm(groups, eps=eps).reshape(shape)
@@ -26,7 +26,7 @@ def group_norm(
 def rms_norm(
     input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    """``F.rms_norm``."""
+    """Compute ``F.rms_norm``."""
     axes = list(range(-len(normalized_shape), 0))
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     normed = input * torch.rsqrt((input * input).mean(axes, keepdim=True) + eps)
@@ -36,7 +36,7 @@ def rms_norm(
 def norm(
     input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None, out: Any = None
 ) -> Tensor:
-    """``torch.norm`` for p = 2."""
+    """Compute ``torch.norm`` for p = 2."""
     axes = tuple(range(input.dim())) if dim is None else dim
     return torch.sqrt((input * input).sum(axes, keepdim=keepdim))
 
@@ -51,7 +51,7 @@ def supports_norm(
 def vector_norm(
     input: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None, out: Any = None
 ) -> Tensor:
-    """``torch.linalg.vector_norm`` for the Euclidean length."""
+    """Compute ``torch.linalg.vector_norm`` for the Euclidean length."""
     return norm(input, ord, dim, keepdim)
 
 
@@ -63,7 +63,7 @@ def supports_vector_norm(
 
 
 def normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Tensor:
-    """``F.normalize`` for p = 2."""
+    """Compute ``F.normalize`` for p = 2."""
     length = torch.sqrt((input * input).sum(dim, keepdim=True))
     return input / length.clamp(min=eps)
 

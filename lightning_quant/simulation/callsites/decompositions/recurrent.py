@@ -15,7 +15,7 @@ KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 def recurrent(kind: str) -> Callable[..., Any]:
-    """``torch.lstm``, ``torch.gru``, ``torch.rnn_tanh`` or ``torch.rnn_relu``, unrolled over the steps.
+    """Compute ``torch.lstm``, ``torch.gru``, ``torch.rnn_tanh`` or ``torch.rnn_relu``, unrolled over the steps.
 
     A state of zeros that the layer made itself is left out of the first step: nothing is multiplied with it.
     """
@@ -68,7 +68,7 @@ def is_default_state(state: Tensor) -> bool:
 def _layer(
     kind: str, x: Tensor, state: list[Any], own: list[Tensor], has_biases: bool, backwards: bool
 ) -> tuple[Tensor, list[Any]]:
-    """One layer in one direction over (T, N, F)."""
+    """Compute one layer in one direction over (T, N, F)."""
     inward, around = own[:2]
     bias_in, bias_around = own[2:4] if has_biases else (None, None)
     projection = own[-1] if len(own) % 2 else None
@@ -83,7 +83,7 @@ def _layer(
 def _cell(
     kind: str, x: Tensor, state: Sequence[Any], around: Tensor, bias: Tensor | None, projection: Tensor | None = None
 ) -> list[Any]:
-    """One step; ``x`` went through the layer's input weights already."""
+    """Compute one step; ``x`` went through the layer's input weights already."""
     hidden = state[0]
     back = F.linear(hidden, around, bias) if hidden is not None else bias
     if kind == "gru":
@@ -107,7 +107,7 @@ def _cell(
 
 
 def cell(kind: str) -> Callable[..., Any]:
-    """``torch.lstm_cell``, ``torch.gru_cell`` and the plain ones: one step of one layer."""
+    """Compute ``torch.lstm_cell``, ``torch.gru_cell`` and the plain ones: one step of one layer."""
 
     def step(
         input: Tensor,

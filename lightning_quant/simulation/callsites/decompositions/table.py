@@ -69,7 +69,7 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "index_fill": Decomposition(indexed_writes.index_fill, indexed_writes.supports_index),
     "scatter": Decomposition(indexed_writes.scatter, indexed_writes.supports_scatter),
 }
-# Those that compute step after step with the same layer: one range for each tensor over all steps.
+# Those that compute every step with the same layer: each tensor has one range over all steps.
 REPEATED_STEPS = frozenset(recurrent.KINDS)
 
 
@@ -78,7 +78,7 @@ def _cumsum(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _clamp(input: Tensor, min: Any = None, max: Any = None, **kwargs: Any) -> Tensor:
-    """With one limit: AIMET's exporter cannot read a Clip that leaves the other out."""
+    """Compute ``clamp`` with one limit: AIMET's exporter cannot read a Clip that leaves the other out."""
     if kwargs or (min is None) == (max is None):
         return torch.clamp(input, min, max, **kwargs)
     limit = min if max is None else max
