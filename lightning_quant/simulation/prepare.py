@@ -23,7 +23,7 @@ from lightning_quant.simulation.normalize import use_torch_classes
 from lightning_quant.simulation.preflight import Finding, FindingKind
 
 # Largest change, relative to the largest output, that rewriting in float32 may cause: folding a batch norm
-# or taking attention apart reorders sums, which moves results by some 1e-6; a wrong fold moves them by 1e-1.
+# or decomposing attention reorders sums, which moves results by some 1e-6; a wrong fold moves them by 1e-1.
 TOLERANCE = 1e-3
 
 

@@ -38,7 +38,7 @@ class Each(nn.Module):
 
 
 class Parted(nn.Module):
-    """Two operations that are taken apart, of which the first can be left out."""
+    """Two operations that are decomposed, of which the first can be left out."""
 
     first = True
 
