@@ -124,20 +124,21 @@ def inspect(network: nn.Module) -> list[Finding]:
 def refused_in_few_bits(layers: Mapping[str, QuantizedLayer]) -> list[Finding]:
     """Find convolutions that the NPU's compiler does not take with weights below 8 bits.
 
-    Seen with QAIRT 2.51: those with one output channel, whose one scale is taken for that of a whole tensor, and all
-    of three dimensions.
+    Compiled with QAIRT 2.51: it refuses all of three dimensions, and of two dimensions those with one output channel
+    and a bias; it takes them without a bias, and those of one dimension.
 
     Args:
-        layers: the quantized layers by name, at the precision they are to have.
+        layers: the quantized layers by name, at the precision they are to have, batch norms folded into their biases.
     """
     findings = []
     for name, layer in layers.items():
         if not isinstance(layer, nn.modules.conv._ConvNd):
             continue
-        if layer.out_channels == 1:
-            what = "one output channel with"
-        elif len(layer.kernel_size) == 3:
+        dimensions = len(layer.kernel_size)
+        if dimensions == 3:
             what = "3 dimensions with"
+        elif dimensions == 2 and layer.out_channels == 1 and layer.bias is not None:
+            what = "one output channel with"
         else:
             continue
         quantizer: Any = layer.param_quantizers["weight"]

@@ -170,6 +170,15 @@ def test_convolutions_that_the_npu_refuses_in_4_bits(last: nn.Module, what: str)
         found("w4a16", strict=True)
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_one_output_channel_without_a_bias_is_taken_in_4_bits(kind: Any) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), kind(4, 1, 3, bias=False))
+    assert quantized(network, call(images(1)), precision="w4a8").findings == []
+    folded = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 1, 3, bias=False), nn.BatchNorm2d(1)).eval()
+    (finding,) = quantized(folded, call(images(1)), precision="w4a8").findings  # the batch norm becomes a bias
+    assert (finding.module, finding.kind) == ("1", FindingKind.NARROW)
+
+
 def test_table_is_aligned_and_strict_raises_with_it(caplog: pytest.LogCaptureFixture) -> None:
     left = FindingKind.LEFT_IN_FLOAT
     findings = [Finding("", "problem one", "do this", kind=left), Finding("body.relu", "two", "do that", kind=left)]
