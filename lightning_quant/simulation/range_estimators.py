@@ -224,7 +224,7 @@ def _with_plain_options(estimator: RangeEstimator) -> RangeEstimator:
     """Refuse what no checkpoint can hold."""
     if not isinstance(getattr(estimator, "name", None), str):
         raise ConfigurationError(f"{type(estimator).__qualname__} has no name: expected a class attribute name = '…'.")
-    options = [field.name for field in fields(estimator)] if is_dataclass(estimator) else []
+    options: list[str] = [field.name for field in fields(estimator)] if is_dataclass(estimator) else []
     if lost := sorted(set(getattr(estimator, "__dict__", {})).difference(options)):
         raise ConfigurationError(
             f"The range estimator {estimator.name!r} keeps {', '.join(lost)}, which no checkpoint would hold: expected "
