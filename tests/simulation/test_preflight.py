@@ -202,6 +202,8 @@ def test_convolutions_that_the_npu_refuses_in_4_bits(last: nn.Module, what: str)
     assert finding.module == ("1" if what == "one output channel" else "1.1")
     assert finding.problem.startswith(f"{what} with 4-bit weights")
     assert f'overrides={{"{finding.module}": "w8a8"}}' in finding.remedy
+    (finding,) = found("w4a16")  # activations keep their bits
+    assert f'overrides={{"{finding.module}": "w8a16"}}' in finding.remedy
     assert found("w8a8") == found("w4a8", overrides={finding.module: Precision.parse("w8a8")}) == []
     with pytest.raises(PreflightError, match=what):
         found("w4a16", strict=True)
