@@ -20,6 +20,7 @@ from lightning_quant.simulation.callsites.sites import DecomposedSite, Site, add
 from lightning_quant.simulation.callsites.watching import watch
 from lightning_quant.simulation.inplace import state_kept
 from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.network import FlatNetwork
 
 # Layers that AIMET knows as one operation and the hardware as several, or that compute no output of a device.
 _DECOMPOSED = (
@@ -115,8 +116,6 @@ def _recorded(root: nn.Module, call: NetworkInputs, recorder: Recorder) -> None:
 
 
 def _traced(root: nn.Module, call: NetworkInputs, recorder: Recorder) -> None:
-    from lightning_quant.simulation.network import FlatNetwork
-
     class Recorded(FlatNetwork):
         def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
             recorder.begin(tensors)

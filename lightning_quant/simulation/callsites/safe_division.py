@@ -15,6 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_quant.simulation.aimet import custom
+from lightning_quant.simulation.callsites.traces import tracing_state
 
 
 class SafeDivide(custom.QuantizedDivide):
@@ -29,7 +30,7 @@ class SafeDivide(custom.QuantizedDivide):
         if quantizer is not None and isinstance(y, Tensor) and quantizer.is_initialized():
             with torch.no_grad():
                 step, is_signed = quantizer.get_scale().max().to(y.dtype), quantizer.get_min().min() < 0
-            if torch._C._get_tracing_state() is None:
+            if tracing_state() is None:
                 y = torch.where(is_signed, y, torch.maximum(y, step))  # the numbers stay on the device
             elif not is_signed:  # in a file Max: a Clip of one limit is not safe with the NPU
                 y = torch.maximum(y, y.new_tensor(float(step)))

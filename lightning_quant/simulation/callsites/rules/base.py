@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_quant.simulation.callsites.traces import tracing_state
+
 
 class Rule(ABC):
     """How one kind of function becomes a module, and how the module is called."""
@@ -58,7 +60,7 @@ class Binary(Rule):
         a, b = operands
         if not isinstance(a, Tensor):
             # filled on the device: a copy from the host would wait for it, and a CUDA graph would not have it
-            fills = isinstance(a, int | float) and torch._C._get_tracing_state() is None
+            fills = isinstance(a, int | float) and tracing_state() is None
             a = b.new_full((), a) if fills else torch.as_tensor(a, dtype=b.dtype, device=b.device)
         return module(a, b)
 
