@@ -95,7 +95,7 @@ def quantize(
 
 
 def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> aimet.Simulation:
-    """AIMET's QuantizationSimModel around the flat form of ``network``, whose modules it changes in place."""
+    """Return AIMET's QuantizationSimModel around the flat form of ``network``, whose modules it changes in place."""
     estimator = recipe.range_estimator
     ignored_before = aimet.QuantizationMixin._ignore_unknown_modules
     try:

@@ -146,7 +146,7 @@ def _fold_batch_norms(
                 FlatNetwork(twin, inputs).eval(), None, dummy_input=tuple(inputs.tensors)
             )
         for layer, _ in pairs:
-            if layer in owners and owners[layer].bias is None:  # what is lent is changed where it lies
+            if layer in owners and owners[layer].bias is None:  # of the module that owns the weight
                 owners[layer].bias = layer._parameters["bias"]
         actual = [_drawing_the_same(call, twin) for call in calls]
         difference = max(map(relative_difference, expected, actual))
@@ -171,17 +171,17 @@ def _fold_batch_norms(
 
 
 def _owners(twin: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Return the modules whose own weights are lent to a call site as they are, by the layer there.
+    """Return the modules whose own weights a call site is passed unchanged, by the layer there.
 
     Nothing can be folded into weights that are computed again in each pass, and a batch norm that is called as a
     function belongs to a module that does more; such a layer is made one that AIMET does not know.
     """
-    lenders = {module._parameters["weight"]: module for module in twin.modules() if "weight" in module._parameters}
+    owning = {module._parameters["weight"]: module for module in twin.modules() if "weight" in module._parameters}
     found = {}
     for layer in list(twin.modules()):
         if "_takes_weights" not in vars(layer):
             continue
-        owner = lenders.get(vars(layer).get("_weight_of"))
+        owner = owning.get(vars(layer).get("_weight_of"))
         if owner is not None and not isinstance(layer, _BatchNorm):
             found[layer] = owner
         else:

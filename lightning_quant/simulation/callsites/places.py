@@ -103,12 +103,12 @@ def same(value: _T) -> _T:
 
 
 def _stable(code: CodeType, at: int) -> tuple[Any, ...]:
-    """A frame in a form that can be pickled: name and first line of the code, and which part of its text is run."""
+    """Return a frame in a form that can be pickled: name and first line of its code, and the position in the text."""
     return (code.co_qualname, code.co_firstlineno, *_position(code, at))
 
 
 def _position(code: CodeType, at: int) -> tuple[int | None, ...]:
-    """Lines and columns of an instruction; its number differs by whether Python or C is called there."""
+    """Return lines and columns of an instruction; its number differs by whether Python or C is called there."""
     position = next(itertools.islice(code.co_positions(), at // 2, None))
     return position if None not in position else (at,)
 

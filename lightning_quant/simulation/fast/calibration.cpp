@@ -24,7 +24,7 @@ Tensor histograms(const Tensor& given, const Tensor& low, const Tensor& high, in
   for_each_stretch(layout, [&](int64_t channel, int64_t start, int64_t length) {
     const float left = lows.const_data_ptr<float>()[channel], right = highs.const_data_ptr<float>()[channel];
     const float per_width = right - left, last = float(bins - 1);
-    // neighbours are often alike: four tables keep their increments from waiting for each other
+    // neighbors are often alike: four tables keep their increments from waiting for each other
     std::vector<int32_t> tables(4 * (bins + 1));
     int32_t places[BLOCK];
     for (int64_t block = 0; block < length; block += BLOCK) {
@@ -46,25 +46,25 @@ Tensor histograms(const Tensor& given, const Tensor& low, const Tensor& high, in
   return counts;
 }
 
-// The error of quantizing histograms [N, bins], whose bins have the given centres [N, bins], to each of the grids with
+// The error of quantizing histograms [N, bins], whose bins have the given centers [N, bins], to each of the grids with
 // scales [N, M] and offsets [N, M]: the sum of squared errors, those of clipped numbers times gamma; see AIMET's
 // `_estimate_clip_and_quant_noise`.
-Tensor quantization_noise(const Tensor& counts, const Tensor& centres, const Tensor& scales, const Tensor& offsets,
+Tensor quantization_noise(const Tensor& counts, const Tensor& centers, const Tensor& scales, const Tensor& offsets,
                           double steps, double gamma) {
-  TORCH_CHECK(counts.is_contiguous() && centres.is_contiguous() && scales.is_contiguous() && offsets.is_contiguous(),
+  TORCH_CHECK(counts.is_contiguous() && centers.is_contiguous() && scales.is_contiguous() && offsets.is_contiguous(),
               "expected contiguous tensors");
   const int64_t bins = counts.size(1), grids = scales.size(1);
   Tensor noise = at::empty_like(scales);
   const float highest = float(steps), weight = float(gamma);
   at::parallel_for(0, counts.size(0), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> count(bins), centre(bins);
+    std::vector<float> count(bins), center(bins);
     for (int64_t row = begin; row < end; ++row) {
       int64_t filled = 0;  // a channel of a depthwise convolution has nine weights in its 512 bins
       for (int64_t bin = 0; bin < bins; ++bin) {
         const float n = counts.const_data_ptr<float>()[row * bins + bin];
         if (n == 0.f) continue;
         count[filled] = n;
-        centre[filled++] = centres.const_data_ptr<float>()[row * bins + bin];
+        center[filled++] = centers.const_data_ptr<float>()[row * bins + bin];
       }
       for (int64_t grid = 0; grid < grids; ++grid) {
         const float scale = scales.const_data_ptr<float>()[row * grids + grid];
@@ -72,10 +72,10 @@ Tensor quantization_noise(const Tensor& counts, const Tensor& centres, const Ten
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t bin = 0; bin < filled; ++bin) {
-          const float exact = std::nearbyint(centre[bin] / scale - offset);
+          const float exact = std::nearbyint(center[bin] / scale - offset);
           float q = exact < 0.f ? 0.f : exact;
           q = q > highest ? highest : q;
-          const float error = (q + offset) * scale - centre[bin];
+          const float error = (q + offset) * scale - center[bin];
           sum += error * error * count[bin] * (q == exact ? 1.f : weight);
         }
         noise.mutable_data_ptr<float>()[row * grids + grid] = sum;
@@ -91,7 +91,7 @@ Tensor quantization_noise(const Tensor& counts, const Tensor& centres, const Ten
 TORCH_LIBRARY_FRAGMENT(lightning_quant, library) {
   library.def("histograms(Tensor x, Tensor low, Tensor high, int bins) -> Tensor", lightning_quant::histograms);
   library.def(
-      "quantization_noise(Tensor counts, Tensor centres, Tensor scales, Tensor offsets, float steps, float gamma)"
+      "quantization_noise(Tensor counts, Tensor centers, Tensor scales, Tensor offsets, float steps, float gamma)"
       " -> Tensor",
       lightning_quant::quantization_noise);
 }

@@ -24,13 +24,13 @@ namespace {
 
 enum Activation : int64_t { NONE = 0, RELU = 1, HARDSWISH = 2, RELU6 = 3 };
 
-// What a forward pass keeps for its backward pass. Weights are kept anyway, and so is what goes into a hardswish; of
-// other activations two bytes a number say all that the gradients need, or one bit where the range does not learn.
+// What a forward pass saves for its backward pass. Weights are saved anyway, and so is the input of a hardswish; of
+// other activations the gradients need two bytes per value, or one bit if the range is not learned.
 enum Kept : int64_t { INPUT = 0, CODES = 1, BITS = 2 };
 
-constexpr int16_t ABOVE = 32767, BELOW = -32768;  // codes of numbers outside the range
-constexpr int16_t CUT_OFF = 32766;                // code of a number inside that a ReLU gives no gradient
-// Codes of the others: their rounding error, half a step and a little more at most, times this.
+constexpr int16_t ABOVE = 32767, BELOW = -32768;  // codes of values outside the range
+constexpr int16_t CUT_OFF = 32766;                // code of a value inside to which a ReLU gives no gradient
+// Codes of the others: their rounding error, at most a little more than half a step, times this.
 constexpr float CODE_SCALE = 64000.f;
 
 struct Grid {
@@ -86,7 +86,7 @@ inline float activation_gradient(float grad, float x, Activation activation) {
   }
 }
 
-// Whether an activation gives no gradient to a number, and to all others theirs.
+// Whether an activation gives no gradient to a value; to all others it passes theirs unchanged.
 inline bool cuts_off(float x, Activation activation) {
   return (activation == RELU || activation == RELU6) && (x <= 0.f || (activation == RELU6 && x >= 6.f));
 }
@@ -108,8 +108,8 @@ inline void unpack(const uint8_t* __restrict bits, uint8_t* __restrict passes, i
   }
 }
 
-// How far rounding went, in steps. The 65,535 steps of 16 bits leave the difference of two floats three digits; the
-// product in full precision keeps them all, where the processor has it.
+// The rounding error, in units of the scale. With 65,535 steps the difference of two floats has three digits left; a
+// fused product, where the processor has one, keeps them all.
 inline float rounding_error(float rounded, [[maybe_unused]] float scaled, [[maybe_unused]] float value,
                             [[maybe_unused]] float scale, [[maybe_unused]] float inverse) {
 #if defined(__FMA__) || defined(__aarch64__)

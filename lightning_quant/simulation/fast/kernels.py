@@ -95,7 +95,7 @@ def _load() -> None:
 
 @contextmanager
 def _silent(logger: str) -> Iterator[None]:
-    """PyTorch warns there that a machine without a GPU has none."""
+    """Silence a logger: PyTorch warns there that a machine without a GPU has none."""
     level = logging.getLogger(logger).level
     logging.getLogger(logger).setLevel(logging.ERROR)
     try:
@@ -106,7 +106,7 @@ def _silent(logger: str) -> Iterator[None]:
 
 @contextmanager
 def _on_path(folder: str) -> Iterator[None]:
-    """A virtual environment that was not activated has its programs off the path."""
+    """Prepend a folder to the path: a virtual environment that was not activated has its programs elsewhere."""
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = f"{folder}{os.pathsep}{before}"
     try:
