@@ -161,10 +161,13 @@ class _Switchboard:
 
 @contextmanager
 def _all_quantizers_off(layers: dict[str, Any]) -> Iterator[_Switchboard]:
+    from lightning_quant.simulation.fast.biases import unrounded_biases  # imports AIMET
+
     board = _Switchboard(layers)
     board.off()
     try:
-        yield board
+        with unrounded_biases(layers.values()):
+            yield board
     finally:
         board.restore()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_quant.simulation.fast import gpu, kernels
+from lightning_quant.simulation.fast import biases, gpu, kernels
 from lightning_quant.simulation.fast.kernels import Activation
 from tests.simulation.fast.triton_cases import COMMON, GRIDS, Results, assert_alike, equal, numbers, on_cpu, run
 
@@ -149,3 +149,14 @@ def test_more_than_two_billion_numbers() -> None:
         assert input.grad is not None
         assert input.grad[-5:].tolist() == [0, 0, 1, 1, 1]
         del made, input
+
+
+def test_a_bias_is_rounded_as_on_the_cpu() -> None:
+    """In units of both scales, with 64 bits in between; groups have the same scales."""
+    bias = torch.randn(3000) * torch.logspace(-6, 3, 3000)
+    for channels, steps in ((3000, 255.0), (1000, 15.0), (1, 255.0)):
+        high = torch.rand(channels, 1, 1, 1) + 1e-3
+        given = (bias, torch.tensor(-0.3), torch.tensor(1.1), -high, high)
+        grids = (65535.0, 1e-8), (steps, 1e-8)
+        on_gpu = gpu.round_bias(*(one.cuda() for one in given), *grids)
+        assert torch.equal(on_gpu.cpu(), biases._Rounded.apply(*given, *grids))

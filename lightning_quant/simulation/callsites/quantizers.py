@@ -31,6 +31,7 @@ def complete(sim: Any) -> None:
     _round_before_activations(sim)
     _quantize_constants(sim)
     _guard_divisions(sim)
+    _note_roundings(sim)
 
 
 def _sites(sim: Any) -> list[Any]:
@@ -156,5 +157,25 @@ def rounding(sim: Any, source: Any) -> Any:
             return quantizers[0]
         if not source.is_grid_preserving_op():
             return None
+        own: Any = getattr(producer, "input_quantizers", ())
+        if len(own) and own[0] is not None:  # an input of the network, which comes here first
+            return own[0]
         source = source.inputs[0].producer
     return None
+
+
+def _note_roundings(sim: Any) -> None:
+    """Let layers with a bias know what rounds their input, as the hardware adds the bias in its units.
+
+    A layer that several calls give inputs of other grids has no such unit: its bias is not rounded.
+    """
+    from lightning_quant.simulation.fast.biases import ROUNDED_BY  # imports AIMET
+
+    found: dict[Any, set[Any]] = {}
+    for op in sim.connected_graph.ordered_ops:
+        module = sim._get_qmodule(op)
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and op.inputs:
+            own = module.input_quantizers[0] if len(getattr(module, "input_quantizers", ())) else None
+            found.setdefault(module, set()).add(own or rounding(sim, op.inputs[0].producer))
+    for module, roundings in found.items():
+        (module.__dict__[ROUNDED_BY],) = roundings if len(roundings) == 1 else (None,)

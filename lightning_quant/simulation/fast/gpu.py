@@ -102,6 +102,20 @@ def fake_quantize(
     return _Whole.apply(x, low, high, grid, activation, learned, kept, dtype)
 
 
+def round_bias(
+    bias: Tensor, input_low: Tensor, input_high: Tensor, weight_low: Tensor, weight_high: Tensor,
+    input_grid: tuple[float, float], weight_grid: tuple[float, float],
+) -> Tensor:  # fmt: skip
+    """Round a bias to the input's scale times the weight's; each grid is its number of steps and smallest scale."""
+    rounded = torch.empty_like(bias)
+    if bias.numel():
+        _kernels().round_bias(
+            -(-bias.numel() // _ROW), (bias, rounded, input_low, input_high, weight_low, weight_high),
+            (bias.numel(), weight_low.numel()), (*input_grid, *weight_grid), (_ROW,),
+        )  # fmt: skip
+    return rounded
+
+
 def _axis(x: Tensor, low: Tensor) -> int | None:
     """Return the axis of ``x`` that has a range per index; ``None`` with one range."""
     if low.numel() == 1:
@@ -341,6 +355,7 @@ class _Kernels:
         self.finish = _Launcher(triton.finish_kernel)
         self.forward_rows = _Launcher(triton.forward_rows_kernel)
         self.backward_rows = _Launcher(triton.backward_rows_kernel)
+        self.round_bias = _Launcher(triton.round_bias_kernel)
 
 
 @functools.cache

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.simulation.aimet import QuantizedTensorBase
+from lightning_quant.simulation.aimet import QuantizationMixin, QuantizedTensorBase
 from lightning_quant.simulation.callsites.passes import current, paused, running_pass
 from lightning_quant.simulation.fast import in_graphs
+from lightning_quant.simulation.fast.biases import rounded_bias
 from lightning_quant.simulation.fast.kernels import Activation
 from lightning_quant.simulation.fast.quantizer import is_fast, is_known, is_traced
 
@@ -100,9 +101,9 @@ class FastWeighted(FastLayer):
     def _computed(self: Any, quantizer: Any, input: Tensor) -> Any:
         weight = self._quantized_weight()
         if isinstance(self, nn.Linear):
-            output = nn.functional.linear(input, weight, self.bias)
+            output = nn.functional.linear(input, weight, rounded_bias(self))
         else:
-            output = self._conv_forward(input, weight, self.bias)
+            output = self._conv_forward(input, weight, rounded_bias(self))
         return output if quantizer is None else quantizer(output)
 
     def _quantized_weight(self: Any) -> Tensor:
@@ -120,6 +121,35 @@ class FastWeighted(FastLayer):
         if held.get("state") != (*state, dtype):
             held.update(state=(*state, dtype), weight=_quantized(quantizer, weight, dtype))
         return held["weight"]
+
+
+class FastTransposed(FastWeighted):
+    """A transposed convolution, whose size may be asked for in the call."""
+
+    def compute_encodings(self: Any) -> Any:
+        """Calibrate in a block; AIMET's protection of biases against overflow knows no groups that share scales."""
+        if self.groups > 1:
+            return QuantizationMixin.compute_encodings(self)
+        return self.aimet_class.compute_encodings(self)
+
+    def _computed(self: Any, quantizer: Any, input: Tensor, output_size: Any = None) -> Any:
+        with _replaced(self, weight=self._quantized_weight(), bias=rounded_bias(self)):
+            output = self.float_class.forward(self, input, output_size)
+        return output if quantizer is None else quantizer(output)
+
+
+@contextlib.contextmanager
+def _replaced(layer: nn.Module, **parameters: Tensor | None) -> Iterator[None]:
+    """Let a layer compute with other parameters for the length of a block."""
+    before = [layer._parameters if name in layer._parameters else layer.__dict__ for name in parameters]
+    own = [holder[name] for holder, name in zip(before, parameters, strict=True)]
+    for holder, (name, value) in zip(before, parameters.items(), strict=True):
+        holder[name] = value
+    try:
+        yield
+    finally:
+        for holder, name, value in zip(before, parameters, own, strict=True):
+            holder[name] = value
 
 
 @contextlib.contextmanager

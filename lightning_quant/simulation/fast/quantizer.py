@@ -57,7 +57,7 @@ class FastQuantizer:
         ):
             return None
         qmin, qmax = self.qmin, self.qmax
-        grid = (low, high, qmin, qmax, self._symmetric, _smallest_scale(qmax - qmin), activation)
+        grid = (low, high, qmin, qmax, self._symmetric, smallest_scale(qmax - qmin), activation)
         if in_graphs.is_tracing():
             return in_graphs.fake_quantize(input, *grid)
         if type(input) is not Tensor:
@@ -146,4 +146,4 @@ def is_fast(module: Any) -> bool:
     return "aimet_class" in vars(type(module))
 
 
-_smallest_scale = functools.cache(_get_minimum_scale)
+smallest_scale = functools.cache(_get_minimum_scale)

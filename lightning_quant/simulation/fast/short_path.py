@@ -23,7 +23,7 @@ from lightning_quant.simulation.aimet import (
     _DispatchMixin,
     custom,
 )
-from lightning_quant.simulation.fast.layers import FUSED, FastActivation, FastLayer, FastWeighted, Layer
+from lightning_quant.simulation.fast.layers import FUSED, FastActivation, FastLayer, FastTransposed, FastWeighted, Layer
 from lightning_quant.simulation.fast.observers import accelerate_analyzer, slow_down_analyzer
 from lightning_quant.simulation.fast.quantizer import FastQuantizer, is_fast
 
@@ -74,6 +74,8 @@ def _fast_class(aimet_class: Any) -> Any:
         kind = FastQuantizer
     elif float_class in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear):
         kind = FastWeighted
+    elif float_class in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+        kind = FastTransposed
     elif float_class in FUSED:
         kind = FastActivation
     elif float_class in _PLAIN or _is_plainly_dispatched(aimet_class):

@@ -35,6 +35,8 @@ NAN_STAYS = tl.constexpr(tl.PropagateNan.ALL)
 
 # Adding it leaves no room for a fraction. Numbers beyond 2^22 lose more, which are outside of every grid there is.
 NO_FRACTION = tl.constexpr(12582912.0)
+# The same for numbers of 64 bits, up to 2^51.
+NO_FRACTION_64 = tl.constexpr(6755399441055744.0)
 # The interpreter rounds a fused product and sum twice.
 IS_FUSED = tl.constexpr(not triton.knobs.runtime.interpret)
 
@@ -316,3 +318,26 @@ def backward_rows_kernel(
         by_low, by_high = range_gradients(all_by_scale, all_by_offset, low, high, qmin, qmax, smallest, SYMMETRIC)
         tl.store(low_grad_ptr + row, by_low.to(tl.float32))
         tl.store(high_grad_ptr + row, by_high.to(tl.float32))
+
+
+@triton.jit(
+    do_not_specialize=["channels"],
+    do_not_specialize_on_alignment=["input_low_ptr", "input_high_ptr", "weight_low_ptr", "weight_high_ptr"],
+)
+def round_bias_kernel(
+    bias_ptr, out_ptr, input_low_ptr, input_high_ptr, weight_low_ptr, weight_high_ptr, n, channels,
+    input_steps, input_smallest, weight_steps, weight_smallest, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A bias in units of the input's scale times the weight's, see `biases.py`."""
+    here = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = here < n
+    of_input = tl.abs(tl.div_rn(tl.load(input_high_ptr) - tl.load(input_low_ptr), input_steps))
+    of_input = tl.where(of_input < input_smallest, input_smallest, of_input)
+    low = tl.load(weight_low_ptr + here % channels, mask=mask, other=0.0)
+    high = tl.load(weight_high_ptr + here % channels, mask=mask, other=1.0)
+    of_weight = tl.abs(tl.div_rn(high - low, weight_steps))
+    of_weight = tl.where(of_weight < weight_smallest, weight_smallest, of_weight)
+    scale = of_input.to(tl.float64) * of_weight.to(tl.float64)
+    bias = tl.load(bias_ptr + here, mask=mask, other=0.0).to(tl.float64)
+    steps = (bias / scale + NO_FRACTION_64) - NO_FRACTION_64
+    tl.store(out_ptr + here, steps.to(tl.float32) * scale.to(tl.float32), mask=mask)

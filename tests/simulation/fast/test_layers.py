@@ -25,6 +25,7 @@ from tests.helpers.small import SmallModule, small_loader
 
 aimet.load()
 
+from lightning_quant.simulation.fast.biases import unrounded_biases  # noqa: E402
 from lightning_quant.simulation.fast.short_path import accelerate, slow_down  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -64,7 +65,12 @@ def made(name: str, precision: str = "w8a8", **recipe: Any) -> QuantizedNetwork:
 
 
 def step(network: QuantizedNetwork, inputs: NetworkInputs) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Loss, gradients and outputs without gradients."""
+    """Loss, gradients and outputs without gradients. AIMET rounds no biases: see test_biases."""
+    with unrounded_biases(network.modules()):
+        return _step(network, inputs)
+
+
+def _step(network: QuantizedNetwork, inputs: NetworkInputs) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     network.zero_grad()
     output = inputs.call(network)
     loss = (output["out"] if isinstance(output, dict) else output).square().mean()
