@@ -19,7 +19,7 @@ from lightning_quant.callbacks.quantization import QuantizationCallback
 from lightning_quant.callbacks.validation import check_float_metric, measure, shuffled_outputs, swapped_network
 from lightning_quant.ladder.climb import Footing, climb
 from lightning_quant.ladder.gate import Ladder, RungResult
-from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.utilities.modules import preserve_modes
 
@@ -78,7 +78,7 @@ class Climber:
         changed = f"{self.network.range_estimator} ranges"
         return self.ladder.judge("ptq", metric, changed, seconds, peak_memory_bytes)
 
-    def climb(self, rungs: Sequence[Technique], footing: Footing, done: Callable[[RungResult], None]) -> None:
+    def climb(self, rungs: Sequence[Rung], footing: Footing, done: Callable[[RungResult], None]) -> None:
         """Try the rungs that are left, see :func:`~lightning_quant.ladder.climb.climb`."""
 
         @contextmanager
@@ -87,7 +87,7 @@ class Climber:
             with isolated_seed():  # so that a rung does not depend on whether those before it ran or were restored
                 yield
 
-        bench = Workbench(
+        context = RungContext(
             float_network=self.float_network,
             inputs=self.network.inputs,
             samples=self._samples,
@@ -101,7 +101,7 @@ class Climber:
                 self.ladder,
                 rungs,
                 self.network,
-                bench,
+                context,
                 measure_float=self._measure_other,
                 footing=footing,
                 trying=trying,

@@ -106,7 +106,7 @@ def _reproduce(callback: QuantizationCallback | None) -> str:
     if isinstance(callback, QuantizationAwareTraining):
         ladder = callback.result
         given |= {"max_drop": ladder.max_drop, "monitor": ladder.monitor, "mode": ladder.mode}
-        given |= {"rungs": tuple(one.name for one in callback.techniques)}
+        given |= {"rungs": tuple(one.name for one in callback.rungs)}
         given |= {"train_ranges": callback.train_ranges, "distillation": callback.distillation}
     defaults = inspect.signature(type(callback)).parameters
     changed = [f"{name}={value!r}" for name, value in given.items() if value != defaults[name].default]

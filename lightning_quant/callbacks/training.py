@@ -38,7 +38,7 @@ from lightning_quant.callbacks.validation import isolated_validation, measure, m
 from lightning_quant.errors import CalibrationError, CheckpointError, ConfigurationError, TrainingError
 from lightning_quant.ladder.climb import Footing
 from lightning_quant.ladder.gate import Ladder, RungResult
-from lightning_quant.ladder.registry import Rung, techniques
+from lightning_quant.ladder.registry import RungSpec, parse_rungs
 from lightning_quant.ladder.rungs.ptq import CalibratedRanges
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.compiled import Compiled, check_options
@@ -89,7 +89,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         rungs: repairs to try before training, cheapest first: ``"ptq"``, ``"min_max"``, ``"tf_enhanced"``,
             ``"percentile"``, ``"cle"``, ``"bn_reestimation"``, ``"bias_correction"``, ``"seq_mse"``, ``"adaround"``,
             ``"mixed"``; with options as ``{"mixed": {"budget": 0.05}}``; or the dotted path of a
-            ``lightning_quant.ladder.rung.Technique`` of your own.
+            ``lightning_quant.ladder.rung.Rung`` of your own.
         train_ranges: learn the ranges too. ``False`` keeps them as calibrated.
         distillation: weight of a second loss, the squared difference from the float network's output relative to
             its power, beside your own. 0: none.
@@ -127,7 +127,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         max_drop: float | None = None,
         monitor: str = "val_miou",
         mode: str = "max",
-        rungs: Sequence[Rung] = ("ptq",),
+        rungs: Sequence[RungSpec] = ("ptq",),
         train_ranges: bool = True,
         distillation: float = 0.0,
         statistics_cache: str | None = None,
@@ -150,8 +150,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             raise ConfigurationError(f"mode={mode!r}: expected 'max' or 'min'.")
         if not isinstance(distillation, int | float) or not 0 <= distillation < math.inf:
             raise ConfigurationError(f"distillation={distillation!r}: expected a weight of at least 0.")
-        self.techniques = techniques(list(rungs) if isinstance(rungs, tuple) else rungs)
-        self.climbs = max_drop is not None or [type(technique) for technique in self.techniques] != [CalibratedRanges]
+        self.rungs = parse_rungs(list(rungs) if isinstance(rungs, tuple) else rungs)
+        self.climbs = max_drop is not None or [type(rung) for rung in self.rungs] != [CalibratedRanges]
         if self.climbs and (not isinstance(monitor, str) or not monitor):
             raise ConfigurationError(
                 f"max_drop={max_drop!r} with monitor={monitor!r}: expected the name of the metric that is compared, as "
@@ -162,7 +162,7 @@ class QuantizationAwareTraining(QuantizationCallback):
                 "calibration_dataloader is an iterator, and each rung reads the samples anew: expected a data "
                 "loader, or a function that makes one."
             )
-        self.refines = self.climbs and any(technique.refines for technique in self.techniques)
+        self.refines = self.climbs and any(rung.refines for rung in self.rungs)
         self.train_ranges = train_ranges
         self.distillation = distillation
         self.compile = None if compile is False else check_options(compile)
@@ -205,8 +205,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         quantized.learn_ranges(self.train_ranges)
         self._fixed_ranges = [one for one in quantized.range_parameters() if not one.requires_grad]
         if fits and self.climbs:
-            for technique in self.techniques:
-                technique.check(quantized)
+            for rung in self.rungs:
+                rung.check(quantized)
 
     @override
     def _on_set_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -240,7 +240,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             if not self._climbed:
                 with measuring(trainer, pl_module)():
                     self._climb(trainer, pl_module)
-            late = {one.name for one in self.techniques} - {rung.rung for rung in self.result.rungs}
+            late = {one.name for one in self.rungs} - {rung.rung for rung in self.result.rungs}
             if late and not self.result.satisfied:
                 rank_zero_warn(f"The climb was over in the checkpoint: {', '.join(sorted(late))} are not tried.")
             if (self.result.satisfied and self._trained_metric is None) or self._only_rungs:
@@ -383,7 +383,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             **drift,
             "ladder": self.result.to_dict(),
             "climbed": self._climbed,
-            "finishing": self._footing.finishing,
+            "finishing": self._footing.correction,
             "trained_metric": self._trained_metric,
             "improving": self._improving,
             "best_model_path": self.best_model_path,
@@ -455,9 +455,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         done = partial(self._after_rung, trainer, self.quantized_network(pl_module))
         if self.result.float_metric is None:
             climber.measure_float()
-        if not self.result.rungs and type(self.techniques[0]) is CalibratedRanges:
+        if not self.result.rungs and type(self.rungs[0]) is CalibratedRanges:
             done(climber.judge_calibrated(*self._calibration))
-        climber.climb(self.techniques, self._footing, done)
+        climber.climb(self.rungs, self._footing, done)
         self._climbed = True
         self._footing = Footing()
         self._float.cpu()

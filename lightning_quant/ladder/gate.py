@@ -118,7 +118,7 @@ class Ladder:
         self.rungs.append(result)
         return result
 
-    def pass_over(self, rung: str, reason: str, seconds: float = 0.0) -> RungResult:
+    def skip(self, rung: str, reason: str, seconds: float = 0.0) -> RungResult:
         """Write down a rung that was not tried or failed; the network stays as it was."""
         result = RungResult(rung, None, None, round(seconds, 2), None, "", False, reason)
         self.rungs.append(result)

@@ -1,4 +1,4 @@
-"""From the names in ``rungs`` to techniques."""
+"""The rungs by name, and from what a user writes in ``rungs`` to the objects."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.ladder.rung import Technique
+from lightning_quant.ladder.rung import Rung
 
-# Where each technique lives. Loaded when asked for.
+# Where each rung lives. Loaded when asked for.
 _HOMES = {
     "ptq": "ptq.CalibratedRanges",
     "min_max": "ptq.MinMaxRanges",
@@ -23,17 +23,17 @@ _HOMES = {
     "adaround": "adaround.AdaptiveRounding",
     "mixed": "mixed.MixedPrecision",
 }
-TECHNIQUES = tuple(_HOMES)
+RUNGS = tuple(_HOMES)
 
-Rung = str | Mapping[str, Mapping[str, Any]]
+RungSpec = str | Mapping[str, Mapping[str, Any]]
 """A name, or ``{name: {option: value}}``."""
 
 
-def techniques(rungs: Sequence[Rung]) -> list[Technique]:
-    """The techniques that ``rungs`` names, in order.
+def parse_rungs(rungs: Sequence[RungSpec]) -> list[Rung]:
+    """Make the rungs that ``rungs`` names, in order.
 
     Args:
-        rungs: names from :data:`TECHNIQUES`, dotted paths of classes of your own, or one of them with options, as in
+        rungs: names from :data:`RUNGS`, dotted paths of classes of your own, or one of them with options, as in
             ``{"mixed": {"budget": 0.05}}``.
 
     Raises:
@@ -41,14 +41,14 @@ def techniques(rungs: Sequence[Rung]) -> list[Technique]:
     """
     if isinstance(rungs, str) or not isinstance(rungs, Sequence) or not rungs:
         raise ConfigurationError(f"rungs={rungs!r}: expected a list of at least one rung, e.g. ('ptq', 'cle').")
-    made = [_technique(rung) for rung in rungs]
-    names = [technique.name for technique in made]
+    made = [_rung(rung) for rung in rungs]
+    names = [rung.name for rung in made]
     if repeated := next((name for name in names if names.count(name) > 1), None):
         raise ConfigurationError(f"rungs={rungs!r} names {repeated!r} twice: expected each rung once.")
     return made
 
 
-def _technique(rung: Rung) -> Technique:
+def _rung(rung: RungSpec) -> Rung:
     name: Any = rung
     options: Mapping[str, Any] = {}
     if isinstance(rung, Mapping):
@@ -58,7 +58,7 @@ def _technique(rung: Rung) -> Technique:
         if not isinstance(options or {}, Mapping):
             raise ConfigurationError(f"Rung {name!r} with options {options!r}: expected a dict, {{'mixed': {{…}}}}.")
     if not isinstance(name, str):
-        raise ConfigurationError(f"Rung {name!r}: expected a name, one of {', '.join(TECHNIQUES)}.")
+        raise ConfigurationError(f"Rung {name!r}: expected a name, one of {', '.join(RUNGS)}.")
     if name == "qat":
         raise ConfigurationError("Rung 'qat': training follows the rungs by itself; leave it out of rungs.")
     path = f"{__package__}.rungs.{_HOMES[name]}" if name in _HOMES else name
@@ -68,14 +68,14 @@ def _technique(rung: Rung) -> Technique:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigurationError(f"Rung {name!r} cannot be imported: {error}.") from error
     if kind is None:
-        near = difflib.get_close_matches(name, TECHNIQUES, n=1)
+        near = difflib.get_close_matches(name, RUNGS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigurationError(
-            f"Unknown rung {name!r}: expected one of {', '.join(TECHNIQUES)}, or the dotted path of a class of your "
+            f"Unknown rung {name!r}: expected one of {', '.join(RUNGS)}, or the dotted path of a class of your "
             f"own.{hint}"
         )
-    if not (isinstance(kind, type) and issubclass(kind, Technique)):
-        raise ConfigurationError(f"Rung {name!r} is no subclass of {Technique.__module__}.{Technique.__name__}.")
+    if not (isinstance(kind, type) and issubclass(kind, Rung)):
+        raise ConfigurationError(f"Rung {name!r} is no subclass of {Rung.__module__}.{Rung.__name__}.")
     if not isinstance(getattr(kind, "name", None), str):
         raise ConfigurationError(f"Rung {name!r} has no name: expected a class attribute name = '…', for its records.")
     if kind.name in _HOMES and name not in _HOMES:

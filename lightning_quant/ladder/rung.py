@@ -18,15 +18,15 @@ from lightning_quant.simulation.prepare import PreparedNetwork, prepare
 
 
 @dataclass
-class Workbench:
-    """What a technique works with, besides the quantized network itself.
+class RungContext:
+    """What a rung works with, besides the quantized network itself.
 
     Args:
         float_network: the user's network, in eval mode. Not to be changed.
         inputs: an example call of it.
         samples: starts another pass over the calibration samples, the same calls every time.
         measure: the user's metric of the quantized network as it is now, with the correction in force, if there is
-            one (see :attr:`Technique.finishing`). Costs a validation.
+            one (see :attr:`Rung.is_correction`). Costs a validation.
         suffices: whether a value of that metric is within what the user allows; ``None`` if there is no bound.
         cache: where calibration keeps what it saw, for other precisions; ``None``: nowhere.
     """
@@ -53,7 +53,7 @@ class Workbench:
         return calibrate(network, Passes(self.samples), weights=weights, cache=self.cache)
 
 
-class Technique(ABC):
+class Rung(ABC):
     """A rung of the ladder: changes a quantized network in place, so that it comes closer to the float one.
 
     Subclass it for a repair of your own and name the class in ``rungs``, as in ``rungs=("ptq", "my_package.MyRung")``.
@@ -61,7 +61,7 @@ class Technique(ABC):
     Attributes:
         name: how the rung is called in ``rungs`` and in records.
         start: what it is applied to: the ``"best"`` network so far, or the ``"float"`` weights newly quantized.
-        finishing: whether it corrects what rounding did to the layers' outputs. A correction holds for one rounding
+        is_correction: whether it corrects what rounding did to the layers' outputs. A correction holds for one rounding
             only: it is taken off before the next rung and made anew on top of it.
         refines: whether it may give quantizers more than 8 bits. Everything is then measured in float32, with all its
             digits: the float network and the rungs before it, too.
@@ -69,7 +69,7 @@ class Technique(ABC):
 
     name: ClassVar[str]
     start: ClassVar[Literal["best", "float"]] = "best"
-    finishing: ClassVar[bool] = False
+    is_correction: ClassVar[bool] = False
     refines: ClassVar[bool] = False
 
     def check(self, network: QuantizedNetwork) -> None:
@@ -80,16 +80,16 @@ class Technique(ABC):
         """
         return None
 
-    def unsuitable(self, network: QuantizedNetwork, bench: Workbench) -> str | None:
+    def skip_reason(self, network: QuantizedNetwork, context: RungContext) -> str | None:
         """Why it would change nothing in this network, or ``None``: the rung is then passed over."""
         return None
 
-    def float_reference(self, bench: Workbench) -> nn.Module | None:
+    def float_reference(self, context: RungContext) -> nn.Module | None:
         """What the same repair makes of the float network, if it changes that as well."""
         return None
 
     @abstractmethod
-    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+    def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
         """Change ``network`` in place, calibrated when done; says in a few words what was changed.
 
         It is called in eval mode and without gradients.

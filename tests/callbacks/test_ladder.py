@@ -22,7 +22,7 @@ from typing_extensions import override
 
 import lightning_quant as lq
 from lightning_quant.errors import CheckpointError, ConfigurationError
-from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.helpers.small import (
@@ -290,7 +290,7 @@ def test_a_module_that_is_quantized_already(trainer: MakeTrainer, trained: Small
 # Stopping anywhere and going on
 
 
-class Shift(Technique):
+class Shift(Rung):
     """Adds a constant to the head's bias; may be told to fail."""
 
     name = "shift"
@@ -298,11 +298,11 @@ class Shift(Technique):
     fails: Callable[[], None] | None = None
 
     @override
-    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+    def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
         if Shift.fails is not None:
             Shift.fails()
         network.get_parameter("network.head.bias").add_(self.amount)
-        calibrate(network, bench.samples(), weights=False)
+        calibrate(network, context.samples(), weights=False)
         return "shifted"
 
 

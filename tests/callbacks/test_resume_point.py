@@ -20,7 +20,7 @@ from typing_extensions import override
 import lightning_quant as lq
 from lightning_quant.callbacks.resume_point import ResumePoint
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.helpers.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
 
@@ -109,14 +109,14 @@ def test_a_second_fit_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         run(tmp_path, callback())
 
 
-class Fails(Technique):
+class Fails(Rung):
     """A rung that fails as often as it is told to."""
 
     name = "fails"
     times = 0
 
     @override
-    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+    def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
         type(self).times -= 1
         if self.times >= 0:
             raise RuntimeError("the power went out")

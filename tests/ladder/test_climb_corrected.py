@@ -10,7 +10,7 @@ import torch
 from typing_extensions import override
 
 from lightning_quant.errors import LightningQuantError
-from lightning_quant.ladder.rung import Workbench
+from lightning_quant.ladder.rung import RungContext
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.helpers.small import assert_same_tensors
 from tests.ladder.test_climb import Afresh, Broken, Climb, Failing, Finish, Large, Noise, Small, Tenth, noise
@@ -35,8 +35,8 @@ def test_what_goes_wrong_on_top_of_a_correction_leaves_it_in_force(kind: type[No
         assert climber.told[-1].kept is False
     assert Noise.applied[:3] == ["small", "finish", kind.name]
     assert_same_tensors(climber.network.state_dict(), before)
-    assert noise(climber.network, climber.bench) == pytest.approx(0.005, abs=1e-6)
-    assert climber.footing.finishing == "finish"
+    assert noise(climber.network, climber.context) == pytest.approx(0.005, abs=1e-6)
+    assert climber.footing.correction == "finish"
     assert base is not None
     assert climber.footing.base is base
 
@@ -44,11 +44,11 @@ def test_what_goes_wrong_on_top_of_a_correction_leaves_it_in_force(kind: type[No
 def test_a_correction_is_made_anew_after_a_rung_that_starts_from_float() -> None:
     climber = Climb(Small(), Finish(), Afresh()).start()
     assert Noise.applied == ["small", "finish", "afresh", "finish"]
-    assert noise(climber.network, climber.bench) == pytest.approx(0.0005, abs=1e-6)
+    assert noise(climber.network, climber.context) == pytest.approx(0.0005, abs=1e-6)
     assert climber.footing.base is not None
     with torch.no_grad():
         climber.network.restore(climber.footing.base)
-    assert noise(climber.network, climber.bench) == pytest.approx(0.001, abs=1e-6)
+    assert noise(climber.network, climber.context) == pytest.approx(0.001, abs=1e-6)
 
 
 def test_a_correction_that_fails_after_a_rung_takes_the_rung_with_it() -> None:
@@ -56,10 +56,10 @@ def test_a_correction_that_fails_after_a_rung_takes_the_rung_with_it() -> None:
         name = "once"
 
         @override
-        def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+        def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
             if "once" in Noise.applied:
                 raise LightningQuantError("only once")
-            return super().apply(network, bench)
+            return super().apply(network, context)
 
     climber = Climb(Small(), OnceOnly()).start()
     before = climber.network.snapshot()
@@ -67,7 +67,7 @@ def test_a_correction_that_fails_after_a_rung_takes_the_rung_with_it() -> None:
     climber.start()
     assert climber.told[-1].reason == "failed: only once"
     assert_same_tensors(climber.network.state_dict(), before)
-    assert climber.footing.finishing == "once"
+    assert climber.footing.correction == "once"
 
 
 def test_a_climb_that_goes_on_later_corrects_once() -> None:
@@ -84,7 +84,7 @@ def test_a_climb_that_goes_on_later_corrects_once() -> None:
 def test_a_network_that_measures_nan_is_rolled_back() -> None:
     climber = Climb(Small(), Nan(), Afresh()).start()
     assert [rung.kept for rung in climber.ladder.rungs] == [True, False, True]
-    assert noise(climber.network, climber.bench) == pytest.approx(0.001, abs=1e-6)
+    assert noise(climber.network, climber.context) == pytest.approx(0.001, abs=1e-6)
 
 
 def test_first_rungs_that_are_useless_leave_the_network_as_it_was() -> None:
@@ -101,7 +101,7 @@ def test_a_rung_that_is_unsuitable_is_not_tried() -> None:
         name = "unsuitable"
 
         @override
-        def unsuitable(self, network: QuantizedNetwork, bench: Workbench) -> str | None:
+        def skip_reason(self, network: QuantizedNetwork, context: RungContext) -> str | None:
             return "there is nothing to do"
 
     climber = Climb(Unsuitable(), Small()).start()
@@ -114,7 +114,7 @@ def test_a_float_network_that_cannot_be_repaired_fails_that_rung_alone() -> None
         name = "unrepairable"
 
         @override
-        def float_reference(self, bench: Workbench) -> Any:
+        def float_reference(self, context: RungContext) -> Any:
             raise LightningQuantError("no samples")
 
     climber = Climb(Unrepairable(), Small()).start()
@@ -126,7 +126,7 @@ def test_a_float_network_that_cannot_be_repaired_fails_that_rung_alone() -> None
 def test_smaller_is_better_if_so_asked() -> None:
     climber = Climb(Large(), Afresh(), Small(), max_drop=0.5)
     climber.ladder.mode = "min"
-    climber.bench.measure = lambda: noise(climber.network, climber.bench)
+    climber.context.measure = lambda: noise(climber.network, climber.context)
     climber.start()
     assert [rung.rung for rung in climber.told] == ["large", "afresh"]
     assert climber.ladder.best is climber.told[1]

@@ -8,18 +8,18 @@ import pytest
 from typing_extensions import override
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.ladder.registry import TECHNIQUES, techniques
-from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.ladder.registry import RUNGS, parse_rungs
+from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.range_estimators import Percentile
 from tests.helpers.estimators import Deviations
 
 
-class Mine(Technique):
+class Mine(Rung):
     name = "mine"
 
     @override
-    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+    def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
         return "nothing"
 
 
@@ -27,13 +27,13 @@ class AlsoMine(Mine):
     """Of the same name."""
 
 
-class Nameless(Technique):
+class Nameless(Rung):
     @override
-    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+    def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
         return "nothing"
 
 
-class Unfinished(Technique):
+class Unfinished(Rung):
     name = "unfinished"
 
 
@@ -42,17 +42,17 @@ def path(kind: type) -> str:
 
 
 def test_every_name_makes_a_technique_of_that_name() -> None:
-    assert [technique.name for technique in techniques(TECHNIQUES)] == list(TECHNIQUES)
+    assert [rung.name for rung in parse_rungs(RUNGS)] == list(RUNGS)
 
 
 @pytest.mark.parametrize("options", [{}, None, {"budget": 0.1, "samples": 8}])
 def test_options_may_be_left_empty(options: Any) -> None:
-    (mixed,) = techniques([{"mixed": options}])
+    (mixed,) = parse_rungs([{"mixed": options}])
     assert (mixed.budget, mixed.samples) == (0.1, 8)  # type: ignore[attr-defined]
 
 
 def test_a_range_estimator_is_an_option_of_ptq() -> None:
-    (plain, first, second) = techniques(
+    (plain, first, second) = parse_rungs(
         [
             "ptq",
             {"percentile": {"percentile": 99.9}},
@@ -64,7 +64,7 @@ def test_a_range_estimator_is_an_option_of_ptq() -> None:
 
 
 def test_each_call_makes_techniques_of_its_own() -> None:
-    (first,), (second,) = techniques(["mixed"]), techniques(["mixed"])
+    (first,), (second,) = parse_rungs(["mixed"]), parse_rungs(["mixed"])
     assert first is not second
 
 
@@ -90,7 +90,7 @@ def test_each_call_makes_techniques_of_its_own() -> None:
 )
 def test_wrong_rungs(rungs: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        techniques(rungs)
+        parse_rungs(rungs)
 
 
 @pytest.mark.parametrize(
@@ -103,4 +103,4 @@ def test_wrong_rungs(rungs: Any, message: str) -> None:
 )
 def test_options_and_paths_that_are_none(rungs: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        techniques(rungs)
+        parse_rungs(rungs)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.ladder.rung import Workbench
+from lightning_quant.ladder.rung import RungContext
 from lightning_quant.ladder.rungs.cle import equalize
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs
@@ -71,12 +71,12 @@ def statistics(output: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def channel_scales(layers: Iterable[str], bench: Workbench) -> dict[str, Tensor]:
+def channel_scales(layers: Iterable[str], context: RungContext) -> dict[str, Tensor]:
     """How much larger equalization makes each channel of the layers' outputs, (C,) each."""
-    batch = next(bench.samples())
-    float_network = bench.prepared.network
+    batch = next(context.samples())
+    float_network = context.prepared.network
     before = _deviations(float_network, layers, batch)
-    after = _deviations(equalize(bench.prepared)[0], layers, batch)
+    after = _deviations(equalize(context.prepared)[0], layers, batch)
     return {
         name: torch.where((before[name] > 0) & (after[name] > 0), after[name] / before[name], 1.0) for name in before
     }
