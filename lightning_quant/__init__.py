@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_quant.callbacks.resume_point import ResumePoint
     from lightning_quant.callbacks.training import QuantizationAwareTraining
     from lightning_quant.deploy.bundle import export_bundle
+    from lightning_quant.ladder.rung import Rung
     from lightning_quant.precision import Precision
     from lightning_quant.recipe import QuantRecipe
     from lightning_quant.simulation.range_estimators import RangeEstimator
@@ -27,6 +28,7 @@ _HOMES = {
     "QuantizationAwareTraining": "lightning_quant.callbacks.training",
     "RangeEstimator": "lightning_quant.simulation.range_estimators",
     "ResumePoint": "lightning_quant.callbacks.resume_point",
+    "Rung": "lightning_quant.ladder.rung",
     "export_bundle": "lightning_quant.deploy.bundle",
     "load_quantized": "lightning_quant.callbacks.checkpoint",
     "read_manifest": "lightning_quant.callbacks.checkpoint",
@@ -40,6 +42,7 @@ __all__ = [
     "QuantizationAwareTraining",
     "RangeEstimator",
     "ResumePoint",
+    "Rung",
     "export_bundle",
     "load_quantized",
     "read_manifest",

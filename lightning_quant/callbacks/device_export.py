@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -108,7 +108,7 @@ class DeviceExport(AnyCallback):
         samples: int = 8,
         name: str | None = None,
         monitor: str | None = None,
-        mode: str = "max",
+        mode: Literal["max", "min"] = "max",
         runtime: str | Sequence[str] = "qnn_dlc",
         options: str = "",
         profile: str | None = None,

@@ -22,12 +22,15 @@ from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.domains.segmentation.cityscapes import NUM_CLASSES
 from lightning_quant.domains.segmentation.images import IMAGE_MEAN, IMAGE_STD
 from lightning_quant.domains.segmentation.overlay import save_overlays
+from lightning_quant.ladder.registry import rung_spec
+from lightning_quant.ladder.rung import Rung
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.page import write_report
 from lightning_quant.report.record import RunRecord
 from lightning_quant.report.sensitivity import write_sensitivity
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.range_estimators import RangeEstimator
 
 # Histograms and pictures of so many samples; each layer is measured alone with half of them.
 SAMPLES = 4
@@ -91,7 +94,7 @@ def log_pictures(loggers: Iterable[Logger], pictures: Mapping[str, Path], step: 
 
 
 def _reproduce(callback: QuantizationCallback | None) -> str:
-    """The quantization callback as Python, with what was not left at its default."""
+    """The quantization callback as Python that makes it again, with what was not left at its default."""
     if callback is None:
         return ""
     recipe = callback.recipe
@@ -99,18 +102,34 @@ def _reproduce(callback: QuantizationCallback | None) -> str:
         "network": callback.network_name,
         "hardware": recipe.hardware,
         "calibration_samples": recipe.calibration_samples,
-        "range_estimator": recipe.range_estimator.spec,
+        "range_estimator": _importable(recipe.range_estimator),
         "overrides": {glob: str(precision) for glob, precision in recipe.overrides.items()} or None,
         "strict": recipe.strict,
     }
     if isinstance(callback, QuantizationAwareTraining):
         ladder = callback.result
         given |= {"max_drop": ladder.max_drop, "monitor": ladder.monitor, "mode": ladder.mode}
-        given |= {"rungs": tuple(one.name for one in callback.rungs)}
+        given |= {"rungs": tuple(_importable(rung) for rung in callback.rungs)}
         given |= {"train_ranges": callback.train_ranges, "distillation": callback.distillation}
     defaults = inspect.signature(type(callback)).parameters
     changed = [f"{name}={value!r}" for name, value in given.items() if value != defaults[name].default]
     return f"lq.{type(callback).__name__}({', '.join([repr(str(recipe.precision)), *changed])})"
+
+
+def _importable(value: Any) -> Any:
+    """A rung or a range estimator as plain values that name it where its class was not imported."""
+    if isinstance(value, RangeEstimator):
+        spec, kind = value.spec, type(value)
+        if kind.__module__.startswith("lightning_quant."):
+            return spec
+        path = f"{kind.__module__}.{kind.__qualname__}"
+        return path if isinstance(spec, str) else {path: spec[value.name]}
+    if isinstance(value, Rung):
+        spec = rung_spec(value)
+        if isinstance(spec, str):
+            return spec
+        return {name: {key: _importable(one) for key, one in options.items()} for name, options in spec.items()}
+    return value
 
 
 def _record(

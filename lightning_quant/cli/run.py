@@ -54,6 +54,7 @@ from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.sensitivity import layer_sensitivity
 from lightning_quant.utilities.files import alone, replacing
 from lightning_quant.utilities.full_precision import full_precision
+from lightning_quant.utilities.monitor import Monitor
 from lightning_quant.utilities.parsing import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -146,8 +147,8 @@ def objectives(config: DictConfig, record: RunRecord | None) -> float | tuple[fl
 
     def value(name: str) -> float:
         found = math.nan if record is None else _OBJECTIVES[name](record)
-        more_is_better = name == "metric" and config.mode == "max"
-        return found if math.isfinite(found) else -math.inf if more_is_better else math.inf
+        worst = Monitor(config.monitor, config.mode).worst if name == "metric" else math.inf
+        return found if math.isfinite(found) else worst
 
     values = tuple(value(name) for name in config.objectives)
     return values[0] if len(values) == 1 else values

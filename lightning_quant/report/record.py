@@ -7,12 +7,13 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.errors import DataError
 from lightning_quant.ladder.gate import Ladder
 from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.monitor import Monitor
 from lightning_quant.utilities.parsing import check, check_version, fitting, read_json
 
 RECORD_NAME = "results.json"
@@ -52,7 +53,7 @@ class RunRecord:
     precision: str
     config_hash: str
     monitor: str = ""
-    mode: str = "max"
+    mode: Literal["max", "min"] = "max"
     metric: dict[str, float] = field(default_factory=dict)
     exported: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -68,12 +69,16 @@ class RunRecord:
     reproduce: str = ""
 
     @property
+    def comparison(self) -> Monitor:
+        """The metric with its direction."""
+        return Monitor(self.monitor, self.mode)
+
+    @property
     def drop(self) -> float | None:
         """How much worse what was exported is than float, in units of the metric; negative if better."""
         if self.exported is None or "float" not in self.metric:
             return None
-        lost = self.metric["float"] - self.metric[self.exported]
-        return lost if self.mode == "max" else -lost
+        return self.comparison.drop(self.metric[self.exported], self.metric["float"])
 
     def write(self, folder: str | Path) -> Path:
         """Write ``results.json`` into ``folder``, whole or not at all."""
@@ -104,7 +109,6 @@ class RunRecord:
     def _check(self) -> None:
         """Refuse what the tables and charts could not show."""
         check(self.status in ("running", "finished", "failed"), "status", self.status, "running, finished or failed")
-        check(self.mode in ("max", "min"), "mode", self.mode, "max or min")
         measured = self.exported is None or "float" not in self.metric or self.exported in self.metric
         check(measured, "exported", self.exported, "one of those in metric")
         sizes = not self.bytes or {"float", "quantized"} <= self.bytes.keys()
@@ -117,9 +121,6 @@ class RunRecord:
         if self.ladder:
             names = [rung.rung for rung in fitting(self.ladder, Ladder, "ladder").rungs]
             check(len({"float", *names}) == len(names) + 1, "ladder.rungs", names, "each rung once")
-            check(
-                self.ladder.get("mode", "max") in ("max", "min"), "ladder.mode", self.ladder.get("mode"), "max or min"
-            )
         for values in self.device:
             DeviceReport.from_dict(values)
 

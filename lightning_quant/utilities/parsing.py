@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Literal, Union
 
 import numpy as np
 
@@ -69,7 +69,8 @@ def fitting(value: Any, kind: Any, where: str = "") -> Any:
 
     Args:
         value: what JSON or a checkpoint held.
-        kind: an annotation: plain types, dataclasses, ``list``, ``tuple``, ``dict``, ``X | None``, ``Any``.
+        kind: an annotation: plain types, ``Literal``, dataclasses, ``list``, ``tuple``, ``dict``, ``X | None`` or
+            ``Any``.
         where: name of the place, for the message.
 
     Raises:
@@ -84,6 +85,9 @@ def fitting(value: Any, kind: Any, where: str = "") -> Any:
             return None
         (other,) = (part for part in parts if part is not type(None))
         return fitting(value, other, where)
+    if origin is Literal:
+        check(value in parts, where, value, " or ".join(map(str, parts)))
+        return value
     if is_dataclass(kind):
         return _filled(value, kind, where)
     if origin in (dict, Mapping):

@@ -158,7 +158,7 @@ def test_on_a_gpu_it_reads_late_by_itself() -> None:
     found = []
     for number, value in enumerate((1.0, torch.nan, 1.0), start=1):
         parameter.grad = torch.full_like(parameter, value)
-        found.append(watch.look([parameter], Step(number, 0, number - 1)))
+        found.append(watch.check([parameter], Step(number, 0, number - 1)))
     assert found == [None, None, Step(2, 0, 1)]
     assert watch.last() is None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,9 +9,10 @@ import torch
 from typing_extensions import override
 
 from lightning_quant.errors import LightningQuantError
-from lightning_quant.ladder.climb import Footing, climb
+from lightning_quant.ladder.climb import climb
 from lightning_quant.ladder.gate import Ladder, RungResult
 from lightning_quant.ladder.rung import Rung, RungContext
+from lightning_quant.ladder.session import LadderSession
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.helpers.small import assert_same_tensors
 from tests.ladder.rungs.contexts import context_of
@@ -97,24 +97,21 @@ class Climb:
         self.network, self.context = context_of(precision="w8a16")
         self.context.measure = lambda: -noise(self.network, self.context)
         self.ladder = Ladder("noise", "max", max_drop, float_metric=0.0)
-        self.footing = Footing()
-        self.told: list[RungResult] = []
+        self.session = LadderSession(self.ladder)
+        self.results: list[RungResult] = []
         self.rungs = rungs
 
     def start(self) -> Climb:
         with torch.no_grad():
-            climb(
-                self.ladder, self.rungs, self.network, self.context,
-                measure_float=lambda network: 0.0, trying=nullcontext, footing=self.footing, done=self.told.append,
-            )  # fmt: skip
+            self.results.extend(climb(self.session, self.rungs, self.network, self.context))
         return self
 
 
 def test_it_stops_at_the_first_rung_that_suffices() -> None:
     done = Climb(Large(), Afresh(), Small(), max_drop=0.1).start()
     assert Noise.applied == ["large", "afresh"]
-    assert [rung.rung for rung in done.told] == ["large", "afresh"]
-    assert done.told == done.ladder.rungs
+    assert [rung.rung for rung in done.results] == ["large", "afresh"]
+    assert done.results == done.ladder.rungs
     assert done.ladder.satisfied
 
 
@@ -162,8 +159,8 @@ def test_a_correction_is_taken_off_before_the_next_rung_and_made_anew_after_it()
     assert tenth.left == pytest.approx(0.001, abs=1e-6)  # which was gone again
     assert noise(climber.network, climber.context) == pytest.approx(0.0005, abs=1e-6)
     assert climber.ladder.rungs[-1].changed == "a tenth; then halved"
-    assert climber.footing.correction == "finish"
-    assert climber.footing.base is not None
+    assert climber.session.correction == "finish"
+    assert climber.session.base is not None
 
 
 def test_another_correction_takes_the_place_of_the_first() -> None:
@@ -180,7 +177,7 @@ def test_another_correction_takes_the_place_of_the_first() -> None:
     better = Better()
     climber = Climb(Small(), Finish(), better).start()
     assert better.seen == pytest.approx(0.01, abs=1e-6)
-    assert climber.footing.correction == "better"
+    assert climber.session.correction == "better"
     assert noise(climber.network, climber.context) == pytest.approx(0.001, abs=1e-6)
 
 
@@ -193,11 +190,7 @@ def test_the_float_network_is_measured_after_the_same_repair() -> None:
             return context.float_network
 
     climber = Climb(Both())
-    with torch.no_grad():
-        climb(
-            climber.ladder, climber.rungs, climber.network, climber.context,
-            measure_float=lambda network: 0.5, footing=climber.footing,
-            trying=nullcontext, done=climber.told.append,
-        )  # fmt: skip
+    climber.context.measure_float = lambda network: 0.5
+    climber.start()
     assert climber.ladder.float_reestimated == 0.5
     assert climber.ladder.rungs[0].drop == pytest.approx(0.51, abs=1e-6)

@@ -25,29 +25,29 @@ class Nan(Noise):
 @pytest.mark.parametrize("kind", [Large, Nan, Failing, Broken])
 def test_what_goes_wrong_on_top_of_a_correction_leaves_it_in_force(kind: type[Noise]) -> None:
     climber = Climb(Small(), Finish()).start()
-    before, base = climber.network.snapshot(), climber.footing.base
+    before, base = climber.network.snapshot(), climber.session.base
     climber.rungs = (*climber.rungs, kind())
     if kind is Broken:
         with pytest.raises(RuntimeError, match="a bug"):
             climber.start()
     else:
         climber.start()
-        assert climber.told[-1].kept is False
+        assert climber.results[-1].kept is False
     assert Noise.applied[:3] == ["small", "finish", kind.name]
     assert_same_tensors(climber.network.state_dict(), before)
     assert noise(climber.network, climber.context) == pytest.approx(0.005, abs=1e-6)
-    assert climber.footing.correction == "finish"
+    assert climber.session.correction == "finish"
     assert base is not None
-    assert climber.footing.base is base
+    assert climber.session.base is base
 
 
 def test_a_correction_is_made_anew_after_a_rung_that_starts_from_float() -> None:
     climber = Climb(Small(), Finish(), Afresh()).start()
     assert Noise.applied == ["small", "finish", "afresh", "finish"]
     assert noise(climber.network, climber.context) == pytest.approx(0.0005, abs=1e-6)
-    assert climber.footing.base is not None
+    assert climber.session.base is not None
     with torch.no_grad():
-        climber.network.restore(climber.footing.base)
+        climber.network.restore(climber.session.base)
     assert noise(climber.network, climber.context) == pytest.approx(0.001, abs=1e-6)
 
 
@@ -65,9 +65,9 @@ def test_a_correction_that_fails_after_a_rung_takes_the_rung_with_it() -> None:
     before = climber.network.snapshot()
     climber.rungs = (*climber.rungs, Afresh())
     climber.start()
-    assert climber.told[-1].reason == "failed: only once"
+    assert climber.results[-1].reason == "failed: only once"
     assert_same_tensors(climber.network.state_dict(), before)
-    assert climber.footing.correction == "once"
+    assert climber.session.correction == "once"
 
 
 def test_a_climb_that_goes_on_later_corrects_once() -> None:
@@ -106,7 +106,7 @@ def test_a_rung_that_is_unsuitable_is_not_tried() -> None:
 
     climber = Climb(Unsuitable(), Small()).start()
     assert Noise.applied == ["small"]
-    assert (climber.told[0].reason, climber.told[0].kept) == ("there is nothing to do", False)
+    assert (climber.results[0].reason, climber.results[0].kept) == ("there is nothing to do", False)
 
 
 def test_a_float_network_that_cannot_be_repaired_fails_that_rung_alone() -> None:
@@ -118,9 +118,9 @@ def test_a_float_network_that_cannot_be_repaired_fails_that_rung_alone() -> None
             raise LightningQuantError("no samples")
 
     climber = Climb(Unrepairable(), Small()).start()
-    assert climber.told[0].reason == "failed: no samples"
+    assert climber.results[0].reason == "failed: no samples"
     assert climber.ladder.float_reestimated is None
-    assert climber.ladder.best is climber.told[1]
+    assert climber.ladder.best is climber.results[1]
 
 
 def test_smaller_is_better_if_so_asked() -> None:
@@ -128,6 +128,6 @@ def test_smaller_is_better_if_so_asked() -> None:
     climber.ladder.mode = "min"
     climber.context.measure = lambda: noise(climber.network, climber.context)
     climber.start()
-    assert [rung.rung for rung in climber.told] == ["large", "afresh"]
-    assert climber.ladder.best is climber.told[1]
-    assert climber.told[0].drop == pytest.approx(1.0, abs=1e-5)
+    assert [rung.rung for rung in climber.results] == ["large", "afresh"]
+    assert climber.ladder.best is climber.results[1]
+    assert climber.results[0].drop == pytest.approx(1.0, abs=1e-5)

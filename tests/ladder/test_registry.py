@@ -1,18 +1,20 @@
-"""Names of rungs in odd shapes: whatever is wrong with them is told as a ConfigurationError."""
+"""Rungs by name, by dotted path and as instances; whatever is wrong with them is a ConfigurationError."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 from typing_extensions import override
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.ladder.registry import RUNGS, parse_rungs
+from lightning_quant.ladder.registry import RUNGS, parse_rungs, rung_spec
 from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.range_estimators import Percentile
 from tests.helpers.estimators import Deviations
+from tests.helpers.rungs import WiderWeights
 
 
 class Mine(Rung):
@@ -33,6 +35,14 @@ class Nameless(Rung):
         return "nothing"
 
 
+class Unnamed(Nameless):
+    """Has none either."""
+
+
+class Borrowed(Mine):
+    name = "ptq"
+
+
 class Unfinished(Rung):
     name = "unfinished"
 
@@ -41,7 +51,7 @@ def path(kind: type) -> str:
     return f"{__name__}.{kind.__qualname__}"
 
 
-def test_every_name_makes_a_technique_of_that_name() -> None:
+def test_every_name_makes_a_rung_of_that_name() -> None:
     assert [rung.name for rung in parse_rungs(RUNGS)] == list(RUNGS)
 
 
@@ -63,9 +73,43 @@ def test_a_range_estimator_is_an_option_of_ptq() -> None:
     assert [one.estimator for one in (plain, first, second)] == [None, Percentile(99.9), Deviations(2.0)]  # type: ignore[attr-defined]
 
 
-def test_each_call_makes_techniques_of_its_own() -> None:
+def test_each_call_makes_rungs_of_its_own() -> None:
     (first,), (second,) = parse_rungs(["mixed"]), parse_rungs(["mixed"])
     assert first is not second
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["wider_weights", "tests.helpers.rungs.WiderWeights", WiderWeights(), {"tests.helpers.rungs.WiderWeights": None}],
+)
+def test_a_rung_from_elsewhere(given: Any) -> None:
+    _, mine = parse_rungs(["ptq", given])
+    assert type(mine) is WiderWeights
+    assert mine.factor == 1.05
+    assert rung_spec(mine) == "tests.helpers.rungs.WiderWeights"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"wider_weights": {"factor": 2.0}}, {"tests.helpers.rungs.WiderWeights": {"factor": 2.0}}, WiderWeights(2.0)],
+)
+def test_options_of_a_rung_from_elsewhere(given: Any) -> None:
+    (mine,) = parse_rungs([given])
+    assert rung_spec(mine) == {"tests.helpers.rungs.WiderWeights": {"factor": 2.0}}
+    assert copy.deepcopy(mine).options == {"factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *RUNGS,
+        {"mixed": {"budget": 0.05}},
+        {"percentile": {"percentile": 99.9}},
+        {"ptq": {"range_estimator": "min_max"}},
+    ],
+)
+def test_a_rung_is_made_again_from_its_spec(spec: Any) -> None:
+    assert rung_spec(parse_rungs([spec])[0]) == spec
 
 
 @pytest.mark.parametrize(
@@ -76,7 +120,7 @@ def test_each_call_makes_techniques_of_its_own() -> None:
         ([f"{__name__}.Absent"], "Rung '.*Absent' cannot be imported"),
         ([path(Nameless)], "Rung '.*Nameless' has no name"),
         (["mixd"], "Did you mean 'mixed'"),
-        (["zzzzzz"], r"Unknown rung 'zzzzzz': expected one of ptq, .* of your own\.$"),
+        (["zzzzzz"], r"Unknown rung 'zzzzzz': expected one of ptq, .* once it was imported\.$"),
         ({"mixed": {}}, "expected a list"),
         ([{}], "expected one name with its options"),
         ([("mixed", {})], "expected a name"),
@@ -84,7 +128,9 @@ def test_each_call_makes_techniques_of_its_own() -> None:
         ([{"mixed": {"budget": "0.1"}}], "budget"),
         ([{"mixed": {"budget": float("nan")}}], "budget=nan: expected a share"),
         ([{"qat": {}}], "training follows the rungs by itself"),
-        ([Mine], "expected a name"),
+        ([Mine], "expected a name, .* or an instance"),
+        ([Unnamed()], "Rung 'Unnamed' has no name"),
+        ([Borrowed()], "is named 'ptq', as one of this package is"),
         (None, "rungs=None: expected a list"),
     ],
 )

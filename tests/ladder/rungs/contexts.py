@@ -50,5 +50,6 @@ def context_of(
         samples=lambda: iter(calls),
         measure=lambda: quality(quantized, targets),
         suffices=lambda metric: metric >= enough,
+        measure_float=lambda network: 0.0,
     )
     return quantized, context
