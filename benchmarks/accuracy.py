@@ -2,7 +2,7 @@
 
 One cell is one network, data set, precision and seed. It climbs every rung, whatever they bring, trains from the best
 of them with and without distillation, and trains from plain min-max ranges for as many epochs, as a hand-written AIMET
-script would. A finished cell is one JSON file below ``benchmarks/results/accuracy``, so a run goes on where it was
+script would. A finished cell is one JSON file below ``benchmarks/results/accuracy``, so a run resumes where it was
 stopped; ``--table`` only prints what is there.
 """
 
@@ -172,7 +172,7 @@ def finished() -> list[dict[str, Any]]:
 
 
 def chosen(one: dict[str, Any]) -> tuple[str, float, float]:
-    """What the gate would take at the cell's target: rung, mIoU and seconds until then."""
+    """Return what the gate would take at the cell's target: rung, mIoU and seconds until then."""
     ladder = Ladder.from_dict(one["ladder"])
     bound, seconds, best = TARGETS[one["precision"]] / 100, 0.0, ("", 0.0)
     assert ladder.float_metric is not None
@@ -187,7 +187,7 @@ def chosen(one: dict[str, Any]) -> tuple[str, float, float]:
 
 
 def lines(cells: list[dict[str, Any]]) -> Iterator[str]:
-    """The table as Markdown: mIoU in points, mean ± standard deviation over seeds, seconds in brackets."""
+    """Yield the table as Markdown: mIoU in points, mean ± standard deviation over seeds, seconds in brackets."""
     heads = ["network", "data", "", "float", "re-estimated", "tuned", *RUNGS, "QAT", "distilled", "plain QAT"]
     heads += ["gate takes", "mIoU", "drop", "after s"]
     yield "| " + " | ".join(heads) + " |"

@@ -1,4 +1,4 @@
-"""What calibration costs: beside AIMET's own classes, in float forward passes, and for a sweep of three precisions."""
+"""The cost of calibration: compared with AIMET's classes, in float passes, and for a sweep of three precisions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the callback itself costs: an epoch of fit with it, beside the same epoch of a loop written by hand.
+"""The cost of the callback itself: an epoch of fit with it, and the same epoch of a loop written by hand.
 
 Both train the same calibrated simulation with the same kernels, AdamW and batches; Lightning is on both sides: by hand
 means a LightningModule that holds the simulation, without the callback.

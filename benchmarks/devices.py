@@ -1,4 +1,4 @@
-"""What the NPU's emulator makes of each network: the table of `make devices`.
+"""Each network on the NPU's emulator: the table of `make devices`.
 
 The float networks are those of `make accuracy`; each is calibrated as it is (rung ``ptq``), exported and compiled for
 the chip of a Galaxy S24, and 20 validation photographs are computed by float network, simulation and emulator.
@@ -40,7 +40,7 @@ def measure(name: str, precision: str, camvid: str, device: str) -> None:
 
 
 def table() -> str:
-    """The reports that are there, as Markdown."""
+    """Return the reports that are there, as Markdown."""
     heads = [
         "network",
         "",

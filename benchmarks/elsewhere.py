@@ -53,7 +53,7 @@ class Logits(nn.Module):
 
 
 def segformer() -> nn.Module:
-    """transformers' SegFormer, half the widths of B0."""
+    """SegFormer of transformers, half the widths of B0."""
     import transformers
 
     config = transformers.SegformerConfig(
@@ -105,15 +105,15 @@ class Boxes(Dataset[Any]):
 
 
 def collated(samples: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Tensor]:
-    """As ultralytics' loss takes a batch: boxes as centres and sizes from 0 to 1, with the image each is in."""
+    """As ultralytics' loss takes a batch: boxes as centers and sizes from 0 to 1, with the image each is in."""
     images = torch.stack([image for image, _, _ in samples])
     size = torch.tensor([images.shape[3], images.shape[2]] * 2)
     corners = torch.cat([boxes for _, boxes, _ in samples]) / size
-    centres = torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], 1)
+    centers = torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], 1)
     index = torch.cat([torch.full((len(one[1]),), number) for number, one in enumerate(samples)])
     return {
         "img": images,
-        "bboxes": centres,
+        "bboxes": centers,
         "batch_idx": index.float(),
         "cls": torch.cat([c for _, _, c in samples]).float(),
     }
@@ -141,8 +141,8 @@ class DetectionTask(pl.LightningModule):
         found = non_max_suppression(self.model(batch["img"]), conf_thres=0.01, iou_thres=0.6)
         predicted = [{"boxes": one[:, :4], "scores": one[:, 4], "labels": one[:, 5].long()} for one in found]
         size = torch.tensor([width, height] * 2)
-        centres = batch["bboxes"] * size
-        corners = torch.cat([centres[:, :2] - centres[:, 2:] / 2, centres[:, :2] + centres[:, 2:] / 2], 1)
+        centers = batch["bboxes"] * size
+        corners = torch.cat([centers[:, :2] - centers[:, 2:] / 2, centers[:, :2] + centers[:, 2:] / 2], 1)
         true = [
             {"boxes": corners[of], "labels": batch["cls"][of].long()}
             for of in (batch["batch_idx"] == number for number in range(len(batch["img"])))

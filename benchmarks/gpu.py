@@ -1,4 +1,4 @@
-"""What a step of training, a batch of validation and calibration cost on a CUDA GPU, beside three float networks.
+"""The cost of a training step, a validation batch and calibration on a CUDA GPU, with three float networks to compare.
 
 The float networks: as the user trains it, batch norms live; with its batch norms folded; folded and compiled. Stock is
 the same simulation with every quantizer and layer given back AIMET's class, which has Triton kernels for a GPU. All
@@ -9,9 +9,8 @@ with a gradient scaler as the Trainer does it.
 Saved: what the forward pass leaves allocated for the backward pass. Peak: the most memory of a step beyond what lies
 there between two of them, weights and state of the optimizers. Launches: kernels that the host starts in a step.
 
-Rows come in the order of what they are worth and are written at once; what fails is written with its error, and the
-next goes on. Images are random numbers, so nothing but this repository is needed. ``--device cpu --tiny`` rehearses all
-of it anywhere.
+Rows are measured in the order of their value and written at once; one that fails is written with its error.
+Images are random numbers, so nothing but this repository is needed. ``--device cpu --tiny`` rehearses it anywhere.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class Case:
     """What one row measures.
 
     Args:
-        kind: ``"step"``, ``"peers"`` (steps beside other libraries) or ``"calibration"``.
+        kind: ``"step"``, ``"peers"`` (steps of other libraries) or ``"calibration"``.
         network: a name of ``NETWORKS``.
         size: height and width of the images.
         batch: how many at once.
@@ -411,7 +410,7 @@ def measure_steps(
 
 
 def measure_calibration(case: Case, row: dict[str, Any], turns: Turns) -> None:
-    """Fill a row with what calibration costs beside forward passes of the folded float network, all in float32."""
+    """Fill a row with the cost of calibration and of forward passes of the folded float network, all in float32."""
     folded, quantized = simulated(case.network, case.size, case.estimator)
     images = case.images(turns.device)
     calls = [NetworkInputs((images,))] * CALIBRATION_BATCHES
@@ -531,7 +530,7 @@ def gpu_facts(device: torch.device, commit: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def building_for_peers(device: torch.device) -> Iterator[None]:
-    """Let ModelOpt build its CUDA kernels in a process beside the first rows: it takes a minute."""
+    """Let ModelOpt build its CUDA kernels in a process of its own while the first rows run: it takes a minute."""
     if device.type != "cuda" or not _installed("nvidia-modelopt"):
         yield
         return

@@ -1,4 +1,4 @@
-"""The lesson's own case: FFNet-40S calibrated with images of 1024×2048. Seconds and peak memory, ours beside stock.
+"""The lesson's own case: FFNet-40S calibrated with images of 1024×2048. Seconds and peak memory, ours and stock.
 
 Each runs in a process of its own, so that the peak is its own. The time is linear in the images (see `calibration`);
 `--images 100`, the default, is the lesson's number.

@@ -79,7 +79,7 @@ def _commit() -> str:
 
 
 def photographs(camvid: str, count: int, size: tuple[int, int] = (192, 256)) -> Tensor:
-    """Normalised photographs (count, 3, height, width); enlarged where they are smaller, again from the first one."""
+    """Normalized photographs (count, 3, height, width); enlarged where they are smaller, again from the first one."""
     data = CityscapesDataModule(camvid, batch_size=count)
     data.setup("fit")
     loaded: list[Tensor] = []

@@ -135,6 +135,18 @@ def medians(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, fl
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def table() -> str:
+    """Return the results that are there as Markdown, a row for each network and library."""
+    rows = ["| network | library | quantized | step | validation | saved |", "|" + " --- |" * 6]
+    for path in sorted(RESULTS.glob("peer_*.json")):
+        peer = json.loads(path.read_text())
+        for one in peer["results"]:
+            ratios = [f"{one[key]:.2f}" for key in ("train", "eval", "saved")] if "error" not in one else ["–"] * 3
+            cells = [one["network"], f"{path.stem.removeprefix('peer_')} {peer['version']}"]
+            rows.append("| " + " | ".join([*cells, one.get("what", one.get("error")), *ratios]) + " |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     """Measure one library on every network; those that cannot quantize one are named with the reason."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -170,6 +182,7 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"peer_{arguments.library}.json"
     path.write_text(json.dumps({"version": version, "torch": torch.__version__, "results": results}, indent=1) + "\n")
+    (RESULTS / "peers.md").write_text(table() + "\n")
 
 
 if __name__ == "__main__":

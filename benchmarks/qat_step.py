@@ -1,4 +1,4 @@
-"""What a step of training and of validation costs, beside the float network and AIMET's own classes.
+"""The cost of a training and a validation step, compared with the float network and AIMET's own classes.
 
 The float network has its batch norms folded. Stock is the same simulation with every quantizer and layer given back
 AIMET's class. A step is forward, cross-entropy, backward and AdamW on one thread. Saved for backward: what autograd

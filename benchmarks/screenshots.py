@@ -6,10 +6,11 @@ import argparse
 import shutil
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
-# Width, height, colour scheme, and where the page is scrolled to.
+# Width, height, color scheme, and where the page is scrolled to.
 SHOTS = {
     "report-desktop": (1100, 900, "light", "report", None),
     "report-pictures": (1100, 900, "light", "report", "#pictures"),
@@ -34,8 +35,11 @@ def main() -> None:
             page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)  # type: ignore[arg-type]
             page.goto(f"{pages[which].as_uri()}{anchor or ''}")
             page.wait_for_timeout(1500)  # until Bokeh has drawn
-            page.screenshot(path=IMAGES / f"{name}.png")
-            print(IMAGES / f"{name}.png")
+            path = IMAGES / f"{name}.png"
+            page.screenshot(path=path)
+            with Image.open(path) as picture:  # 256 colors: a third of the bytes
+                picture.convert("RGB").quantize(256).save(path, optimize=True)
+            print(path)
         browser.close()
 
 

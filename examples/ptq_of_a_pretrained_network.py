@@ -48,7 +48,7 @@ if own:
     network.load_state_dict(torch.load(options.weights, weights_only=True))
 
 folder = options.images or generate_scenes("data/ptq", train=64, val=0, height=224, width=224) / "leftImg8bit/train"
-images = find_images(str(folder), size=(224, 224))  # normalised as torchvision's networks expect
+images = find_images(str(folder), size=(224, 224))  # normalized as torchvision's networks expect
 calibration, compared = (DataLoader(part, batch_size=8) for part in random_split(images, (0.5, 0.5)))
 
 quantization = lq.PostTrainingQuantization(options.precision, calibration_dataloader=calibration)

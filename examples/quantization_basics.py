@@ -19,7 +19,7 @@ from lightning_quant.domains.segmentation.ffnet import ffnet_nano
 from lightning_quant.domains.segmentation.scenes import draw_scene
 
 PICTURES = Path("outputs/quantization_basics")
-BLUE, ORANGE, RED, GREY = "tab:blue", "tab:orange", "tab:red", "0.6"
+BLUE, ORANGE, RED, GRAY = "tab:blue", "tab:orange", "tab:red", "0.6"
 
 
 def quantize(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
@@ -55,7 +55,7 @@ def scale_and_zero_point() -> None:
 def _draw_number_line(axis: Axes, x: float, q: float, back: float, scale: float, zero_point: int, bits: int) -> None:
     for integer in range(2**bits):
         value = (integer - zero_point) * scale
-        axis.plot([value, value], [0, 1], color=ORANGE if integer == q else GREY, lw=1)
+        axis.plot([value, value], [0, 1], color=ORANGE if integer == q else GRAY, lw=1)
         axis.annotate(f"{value:g}", (value, 0), (0, -6), textcoords="offset points", ha="center", va="top")
         axis.annotate(f"{integer}", (value, 1), (0, 6), textcoords="offset points", ha="center", color=ORANGE)
     axis.axhline(0, color="black", lw=1)

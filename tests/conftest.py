@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from tests.helpers.trainers import quiet_trainer
+
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with the most slow tests first: begun late, one would keep one process busy and others idle."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")
@@ -28,12 +36,4 @@ def camvid() -> Path:
 @pytest.fixture
 def trainer(tmp_path: Path) -> Callable[..., Trainer]:
     """Makes quiet Trainers on one CPU that write below ``tmp_path`` only."""
-
-    def make(*callbacks: Any, **arguments: Any) -> Trainer:
-        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        local = {"accelerator": "cpu", "devices": 1, "default_root_dir": tmp_path, "enable_checkpointing": False}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*(does not have many workers|log_every_n_steps).*")
-            return Trainer(**{**quiet, **local, "callbacks": list(callbacks), **arguments})
-
-    return make
+    return functools.partial(quiet_trainer, tmp_path)

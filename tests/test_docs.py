@@ -56,6 +56,7 @@ class Resources(html.parser.HTMLParser):
             self.found.append(given.get("href") or "")
 
 
+@pytest.mark.slow
 def test_no_page_fetches_from_elsewhere(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 12
@@ -68,6 +69,7 @@ def test_no_page_fetches_from_elsewhere(site: Path) -> None:
         assert 'class="mermaid"' not in text  # the theme would load it from elsewhere
 
 
+@pytest.mark.slow
 def test_every_public_name_has_an_entry(site: Path) -> None:
     reference = (site / "reference/index.html").read_text()
     for name in lightning_quant.__all__:
@@ -98,8 +100,8 @@ def package() -> list[ast.AST]:
     return nodes
 
 
-def told(nodes: list[ast.AST]) -> list[tuple[str, str]]:
-    """Every error that is made and every warning that is given: its class, or "Warnings", and its text."""
+def raised(nodes: list[ast.AST]) -> list[tuple[str, str]]:
+    """Every error and every warning in the source: its class, or "Warnings", and its text."""
     warns = re.compile(r"rank_zero_warn|log\.warning|warnings\.warn|\w+\.warnings\.append")
     found = []
     for node in nodes:
@@ -128,7 +130,7 @@ def test_the_messages_that_are_explained_still_exist() -> None:
 
 
 def test_every_error_and_every_warning_is_explained_under_its_class() -> None:
-    sections, messages = explained(), told(package())
+    sections, messages = explained(), raised(package())
     assert len(messages) > 150
     missing = [(kind, text) for kind, text in messages if not any(part in text for part in sections[kind])]
     assert missing == []
@@ -157,6 +159,7 @@ def test_python_in_the_guides_is_python(page: Path) -> None:
         compile(block, page.name, "exec")
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (DOCS / "quickstart.md").read_text(), re.DOTALL)
     (tmp_path / "quickstart.py").write_text("\n".join(blocks))
@@ -182,7 +185,7 @@ def scales(hardware: str) -> list[str]:
     convolution, _, _, linear = layers.children()
     sizes = [layer.param_quantizers["weight"].shape for layer in (convolution, linear)]
     rounded = convolution.output_quantizers[0] is not None
-    return ["one" if math.prod(size) == 1 else "one a channel" for size in sizes] + [
+    return ["one" if math.prod(size) == 1 else "per channel" for size in sizes] + [
         "rounded in between" if rounded else "together"
     ]
 

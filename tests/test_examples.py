@@ -19,6 +19,8 @@ from lightning_quant import read_manifest
 from lightning_quant.domains.segmentation.images import find_images
 from lightning_quant.domains.segmentation.scenes import generate_scenes
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 LONG = {"quantization_basics"}
 

@@ -16,6 +16,8 @@ import yaml
 
 import lightning_quant as lq
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import torch

@@ -13,6 +13,8 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 LESSON = Path(__file__).resolve().parent.parent / "examples" / "quantization_lesson.ipynb"
 
 

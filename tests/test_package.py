@@ -32,6 +32,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_its_configuration_only(installed: Path) -> None:
     (wheel,) = installed.parent.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -40,6 +41,7 @@ def test_the_wheel_holds_the_package_and_its_configuration_only(installed: Path)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"lightning_quant", "hydra_plugins"}
 
 
+@pytest.mark.slow
 def test_the_installed_plugin_serves_other_hydra_apps_and_loads_next_to_nothing(
     installed: Path, tmp_path: Path
 ) -> None:
@@ -62,6 +64,7 @@ main()
     assert done.stdout.splitlines()[-1:] == ["w4a16 auto []"], done.stderr
 
 
+@pytest.mark.slow
 def test_every_configuration_composes_from_the_installed_wheel_in_another_folder(
     installed: Path, tmp_path: Path
 ) -> None:

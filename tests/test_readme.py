@@ -13,10 +13,13 @@ from lightning_quant.domains.segmentation.datamodule import SyntheticScenesDataM
 from lightning_quant.domains.segmentation.ffnet import ffnet_nano
 from lightning_quant.domains.segmentation.task import SegmentationTask
 from tests.callbacks.rung_cases import Case, fit_case
-from tests.cli.test_app import SMALL, lightning_quant
+from tests.helpers.app import SMALL, lightning_quant
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+BLOCKS = dict(re.findall(r"```python (\w+)\n(.*?)```", README, re.DOTALL))
 COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 
 
@@ -73,22 +76,45 @@ def test_the_rung_of_the_docs_works(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert callback.result.rungs[1].changed == "weight ranges 5 % wider"
 
 
+def test_readme_links_lead_to_files() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)", README) if not link.startswith("http")]
+    assert len(links) > 20
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def table(text: str) -> list[list[str]]:
+    """Return the cells of a Markdown table, its head first."""
+    lines = re.findall(r"^\|(.*)\|$", text, re.MULTILINE)
+    return [[cell.strip(" *") for cell in line.split("|")] for line in lines if set(line) - set("|- ")]
+
+
+def test_readme_results_are_those_of_the_benchmark() -> None:
+    head, *cells = table((ROOT / "benchmarks/results/accuracy/table.md").read_text())
+    measured = {}
+    for row in (dict(zip(head, one, strict=True)) for one in cells):
+        if (row["data"], row[""]) == ("camvid", "w4a16"):
+            ptq, plain = re.findall(r"[\d.]+", row["ptq"]), re.findall(r"[\d.]+", row["plain QAT"])
+            measured[row["network"]] = [row["float"], ptq[0], row["mIoU"], row["after s"], plain[0], plain[-1]]
+    shown = {name.lower().removesuffix("-mobilenetv3").replace("-", "_"): row for name, *row in table(README)[1:]}
+    assert shown == measured
+
+
 def test_readme_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     data = SyntheticScenesDataModule("scenes", train=16, val=8, height=64, width=128, calibration_samples=8)
     names = {"module": MyModule(), "data": data}
-    first, second, third, fourth = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(first, names)
+    assert README.count("```python") == len(BLOCKS) == 4
+    exec(BLOCKS["trainer"], names)
     trainer = names["trainer"]
     assert isinstance(trainer, pl.Trainer)
     assert (tmp_path / "export/FFNet-w8a8/manifest.json").is_file()
     trainer.save_checkpoint("last.ckpt")
-    exec(second, names)
+    exec(BLOCKS["load"], names)
     assert "val_miou" in trainer.callback_metrics
     names["float_module"] = MyModule()
-    exec(third, names)
+    exec(BLOCKS["ladder"], names)
     assert names["quantization"].result.best is not None  # type: ignore[attr-defined]
     names["float_module"] = MyModule()
-    exec(fourth, names)
+    exec(BLOCKS["device"], names)
     (report,) = names["export"].reports  # type: ignore[attr-defined]
     assert report.metric.keys() == {"float", "simulation", "device"}

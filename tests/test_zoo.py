@@ -11,6 +11,8 @@ from benchmarks.zoo.catalogue import catalogue
 from benchmarks.zoo.limits import measured
 from benchmarks.zoo.record import OURS, all_the_way, garbage, reached
 
+pytestmark = pytest.mark.slow
+
 PRECISION = "w8a8"
 # Three times what the slowest takes; the NPU's compiler needs minutes for some networks that are left in float.
 LIMIT_S = 60

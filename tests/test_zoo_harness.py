@@ -48,6 +48,7 @@ def _raises(record: Record, folder: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "stage", "kind"),
     [(_sleeps, "ptq", "TimeLimit"), (_fills_memory, "build", "MemoryLimit"), (_is_killed, "build", "Died"),
@@ -56,7 +57,7 @@ def _raises(record: Record, folder: Path) -> None:
 def test_however_a_measurement_ends_its_line_says_where(
     function: Callable[[Record, Path], None], stage: str, kind: str
 ) -> None:
-    line = measured(function, KEY, limit_s=20, limit_gb=3)
+    line = measured(function, KEY, limit_s=10, limit_gb=3)
     assert stopped(line) == stage
     assert line["errors"][stage]["type"] == kind
     assert reached(line) == ("build" if stage == "ptq" else "")

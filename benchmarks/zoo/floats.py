@@ -25,7 +25,7 @@ def left_in_float(path: str | Path) -> list[str]:
     """Names of the values of the network, and of its constants, that are computed with in float.
 
     Convolution and activation, or product and bias, are one operation of the NPU: no rounding in between is needed.
-    Values that follow from shapes alone are no values of the network.
+    Values that follow from shapes alone are not values of the network.
     """
     model = onnx.load(path)
     graph = onnx.shape_inference.infer_shapes(model).graph

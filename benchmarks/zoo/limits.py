@@ -80,7 +80,7 @@ def _run(function: Measurement, key: dict[str, str], folder: str, limit_s: float
     work.mkdir()
     try:
         function(record, work)
-    except Exception as error:  # outside of any stage: of the zoo itself, and told as such
+    except Exception as error:  # outside of any stage: of the zoo itself, and reported as such
         with record.stage("build"):
             raise error
 

@@ -181,6 +181,6 @@ def _export(module: ZooModule, precision: str, folder: Path, record: Record) -> 
 
 
 def _findings(module: ZooModule) -> list[str]:
-    """What the preflight told, a line each."""
+    """Return what the preflight found, one line each."""
     found = getattr(module.model, "findings", ())
     return [f"{one.module or '(network)'}: {one.problem}" for one in found]

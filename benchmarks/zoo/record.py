@@ -24,7 +24,7 @@ STAGES = {
 GARBAGE_DB = 10.0
 # Seconds before the deadline at which a stage that can end by itself shall: what it found is still to be written.
 _MARGIN_S = 10.0
-# Plain AIMET goes on with the network as it was where these fail.
+# Plain AIMET continues with the unchanged network where these fail.
 _NEEDLESS = ("prepare", "fold")
 _LONGEST_MESSAGE = 400
 
@@ -46,7 +46,7 @@ class Record:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Run a block as a stage. Its error is kept, not raised: ask :meth:`passed` whether to go on."""
+        """Run a block as a stage. Its error is kept, not raised: ask :meth:`passed` whether to continue."""
         self.values["running"] = name
         self._write()
         started = time.perf_counter()

@@ -22,13 +22,13 @@ Line = Mapping[str, Any]
 _HEAD = """\
 # Networks
 
-{total} networks that nobody here wrote, unchanged, at small sizes with random weights whose batch norm statistics \
+{total} networks of other packages, unchanged, at small sizes with random weights whose batch norm statistics \
 were set from data. Each is quantized by `PostTrainingQuantization`, trained for one step by \
 `QuantizationAwareTraining` (at W8A8), saved, loaded again, exported by `DeviceExport`, compared with its simulation \
-in ONNX Runtime, compiled for the chip of a Galaxy S24 and emulated. Beside it the same networks through plain \
+in ONNX Runtime, compiled for the chip of a Galaxy S24 and emulated. For comparison, the same networks through plain \
 AIMET: `prepare_model`, `fold_all_batch_norms`, `QuantizationSimModel`, one step of training, \
-`aimet_torch.onnx.export`; where one of the first two fails the rest goes on without it, and an output that AIMET \
-does not take, such as a dictionary, is made a tuple for it.
+`aimet_torch.onnx.export`; where one of the first two fails the rest continues without it, and an output that AIMET \
+does not take, such as a dictionary, is converted to a tuple.
 
 **All the way** means: every stage passed, and the compiler put every layer on the NPU with none of them in float. \
 How close the exported file is to its simulation is a column of its own: random weights amplify a single rounding, \
@@ -41,8 +41,8 @@ _TRAINED = """
 ## Trained on photographs
 
 Two networks of other packages, trained from random weights on street photographs (CamVid in Cityscapes layout), then \
-quantized, trained on for one epoch, exported and emulated. The metric on the device is that of the outputs of the \
-emulated NPU, beside the simulation's and float's on the same images; closeness is to the simulation. Not measured on \
+quantized, fine-tuned for one epoch, exported and emulated. The metric on the device is that of the outputs of the \
+emulated NPU, next to the simulation's and float's on the same images; closeness is to the simulation. Not measured on \
 hardware. `make elsewhere`.
 """
 
@@ -50,7 +50,7 @@ _TAIL = """
 {how}
 
 ```console
-make zoo                                                   # all of it: hours; goes on where it was stopped
+make zoo                                                   # all of it: hours; resumes where it was stopped
 python -m benchmarks.zoo --only 'timm/*vit*' --again       # some networks
 python -m benchmarks.zoo --plain --precisions w8a8         # through plain AIMET
 ```

@@ -90,13 +90,14 @@ class Rung(ABC):
             REGISTERED[name] = cls
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note the arguments, for :attr:`options`."""
         made = super().__new__(cls)
         made._options = _given(cls, made, args, kwargs)
         return made
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments it was made with that are not their defaults."""
+        """The arguments that it was made with, without those at their defaults."""
         return self._options
 
     def check(self, network: QuantizedNetwork) -> None:

@@ -76,7 +76,7 @@ def quantize(
         calls = [call.to(torch.device("cpu")) for call in (inputs, *others)]
         quantized = QuantizedNetwork(network, sim, recipe, calls[0], prepared.output, findings, before, calls[1:])
         set_precisions(quantized, matching(quantized, recipe.overrides))
-        narrow = preflight.single_channels(quantized_layers(quantized))
+        narrow = preflight.refused_in_few_bits(quantized_layers(quantized))
         if recipe.strict:
             preflight.refuse(narrow)
     findings += narrow

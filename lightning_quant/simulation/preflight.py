@@ -121,21 +121,29 @@ def inspect(network: nn.Module) -> list[Finding]:
     return findings
 
 
-def single_channels(layers: Mapping[str, QuantizedLayer]) -> list[Finding]:
-    """Find convolutions with one output channel and weights below 8 bits, which the NPU's compiler does not take.
+def refused_in_few_bits(layers: Mapping[str, QuantizedLayer]) -> list[Finding]:
+    """Find convolutions that the NPU's compiler does not take with weights below 8 bits.
 
-    Seen with QAIRT 2.51: the one scale of such a weight is taken for that of a whole tensor.
+    Seen with QAIRT 2.51: those with one output channel, whose one scale is taken for that of a whole tensor, and all
+    of three dimensions.
 
     Args:
         layers: the quantized layers by name, at the precision they are to have.
     """
     findings = []
     for name, layer in layers.items():
-        is_narrow = isinstance(layer, nn.modules.conv._ConvNd) and layer.out_channels == 1
-        quantizer: Any = layer.param_quantizers["weight"] if is_narrow else None
+        if not isinstance(layer, nn.modules.conv._ConvNd):
+            continue
+        if layer.out_channels == 1:
+            what = "one output channel with"
+        elif len(layer.kernel_size) == 3:
+            what = "3 dimensions with"
+        else:
+            continue
+        quantizer: Any = layer.param_quantizers["weight"]
         if quantizer is not None and quantizer.bitwidth < 8:
-            problem = f"one output channel with {quantizer.bitwidth}-bit weights: the NPU's compiler refuses it"
-            remedy = f'give it 8-bit weights, which costs few bytes: overrides={{"{name}": "w8a8"}}'
+            problem = f"{what} {quantizer.bitwidth}-bit weights: the NPU's compiler refuses it"
+            remedy = f'give it 8-bit weights: overrides={{"{name}": "w8a8"}}'
             findings.append(Finding(name, problem, remedy, kind=FindingKind.NARROW))
     return findings
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import qai_hub
-from lightning.pytorch import Trainer
 
 import lightning_quant as lq
 from lightning_quant.deploy.bundle import Bundle, load_bundle
 from tests.aihub.speed import speed_up
 from tests.aihub.standin import StandIn
 from tests.helpers.small import SmallModule, small_loader
+from tests.helpers.trainers import quiet_trainer
 
 
 @pytest.fixture(scope="session")
@@ -26,11 +26,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
         callbacks = [lq.PostTrainingQuantization(precision), lq.DeviceExport(path.parent, name="small")]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer = Trainer(
-                accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-                enable_checkpointing=False, max_epochs=1, callbacks=callbacks, default_root_dir=path.parent,
-            )  # fmt: skip
-            trainer.fit(SmallModule(), small_loader(), small_loader())
+            quiet_trainer(path.parent, *callbacks, max_epochs=1).fit(SmallModule(), small_loader(), small_loader())
         made[precision] = load_bundle(path)
     return made
 

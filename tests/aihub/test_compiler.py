@@ -21,6 +21,8 @@ from tests.aihub.driving import S24, Array, compiled, failure, images, onnxrunti
 from tests.aihub.speed import speed_up
 from tests.aihub.standin import StandIn
 
+pytestmark = pytest.mark.slow
+
 
 def archive(path: Path, files: dict[str, bytes]) -> Path:
     with zipfile.ZipFile(path, "w") as zipped:

@@ -18,6 +18,8 @@ from tests.aihub.driving import S24, compiled, failure, images, outputs
 from tests.aihub.speed import speed_up
 from tests.aihub.standin import StandIn
 
+pytestmark = pytest.mark.slow
+
 DETAIL = "Something about it"
 
 

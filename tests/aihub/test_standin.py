@@ -23,6 +23,8 @@ from tests.aihub.service import etag
 from tests.aihub.speed import speed_up
 from tests.aihub.standin import StandIn
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "t0ken"
 
 

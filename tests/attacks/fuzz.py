@@ -125,7 +125,7 @@ def mutated(data: bytes, generator: random.Random) -> bytes:
 
 
 def _changed_document(content: Any, generator: random.Random) -> bytes:
-    from tests.attacks.corpus import VALUES, as_json, paths_in, replaced, without
+    from tests.attacks.json_attacks import VALUES, as_json, paths_in, replaced, without
 
     places = list(paths_in(content))
     for _ in range(generator.randint(1, 3)):

@@ -10,8 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.attacks.corpus import MARKER, as_json, paths_in, replaced, without
+from tests.attacks.attack import MARKER
+from tests.attacks.json_attacks import as_json, paths_in, replaced, without
 from tests.attacks.readers import READERS, attacked, outcome
+
+pytestmark = pytest.mark.slow
 
 JSON = [name for name, reader in READERS.items() if reader.file.endswith(".json")]
 BINARY = [name for name in READERS if name not in JSON]

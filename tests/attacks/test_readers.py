@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from lightning_quant.utilities.memory import PeakMemory
-from tests.attacks.corpus import MARKER, Attack, corpus
+from tests.attacks.attack import MARKER, Attack
+from tests.attacks.corpus import corpus
 from tests.attacks.readers import READERS, attacked, outcome
+
+pytestmark = pytest.mark.slow
 
 # Far more than any of the files has, far less than any of the bombs unfolds to.
 MOST_BYTES = 400 * 2**20

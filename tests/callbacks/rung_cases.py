@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_quant as lq
+from tests.helpers.trainers import quiet_trainer
 
 SAMPLES = 128
 
@@ -179,14 +180,6 @@ def fit_case(case: Case, folder: str | Path, **changes: Any) -> tuple[lq.Quantiz
     arguments = {"max_drop": case.max_drop, "rungs": case.rungs, **case.options}
     epochs = changes.pop("max_epochs", 3)
     callback = lq.QuantizationAwareTraining(case.precision, monitor="val_db", **{**arguments, **changes})
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        enable_checkpointing=False,
-        default_root_dir=folder,
-        callbacks=[callback],
-        **quiet,
-    )
+    trainer = quiet_trainer(folder, callback, max_epochs=epochs)
     trainer.fit(Regression(network), data, data)
     return callback, trainer

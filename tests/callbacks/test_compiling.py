@@ -17,6 +17,8 @@ from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation.callsites import running
 from tests.helpers.small import SmallModule, SmallNet, small_loader
 
+pytestmark = pytest.mark.slow
+
 MakeTrainer = Callable[..., Trainer]
 QUICK = {"backend": "aot_eager"}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -18,23 +17,25 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_quant import PostTrainingQuantization, load_quantized
+from tests.helpers.processes import environment, run_two_ranks
 from tests.helpers.small import SmallModule, assert_same_tensors, encodings, small_data, small_loader, small_net
+from tests.helpers.trainers import quiet_trainer
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
 # A user's script, started once: Lightning launches the second process.
 SCRIPT = """
 import os, sys
 import torch
-from lightning.pytorch import Trainer
 from torch.utils.data import TensorDataset
 from lightning_quant import DeviceExport, PostTrainingQuantization, QuantizationAwareTraining
-from tests.helpers.small import SmallModule, encodings, small_loader
 from tests.callbacks.test_ddp import lopsided
+from tests.helpers.small import SmallModule, encodings, small_loader
+from tests.helpers.trainers import quiet_trainer
 
 stage, estimator, out = sys.argv[1:]
 torch.set_num_threads(1)
-arguments = dict(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, default_root_dir=out, logger=False,
-                 enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+two = dict(devices=2, strategy="ddp", max_epochs=2)
 torch.manual_seed(int(os.environ.get("LOCAL_RANK", 0)))  # the ranks' own random numbers differ
 module = SmallModule()
 loader = small_loader(lopsided(), batch_size=4)
@@ -43,11 +44,12 @@ if stage == "qat":
     class Qat(QuantizationAwareTraining):
         def on_train_start(self, trainer, pl_module):
             before.update(encodings(pl_module.quantized))
-    trainer = Trainer(callbacks=[Qat(range_estimator=estimator), DeviceExport(name="net", samples=2)], **arguments)
+    callbacks = [Qat(range_estimator=estimator), DeviceExport(name="net", samples=2)]
+    trainer = quiet_trainer(out, *callbacks, **two)
     trainer.fit(module, loader, loader)
 else:
     callback = PostTrainingQuantization(range_estimator=estimator, calibration_dataloader=loader)
-    trainer = Trainer(callbacks=[callback], **arguments)
+    trainer = quiet_trainer(out, callback, **two)
     trainer.validate(module, loader, verbose=False)
     before.update(encodings(module.quantized))
 torch.save({"state": module.state_dict(), "calibrated": before, "batches": len(module.called)},
@@ -64,30 +66,18 @@ def lopsided() -> TensorDataset:
     return TensorDataset(images, labels)
 
 
-def run(tmp_path: Path, stage: str, estimator: str) -> list[dict[str, object]]:
-    return start(tmp_path, SCRIPT, stage, estimator, str(tmp_path))
-
-
-def start(tmp_path: Path, script: str, *arguments: str) -> list[dict[str, object]]:
-    """Run a script as a user does; what both ranks saved."""
-    (tmp_path / "train.py").write_text(script)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"):
-        environment.pop(name, None)
-    command = [sys.executable, str(tmp_path / "train.py"), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+def run(tmp_path: Path, stage: str, estimator: str) -> list[dict[str, Any]]:
+    return run_two_ranks(tmp_path, SCRIPT, stage, estimator, str(tmp_path))
 
 
 @pytest.mark.parametrize(("stage", "estimator"), [("qat", "min_max"), ("ptq", "tf_enhanced")])
 def test_both_ranks_hold_the_network_calibrated_on_all_samples(tmp_path: Path, stage: str, estimator: str) -> None:
     ranks = run(tmp_path, stage, estimator)
-    assert_same_tensors(ranks[0]["state"], ranks[1]["state"])  # type: ignore[arg-type]
-    assert_same_tensors(ranks[0]["calibrated"], ranks[1]["calibrated"])  # type: ignore[arg-type]
+    assert_same_tensors(ranks[0]["state"], ranks[1]["state"])
+    assert_same_tensors(ranks[0]["calibrated"], ranks[1]["calibrated"])
     # each saw its half: sanity check or not, 2 of 4 batches an epoch
     assert ranks[0]["batches"] == {"qat": 2 + 2 * (2 + 2), "ptq": 2}[stage]
-    found: dict[str, torch.Tensor] = ranks[0]["calibrated"]  # type: ignore[assignment]
+    found: dict[str, torch.Tensor] = ranks[0]["calibrated"]
     if estimator == "min_max":
         largest = float(lopsided().tensors[0].abs().max())
         assert float(found["stem.input_quantizers.0.max"]) == pytest.approx(largest, rel=0.2)
@@ -99,13 +89,11 @@ def test_both_ranks_hold_the_network_calibrated_on_all_samples(tmp_path: Path, s
         range_estimator=estimator,
         calibration_dataloader=small_loader(TensorDataset(images[order], labels[order]), batch_size=4),
     )
-    one = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
-    one.callbacks.insert(0, callback)
-    one.validate(module, small_loader(), verbose=False)
+    quiet_trainer(tmp_path, callback).validate(module, small_loader(), verbose=False)
     assert_same_tensors(found, encodings(module.quantized))
     # what the ranks saved together is an ordinary checkpoint, and rank 0 alone exported
     loaded = load_quantized(SmallModule, tmp_path / "last.ckpt")
-    assert_same_tensors(loaded.state_dict(), ranks[0]["state"])  # type: ignore[arg-type]
+    assert_same_tensors(loaded.state_dict(), ranks[0]["state"])
     assert (tmp_path / "export/net" / "manifest.json").is_file() == (stage == "qat")
 
 
@@ -117,13 +105,12 @@ def test_two_nodes_started_by_torchrun(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     command += ["--master-addr=127.0.0.1", f"--master-port={port}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     arguments = [str(tmp_path / "train.py"), "qat", "min_max", str(tmp_path)]
     with ExitStack() as running:
         nodes = [
             running.enter_context(
                 subprocess.Popen(
-                    [*command, f"--node-rank={rank}", *arguments], env=environment, stderr=subprocess.PIPE, text=True
+                    [*command, f"--node-rank={rank}", *arguments], env=environment(), stderr=subprocess.PIPE, text=True
                 )
             )
             for rank in range(2)
@@ -142,9 +129,9 @@ def test_two_nodes_started_by_torchrun(tmp_path: Path) -> None:
 LADDER = """
 import os, sys, copy
 import torch
-from lightning.pytorch import Trainer
 from lightning_quant import QuantizationAwareTraining
 from tests.helpers.small import SmallModule, small_data, small_loader, small_net
+from tests.helpers.trainers import quiet_trainer
 
 out = sys.argv[1]
 torch.set_num_threads(1)
@@ -158,9 +145,7 @@ class Module(SmallModule):
 
 callback = QuantizationAwareTraining("w4a8", monitor="own_loss", mode="min", max_drop=float(sys.argv[2]),
                                      rungs=("ptq", "bias_correction", "seq_mse"))
-trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, default_root_dir=out, logger=False,
-                  enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-                  callbacks=[callback])
+trainer = quiet_trainer(out, callback, devices=2, strategy="ddp", max_epochs=1)
 module = Module(small_net())
 trainer.fit(module, small_loader(), small_loader())
 torch.save({"state": module.state_dict(), "result": callback.result.to_dict(), "steps": trainer.global_step},
@@ -170,25 +155,25 @@ torch.save({"state": module.state_dict(), "result": callback.result.to_dict(), "
 
 @pytest.mark.parametrize(("max_drop", "trained"), [(-10.0, True), (5.0, False)])
 def test_the_ladder_decides_the_same_on_both_ranks(tmp_path: Path, max_drop: float, trained: bool) -> None:
-    one, two = start(tmp_path, LADDER, str(tmp_path), str(max_drop))
-    assert_same_tensors(one["state"], two["state"])  # type: ignore[arg-type]
+    one, two = run_two_ranks(tmp_path, LADDER, str(tmp_path), str(max_drop))
+    assert_same_tensors(one["state"], two["state"])
     for result in (one["result"], two["result"]):
-        for rung in result["rungs"]:  # type: ignore[index]
+        for rung in result["rungs"]:
             del rung["seconds"], rung["peak_memory_bytes"]
     assert one["result"] == two["result"]
     assert one["steps"] == two["steps"] == (2 if trained else 0)
-    names = [rung["rung"] for rung in one["result"]["rungs"]]  # type: ignore[index]
+    names = [rung["rung"] for rung in one["result"]["rungs"]]
     assert names == (["ptq", "bias_correction", "seq_mse", "qat"] if trained else ["ptq"])
 
 
 SYNCHRONISED = """
 import os, sys
 import torch
-from lightning.pytorch import Trainer
 from torch import nn
 from lightning_quant import QuantizationAwareTraining
 from lightning_quant.errors import ConfigurationError
 from tests.helpers.small import SmallModule, small_loader, small_net
+from tests.helpers.trainers import quiet_trainer
 
 class Kept(nn.Module):  # nothing before the batch norm that it could be folded into
     def __init__(self, norm):
@@ -202,9 +187,8 @@ out, kind = sys.argv[1:]
 torch.set_num_threads(1)
 rank = int(os.environ.get("LOCAL_RANK", 0))
 module = SmallModule(small_net() if kind == "folded" else Kept(nn.BatchNorm2d(3)))
-trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", sync_batchnorm=True, max_epochs=1,
-                  default_root_dir=out, logger=False, enable_progress_bar=False, enable_model_summary=False,
-                  enable_checkpointing=False, callbacks=[QuantizationAwareTraining("w8a8")])
+callback = QuantizationAwareTraining("w8a8")
+trainer = quiet_trainer(out, callback, devices=2, strategy="ddp", sync_batchnorm=True, max_epochs=1)
 error = ""
 try:
     trainer.fit(module, small_loader(), small_loader())
@@ -217,7 +201,7 @@ torch.save({"error": error, "classes": classes, "steps": trainer.global_step}, f
 
 @pytest.mark.parametrize("kind", ["folded", "kept"])
 def test_synchronized_batch_norms_do_not_lose_their_quantizers(tmp_path: Path, kind: str) -> None:
-    one, two = start(tmp_path, SYNCHRONISED, str(tmp_path), kind)
+    one, two = run_two_ranks(tmp_path, SYNCHRONISED, str(tmp_path), kind)
     assert one == two
     if kind == "folded":  # nothing is left to synchronize
         assert (one["error"], one["classes"], one["steps"]) == ("", [], 2)

@@ -12,6 +12,9 @@ from torch.utils.data import DataLoader
 
 import lightning_quant as lq
 from tests.helpers.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
+from tests.helpers.trainers import quiet_trainer
+
+pytestmark = pytest.mark.slow
 
 RUNGS = (
     "ptq",
@@ -40,11 +43,9 @@ def run(folder: Path, deterministic: bool) -> tuple[SmallModule, dict[str, bytes
         "w4a8", calibration_samples=16, monitor="val_loss", mode="min", max_drop=-10.0, rungs=rungs, distillation=0.5
     )
     export = lq.DeviceExport(folder / "export", name="net", target=None, samples=2)
-    trainer = pl.Trainer(
-        max_epochs=2, accelerator="cpu", logger=False, default_root_dir=folder, deterministic=deterministic,
-        callbacks=[quantization, export], num_sanity_val_steps=0, enable_progress_bar=False,
-        enable_checkpointing=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(
+        folder, quantization, export, max_epochs=2, deterministic=deterministic, num_sanity_val_steps=0
+    )
     trainer.fit(module, DataLoader(small_data(), batch_size=8, shuffle=True), small_loader())
     assert [rung.rung for rung in quantization.result.rungs] == [*RUNGS, "qat"]
     files = {path.name: path.read_bytes() for path in (folder / "export/net").rglob("*") if path.is_file()}

@@ -19,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 from tests.helpers.small import SmallModule, assert_same_tensors, encodings, small_loader
 
+pytestmark = pytest.mark.slow
+
 MakeTrainer = Callable[..., Trainer]
 
 

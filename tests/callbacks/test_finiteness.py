@@ -17,6 +17,7 @@ import lightning_quant as lq
 from lightning_quant.callbacks.finiteness import GradientWatch, Step
 from lightning_quant.errors import TrainingError
 from tests.helpers.small import SIZE, SmallModule, assert_same_tensors, small_loader
+from tests.helpers.trainers import quiet_trainer
 
 STEP = 5
 
@@ -57,14 +58,8 @@ class Spoilt(SmallModule):
 
 
 def fit(module: pl.LightningModule, callback: pl.Callback, folder: Path, *others: Any, **arguments: Any) -> pl.Trainer:
-    quiet: dict[str, Any] = {
-        "logger": False, "num_sanity_val_steps": 0, "enable_progress_bar": False, "enable_model_summary": False,
-        "enable_checkpointing": bool(others),
-    }  # fmt: skip
-    trainer = pl.Trainer(
-        **{"max_epochs": 4, "accelerator": "cpu", "default_root_dir": folder, **quiet, **arguments},
-        callbacks=[callback, *others],
-    )
+    defaults: dict[str, Any] = {"max_epochs": 4, "num_sanity_val_steps": 0, "enable_checkpointing": bool(others)}
+    trainer = quiet_trainer(folder, callback, *others, **{**defaults, **arguments})
     trainer.fit(module, small_loader(), small_loader())
     return trainer
 

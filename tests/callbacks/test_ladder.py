@@ -34,6 +34,7 @@ from tests.helpers.small import (
     small_loader,
     small_net,
 )
+from tests.helpers.trainers import quiet_trainer
 
 MakeTrainer = Callable[..., Trainer]
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,8 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> SmallNet:
     torch.manual_seed(0)
     module = SmallModule(small_net())
     folder = tmp_path_factory.mktemp("float")
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
-    Trainer(max_epochs=25, default_root_dir=folder, enable_model_summary=False, **quiet).fit(module, small_loader())
+    quiet_trainer(folder, max_epochs=25).fit(module, small_loader())
     return module.model.eval()
 
 
@@ -352,20 +352,20 @@ def test_what_a_run_resumes_from_stays_as_it_is(trainer: MakeTrainer, trained: S
         assert Path(first.best_model_path).read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_a_kill_in_a_rung_leaves_a_checkpoint_to_go_on_from(
     trainer: MakeTrainer, trained: SmallNet, tmp_path: Path
 ) -> None:
     torch.save(trained.state_dict(), tmp_path / "float.pt")
     script = f"""
 import os, signal, sys, torch
-from lightning.pytorch import Trainer
 from {HERE} import Shift, RUNGS, module_of, qat, data
 from tests.helpers.small import small_loader, small_net
+from tests.helpers.trainers import quiet_trainer
 torch.set_num_threads(1)
 network = small_net(); network.load_state_dict(torch.load("float.pt"))
 Shift.fails = staticmethod(lambda: os.kill(os.getpid(), signal.SIGKILL))
-one = Trainer(max_epochs=0, accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
-              num_sanity_val_steps=0, callbacks=[qat(max_drop=-10.0, rungs=RUNGS)])
+one = quiet_trainer(".", qat(max_drop=-10.0, rungs=RUNGS), max_epochs=0, num_sanity_val_steps=0)
 one.fit(module_of(network.eval()), data(), small_loader())
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import sys
@@ -145,25 +146,30 @@ def switches() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("as_set", SWITCHES)
-def test_switches_are_off_inside_and_back_afterwards(as_set: str) -> None:
-    """In a process of its own: some settings cannot be taken back."""
-    script = f"""
-import torch
-from tests.callbacks.test_measured_precision import OPERATIONS, SWITCHES, switches
-from lightning_quant.utilities.full_precision import full_precision
-SWITCHES[{as_set!r}]()
-before = switches()
-try:
-    with full_precision():
+def check_switches(as_set: str) -> None:
+    SWITCHES[as_set]()
+    before, inside = switches(), {}
+    with contextlib.suppress(ZeroDivisionError), full_precision():
         inside = switches()
-        1 / 0
-except ZeroDivisionError:
-    pass
-assert switches() == before, (before, switches())
-assert {{inside[name] for name in OPERATIONS}} <= {{"ieee", "none"}}, inside
-if "mixed" not in before.values():
-    assert "mixed" not in inside.values(), inside
+        1 / 0  # noqa: B018
+    assert switches() == before, (before, switches())
+    assert {inside[name] for name in OPERATIONS} <= {"ieee", "none"}, inside
+    if "mixed" not in before.values():
+        assert "mixed" not in inside.values(), inside
+
+
+def test_switches_are_off_inside_and_back_afterwards() -> None:
+    """Each in a fork of its own: some settings cannot be taken back."""
+    script = """
+import multiprocessing
+from tests.callbacks.test_measured_precision import SWITCHES, check_switches
+
+fork = multiprocessing.get_context("fork")
+for as_set in SWITCHES:
+    process = fork.Process(target=check_switches, args=(as_set,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, as_set
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -32,6 +32,8 @@ from lightning_quant.errors import PreflightError
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.helpers.small import SmallNet, small_loader, small_net
 
+pytestmark = pytest.mark.slow
+
 MakeTrainer = Callable[..., Trainer]
 
 

@@ -32,6 +32,7 @@ from tests.helpers.small import (
     small_loader,
     small_net,
 )
+from tests.helpers.trainers import quiet_trainer
 
 MakeTrainer = Callable[..., Trainer]
 CALLBACKS = [PostTrainingQuantization, QuantizationAwareTraining]
@@ -49,16 +50,7 @@ class Watch(pl.Callback):
 def quantized_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint after one epoch of QAT."""
     root = tmp_path_factory.mktemp("quantized")
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        callbacks=[QuantizationAwareTraining()],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=root,
-    )
+    trainer = quiet_trainer(root, QuantizationAwareTraining(), max_epochs=1)
     trainer.fit(SmallModule(), small_loader())
     trainer.save_checkpoint(root / "quantized.ckpt")
     return root / "quantized.ckpt"
@@ -362,18 +354,6 @@ def test_checkpoint_of_an_average_is_calibrated(trainer: MakeTrainer, tmp_path: 
     more = trainer(QuantizationAwareTraining(), EMAWeightAveraging(decay=0.5), max_epochs=2)
     more.fit(resumed, small_loader(), ckpt_path=tmp_path / "average.ckpt")
     assert more.global_step == 8
-
-
-def test_deterministic(trainer: MakeTrainer) -> None:
-    results = []
-    try:
-        for _ in range(2):
-            module = SmallModule()
-            trainer(QuantizationAwareTraining(), max_epochs=1, deterministic=True).fit(module, small_loader())
-            results.append(module.state_dict())
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert_same_tensors(*results)
 
 
 def test_second_quantization_callback_is_refused(trainer: MakeTrainer) -> None:

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -24,6 +28,8 @@ def test_import_loads_nothing(tmp_path: Path) -> None:
     script = """
 import sys
 import lightning_quant
+import pytest
+
 from lightning_quant import errors
 assert "DeviceExport" in dir(lightning_quant)
 heavy = {"torch", "aimet_torch", "lightning", "onnx", "onnxruntime", "numpy", "hydra"} & sys.modules.keys()

@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_quant import DeviceExport, QuantizationAwareTraining
 from lightning_quant.callbacks.restored_state import restored_state
-from tests.callbacks.test_ddp import start
+from tests.helpers.processes import run_two_ranks
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -375,23 +375,22 @@ def test_device_metric_of_each_candidate_alone(trainer: MakeTrainer, tmp_path: P
 SCRIPT = """
 import os, sys
 import torch
-from lightning.pytorch import Trainer
 from lightning_quant import QuantizationAwareTraining
 from tests.callbacks.test_restored_state import BestMetric, data
+from tests.helpers.trainers import quiet_trainer
 
 (out,) = sys.argv[1:]
 torch.set_num_threads(1)
 quantization = QuantizationAwareTraining("w8a8", max_drop=0.01, monitor="val_score", rungs=("ptq", "percentile"))
-trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, default_root_dir=out, logger=False,
-                  enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-                  callbacks=[quantization])
+trainer = quiet_trainer(out, quantization, devices=2, strategy="ddp", max_epochs=1)
 trainer.fit(BestMetric(), data(), data())
 torch.save({"rungs": {rung.rung: rung.metric for rung in quantization.result.rungs}},
            f"{out}/rank{trainer.global_rank}.pt")
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    first, second = start(tmp_path, SCRIPT, str(tmp_path))
+    first, second = run_two_ranks(tmp_path, SCRIPT, str(tmp_path))
     assert first == second
     assert first["rungs"] == {"ptq": 0.5, "percentile": 0.5, "qat": 0.5}

@@ -23,6 +23,7 @@ from lightning_quant.errors import ConfigurationError
 from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.helpers.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
+from tests.helpers.trainers import quiet_trainer
 
 
 class Augmented(Dataset[Any]):
@@ -64,15 +65,13 @@ class Power(pl.Callback):
 def run(folder: Path, *callbacks: pl.Callback, optimizers: Any = None, ckpt_path: Any = None) -> SmallModule:
     module = SmallModule(small_net(), optimizers)
     pl.seed_everything(3, verbose=False)
-    trainer = pl.Trainer(
-        max_epochs=4, accelerator="cpu", logger=False, default_root_dir=folder, callbacks=list(callbacks),
-        num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(folder, *callbacks, max_epochs=4, num_sanity_val_steps=0, enable_checkpointing=True)
     train = DataLoader(Augmented(), batch_size=8, shuffle=True)
     trainer.fit(module, train, small_loader(), ckpt_path=ckpt_path, weights_only=True)
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float", "qat"])
 @pytest.mark.parametrize("optimizers", [None, scheduled], ids=["constant", "scheduled"])
 @pytest.mark.parametrize("moment", ["training", "epoch end"])
@@ -166,10 +165,7 @@ def test_training_that_was_good_enough_is_not_taken_up_again(tmp_path: Path) -> 
             self.log("worse", trained if QuantizedNetwork.of(self.model) is not None else 1.0)
 
     def fit(*callbacks: pl.Callback, ckpt_path: Any = None) -> pl.Trainer:
-        trainer = pl.Trainer(
-            max_epochs=6, accelerator="cpu", logger=False, default_root_dir=tmp_path, callbacks=list(callbacks),
-            num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
+        trainer = quiet_trainer(tmp_path, *callbacks, max_epochs=6, num_sanity_val_steps=0, enable_checkpointing=True)
         loader = DataLoader(small_data(), batch_size=8)
         trainer.fit(Worse(small_net()), loader, small_loader(), ckpt_path=ckpt_path, weights_only=True)
         return trainer

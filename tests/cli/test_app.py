@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,37 +15,9 @@ from filelock import FileLock
 
 from lightning_quant.report.record import RunRecord
 from lightning_quant.report.summary import COLUMNS
+from tests.helpers.app import SMALL, lightning_quant
 
-SMALL = [
-    "data.train=16",
-    "data.val=8",
-    "data.height=64",
-    "data.width=128",
-    "float.epochs=1",
-    "qat.epochs=1",
-    "ladder.rungs=[ptq]",
-    "ladder.max_drop=-10",  # never good enough: what rounding costs a hardly trained network is luck
-    "quantizer.calibration_samples=8",
-    "overlays=1",
-    "target.samples=2",
-    "trainer.enable_progress_bar=false",
-]
-
-
-def lightning_quant(folder: Path, *arguments: str, status: int = 0) -> str:
-    """Run the app in ``folder``; its terminal output."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_quant", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        check=False,
-    )
-    output = done.stdout + done.stderr
-    assert done.returncode == status, output
-    return output
+pytestmark = pytest.mark.slow
 
 
 def unfinished(run: Path) -> None:
@@ -60,7 +31,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished sweep over two precisions, and what it printed."""
     folder = tmp_path_factory.mktemp("sweep")
     arguments = ["-m", "precision=w8a8,w4a16", "hydra.sweep.dir=multirun/tried", *SMALL]
-    return folder, lightning_quant(folder, *arguments)
+    return folder, lightning_quant(folder, *arguments, fresh=True)
 
 
 def test_a_sweep_ends_with_one_table_and_every_artifact(sweep: tuple[Path, str]) -> None:
@@ -308,7 +279,7 @@ def test_a_failed_job_does_not_keep_the_others_from_running(tmp_path: Path) -> N
 
 
 def test_help_names_the_choices_without_loading_torch(tmp_path: Path) -> None:
-    output = lightning_quant(tmp_path, "--help")
+    output = lightning_quant(tmp_path, "--help", fresh=True)
     assert "precision: w4a16, w4a8, w8a16, w8a8" in output
     code = (
         "import sys; sys.argv = ['lightning-quant', '--cfg', 'job']\n"

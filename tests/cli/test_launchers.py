@@ -14,7 +14,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from lightning_quant.report.record import RunRecord
-from tests.cli.test_app import SMALL, lightning_quant
+from tests.helpers.app import SMALL, lightning_quant
+
+pytestmark = pytest.mark.slow
 
 # Nothing but what a launcher could get wrong: no pictures, no device.
 QUICK = [*SMALL, "overlays=0", "report.samples=0", "target=none", "qat.epochs=0"]
@@ -37,7 +39,7 @@ def needs(plugin: str) -> pytest.MarkDecorator:
 
 def sweep(folder: Path, launcher: str, *arguments: str, status: int = 0) -> str:
     chosen = [*LAUNCHERS[launcher], "precision=w8a8,w4a8", "hydra.sweep.dir=sweep", *arguments]
-    return lightning_quant(folder, "-m", *QUICK, *chosen, status=status)
+    return lightning_quant(folder, "-m", *QUICK, *chosen, status=status, fresh=True)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,9 @@ from tests.helpers.rungs import WiderWeights
 class Mine(Rung):
     name = "mine"
 
+    def __init__(self, strength: float = 1.0) -> None:
+        self.strength = strength
+
     @override
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
         return "nothing"
@@ -27,6 +30,10 @@ class Mine(Rung):
 
 class AlsoMine(Mine):
     """Of the same name."""
+
+
+class Borrowed(Mine):
+    name = "ptq"
 
 
 class Nameless(Rung):
@@ -37,10 +44,6 @@ class Nameless(Rung):
 
 class Unnamed(Nameless):
     """Has none either."""
-
-
-class Borrowed(Mine):
-    name = "ptq"
 
 
 class Unfinished(Rung):
@@ -71,6 +74,12 @@ def test_a_range_estimator_is_an_option_of_ptq() -> None:
     )
     assert [one.name for one in (plain, first, second)] == ["ptq", "percentile", "deviations"]
     assert [one.estimator for one in (plain, first, second)] == [None, Percentile(99.9), Deviations(2.0)]  # type: ignore[attr-defined]
+
+
+def test_options_of_a_class_of_ones_own() -> None:
+    made = parse_rungs(["ptq", {path(Mine): {"strength": 2.0}}])
+    assert [one.name for one in made] == ["ptq", "mine"]
+    assert made[1].strength == 2.0  # type: ignore[attr-defined]
 
 
 def test_each_call_makes_rungs_of_its_own() -> None:
@@ -105,7 +114,7 @@ def test_options_of_a_rung_from_elsewhere(given: Any) -> None:
         *RUNGS,
         {"mixed": {"budget": 0.05}},
         {"percentile": {"percentile": 99.9}},
-        {"ptq": {"range_estimator": "min_max"}},
+        {"ptq": {"range_estimator": "tf_enhanced"}},
     ],
 )
 def test_a_rung_is_made_again_from_its_spec(spec: Any) -> None:
@@ -132,6 +141,19 @@ def test_a_rung_is_made_again_from_its_spec(spec: Any) -> None:
         ([Unnamed()], "Rung 'Unnamed' has no name"),
         ([Borrowed()], "is named 'ptq', as one of this package is"),
         (None, "rungs=None: expected a list"),
+        ("ptq", "rungs='ptq': expected a list"),
+        ([], r"rungs=\[\]: expected a list of at least one"),
+        (["ptq", "ptq"], "names 'ptq' twice"),
+        (["qat"], "training follows the rungs by itself"),
+        ([3], "Rung 3: expected a name"),
+        ([{"mixed": {}, "cle": {}}], "expected one name with its options"),
+        ([{"mixed": {"depth": 3}}], "Rung 'mixed' with options .*depth"),
+        ([{"mixed": {"budget": 0}}], "budget=0: expected a share above 0"),
+        ([{"adaround": {"iterations": 0}}], "iterations=0: expected a whole number"),
+        ([{"seq_mse": {"samples": -1}}], "samples=-1: expected a whole number"),
+        (["no_such_package.Rung"], "Rung 'no_such_package.Rung' cannot be imported"),
+        (["torch.nn.Linear"], "Rung 'torch.nn.Linear' is not a subclass of .*Rung"),
+        ([path(Borrowed)], "is named 'ptq', as one of this package is"),
     ],
 )
 def test_wrong_rungs(rungs: Any, message: str) -> None:

@@ -19,7 +19,6 @@ from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.record import RunRecord
 from lightning_quant.simulation.inputs import NetworkInputs
 from tests.helpers.networks import calibrated, call
-from tests.report.test_record import record
 
 DEVICE = DeviceReport(
     tier="aihub",
@@ -37,6 +36,12 @@ DEVICE = DeviceReport(
     bytes={"float": 55_600_000, "quantized": 7_500_000, "compiled": 7_600_000},
     jobs={"compile": "https://hub.example/jobs/j1/"},
 )
+
+
+def record(**values: object) -> RunRecord:
+    """Make a record of a run that has only what every run has."""
+    given = {"status": "finished", "model": "ffnet_nano", "data": "scenes", "precision": "w8a8", "config_hash": "abc"}
+    return RunRecord(**{**given, **values})  # type: ignore[arg-type]
 
 
 def full_record(**values: Any) -> RunRecord:

@@ -17,8 +17,9 @@ from lightning_quant.errors import DataError
 from lightning_quant.report.page import write_report, write_sweep_report
 from lightning_quant.report.summary import gather
 from tests.helpers.networks import Body, images
-from tests.report.folders import full_record, run_folder
-from tests.report.test_record import record
+from tests.report.folders import full_record, record, run_folder
+
+pytestmark = pytest.mark.slow
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")

@@ -9,11 +9,7 @@ import pytest
 
 from lightning_quant.errors import DataError
 from lightning_quant.report.record import RunRecord, config_hash
-
-
-def record(**values: object) -> RunRecord:
-    given = {"status": "finished", "model": "ffnet_nano", "data": "scenes", "precision": "w8a8", "config_hash": "abc"}
-    return RunRecord(**{**given, **values})  # type: ignore[arg-type]
+from tests.report.folders import record
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

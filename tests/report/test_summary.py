@@ -9,7 +9,7 @@ import pytest
 
 from lightning_quant.ladder.gate import Ladder
 from lightning_quant.report.summary import gather, print_summary, rung_table, table, write_summary
-from tests.report.test_record import record
+from tests.report.folders import record
 
 FINISHED = record(
     monitor="val_miou",

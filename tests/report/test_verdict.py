@@ -8,7 +8,7 @@ import pytest
 
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.report.verdict import sweep_verdict, verdict
-from tests.report.test_record import record
+from tests.report.folders import record
 
 SIZES = {"float": 55_600_000, "quantized": 7_500_000}
 

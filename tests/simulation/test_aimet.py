@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 
+import pytest
 import torch
 
 from lightning_quant.simulation import aimet
@@ -37,10 +38,12 @@ def _run(first: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_import_changes_neither_logging_nor_warnings_and_prints_nothing() -> None:
     assert _run("") == "LEVEL 30 0 True\n"
 
 
+@pytest.mark.slow
 def test_a_program_that_imported_aimet_itself_keeps_its_logging() -> None:
     first = (
         "import aimet_torch; from aimet_torch.common.utils import AimetLogger; "

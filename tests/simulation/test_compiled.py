@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock, ResNet
 
-from lightning_quant.domains.segmentation.ffnet import ffnet_nano
 from lightning_quant.simulation.compiled import Compiled, Why
 from lightning_quant.simulation.fast import in_graphs
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.helpers.networks import Body, calibrated, call
+
+pytestmark = pytest.mark.slow
 
 QUICK = {"backend": "aot_eager"}  # the graph as it is, without the minutes that code for this processor takes
 
@@ -57,8 +58,7 @@ def images(count: int = 2, size: int = 32) -> Tensor:
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "body": (Body, images),
-    "ffnet_nano": (ffnet_nano, lambda count: images(count, 64)),
-    "resnet18": (lambda: resnet18(num_classes=5), lambda count: images(count, 64)),
+    "resnet": (lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5), images),
     "attention": (Attention, lambda count: torch.randn(count, 5, 12, generator=torch.Generator().manual_seed(count))),
     "normed": (Normed, images),
 }
@@ -131,7 +131,7 @@ def test_a_step_with_the_kernel_for_gpus_is_the_same(name: str, monkeypatch: pyt
 
 @pytest.mark.parametrize("precision", ["w8a16", "w4a16"])
 def test_other_precisions(precision: str) -> None:
-    known, batch = made("resnet18", precision)
+    known, batch = made("body", precision)
     network = known.network.train()
     twin = copy.deepcopy(network)
     compiled = Compiled(network, QUICK)

@@ -13,6 +13,8 @@ from lightning_quant.simulation.compiled import Compiled, Why
 from tests.simulation.callsites.patterns import PATTERNS
 from tests.simulation.callsites.test_patterns import made, quantized, run
 
+pytestmark = pytest.mark.slow
+
 # What a graph would lose, or the compiler does not take, and why.
 NOT_COMPILED = {
     "values": Why.COMPILER,

@@ -110,6 +110,7 @@ assert quantized(Network().eval(), call(torch.randn(1, 3, 8, 8))).findings == []
 """
 
 
+@pytest.mark.slow
 def test_what_later_versions_of_onnx_have_is_known_in_a_new_process() -> None:
     done = subprocess.run([sys.executable, "-c", IN_ONNX], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -145,18 +146,27 @@ def test_every_finding_says_of_what_kind_it_is() -> None:
     assert [kind for kind in FindingKind if kind.leaves_open] == [FindingKind.LEFT_IN_FLOAT, FindingKind.NO_RANGES]
 
 
-@pytest.mark.parametrize("last", [nn.Conv2d(4, 1, 3), nn.ConvTranspose2d(4, 1, 2)])
-def test_one_output_channel_in_4_bits(last: nn.Module) -> None:
+@pytest.mark.parametrize(
+    ("last", "what"),
+    [
+        (nn.Conv2d(4, 1, 3), "one output channel"),
+        (nn.ConvTranspose2d(4, 1, 2), "one output channel"),
+        (nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Conv3d(2, 2, (1, 3, 3))), "3 dimensions"),
+        (nn.Sequential(nn.Unflatten(1, (2, 2)), nn.ConvTranspose3d(2, 2, 2)), "3 dimensions"),
+    ],
+)
+def test_convolutions_that_the_npu_refuses_in_4_bits(last: nn.Module, what: str) -> None:
     def found(precision: str, **recipe: Any) -> list[Finding]:
         network = nn.Sequential(nn.Conv2d(3, 4, 1), copy.deepcopy(last))
         return quantized(network, call(images(1)), precision=precision, **recipe).findings
 
     (finding,) = found("w4a8")
     assert finding.kind is FindingKind.NARROW
-    assert (finding.module, finding.problem[:41]) == ("1", "one output channel with 4-bit weights: th")
-    assert 'overrides={"1": "w8a8"}' in finding.remedy
-    assert found("w8a8") == found("w4a8", overrides={"1": Precision.parse("w8a8")}) == []
-    with pytest.raises(PreflightError, match="one output channel"):
+    assert finding.module == ("1" if what == "one output channel" else "1.1")
+    assert finding.problem.startswith(f"{what} with 4-bit weights")
+    assert f'overrides={{"{finding.module}": "w8a8"}}' in finding.remedy
+    assert found("w8a8") == found("w4a8", overrides={finding.module: Precision.parse("w8a8")}) == []
+    with pytest.raises(PreflightError, match=what):
         found("w4a16", strict=True)
 
 

@@ -193,6 +193,13 @@ def _in_a_process(row: Callable[[bool], Row], short: bool) -> Row:
     return found
 
 
+def markdown(rows: list[Row]) -> str:
+    """Return the table of docs/benchmarks/reliability.md."""
+    cells = [[row.what, f"{row.tried:,}", row.how, str(len(row.lost))] for row in rows]
+    heads = ["| what was done | times | outcome | lost |", "|" + " --- |" * 4]
+    return "\n".join([*heads, *("| " + " | ".join(row) + " |" for row in cells)]) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="row", help=", ".join(row.__name__ for row in ROWS))
@@ -221,6 +228,7 @@ def main() -> int:
             console.print(f"{row.what}: {line}", markup=False)
     if not given.rows and not given.short:
         RESULTS.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n")
+        RESULTS.with_suffix(".md").write_text(markdown(found))
     return int(any(row.lost for row in found))
 
 

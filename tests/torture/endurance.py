@@ -17,6 +17,7 @@ import torch
 import lightning_quant as lq
 from tests.helpers.networks import Body, call, images, quantized
 from tests.helpers.small import SmallModule, small_loader, small_net
+from tests.helpers.trainers import quiet_trainer
 
 
 @dataclass
@@ -90,11 +91,9 @@ def steps(count: int) -> Endured:
 def train(count: int, callback: pl.Callback) -> None:
     with TemporaryDirectory() as folder:
         quantization = lq.QuantizationAwareTraining("w4a8", calibration_samples=16)
-        trainer = pl.Trainer(
-            max_steps=count, max_epochs=-1, accelerator="cpu", logger=False, default_root_dir=folder,
-            callbacks=[quantization, callback], enable_progress_bar=False, enable_checkpointing=False,
-            num_sanity_val_steps=0, limit_val_batches=0, enable_model_summary=False,
-        )  # fmt: skip
+        trainer = quiet_trainer(
+            folder, quantization, callback, max_steps=count, max_epochs=-1, num_sanity_val_steps=0, limit_val_batches=0
+        )
         trainer.fit(SmallModule(small_net()), small_loader())
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.torture.__main__ import ROOT
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_short_table_loses_nothing() -> None:

@@ -108,7 +108,25 @@ def _computed(
     outputs = [helper.make_empty_tensor_value_info(name) for name in names]
     made = helper.make_graph(part[::-1], "constants", [], outputs, constants)
     whole = helper.make_model(made, opset_imports=model.opset_import, ir_version=model.ir_version)
-    return {**measured, **dict(zip(names, exact_session(whole).run(None, {}) if names else [], strict=True))}
+    narrow = _widen(whole)
+    arrays = exact_session(whole).run(None, {}) if names else []
+    found = {name: array.astype(narrow.get(name, array.dtype)) for name, array in zip(names, arrays, strict=True)}
+    return {**measured, **found}
+
+
+def _widen(model: onnx.ModelProto) -> dict[str, np.dtype]:
+    """Output 4-bit integers as bytes, since ONNX Runtime has no array of them; return the types that they had."""
+    from onnx import TensorProto, helper, shape_inference
+
+    wide = {TensorProto.INT4: TensorProto.INT8, TensorProto.UINT4: TensorProto.UINT8}
+    typed = {one.name: one.type.tensor_type.elem_type for one in shape_inference.infer_shapes(model).graph.output}
+    narrow = {name: kind for name, kind in typed.items() if kind in wide}
+    for output in model.graph.output:
+        if output.name in narrow:
+            bytes_name = f"{output.name}_bytes"
+            model.graph.node.append(helper.make_node("Cast", [output.name], [bytes_name], to=wide[narrow[output.name]]))
+            output.name = bytes_name
+    return {name: helper.tensor_dtype_to_np_dtype(kind) for name, kind in narrow.items()}
 
 
 def _integers_of(graph: QdqGraph, name: str) -> onnx.NodeProto | None:

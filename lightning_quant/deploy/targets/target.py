@@ -6,11 +6,13 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.device_report import DeviceReport
-from lightning_quant.deploy.samples import Tensors
+
+if TYPE_CHECKING:  # a worker process needs none of what these import: PyTorch, which takes seconds
+    from lightning_quant.deploy.bundle import Bundle
+    from lightning_quant.deploy.samples import Tensors
 
 REPORT_NAME = "report.json"
 # Seconds of a limit, at most; systems cannot wait for ever.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -49,6 +50,21 @@ def number(operation: str, number: float) -> onnx.ModelProto:
     made.node(operation, [made.pair("x", 0.01), "number"], "y")
     made.pair("y", 0.05, output="out")
     return made.model(out=SHAPE)
+
+
+def test_weights_of_4_bits_that_are_rounded_in_the_graph_become_integers(tmp_path: Path) -> None:
+    made = QdqModel(x=SHAPE)
+    weight = made.constant("weight", np.linspace(-0.8, 0.7, 6, dtype=np.float32))
+    grid = [made.constant("scale", np.float32(0.1)), made.constant("zero", np.array(0, ml_dtypes.int4))]
+    rounded = made.node("QuantizeLinear", [weight, *grid], "rounded")
+    made.node("Add", [made.pair("x", 0.01), made.node("DequantizeLinear", [rounded, *grid], "read")], "y")
+    made.pair("y", 0.02, output="out")
+    model = made.model(out=SHAPE)
+    before = computed(model, tmp_path, **X)
+    fold_constants(model)
+    (stored,) = [one for one in model.graph.initializer if one.name == "rounded"]
+    assert stored.data_type == onnx.TensorProto.INT4
+    np.testing.assert_array_equal(computed(model, tmp_path, **X), before)
 
 
 def test_rows_of_a_table_stay_on_its_grid(tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ from tests.aihub.standin import StandIn
 from tests.helpers.networks import Body, call, images, quantized
 from tests.helpers.small import SmallModule, small_loader
 
+pytestmark = pytest.mark.slow
+
 MakeTrainer = Callable[..., Trainer]
 
 TOKEN = "t0ken-that-must-not-be-found-anywhere"
@@ -79,7 +81,7 @@ def exported(tmp_path: Path) -> tuple[Bundle, Samples]:
 def push(
     exported: tuple[Bundle, Samples], devices: Any = (S24,), timeout: float = 120, **options: Any
 ) -> list[Measured]:
-    options = {"compare_float": False, "patience": 2.0, "poll_seconds": 0.5, **options}
+    options = {"compare_float": False, "patience": 2.0, "poll_seconds": 0.1, **options}
     return Push("aihub", list(devices), timeout, options).run(*exported)
 
 
@@ -343,7 +345,7 @@ def test_every_fault_ends_well(
     fault, where, times, expected = ROWS[row]
     number = hub.inject(fault, where, times)
     began = time.monotonic()
-    timeout = 20 if row == "stuck" else 120
+    timeout = 10 if row == "stuck" else 120
     if expected:
         with pytest.raises(expected) as raised:
             push(exported, timeout=timeout)
@@ -352,7 +354,8 @@ def test_every_fault_ends_well(
         assert len(str(raised.value)) > 30
         assert TOKEN not in str(raised.value)
     else:
-        assert push(exported, timeout=timeout)[0].report.status == "finished"
+        # what passes is waited for, however slow this machine is
+        assert push(exported, timeout=timeout, patience=30.0)[0].report.status == "finished"
     assert hub.fired(number) >= 1
     assert time.monotonic() - began < 90  # a single call of the client can block for minutes
     hub.clear_faults()
@@ -423,7 +426,7 @@ def test_what_one_device_is_late_with_or_refuses_does_not_cost_the_others(
     hub: StandIn, exported: Any, fault: Any, status: str
 ) -> None:
     hub.inject(fault, faults.CREATE_INFERENCE_JOB, times=1)
-    first, second = push(exported, devices=["Samsung Galaxy S23", S24], timeout=25)
+    first, second = push(exported, devices=["Samsung Galaxy S23", S24], timeout=12)
     assert (first.report.status, second.report.status) == (status, "finished")
     assert second.outputs
     assert first.report.error or "was still" in " ".join(first.report.warnings)

@@ -32,11 +32,12 @@ from lightning_quant.errors import ConfigurationError, DeviceError, DeviceTimeou
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.inputs import NetworkInputs
 from tests.helpers.networks import Body, calibrated, call, images
+from tests.helpers.trainers import quiet_trainer
 
 MakeTrainer = Callable[..., Trainer]
 
 _REASON = HtpEmulatorTarget("SM8650").unavailable()
-pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
 
 CHIPS = ("SM8550", "SM8650", "SM8750")
 # PSNR in dB of emulator against simulation. The emulator scales sums back to integers less exactly than the simulation,
@@ -160,7 +161,9 @@ def test_every_device_has_a_chip_that_the_compiler_knows() -> None:
 
 
 @pytest.fixture(scope="module", params=["ffnet_nano", "lraspp"])
-def trained(request: pytest.FixtureRequest, camvid: Path) -> tuple[str, SegmentationTask, CityscapesDataModule]:
+def trained(
+    request: pytest.FixtureRequest, camvid: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, SegmentationTask, CityscapesDataModule]:
     """A network trained on photographs for long enough to have ranges worth quantizing."""
     make: dict[str, Callable[[], nn.Module]] = {
         "ffnet_nano": ffnet_nano,
@@ -169,15 +172,8 @@ def trained(request: pytest.FixtureRequest, camvid: Path) -> tuple[str, Segmenta
     data = CityscapesDataModule(camvid, batch_size=4, calibration_samples=16)
     torch.manual_seed(0)
     task = SegmentationTask(make[request.param](), learning_rate=3e-3)
-    trainer = Trainer(
-        max_epochs=1,
-        limit_train_batches=60,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        tmp_path_factory.mktemp(request.param), max_epochs=1, limit_train_batches=60, limit_val_batches=0
     )
     trainer.fit(task, datamodule=data)
     return request.param, task, data

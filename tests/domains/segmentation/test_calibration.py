@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -13,20 +12,19 @@ from lightning_quant.domains.segmentation.datamodule import SyntheticScenesDataM
 from lightning_quant.domains.segmentation.ffnet import ffnet_nano
 from lightning_quant.domains.segmentation.task import SegmentationTask
 from lightning_quant.simulation.network import QuantizedNetwork
+from tests.helpers.trainers import quiet_trainer
 
 
 def calibrated(data: SyntheticScenesDataModule, tmp_path: Path) -> QuantizedNetwork:
     torch.manual_seed(0)
     task = SegmentationTask(ffnet_nano())
     callback = lq.PostTrainingQuantization("w8a8", calibration_samples=4)
-    trainer = pl.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path, callbacks=[callback]
-    )
-    trainer.validate(task, datamodule=data, verbose=False)
+    quiet_trainer(tmp_path, callback).validate(task, datamodule=data, verbose=False)
     assert QuantizedNetwork.of(task.model) is not None
     return task.model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_bare_images_give_the_ranges_of_the_same_images_with_labels(tmp_path: Path, batch_size: int) -> None:
     common = {"train": 4, "val": 4, "height": 32, "width": 64, "batch_size": batch_size, "calibration_samples": 4}

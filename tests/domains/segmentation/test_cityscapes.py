@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import numpy as np
@@ -20,22 +19,7 @@ from lightning_quant.domains.segmentation.cityscapes import (
     to_train_ids,
 )
 from lightning_quant.errors import DataError
-
-CAMVID = Path(
-    os.environ.get("LIGHTNING_QUANT_CAMVID", Path(__file__).resolve().parents[3].parent / "shared/data/camvid")
-)
-needs_camvid = pytest.mark.skipif(
-    not CAMVID.is_dir(), reason="CamVid is not here; set LIGHTNING_QUANT_CAMVID to its folder"
-)
-
-
-def write_pair(root: Path, split: str, name: str, photo: np.ndarray, label_ids: np.ndarray) -> None:
-    """One photograph and its labels in Cityscapes layout, in the city "aachen"."""
-    image = root / "leftImg8bit" / split / "aachen" / f"{name}_leftImg8bit.png"
-    labels = root / "gtFine" / split / "aachen" / f"{name}_gtFine_labelIds.png"
-    for path, pixels in ((image, photo), (labels, label_ids)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
+from tests.domains.segmentation.pairs import write_pair
 
 
 @pytest.fixture
@@ -192,9 +176,8 @@ def test_images_of_different_sizes_need_a_size(root: Path) -> None:
     assert CityscapesDataset(root, "train", size=(8, 16))[1][0].shape == (3, 8, 16)
 
 
-@needs_camvid
-def test_real_photographs_are_read() -> None:
-    dataset = CityscapesDataset(CAMVID, "val")
+def test_real_photographs_are_read(camvid: Path) -> None:
+    dataset = CityscapesDataset(camvid, "val")
     assert (len(dataset), dataset.size) == (101, (192, 256))
     targets = torch.stack([dataset[i][1] for i in range(0, 101, 5)])
     assert set(targets.unique().tolist()) == {0, 1, 2, 4, 5, 7, 8, 10, 11, 12, 13, 255}

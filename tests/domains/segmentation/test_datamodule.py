@@ -3,14 +3,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from PIL import Image
 from torch import Tensor
 
 from lightning_quant.domains.segmentation.datamodule import CityscapesDataModule, SyntheticScenesDataModule
 from lightning_quant.domains.segmentation.scenes import generate_scenes
 from lightning_quant.errors import ConfigurationError, DataError
-from tests.domains.segmentation.test_cityscapes import CAMVID, needs_camvid, write_pair
+from tests.domains.segmentation.pairs import write_pair
+from tests.helpers.trainers import quiet_trainer
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +53,7 @@ class Sink(LightningModule):
 def test_a_trainer_runs_every_stage(scenes: str, tmp_path: Path) -> None:
     data = CityscapesDataModule(scenes, batch_size=4)
     sink = Sink()
-    trainer = Trainer(
-        max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, logger=False, num_sanity_val_steps=0,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
+    trainer = quiet_trainer(tmp_path, max_epochs=1, num_sanity_val_steps=0)
     trainer.fit(sink, datamodule=data)
     trainer.test(sink, datamodule=data)
     trainer.predict(sink, datamodule=data)
@@ -191,9 +189,8 @@ def test_synthetic_scenes_are_drawn_once(tmp_path: Path) -> None:
     assert len(batches(data.calibration_dataloader())) == 3
 
 
-@needs_camvid
-def test_real_photographs_in_worker_processes() -> None:
-    data = CityscapesDataModule(str(CAMVID), size=(96, 128), num_workers=2, calibration_samples=16)
+def test_real_photographs_in_worker_processes(camvid: Path) -> None:
+    data = CityscapesDataModule(str(camvid), size=(96, 128), num_workers=2, calibration_samples=16)
     data.setup("fit")
     assert len(data.train_dataloader()) == 367 // 8
     images, targets = next(iter(data.val_dataloader()))

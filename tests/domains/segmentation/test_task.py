@@ -23,13 +23,8 @@ from lightning_quant.domains.segmentation.task import (
     parameter_groups,
 )
 from lightning_quant.errors import ConfigurationError
-from tests.callbacks.test_ddp import start
-
-
-def trainer(root: Path, **arguments: object) -> Trainer:
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    local = {"accelerator": "cpu", "devices": 1, "default_root_dir": root, "enable_checkpointing": False}
-    return Trainer(**{**quiet, **local, **arguments})  # type: ignore[arg-type]
+from tests.helpers.processes import run_two_ranks
+from tests.helpers.trainers import quiet_trainer
 
 
 def coloured(count: int, classes: int = 4, size: tuple[int, int] = (16, 24)) -> TensorDataset:
@@ -80,7 +75,7 @@ def test_miou_is_accumulated_over_uneven_batches(tmp_path: Path, stage: str) -> 
     data = coloured(7)
     data.tensors[1][6] = torch.where(data.tensors[1][6] == 255, 255, 3)
     task = SegmentationTask(small(), num_classes=4)
-    run = trainer(tmp_path)
+    run = quiet_trainer(tmp_path)
     evaluate = run.validate if stage == "val" else run.test
     (figures,) = evaluate(task, DataLoader(data, batch_size=3), verbose=False)
 
@@ -101,7 +96,7 @@ def test_miou_is_accumulated_over_uneven_batches(tmp_path: Path, stage: str) -> 
 
 def test_each_epoch_starts_anew(tmp_path: Path) -> None:
     task = SegmentationTask(small(), num_classes=4)
-    run = trainer(tmp_path)
+    run = quiet_trainer(tmp_path)
     first = run.validate(task, DataLoader(coloured(5), batch_size=2), verbose=False)
     run.validate(task, DataLoader(coloured(6), batch_size=2), verbose=False)
     assert run.validate(task, DataLoader(coloured(5), batch_size=2), verbose=False) == first
@@ -113,10 +108,11 @@ import sys
 import torch
 from torch.utils.data import DataLoader
 from lightning_quant.domains.segmentation.task import SegmentationTask
-from tests.domains.segmentation.test_task import one_sees_less, seeing, trainer
+from tests.domains.segmentation.test_task import one_sees_less, seeing
+from tests.helpers.trainers import quiet_trainer
 
 (out,) = sys.argv[1:]
-run = trainer(out, devices=2, strategy="ddp")
+run = quiet_trainer(out, devices=2, strategy="ddp")
 (figures,) = run.validate(
     SegmentationTask(seeing(), num_classes=4), DataLoader(one_sees_less(), batch_size=2), verbose=False
 )
@@ -132,12 +128,13 @@ def one_sees_less() -> TensorDataset:
     return data
 
 
+@pytest.mark.slow
 def test_miou_sums_the_processes_of_ddp(tmp_path: Path) -> None:
     data = one_sees_less()
     task = SegmentationTask(seeing(), num_classes=4)
     maps, targets = class_maps(task, data), list(data.tensors[1].numpy())
     by_process = [numpy_miou(maps[i::2], targets[i::2]) for i in (0, 1)]
-    for figures in start(tmp_path, DDP_SCRIPT, str(tmp_path)):
+    for figures in run_two_ranks(tmp_path, DDP_SCRIPT, str(tmp_path)):
         assert figures["val_miou"] == pytest.approx(numpy_miou(maps, targets), abs=1e-6)
         assert figures["val_miou"] != pytest.approx(np.mean(by_process), abs=1e-2)
 
@@ -150,7 +147,7 @@ def test_class_without_labels_has_no_place_in_the_mean() -> None:
 
 def test_learns(tmp_path: Path) -> None:
     task = SegmentationTask(small(), learning_rate=0.05, num_classes=4)
-    run = trainer(tmp_path, max_epochs=6)
+    run = quiet_trainer(tmp_path, max_epochs=6)
     before = run.validate(task, DataLoader(coloured(9), batch_size=4), verbose=False)[0]
     run.fit(task, DataLoader(coloured(40), batch_size=4, shuffle=True))
     after = run.validate(task, DataLoader(coloured(9), batch_size=4), verbose=False)[0]
@@ -161,7 +158,7 @@ def test_learns(tmp_path: Path) -> None:
 
 
 def test_train_loss_is_logged(tmp_path: Path) -> None:
-    run = trainer(tmp_path, max_steps=1)
+    run = quiet_trainer(tmp_path, max_steps=1)
     run.fit(SegmentationTask(small(), num_classes=4), DataLoader(coloured(4), batch_size=4))
     assert run.callback_metrics["train_loss"].isfinite()
 
@@ -177,7 +174,7 @@ class LearningRates(Callback):
 def test_learning_rate_climbs_and_falls_over_all_steps(tmp_path: Path) -> None:
     rates = LearningRates()
     task = SegmentationTask(small(), learning_rate=0.1, num_classes=4, warmup_fraction=0.25)
-    run = trainer(tmp_path, max_epochs=2, accumulate_grad_batches=2, callbacks=[rates])
+    run = quiet_trainer(tmp_path, rates, max_epochs=2, accumulate_grad_batches=2)
     run.fit(task, DataLoader(coloured(40), batch_size=2))
     # 40 batches, 20 optimizer steps, of which 5 warm up; two batches see the same rate.
     assert run.global_step == 20
@@ -193,7 +190,7 @@ def test_schedule_by_hand() -> None:
 
 def test_without_an_end_the_learning_rate_is_constant(tmp_path: Path) -> None:
     rates = LearningRates()
-    run = trainer(tmp_path, max_epochs=-1, max_time={"seconds": 1}, callbacks=[rates])
+    run = quiet_trainer(tmp_path, rates, max_epochs=-1, max_time={"seconds": 1})
     run.fit(SegmentationTask(small(), learning_rate=0.1, num_classes=4), DataLoader(coloured(8), batch_size=4))
     assert set(rates.seen) == {0.1}
 
@@ -233,7 +230,7 @@ def test_balanced_class_weights() -> None:
 def test_reloads_with_the_network_handed_over_again(tmp_path: Path) -> None:
     weights = [1.0, 2.0, 3.0, 4.0]
     task = SegmentationTask(small(), learning_rate=0.02, num_classes=4, class_weights=weights)
-    run = trainer(tmp_path, max_steps=2)
+    run = quiet_trainer(tmp_path, max_steps=2)
     run.fit(task, DataLoader(coloured(4), batch_size=2))
     run.save_checkpoint(tmp_path / "last.ckpt")
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
@@ -255,7 +252,7 @@ def test_predicts_class_maps_of_pairs_and_of_bare_images(tmp_path: Path, with_ta
     data = coloured(5)
     task = SegmentationTask(small(), num_classes=4)
     loader: DataLoader = DataLoader(data if with_targets else data.tensors[0], batch_size=2)  # type: ignore[arg-type]
-    maps = trainer(tmp_path).predict(task, loader)
+    maps = quiet_trainer(tmp_path).predict(task, loader)
     assert maps is not None
     found = torch.cat([m for m in maps if isinstance(m, Tensor)])
     assert found.dtype == torch.uint8
@@ -274,7 +271,7 @@ def test_predicts_class_maps_of_pairs_and_of_bare_images(tmp_path: Path, with_ta
 )
 def test_trains_evaluates_and_predicts_any_network(tmp_path: Path, network: type[nn.Module]) -> None:
     task = SegmentationTask(network())
-    run = trainer(tmp_path, fast_dev_run=1)
+    run = quiet_trainer(tmp_path, fast_dev_run=1)
     loader = DataLoader(coloured(2, size=(64, 96)), batch_size=2)
     run.fit(task, loader, loader)
     assert {"train_loss", "val_loss", "val_miou"} <= run.callback_metrics.keys()

@@ -150,8 +150,11 @@ def test_layers_that_share_a_range_are_raised_together_and_the_weights_stay() ->
 
 def test_what_was_raised_is_not_raised_again_and_more_can_be() -> None:
     network, context = context_of(fragile_first, precision="w4a16", enough=32.5)
+    coarse = bits(network)
     apply(MixedPrecision(), network, context)
     assert network.promoted == {"first": Precision(8, 16)}
+    assert raised_bits(network, coarse) == {"first.param_quantizers.weight": 8}
+    assert context.measure() > 32.5
     context.suffices = lambda metric: False
     before = bits(network)
     apply(MixedPrecision(1.0), network, context)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_quant.errors import ConfigurationError, LightningQuantError
+from lightning_quant.errors import LightningQuantError
 from lightning_quant.ladder.registry import RUNGS, parse_rungs
 from lightning_quant.ladder.rung import Rung
 from lightning_quant.ladder.rungs.layer_outputs import hooked, statistics, unrounded, weights_only
 from lightning_quant.simulation.precisions import quantized_layers
-from tests.callbacks.rung_cases import dead_outliers, fragile_first, halfway, images, unequal
+from tests.callbacks.rung_cases import dead_outliers, halfway, images, unequal
 from tests.helpers.small import assert_same_tensors
 from tests.ladder.rungs.contexts import batches, context_of
 
@@ -132,106 +132,18 @@ def test_seq_mse_is_for_coarse_weights() -> None:
     assert rung("seq_mse").skip_reason(network, context) == "AIMET's SeqMSE is for weights of at most 4 bits"
 
 
-# Mixed precision
-
-
-def bits(network: Any) -> dict[str, int]:
-    return {name: module.bitwidth for name, module in network.network.named_modules() if hasattr(module, "bitwidth")}
-
-
-def test_the_one_fragile_layer_is_raised_and_nothing_else() -> None:
-    network, context = context_of(fragile_first, precision="w4a16", enough=32.5)
-    before = bits(network)
-    with torch.no_grad():
-        told = rung("mixed").apply(network, context)
-    after = bits(network)
-    assert {name: after[name] for name in after if after[name] != before[name]} == {"first.param_quantizers.weight": 8}
-    assert {layer: str(precision) for layer, precision in network.promoted.items()} == {"first": "w8a16"}
-    assert told.startswith("raised 1 (")
-    assert context.measure() > 32.5
-
-
-def test_no_more_is_raised_than_the_metric_asks_for() -> None:
-    counts = []
-    for enough in (34.0, 36.5, 1e9):
-        network, context = context_of(precision="w4a8", enough=enough)
-        with torch.no_grad():
-            rung("mixed").apply(network, context)
-        counts.append(sum(after != before for after, before in zip(bits(network).values(), _plain_bits(), strict=True)))
-    assert counts == sorted(counts)
-    assert counts[0] < counts[-1]
-
-
-def _plain_bits() -> list[int]:
-    return list(bits(context_of(precision="w4a8")[0]).values())
-
-
-def test_the_budget_is_kept() -> None:
-    network, context = context_of(precision="w4a16")
-    (mixed,) = parse_rungs([{"mixed": {"budget": 0.15}}])
-    with torch.no_grad():
-        mixed.apply(network, context)
-    sizes = {name: quantized_layers(network)[name].weight.numel() for name in ("first", "second", "head")}
-    raised = sum(sizes[name] for name in network.promoted)
-    assert 0 < raised / sum(sizes.values()) <= 0.15
-
-
 def test_activations_are_raised_at_8_bit_weights() -> None:
     network, context = context_of(unequal, precision="w8a8")
     before = context.measure()
     with torch.no_grad():
         rung("mixed").apply(network, context)
     assert {str(precision) for precision in network.promoted.values()} == {"w8a16"}
-    assert 16 in bits(network).values()
     assert context.measure() > before + 5
 
 
 def test_the_finest_precision_cannot_be_raised() -> None:
     network, context = context_of(precision="w8a16")
     assert rung("mixed").skip_reason(network, context) == "w8a16 is the finest precision there is"
-
-
-# Names
-
-
-class Mine(Rung):
-    name = "mine"
-
-    def __init__(self, strength: float = 1.0) -> None:
-        self.strength = strength
-
-    def apply(self, network: Any, context: Any) -> str:
-        return "nothing"
-
-
-def test_names_options_and_classes_of_ones_own() -> None:
-    made = parse_rungs(["ptq", {"mixed": {"budget": 0.05}}, {f"{__name__}.Mine": {"strength": 2.0}}])
-    assert [one.name for one in made] == ["ptq", "mixed", "mine"]
-    assert made[1].budget == 0.05  # type: ignore[attr-defined]
-    assert made[2].strength == 2.0  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize(
-    ("rungs", "message"),
-    [
-        ("ptq", "rungs='ptq': expected a list"),
-        ([], r"rungs=\[\]: expected a list of at least one"),
-        (["ptq", "ptq"], "names 'ptq' twice"),
-        (["seqmse"], "Unknown rung 'seqmse'.*Did you mean 'seq_mse'"),
-        (["qat"], "training follows the rungs by itself"),
-        ([3], "Rung 3: expected a name"),
-        ([{"mixed": {}, "cle": {}}], "expected one name with its options"),
-        ([{"mixed": {"depth": 3}}], "Rung 'mixed' with options .*depth"),
-        ([{"mixed": {"budget": 0}}], "budget=0: expected a share above 0"),
-        ([{"adaround": {"iterations": 0}}], "iterations=0: expected a whole number"),
-        ([{"seq_mse": {"samples": -1}}], "samples=-1: expected a whole number"),
-        (["no_such_package.Rung"], "Rung 'no_such_package.Rung' cannot be imported"),
-        (["torch.nn.Linear"], "Rung 'torch.nn.Linear' is not a subclass of lightning_quant.Rung"),
-    ],
-)
-def test_wrong_rungs_are_told_at_once(rungs: Any, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        parse_rungs(rungs)
 
 
 def test_equalization_that_changes_the_function_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,19 +195,3 @@ def test_a_batch_of_one_sample_does_not_end_the_float_reference() -> None:
     context.samples = lambda: iter(calls)
     with torch.no_grad():
         assert rung("bn_reestimation").float_reference(context) is not None
-
-
-def test_names_must_be_ones_own() -> None:
-    with pytest.raises(ConfigurationError, match="is named 'ptq', as one of this package is"):
-        parse_rungs([f"{__name__}.Borrowed"])
-    with pytest.raises(ConfigurationError, match="has no name"):
-        parse_rungs([f"{__name__}.Nameless"])
-
-
-class Borrowed(Mine):
-    name = "ptq"
-
-
-class Nameless(Rung):
-    def apply(self, network: Any, context: Any) -> str:
-        return "nothing"

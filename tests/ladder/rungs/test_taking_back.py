@@ -19,6 +19,8 @@ from tests.helpers.small import assert_same_tensors
 from tests.ladder.rungs.contexts import batches, context_of
 from tests.ladder.rungs.test_bn_reestimation import normed
 
+pytestmark = pytest.mark.slow
+
 RUNGS: list[Any] = [
     "tf_enhanced",
     "cle",

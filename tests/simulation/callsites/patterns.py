@@ -44,6 +44,11 @@ def sequence() -> list[NetworkInputs]:
     return [NetworkInputs((image(3, 6, 8),))]
 
 
+def short_sequence() -> list[NetworkInputs]:
+    """Three steps, the first, one between and the last: each is operations of its own in a recurrent layer."""
+    return [NetworkInputs((image(3, 3, 8),))]
+
+
 class Of(nn.Module):
     """Two convolutions (or linear layers) and a function between them."""
 
@@ -542,7 +547,7 @@ PATTERNS: dict[str, Pattern] = {
     "sizes": Pattern(ByShape, lambda: [*one_image(), NetworkInputs((image(3, 3, 8, 7),))]),
     "values": Pattern(ByValue, one_image),
     "state that is None at first": Pattern(
-        Stepwise, lambda: [NetworkInputs((image(3, 4, 8), image(3, 6))), NetworkInputs((image(3, 4, 8),))], apart=True
+        Stepwise, lambda: [NetworkInputs((image(3, 2, 8), image(3, 6))), NetworkInputs((image(3, 2, 8),))], apart=True
     ),
     # what autograd sees
     "no gradient": Pattern(WithoutGradient, one_image),
@@ -610,8 +615,8 @@ PATTERNS: dict[str, Pattern] = {
         True,
     ),
     "GRU": Pattern(
-        lambda: Recurrent(nn.GRU(8, 5, 2, batch_first=True, dropout=0.3, bidirectional=True)), sequence, True
+        lambda: Recurrent(nn.GRU(8, 5, 2, batch_first=True, dropout=0.3, bidirectional=True)), short_sequence, True
     ),
-    "LSTM": Pattern(lambda: Recurrent(nn.LSTM(8, 5, 2, batch_first=True, proj_size=3)), sequence, True),
-    "RNN": Pattern(lambda: Recurrent(nn.RNN(8, 5, nonlinearity="relu", bias=False)), sequence, True),
+    "LSTM": Pattern(lambda: Recurrent(nn.LSTM(8, 5, 2, batch_first=True, proj_size=3)), short_sequence, True),
+    "RNN": Pattern(lambda: Recurrent(nn.RNN(8, 5, nonlinearity="relu", bias=False)), short_sequence, True),
 }  # fmt: skip

@@ -109,6 +109,7 @@ def test_rounded(name: str) -> None:
     assert any(key not in expected_gradients for key in gradients)  # the ranges
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("name", [one for one in PATTERNS if one not in ("hooks", "weight norm", "orthogonal")])
 def test_copies(name: str, way: str) -> None:

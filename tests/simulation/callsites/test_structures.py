@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -15,6 +16,8 @@ from lightning_quant.ladder.rungs.layer_outputs import unrounded
 from tests.helpers.networks import call
 from tests.simulation.callsites.patterns import image
 from tests.simulation.callsites.test_patterns import assert_same, quantized, run, state_of
+
+pytestmark = pytest.mark.slow
 
 # Steps of four channels in and out. A tuple nests: a branch around its inside, or its inside twice.
 STEPS = (

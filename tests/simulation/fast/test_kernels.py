@@ -213,6 +213,7 @@ def test_second_derivatives_are_refused() -> None:
         torch.autograd.grad(quantizer(numbers).square().sum(), numbers, create_graph=True)
 
 
+@pytest.mark.slow
 def test_a_build_that_was_killed_is_done_again(tmp_path: Path) -> None:
     """PyTorch would wait for ever for the process that held its lock file."""
     code = "from lightning_quant.simulation.fast import kernels; print(kernels.unavailable())"
@@ -238,6 +239,7 @@ def test_without_a_compiler_the_reason_is_told(tmp_path: Path) -> None:
     assert "building them failed" in done.stdout
 
 
+@pytest.mark.slow
 def test_nothing_is_built_before_it_is_needed(tmp_path: Path) -> None:
     """A machine that trains on its GPU has no use for kernels of the CPU; a network is quantized on the CPU."""
     code = "from tests.helpers.networks import Body, quantized; quantized(Body())"
@@ -277,6 +279,7 @@ def test_other_types_are_left_to_aimet(dtype: torch.dtype) -> None:
         assert torch.equal(mine, other)
 
 
+@pytest.mark.slow
 def test_without_the_kernels_aimet_does_the_work() -> None:
     code = (
         "import logging; logging.basicConfig(level=logging.INFO)\n"

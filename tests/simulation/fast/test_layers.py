@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
-from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 import lightning_quant as lq
@@ -27,11 +27,13 @@ aimet.load()
 
 from lightning_quant.simulation.fast.layers import accelerate, slow_down  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 MakeTrainer = Callable[..., Trainer]
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ffnet_nano": lambda: ffnet_nano(),
     "lraspp": lambda: lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=19),
-    "resnet18": lambda: resnet18(num_classes=5),
+    "resnet": lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5),
     "transposed": lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 2, stride=2), nn.PReLU(), nn.Conv2d(4, 2, 1)),
     "normed": lambda: nn.Sequential(
         nn.Conv2d(3, 4, 1),
@@ -46,7 +48,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def call_of(name: str, seed: int = 0) -> NetworkInputs:
-    return NetworkInputs((torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(seed)),))
+    return NetworkInputs((torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(seed)),))
 
 
 @pytest.fixture(scope="module", params=list(NETWORKS))

@@ -17,6 +17,7 @@ from lightning_quant.simulation.fast.kernels import Activation
 from tests.simulation.fast.triton_cases import COMMON, GRIDS, SHAPES, assert_alike, equal, numbers, on_cpu, run
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with PyTorch for CUDA only"),
     pytest.mark.skipif(kernels.unavailable() is not None, reason=str(kernels.unavailable())),
     pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the real kernels are tested, in tests/gpu"),
