@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -16,21 +14,19 @@ from torch import Tensor
 
 from lightning_quant.callbacks.lightning_packages import either
 from lightning_quant.callbacks.quantization import QuantizationCallback, callback_of
+from lightning_quant.callbacks.reproduce import reproduce
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.deploy.bundle import Bundle, on_cpu_in_eval
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.domains.segmentation.cityscapes import NUM_CLASSES
 from lightning_quant.domains.segmentation.images import IMAGE_MEAN, IMAGE_STD
 from lightning_quant.domains.segmentation.overlay import save_overlays
-from lightning_quant.ladder.registry import rung_spec
-from lightning_quant.ladder.rung import Rung
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.page import write_report
 from lightning_quant.report.record import RunRecord
 from lightning_quant.report.sensitivity import write_sensitivity
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.range_estimators import RangeEstimator
 
 # Histograms and pictures of so many samples; each layer is measured alone with half of them.
 SAMPLES = 4
@@ -93,45 +89,6 @@ def log_pictures(loggers: Iterable[Logger], pictures: Mapping[str, Path], step: 
                 logger.experiment.log_artifact(logger.run_id, str(path), name.partition("/")[0])
 
 
-def _reproduce(callback: QuantizationCallback | None) -> str:
-    """The quantization callback as Python that makes it again, with what was not left at its default."""
-    if callback is None:
-        return ""
-    recipe = callback.recipe
-    given: dict[str, Any] = {
-        "network": callback.network_name,
-        "hardware": recipe.hardware,
-        "calibration_samples": recipe.calibration_samples,
-        "range_estimator": _importable(recipe.range_estimator),
-        "overrides": {glob: str(precision) for glob, precision in recipe.overrides.items()} or None,
-        "strict": recipe.strict,
-    }
-    if isinstance(callback, QuantizationAwareTraining):
-        ladder = callback.result
-        given |= {"max_drop": ladder.max_drop, "monitor": ladder.monitor, "mode": ladder.mode}
-        given |= {"rungs": tuple(_importable(rung) for rung in callback.rungs)}
-        given |= {"train_ranges": callback.train_ranges, "distillation": callback.distillation}
-    defaults = inspect.signature(type(callback)).parameters
-    changed = [f"{name}={value!r}" for name, value in given.items() if value != defaults[name].default]
-    return f"lq.{type(callback).__name__}({', '.join([repr(str(recipe.precision)), *changed])})"
-
-
-def _importable(value: Any) -> Any:
-    """A rung or a range estimator as plain values that name it where its class was not imported."""
-    if isinstance(value, RangeEstimator):
-        spec, kind = value.spec, type(value)
-        if kind.__module__.startswith("lightning_quant."):
-            return spec
-        path = f"{kind.__module__}.{kind.__qualname__}"
-        return path if isinstance(spec, str) else {path: spec[value.name]}
-    if isinstance(value, Rung):
-        spec = rung_spec(value)
-        if isinstance(spec, str):
-            return spec
-        return {name: {key: _importable(one) for key, one in options.items()} for name, options in spec.items()}
-    return value
-
-
 def _record(
     trainer: pl.Trainer,
     callback: QuantizationCallback | None,
@@ -155,7 +112,7 @@ def _record(
         device=[report.to_dict() for report in devices],
         artifacts={"bundle": f"../{bundle.path.name}"},
         versions={name: importlib.metadata.version(name) for name in packages},
-        reproduce=_reproduce(callback),
+        reproduce="" if callback is None else reproduce(callback),
         config={"recipe": identity, "raised": manifest["raised"], "range_estimator": manifest["range_estimator"]},
     )
     if training is not None and training.climbs and training.result.best is not None:

@@ -7,30 +7,20 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_quant.callbacks.best_checkpoint import best_path, locked_folder, network_state
-from lightning_quant.callbacks.calls import InputCatcher
-from lightning_quant.callbacks.distillation import Distillation, loss_scale, loss_scaler
+from lightning_quant.callbacks.best_checkpoint import locked_folder
+from lightning_quant.callbacks.distillation import Distillation, loss_scale
 from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.early_setup import set_up_early
-from lightning_quant.callbacks.finiteness import (
-    GradientWatch,
-    Step,
-    describe_after,
-    describe_before,
-    gradients_are_finite,
-    origin,
-)
+from lightning_quant.callbacks.gradient_guard import GradientGuard
 from lightning_quant.callbacks.ladder_runner import LadderRunner, check_fit
 from lightning_quant.callbacks.logs import rank_zero_log
 from lightning_quant.callbacks.networks import find_network
@@ -40,20 +30,17 @@ from lightning_quant.callbacks.quantization import (
     measuring,
     quantization_callbacks,
 )
-from lightning_quant.callbacks.resume_point import save_whole
-from lightning_quant.callbacks.validation import isolated_validation, measure, monitored
-from lightning_quant.errors import CalibrationError, ConfigurationError, TrainingError
-from lightning_quant.ladder.gate import Ladder, RungResult
+from lightning_quant.callbacks.validation import isolated_validation
+from lightning_quant.errors import ConfigurationError, TrainingError
+from lightning_quant.ladder.gate import Ladder
 from lightning_quant.ladder.registry import RungSpec, parse_rungs
 from lightning_quant.ladder.rung import Rung
-from lightning_quant.ladder.rungs.ptq import CalibratedRanges
 from lightning_quant.ladder.session import LadderSession
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.compiled import Compiled, check_options
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.range_estimators import RangeEstimator, RangeEstimatorSpec
 from lightning_quant.utilities.memory import PeakMemory
-from lightning_quant.utilities.modules import preserve_modes
 
 
 class QuantizationAwareTraining(QuantizationCallback):
@@ -158,7 +145,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         if not isinstance(distillation, int | float) or not 0 <= distillation < math.inf:
             raise ConfigurationError(f"distillation={distillation!r}: expected a weight of at least 0.")
         self.rungs = parse_rungs(list(rungs) if isinstance(rungs, tuple) else rungs)
-        self.climbs = max_drop is not None or [type(rung) for rung in self.rungs] != [CalibratedRanges]
+        self.climbs = max_drop is not None or [rung.name for rung in self.rungs] != ["ptq"]
         if self.climbs and (not isinstance(monitor, str) or not monitor):
             raise ConfigurationError(
                 f"max_drop={max_drop!r} with monitor={monitor!r}: expected the name of the metric that is compared, as "
@@ -174,13 +161,12 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.distillation = distillation
         self.compile = None if compile is False else check_options(compile)
         self._compiled = ExitStack()
+        self._guard = GradientGuard(network, uncompile=self._compiled.close)
         self._only_rungs = False
+        self._runner: LadderRunner | None = None
         self._teaching: tuple[Distillation, RemovableHandle] | None = None
-        self._memory = PeakMemory()
-        self._batch: tuple[Any, int] = (None, 0)
-        self._watch = GradientWatch()
         self._locked = ExitStack()
-        self._sane = ExitStack()
+        self._sanity_check = ExitStack()
         self._begin(Ladder(monitor or "", mode, max_drop), None)
 
     @property
@@ -197,9 +183,6 @@ class QuantizationAwareTraining(QuantizationCallback):
         """Forget what an earlier fit measured."""
         self.session = LadderSession(ladder)
         self._float = float_network
-        self._best_state: dict[str, Any] | None = None
-        self._started = 0.0
-        self._validated_at = -1
         self.drift: RangeDrift | None = None
         self._drift_before: dict[str, Any] | None = None
 
@@ -216,13 +199,16 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._begin(Ladder(self.result.monitor, self.result.mode, self.result.max_drop), quantized.float_network)
         quantized.learn_ranges(self.train_ranges)
         self._fixed_ranges = [one for one in quantized.range_parameters() if not one.requires_grad]
+        self._runner = None
         if fits and self.climbs:
+            assert self._float is not None  # by _check_fit
+            self._runner = LadderRunner(trainer, pl_module, self, self._float, self.session)
             for rung in self.rungs:
                 rung.check(quantized)
 
     @override
     def _on_set_up(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.climbs and trainer.state.fn == "fit":
+        if self._runner is not None:
             self._locked.close()  # of a fit that was not torn down
             self._locked.enter_context(locked_folder(trainer))
         start = time.perf_counter()
@@ -240,20 +226,20 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.climbs:  # a metric that remembers it would satisfy the ladder
-            self._sane.enter_context(isolated_validation(trainer, self.quantized_network(pl_module).network))
+        if self._runner is not None:  # a metric that remembers it would satisfy the ladder
+            self._sanity_check.enter_context(isolated_validation(trainer, self.quantized_network(pl_module).network))
 
     @override
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._sane.close()
+        self._sanity_check.close()
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.climbs:
+        if self._runner is not None:
             session = self.session
             if not session.climbed:
                 with measuring(trainer, pl_module)():
-                    self._climb(trainer, pl_module)
+                    self._runner.climb(self.rungs, *self._calibration)
             untried = session.untried(self.rungs)
             if untried and not self.result.satisfied:
                 rank_zero_warn(f"The climb was over in the checkpoint: {', '.join(untried)} are not tried.")
@@ -265,8 +251,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             if session.should_stop:  # it was killed between this and its end
                 end_fit(trainer)
                 return
-        self._started, self._validated_at = time.perf_counter(), -1
-        self._memory.start()
+            self._runner.start_training()
         if self.train_ranges and self.drift is None:
             self.drift = RangeDrift(self.quantized_network(pl_module))
         if self.distillation:
@@ -283,43 +268,30 @@ class QuantizationAwareTraining(QuantizationCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._batch = batch, batch_idx
+        self._guard.start_batch(batch, batch_idx)
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        now = Step(trainer.global_step + 1, trainer.current_epoch, self._batch[1])
-        bad = self._watch.check(parameters, now)
-        if bad is None:
-            return
-        scaler = loss_scaler(trainer)
-        if scaler is not None:  # it has skipped what came before; this step counts, if scaling does not explain it
-            scale = scaler.get_scale()
-            if scale < 1 and (bad == now or not gradients_are_finite(parameters)):
-                self._end_training(trainer, describe_before(now, self._origin(trainer, pl_module), scale))
-            return
-        taken = bad != now
-        message = describe_after(bad) if taken else describe_before(now, self._origin(trainer, pl_module))
-        self._end_training(trainer, message)
-        for parameter in parameters:
-            parameter.grad = None  # the step that follows leaves it as it is
+        message = self._guard.check_step(trainer, pl_module, self.quantized_network(pl_module), optimizer)
+        if message is not None:
+            self._end_training(trainer, message)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._read_last_flag(trainer)
+        self._check_last_step(trainer)
         super().on_validation_start(trainer, pl_module)
 
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._read_last_flag(trainer)
+        self._check_last_step(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._read_last_flag(trainer)
+        self._check_last_step(trainer)
 
     @override
     def on_train_batch_end(
@@ -342,46 +314,36 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        if trainer.state.fn == "fit" and self.climbs and not trainer.sanity_checking:
-            self._judge_training(trainer, pl_module, monitored(trainer, self.result.monitor))
+        if self._runner is not None and not trainer.sanity_checking:
+            self._runner.judge_validation()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         self._stop_teaching()
         self._compiled.close()
-        self._read_last_flag(trainer)
-        if self.climbs and self._started and self._validated_at != trainer.global_step and not trainer.interrupted:
-            network = self.quantized_network(pl_module).network
-            metric = measure(trainer, self.result.monitor, hidden=self, network=network)
-            self._judge_training(trainer, pl_module, metric)
+        self._check_last_step(trainer)
+        if self._runner is not None:
+            self._runner.end_training()
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # here and not in on_train_end, which does not come when a finished training is resumed
-        if not self.climbs or not (self._started or self.session.trained_metric is not None):
-            return
-        seconds = time.perf_counter() - self._started if self._started else 0.0
-        rung = self.session.judge_training(trainer.global_step, seconds, self._memory.stop())
-        self._log(trainer, rung)
-        if self._best_state is None:
-            self._best_state = network_state(self.best_model_path, self.network_name)
-        self.quantized_network(pl_module).restore(self._best_state)
-        self._best_state, self._started = None, 0.0
-        rank_zero_log(f"Training ended: {self.session.describe()}.")
+        if self._runner is not None:
+            self._runner.end_fit()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self._watch.forget()
-        self._sane.close()
+        self._guard.forget()
+        self._sanity_check.close()
         self._stop_teaching()
-        self._started = 0.0
         self.teardown(trainer, pl_module, "fit")
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
+        self._runner = None
         self._locked.close()
         self._compiled.close()
         if self._only_rungs:
@@ -426,79 +388,12 @@ class QuantizationAwareTraining(QuantizationCallback):
             trainer.fit_loop.max_epochs = 1
             self._only_rungs = True
 
-    def _climb(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._float is not None
-        runner = LadderRunner(trainer, pl_module, self, self._float, self.session)
-        network = self.quantized_network(pl_module)
-        if self.result.float_metric is None:
-            runner.measure_float()
-        if not self.result.rungs and type(self.rungs[0]) is CalibratedRanges:
-            self._after_rung(trainer, network, runner.judge_calibrated(*self._calibration))
-        with preserve_modes(pl_module), torch.no_grad():
-            pl_module.eval()
-            for rung in runner.climb(self.rungs):
-                self._after_rung(trainer, network, rung)
-        self.session.finish_climb()
-        self._float.cpu()
-        self._save(trainer)
-
-    def _after_rung(self, trainer: pl.Trainer, network: QuantizedNetwork, rung: RungResult) -> None:
-        if trainer.world_size > 1:  # GPUs may round differently; the networks must not differ
-            for value in (*network.parameters(), *network.buffers()):
-                torch.distributed.broadcast(value.data, src=0)
-        metric = "" if rung.metric is None else f"{self.result.monitor} {rung.metric:.4f}, "
-        changed = f" ({rung.changed})" if rung.changed else ""
-        rank_zero_log(f"Rung {rung.rung}: {metric}{rung.reason}{changed}; {rung.seconds:.0f} s.")
-        self._log(trainer, rung)
-        if rung.kept:
-            self._best_state = network.snapshot()
-        self._save(trainer)
-
-    def _judge_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metric: float) -> None:
-        self._validated_at = trainer.global_step
-        if self.session.judge_validation(metric):
-            self._best_state = self.quantized_network(pl_module).snapshot()
-            self._save(trainer)
-        if self.session.should_stop:
-            ladder = self.result
-            rank_zero_log(
-                f"Training stops: {ladder.monitor} is within {ladder.max_drop:g} of float and no longer improves."
-            )
-            trainer.should_stop = True
-
-    def _save(self, trainer: pl.Trainer) -> None:
-        self.session.best_model_path = str(best_path(trainer))  # the path is in the checkpoint, too
-        save_whole(trainer, Path(self.best_model_path))
-
-    def _read_last_flag(self, trainer: pl.Trainer) -> None:
-        """Check the last step taken, before what it made of the weights is measured or kept."""
-        if loss_scaler(trainer) is not None:  # the step was skipped, and the next one is to know
-            return
-        if (bad := self._watch.last()) is not None:
-            self._end_training(trainer, describe_after(bad))
+    def _check_last_step(self, trainer: pl.Trainer) -> None:
+        if (message := self._guard.check_last(trainer)) is not None:
+            self._end_training(trainer, message)
 
     def _end_training(self, trainer: pl.Trainer, message: str) -> None:
         if not self.climbs:
             raise TrainingError(message)
         rank_zero_warn(message + " Training ends here, with the best network so far.")
         end_fit(trainer)
-
-    def _origin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-        """Find where the gradients of the step that is about to be taken leave the finite numbers."""
-        self._compiled.close()  # layers are looked into
-        network = self.quantized_network(pl_module)
-        catcher = InputCatcher(trainer, pl_module, self.network_name, network, first="training_step")
-        try:
-            with isolate_rng():
-                calls = catcher.catch(*self._batch)
-            with trainer.precision_plugin.train_step_context():  # float16 ends where float32 does not
-                return origin(network, calls)
-        except CalibrationError:  # a training step that cannot be run twice
-            return "where they come from could not be found by running the step again"
-
-    def _log(self, trainer: pl.Trainer, rung: RungResult) -> None:
-        if rung.metric is None or rung.drop is None:
-            return
-        values = {f"ladder/{rung.rung}/{self.result.monitor}": rung.metric, f"ladder/{rung.rung}/drop": rung.drop}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)

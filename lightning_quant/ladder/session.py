@@ -1,4 +1,4 @@
-"""The state of a fit on its ladder: what was measured, what is in force, and whether training goes on."""
+"""The state of a fit on its ladder: what was measured, which correction is applied, and whether training continues."""
 
 from __future__ import annotations
 
@@ -60,10 +60,11 @@ class LadderSession:
         """Take in the metric of a validation in training; return whether the network is the best so far."""
         rungs = [rung.metric for rung in self.ladder.rungs if rung.kept and rung.rung != TRAINING]
         known = [value for value in (self.trained_metric, *rungs) if value is not None]
+        best = self.ladder.comparison.best(known) if known else None
         self.improving = self.ladder.is_better(metric, self.trained_metric)
         if self.improving:
             self.trained_metric = metric
-        return all(self.ladder.is_better(metric, value) for value in known)
+        return self.ladder.is_better(metric, best)
 
     def judge_training(self, steps: int, seconds: float, peak_memory_bytes: int | None) -> RungResult:
         """Record training as the last rung, in the place of what a fit that was resumed recorded of it."""

@@ -1,9 +1,7 @@
-"""A rung in a user's file: in a fit, from Python, Lightning's command line and Hydra, and pasted from a report."""
+"""A rung in a user's file: in a fit, from Python, Lightning's command line and Hydra."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
 import lightning_quant as lq
-from lightning_quant.callbacks.reporting import _reproduce
 from lightning_quant.errors import ConfigurationError
-from tests.helpers.estimators import Deviations
 from tests.helpers.rungs import WiderWeights
 from tests.helpers.small import SmallModule, small_loader
 
@@ -52,22 +48,6 @@ def test_from_lightnings_command_line(rung: Any) -> None:
 def test_from_hydra(rung: Any) -> None:
     made = instantiate({"_target_": "lightning_quant.QuantizationAwareTraining", "rungs": ["ptq", rung]})
     assert made_by(made) == (WiderWeights, 1.05 if rung == PATH else 1.1)
-
-
-def test_what_reproduces_it_makes_the_same_where_nothing_was_imported() -> None:
-    rungs = ("ptq", {"mixed": {"budget": 0.05}}, {"ptq": {"range_estimator": Deviations(2.0)}}, WiderWeights(1.1))
-    callback = lq.QuantizationAwareTraining(
-        "w4a8", range_estimator=Deviations(4.0), max_drop=0.01, monitor="val_loss", mode="min", rungs=rungs
-    )
-    line = _reproduce(callback)
-    assert PATH in line
-    assert "'budget': 0.05" in line
-    code = (
-        "import lightning_quant as lq; from lightning_quant.callbacks.reporting import _reproduce; "
-        f"print(_reproduce({line}))"
-    )
-    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert again.stdout.strip() == line
 
 
 def test_everything_after_precision_is_taken_by_keyword() -> None:

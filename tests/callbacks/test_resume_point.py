@@ -1,4 +1,4 @@
-"""A fit that goes on from a resume point ends with the bits of one that was never stopped."""
+"""A fit that is resumed from a resume point ends with the bits of one that was never stopped."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_second_fit_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 
 class Fails(Rung):
-    """A rung that fails as often as it is told to."""
+    """A rung that fails a given number of times."""
 
     name = "fails"
     times = 0
@@ -149,7 +149,7 @@ def test_a_fit_that_is_stopped_in_one_rung_and_then_in_the_next(
     assert_same_tensors(go("again").state_dict(), whole.state_dict())
 
 
-def test_training_that_was_good_enough_is_not_taken_up_again(tmp_path: Path) -> None:
+def test_training_that_was_good_enough_is_not_resumed(tmp_path: Path) -> None:
     """Killed between the validation that ends it and its end."""
 
     def callback() -> lq.QuantizationAwareTraining:

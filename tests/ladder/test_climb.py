@@ -127,14 +127,14 @@ def test_a_rung_that_hurts_is_rolled_back_bit_for_bit() -> None:
     assert_same_tensors(climber.network.state_dict(), after_small)
 
 
-def test_a_rung_that_fails_is_passed_over() -> None:
+def test_a_rung_that_fails_is_skipped() -> None:
     climber = Climb(Failing(), Small()).start()
     assert [rung.rung for rung in climber.ladder.rungs] == ["failing", "small"]
     assert climber.ladder.rungs[0].reason == "failed: this network has no head"
     assert noise(climber.network, climber.context) == pytest.approx(0.01, abs=1e-6)
 
 
-def test_a_bug_goes_on_but_leaves_the_network_whole() -> None:
+def test_a_bug_is_raised_and_leaves_the_network_whole() -> None:
     climber = Climb(Broken())
     before = climber.network.snapshot()
     with pytest.raises(RuntimeError, match="a bug"):
@@ -150,7 +150,7 @@ def test_a_rung_may_start_from_float_again() -> None:
     assert noise(climber.network, climber.context) == pytest.approx(0.001, abs=1e-6)
 
 
-def test_a_correction_is_taken_off_before_the_next_rung_and_made_anew_after_it() -> None:
+def test_a_correction_is_reverted_before_the_next_rung_and_applied_again_after_it() -> None:
     tenth = Tenth()
     climber = Climb(Small(), Finish(), tenth).start()
     assert Noise.applied == ["small", "finish", "tenth", "finish", "finish"]
@@ -163,7 +163,7 @@ def test_a_correction_is_taken_off_before_the_next_rung_and_made_anew_after_it()
     assert climber.session.base is not None
 
 
-def test_another_correction_takes_the_place_of_the_first() -> None:
+def test_another_correction_replaces_the_first() -> None:
     class Better(Finish):
         name = "better"
 

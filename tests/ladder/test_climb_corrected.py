@@ -41,7 +41,7 @@ def test_what_goes_wrong_on_top_of_a_correction_leaves_it_in_force(kind: type[No
     assert climber.session.base is base
 
 
-def test_a_correction_is_made_anew_after_a_rung_that_starts_from_float() -> None:
+def test_a_correction_is_applied_again_after_a_rung_that_starts_from_float() -> None:
     climber = Climb(Small(), Finish(), Afresh()).start()
     assert Noise.applied == ["small", "finish", "afresh", "finish"]
     assert noise(climber.network, climber.context) == pytest.approx(0.0005, abs=1e-6)
@@ -51,7 +51,7 @@ def test_a_correction_is_made_anew_after_a_rung_that_starts_from_float() -> None
     assert noise(climber.network, climber.context) == pytest.approx(0.001, abs=1e-6)
 
 
-def test_a_correction_that_fails_after_a_rung_takes_the_rung_with_it() -> None:
+def test_a_rung_fails_if_the_correction_after_it_does() -> None:
     class OnceOnly(Finish):
         name = "once"
 
@@ -70,7 +70,7 @@ def test_a_correction_that_fails_after_a_rung_takes_the_rung_with_it() -> None:
     assert climber.session.correction == "once"
 
 
-def test_a_climb_that_goes_on_later_corrects_once() -> None:
+def test_a_resumed_climb_corrects_once() -> None:
     climber = Climb(Small(), Finish()).start()
     tenth = Tenth()
     climber.rungs = (*climber.rungs, tenth)
@@ -96,7 +96,7 @@ def test_first_rungs_that_are_useless_leave_the_network_as_it_was() -> None:
     assert_same_tensors(climber.network.state_dict(), before)
 
 
-def test_a_rung_that_is_unsuitable_is_not_tried() -> None:
+def test_a_rung_with_a_reason_to_skip_it_is_not_tried() -> None:
     class Unsuitable(Large):
         name = "unsuitable"
 
@@ -123,7 +123,7 @@ def test_a_float_network_that_cannot_be_repaired_fails_that_rung_alone() -> None
     assert climber.ladder.best is climber.results[1]
 
 
-def test_smaller_is_better_if_so_asked() -> None:
+def test_less_is_better_with_mode_min() -> None:
     climber = Climb(Large(), Afresh(), Small(), max_drop=0.5)
     climber.ladder.mode = "min"
     climber.context.measure = lambda: noise(climber.network, climber.context)

@@ -1,4 +1,4 @@
-"""The gate: what a metric means beside the float network's."""
+"""The gate: what a metric means compared with the float network's."""
 
 from __future__ import annotations
 

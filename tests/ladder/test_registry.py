@@ -76,7 +76,7 @@ def test_a_range_estimator_is_an_option_of_ptq() -> None:
     assert [one.estimator for one in (plain, first, second)] == [None, Percentile(99.9), Deviations(2.0)]  # type: ignore[attr-defined]
 
 
-def test_options_of_a_class_of_ones_own() -> None:
+def test_options_of_a_users_class() -> None:
     made = parse_rungs(["ptq", {path(Mine): {"strength": 2.0}}])
     assert [one.name for one in made] == ["ptq", "mine"]
     assert made[1].strength == 2.0  # type: ignore[attr-defined]
@@ -91,7 +91,7 @@ def test_each_call_makes_rungs_of_its_own() -> None:
     "given",
     ["wider_weights", "tests.helpers.rungs.WiderWeights", WiderWeights(), {"tests.helpers.rungs.WiderWeights": None}],
 )
-def test_a_rung_from_elsewhere(given: Any) -> None:
+def test_a_users_rung(given: Any) -> None:
     _, mine = parse_rungs(["ptq", given])
     assert type(mine) is WiderWeights
     assert mine.factor == 1.05
@@ -102,7 +102,7 @@ def test_a_rung_from_elsewhere(given: Any) -> None:
     "given",
     [{"wider_weights": {"factor": 2.0}}, {"tests.helpers.rungs.WiderWeights": {"factor": 2.0}}, WiderWeights(2.0)],
 )
-def test_options_of_a_rung_from_elsewhere(given: Any) -> None:
+def test_options_of_a_users_rung(given: Any) -> None:
     (mine,) = parse_rungs([given])
     assert rung_spec(mine) == {"tests.helpers.rungs.WiderWeights": {"factor": 2.0}}
     assert copy.deepcopy(mine).options == {"factor": 2.0}
@@ -169,6 +169,6 @@ def test_wrong_rungs(rungs: Any, message: str) -> None:
         pytest.param([".mine.Rung"], "mine", id="a relative path"),
     ],
 )
-def test_options_and_paths_that_are_none(rungs: Any, message: str) -> None:
+def test_invalid_options_and_paths(rungs: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         parse_rungs(rungs)

@@ -61,6 +61,13 @@ def test_a_metric_that_is_nan_is_no_improvement() -> None:
     assert not one.improving
 
 
+def test_a_metric_that_is_nan_is_not_the_best_where_no_rung_was_kept_either() -> None:
+    one = session()
+    one.ladder.judge("ptq", math.nan, "", 0.0)
+    assert not one.judge_validation(math.nan)
+    assert one.judge_validation(0.1)
+
+
 def test_training_is_recorded_once() -> None:
     one = session()
     one.ladder.judge("ptq", 0.8, "", 0.0)

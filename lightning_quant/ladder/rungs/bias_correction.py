@@ -1,4 +1,4 @@
-"""Bias correction: put right the mean that rounded weights shift in every channel, where there is no batch norm."""
+"""Bias correction: compensate the shift of each channel's mean that rounded weights cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batch norm re-estimation: put right the mean and scale that rounded weights shift in every channel."""
+"""Batch norm re-estimation: restore the mean and the scale of each channel, which rounded weights shift."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class BatchNormReestimation(Rung):
     """Measure the statistics of every batch norm again, behind quantized weights.
 
     What Jacob et al. 2018 and AIMET do with batch norms that are left in the simulation, done here with the folded
-    ones: a layer that holds a batch norm (weight γ, bias β, ε, and g = γ / √(running variance + ε)) puts out
-    z = g·(y − μ) + β. With mean m and variance v of z over a batch, the batch norm in training mode would have put
-    out a·(z − m) + β, where a = √(running variance + ε) / √(v/g² + ε). The mean over the batches goes into the
+    ones: a layer that holds a batch norm (weight γ, bias β, ε, and g = γ / √(running variance + ε)) outputs
+    z = g·(y − μ) + β. With mean m and variance v of z over a batch, the batch norm in training mode would have
+    output a·(z − m) + β, where a = √(running variance + ε) / √(v/g² + ε). The mean over the batches goes into the
     weights, the bias and — since a is positive, exactly — into the ranges of the weights, so that every integer
     stays as it was. Where equalization (``cle``) gave z another scale, γ, β and g are scaled alike.
     """
@@ -70,7 +70,7 @@ class BatchNormReestimation(Rung):
                 module.momentum = None  # the plain mean over all batches
                 module.train()
         for batch in context.samples():
-            with suppress(ValueError):  # one value a channel, of a last batch of one sample: nothing to estimate from
+            with suppress(ValueError):  # a last batch of one sample, with one value per channel: no variance
                 batch.call(network)
         return network.eval()
 
@@ -126,7 +126,7 @@ def _correction(norm: _BatchNorm, variance: Tensor, scale: Tensor | None) -> Ten
 
 
 def _rescale(layer: Any, factor: Tensor, mean: Tensor, target: Tensor) -> None:
-    """Make the layer put out ``factor · (z − mean) + target`` instead of ``z``; its integers stay as they are."""
+    """Make the layer output ``factor · (z − mean) + target`` instead of ``z``; its integers stay as they are."""
     quantizer = layer.param_quantizers["weight"]
     layer.weight.copy_(layer.weight * per_channel(factor, 0, layer.weight))
     layer.bias.copy_(factor * (layer.bias - mean) + target)

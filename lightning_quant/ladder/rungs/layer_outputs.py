@@ -39,7 +39,7 @@ def unrounded(network: QuantizedNetwork) -> Iterator[None]:
 def hooked(
     layers: Mapping[str, nn.Module | aimet.QuantizedLayer], hook: Callable[[str, Tensor], Tensor | None]
 ) -> Iterator[None]:
-    """Call ``hook(name, output)`` for each output of ``layers``; what it returns takes the output's place."""
+    """Call ``hook(name, output)`` for each output of ``layers``; what it returns replaces the output."""
 
     def on_forward(name: str) -> Callable[..., Any]:
         return lambda module, args, output: hook(name, output)
@@ -58,7 +58,7 @@ def channel_axis(layer: nn.Module, output: Tensor) -> int:
 
 
 def per_channel(values: Tensor, axis: int, output: Tensor) -> Tensor:
-    """Shape one value a channel so that it combines with ``output``."""
+    """Shape one value per channel so that it combines with ``output``."""
     shape = [1] * output.dim()
     shape[axis] = -1
     return values.reshape(shape)

@@ -1,4 +1,4 @@
-"""Mixed precision: raise the few layers that cost most to the next finer precision."""
+"""Mixed precision: raise the few layers that lose the most accuracy to the next finer precision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FINER = {"weights": 8, "activations": 16}
 
 
 class MixedPrecision(Rung):
-    """Raise the fewest layers (W4 → W8, A8 → A16) that bring the metric back.
+    """Raise the fewest layers (W4 → W8, A8 → A16) that restore the metric.
 
     The order comes from :func:`~lightning_quant.simulation.sensitivity.layer_sensitivity`; the metric is measured
     with 1, 2, 4, … of them raised, until it suffices or the budget is spent, and then once more for each halving of
@@ -55,9 +55,9 @@ class MixedPrecision(Rung):
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
         chosen = self._within_budget(network, layer_sensitivity(network, context.samples(), self.samples))
         start = network.snapshot()
-        if context.suffices is None:  # there is no enough: all that may be raised
+        if context.suffices is None:  # nothing suffices: raise all that the budget allows
             self._raise(network, chosen, start, context)
-            return _told(chosen)
+            return _describe(chosen)
         enough, few = 0, 0  # a number of layers known to suffice, and one known not to
         count = 1
         while chosen:
@@ -77,7 +77,7 @@ class MixedPrecision(Rung):
                 few = middle
         raised = chosen[: enough or len(chosen)]
         self._raise(network, raised, start, context)
-        return _told(raised)
+        return _describe(raised)
 
     def _within_budget(
         self, network: QuantizedNetwork, sensitivities: list[LayerSensitivity]
@@ -115,7 +115,7 @@ class MixedPrecision(Rung):
         context.calibrate(network, weights=False)
 
 
-def _told(raised: list[LayerSensitivity]) -> str:
+def _describe(raised: list[LayerSensitivity]) -> str:
     if not raised:
         return "raised nothing: no layer fits the budget"
     shares = {part: sum(one.share for one in raised if one.part == part) for part in ("weights", "activations")}

@@ -110,12 +110,12 @@ def test_every_integer_stays_as_it_was() -> None:
         assert torch.equal(integers(layers[name].weight, scale), expected)
 
 
-def test_it_brings_back_what_rounding_shifted(tmp_path: Path) -> None:
+def test_it_restores_the_metric(tmp_path: Path) -> None:
     quantized, context = context_of(shrinking, precision="w4a16")
     before = context.measure()
     with torch.no_grad():
-        told = BatchNormReestimation().apply(quantized, context)
-    assert told == "re-estimated 1 folded batch norms"
+        changed = BatchNormReestimation().apply(quantized, context)
+    assert changed == "re-estimated 1 folded batch norms"
     assert context.measure() > before + 2
     # the file computes the same: an export that differs raises
     bundle = export_bundle(quantized, tmp_path / "net", [call.first(1) for call in batches()])
@@ -161,16 +161,16 @@ def test_the_float_reference_is_pytorchs_own_and_the_float_network_stays() -> No
     assert all(torch.equal(value, before[name]) for name, value in context.float_network.state_dict().items())
 
 
-def test_one_range_for_all_channels_is_refused() -> None:
+def test_ranges_per_tensor_are_refused() -> None:
     quantized, _ = context_of(precision="w4a16", hardware="htp_v66")
     with pytest.raises(ConfigurationError, match="'first' has one range for all its channels"):
         BatchNormReestimation().check(quantized)
 
 
-def test_a_network_without_batch_norms_is_passed_over() -> None:
+def test_a_network_without_batch_norms_is_skipped() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
     quantized, context = context_of(network=network, precision="w4a16")
-    told = "no batch norm was folded into a layer with a range for each channel"
-    assert BatchNormReestimation().skip_reason(quantized, context) == told
+    reason = "no batch norm was folded into a layer with a range for each channel"
+    assert BatchNormReestimation().skip_reason(quantized, context) == reason
     quantized, context = context_of(network=trained(), precision="w4a16")
     assert BatchNormReestimation().skip_reason(quantized, context) is None

@@ -62,7 +62,7 @@ def apply(rung: Rung, network: QuantizedNetwork, context: RungContext) -> str:
 
 
 def outputs(network: nn.Module, layers: dict[str, Any], calls: list[NetworkInputs]) -> dict[str, list[Tensor]]:
-    """What layers put out, call by call."""
+    """What layers output, call by call."""
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
     with torch.no_grad(), hooked(layers, lambda name, y: found[name].append(y.as_subclass(Tensor).clone())):
         for one in calls:
@@ -75,7 +75,7 @@ def by_pytorch(
 ) -> nn.Module:
     """A copy of the network, its weights as the quantizers round them, a real batch norm behind each layer.
 
-    The batch norms get what the layers would put out unfolded, and re-estimate their statistics on ``calls``.
+    The batch norms get what the layers would output unfolded, and re-estimate their statistics on ``calls``.
 
     Args:
         network: before the repair; left as it is.
@@ -148,7 +148,7 @@ def test_batch_norms_are_those_of_pytorch(make: Callable[[], nn.Module], samples
 
 
 @pytest.mark.parametrize("equalize", [False, True])
-def test_weights_that_a_rung_before_made_smaller_are_made_up_for(equalize: bool) -> None:
+def test_weights_that_an_earlier_rung_shrank_are_compensated(equalize: bool) -> None:
     network, context = context_of(network=normed(), precision="w4a16")
     if equalize:
         apply(CrossLayerEqualization(), network, context)
@@ -163,7 +163,7 @@ def test_weights_that_a_rung_before_made_smaller_are_made_up_for(equalize: bool)
     assert float((found / wanted)[alive].min()) > 0.9
 
 
-def test_a_linear_layer_with_one_range_for_all_channels_is_passed_over() -> None:
+def test_a_linear_layer_with_a_range_per_tensor_is_skipped() -> None:
     network, context = context_of(network=tokens(), precision="w4a16", hardware="htp_v66")
     BatchNormReestimation().check(network)  # there is no convolution
     assert BatchNormReestimation().skip_reason(network, context) is not None
@@ -198,7 +198,7 @@ def test_biases_of_linear_layers_are_corrected_channel_by_channel() -> None:
         assert error < 0.1 * float((shifted[name] - expected).abs().max())
 
 
-def test_corrected_biases_bring_the_metric_back() -> None:
+def test_corrected_biases_restore_the_metric() -> None:
     network, context = context_of(halfway, precision="w4a16")
     before = context.measure()
     weights = {name: value.clone() for name, value in network.named_parameters() if name.endswith("weight")}
@@ -213,7 +213,7 @@ def test_without_a_bias_there_is_nothing_to_correct() -> None:
 
 
 @pytest.mark.parametrize("rung", [BatchNormReestimation(), BiasCorrection()], ids=lambda one: one.name)
-def test_calibration_data_that_breaks_off_leaves_the_network_as_it_was(rung: Rung) -> None:
+def test_calibration_data_that_fails_midway_leaves_the_network_as_it_was(rung: Rung) -> None:
     network, context = context_of(network=normed(), precision="w4a16")
     snapshot, answer = network.snapshot(), network(images())
 

@@ -72,16 +72,16 @@ def counted(context: RungContext) -> list[float]:
     return found
 
 
-def test_activations_alone_are_raised_where_they_alone_suffer() -> None:
+def test_only_activations_are_promoted_where_only_they_suffer() -> None:
     network, context = context_of(wide_in_the_middle, precision="w8a8", enough=25.0)
     assert context.measure() < 10
     before = bits(network)
     weights = {name: value.clone() for name, value in network.named_parameters() if name.endswith(".weight")}
     ranges = {name: value.clone() for name, value in network.named_parameters() if "param_quantizers" in name}
-    told = apply(MixedPrecision(budget=1.0), network, context)
+    changed = apply(MixedPrecision(budget=1.0), network, context)
     assert context.measure() > 25
-    assert told.startswith("raised 1 (")
-    assert told.endswith("of the multiply-accumulates): second (activations)")
+    assert changed.startswith("raised 1 (")
+    assert changed.endswith("of the multiply-accumulates): second (activations)")
     assert network.promoted == {"second": Precision(8, 16)}
     after = raised_bits(network, before)
     assert after
@@ -92,7 +92,7 @@ def test_activations_alone_are_raised_where_they_alone_suffer() -> None:
     assert all(torch.equal(network.get_parameter(name), value) for name, value in ranges.items())
 
 
-def test_the_fewest_layers_are_raised_that_suffice() -> None:
+def test_the_fewest_layers_that_suffice_are_promoted() -> None:
     network, context = context_of(precision="w4a8")
     order = [one for one in layer_sensitivity(network, batches()) if one.part == "weights" or one.bits == 8]
     mixed = MixedPrecision(budget=1.0)
@@ -139,7 +139,7 @@ def test_a_budget_that_nothing_fits_changes_nothing() -> None:
     assert (network.promoted, bits(network), context.measure()) == ({}, before, metric)
 
 
-def test_layers_that_share_a_range_are_raised_together_and_the_weights_stay() -> None:
+def test_layers_that_share_a_range_are_promoted_together_and_the_weights_stay() -> None:
     network, context = context_of(network=branches(), precision="w8a8")
     before = bits(network)
     apply(MixedPrecision(1.0), network, context)
@@ -148,7 +148,7 @@ def test_layers_that_share_a_range_are_raised_together_and_the_weights_stay() ->
     assert not any("param" in name for name in raised_bits(network, before))
 
 
-def test_what_was_raised_is_not_raised_again_and_more_can_be() -> None:
+def test_what_was_promoted_is_not_promoted_again_and_more_can_be() -> None:
     network, context = context_of(fragile_first, precision="w4a16", enough=32.5)
     coarse = bits(network)
     apply(MixedPrecision(), network, context)
@@ -168,7 +168,7 @@ def test_what_was_raised_is_not_raised_again_and_more_can_be() -> None:
 
 @pytest.mark.parametrize("change", [unequal, fragile_first])
 @pytest.mark.parametrize("precision", ["w4a8", "w8a8"])
-def test_raised_layers_survive_a_snapshot(change: Callable[[Any], None], precision: str) -> None:
+def test_promoted_layers_survive_a_snapshot(change: Callable[[Any], None], precision: str) -> None:
     network, context = context_of(change, precision=precision)
     snapshot, before = network.snapshot(), bits(network)
     apply(MixedPrecision(1.0), network, context)

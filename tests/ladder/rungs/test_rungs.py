@@ -27,7 +27,7 @@ def rung(name: str) -> Rung:
 
 
 @pytest.mark.parametrize("name", RUNGS)
-def test_it_can_be_taken_back_bit_for_bit_and_trained_on(name: str) -> None:
+def test_it_is_rolled_back_bit_for_bit_and_can_be_trained(name: str) -> None:
     network, context = context_of(precision="w4a8")
     network.train()
     network.network.head.eval()  # a part that is frozen stays so
@@ -37,8 +37,8 @@ def test_it_can_be_taken_back_bit_for_bit_and_trained_on(name: str) -> None:
     modes = {key: module.training for key, module in network.named_modules()}
     before = copy.deepcopy(context.float_network.state_dict())
     with torch.no_grad():
-        told = rung(name).apply(network, context)
-    assert told
+        changed = rung(name).apply(network, context)
+    assert changed
     assert network.calibrated
     changed = any(not torch.equal(value, snapshot[key]) for key, value in network.named_parameters())
     assert changed != (name in ("ptq", "min_max"))  # which is what it started with
@@ -92,7 +92,7 @@ def test_equalization_changes_no_float_result() -> None:
 
 
 @pytest.mark.parametrize(("name", "gain"), [("tf_enhanced", 5), ("seq_mse", 10)])
-def test_ranges_leave_dead_outliers_out(name: str, gain: float) -> None:
+def test_outliers_that_never_matter_are_clipped(name: str, gain: float) -> None:
     network, context = context_of(dead_outliers, precision="w4a16")
     before = context.measure()
     maximum = network.network.head.param_quantizers["weight"].get_max().clone()
@@ -103,7 +103,7 @@ def test_ranges_leave_dead_outliers_out(name: str, gain: float) -> None:
     assert network.range_estimator.name == (name if name == "tf_enhanced" else "min_max")
 
 
-def test_percentiles_leave_the_outermost_values_out() -> None:
+def test_percentiles_clip_the_outermost_values() -> None:
     network, context = context_of(precision="w8a8")
     before = network.network.relu2.output_quantizers[0].get_max().clone()
     with torch.no_grad():
@@ -111,7 +111,7 @@ def test_percentiles_leave_the_outermost_values_out() -> None:
     assert network.network.relu2.output_quantizers[0].get_max() < before
 
 
-def test_adaptive_rounding_goes_to_either_side() -> None:
+def test_adaptive_rounding_rounds_up_and_down() -> None:
     network, context = context_of(halfway, precision="w4a16")
     layer = network.network.head
     scale = layer.param_quantizers["weight"].get_scale().clone()
@@ -132,7 +132,7 @@ def test_seq_mse_is_for_coarse_weights() -> None:
     assert rung("seq_mse").skip_reason(network, context) == "AIMET's SeqMSE is for weights of at most 4 bits"
 
 
-def test_activations_are_raised_at_8_bit_weights() -> None:
+def test_activations_are_promoted_at_8_bit_weights() -> None:
     network, context = context_of(unequal, precision="w8a8")
     before = context.measure()
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_activations_are_raised_at_8_bit_weights() -> None:
     assert context.measure() > before + 5
 
 
-def test_the_finest_precision_cannot_be_raised() -> None:
+def test_the_finest_precision_cannot_be_promoted() -> None:
     network, context = context_of(precision="w8a16")
     assert rung("mixed").skip_reason(network, context) == "w8a16 is the finest precision there is"
 

@@ -1,4 +1,4 @@
-"""One rung on top of another, each taken back bit for bit, interrupted, and trained on."""
+"""One rung on top of another, each rolled back bit for bit, interrupted, and trained on."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def apply(rung: Rung, network: QuantizedNetwork, context: RungContext) -> None:
 
 
 def ends(network: QuantizedNetwork) -> dict[str, bool]:
-    """Which parameters learn, and which ranges may be computed anew."""
+    """Which parameters learn, and which ranges may be computed again."""
     flags = {name: value.requires_grad for name, value in network.named_parameters()}
     modules = network.network.named_modules()
     return flags | {name: module._allow_overwrite for name, module in modules if hasattr(module, "_allow_overwrite")}
 
 
 @pytest.mark.parametrize("precision", ["w4a8", "w8a8"])
-def test_every_state_on_the_way_can_be_gone_back_to(precision: str) -> None:
+def test_every_state_on_the_way_can_be_restored(precision: str) -> None:
     network, context = context_of(network=normed(), precision=precision)
     states = [(network.snapshot(), network(images()).detach())]
     parameters, flags = dict(network.named_parameters()), ends(network)
@@ -67,7 +67,7 @@ def test_every_state_on_the_way_can_be_gone_back_to(precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["w4a8", "w8a8"])
-def test_the_recipe_is_gone_back_to_from_anywhere(precision: str) -> None:
+def test_the_recipe_can_be_restored_from_any_state(precision: str) -> None:
     network, context = context_of(network=normed(), precision=precision)
     snapshot = network.snapshot()
     for rung in parse_rungs(RUNGS):
@@ -79,7 +79,7 @@ def test_the_recipe_is_gone_back_to_from_anywhere(precision: str) -> None:
     assert_same_tensors(network.state_dict(), snapshot)
 
 
-def test_training_goes_on_from_a_network_that_every_technique_has_changed() -> None:
+def test_a_network_that_every_rung_has_changed_can_be_trained() -> None:
     network, context = context_of(network=normed(), precision="w4a8")
     before = copy.deepcopy(context.float_network.state_dict())
     for rung in parse_rungs(RUNGS[1:-1]):
@@ -109,7 +109,7 @@ def _interruptions() -> list[Any]:
 
 
 @pytest.mark.parametrize(("rung", "passes"), _interruptions())
-def test_an_interruption_leaves_nothing_that_going_back_does_not_mend(rung: Any, passes: int) -> None:
+def test_an_interrupted_rung_is_rolled_back(rung: Any, passes: int) -> None:
     network, context = context_of(network=normed(), precision="w4a8")
     snapshot, flags, answer = network.snapshot(), ends(network), network(images())
     places = [(name, id(module)) for name, module in network.network.named_modules()]
