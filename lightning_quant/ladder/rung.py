@@ -136,6 +136,7 @@ def _given(cls: type[Rung], made: Rung, args: tuple[Any, ...], kwargs: dict[str,
         parameter = signature.parameters[name]
         if parameter.kind is parameter.VAR_KEYWORD:
             found |= value
-        elif parameter.kind is not parameter.VAR_POSITIONAL and value != parameter.default:
+        # as printed: two arrays do not compare to one truth value
+        elif parameter.kind is not parameter.VAR_POSITIONAL and repr(value) != repr(parameter.default):
             found[name] = value
     return found

@@ -77,10 +77,13 @@ class LadderSession:
         ladder, best = self.ladder, self.ladder.best
         if best is None or best.metric is None:
             return "no rung gave a usable network"
+        drop = ladder.drop(best.metric)
+        compared = f"{abs(drop):.4f} {'worse' if drop > 0 else 'better'} than" if drop else "equal to"
+        reestimated = " with re-estimated batch norms" if ladder.reference != ladder.float_metric else ""
         bound = "" if ladder.max_drop is None else f" (max_drop={ladder.max_drop:g})"
         return (
-            f"{ladder.monitor} {best.metric:.4f} by {best.rung}, {ladder.drop(best.metric):.4f} below "
-            f"float {ladder.reference:.4f}{bound}"
+            f"{ladder.monitor} {best.metric:.4f} by {best.rung}, {compared} float {ladder.reference:.4f}"
+            f"{reestimated}{bound}"
         )
 
     def state_dict(self) -> dict[str, Any]:

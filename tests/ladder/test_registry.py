@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 from typing_extensions import override
 
@@ -106,6 +107,17 @@ def test_options_of_a_users_rung(given: Any) -> None:
     (mine,) = parse_rungs([given])
     assert rung_spec(mine) == {"tests.helpers.rungs.WiderWeights": {"factor": 2.0}}
     assert copy.deepcopy(mine).options == {"factor": 2.0}
+
+
+def test_an_option_may_be_an_array() -> None:
+    class Weighted(Mine):
+        name = "weighted"
+
+        def __init__(self, weights: np.ndarray | None = None) -> None:
+            self.weights = weights
+
+    assert Weighted().options == {}
+    assert list(Weighted(np.ones(2)).options["weights"]) == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,30 @@ def test_training_is_recorded_once() -> None:
         one.judge_validation(metric)
         one.judge_training(10, 1.0, None)
     assert [rung.rung for rung in one.ladder.rungs] == ["ptq", "qat"]
-    assert one.describe() == "score 0.9000 by qat, 0.1000 below float 1.0000 (max_drop=0.1)"
+
+
+@pytest.mark.parametrize(
+    ("mode", "metric", "compared"),
+    [
+        ("max", 0.9, "0.1000 worse than float 1.0000"),
+        ("min", 1.2, "0.2000 worse than float 1.0000"),
+        ("min", 0.8, "0.2000 better than float 1.0000"),
+        ("max", 1.0, "equal to float 1.0000"),
+    ],
+)
+def test_it_says_in_one_line_how_the_best_compares_with_float(mode: str, metric: float, compared: str) -> None:
+    one = session(mode=mode)
+    one.ladder.judge("ptq", metric, "", 0.0)
+    assert one.describe() == f"score {metric:.4f} by ptq, {compared} (max_drop=0.1)"
+
+
+def test_it_says_which_float_network_it_compares_with() -> None:
+    one = session(max_drop=None)
+    one.ladder.float_reestimated = 1.02
+    one.ladder.judge("bn_reestimation", 0.9, "", 0.0)
+    assert one.describe() == (
+        "score 0.9000 by bn_reestimation, 0.1200 worse than float 1.0200 with re-estimated batch norms"
+    )
 
 
 def test_rungs_that_were_added_later_are_untried() -> None:
