@@ -203,7 +203,7 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
     qdq = staging.path / f"{name}.onnx"
     written = write_onnx(network, calls[0], float_onnx, qdq)
     encoded = [e["name"] for part in ("activation_encodings", "param_encodings") for e in written.encodings[part]]
-    reasons, missing = audit.unexplained(written.model, encoded, network.findings)
+    explained, missing = audit.unexplained(written.model, encoded, network.findings)
     if missing:
         raise ExportError(
             f"{len(missing)} tensors of the exported network have no encoding, e.g. {', '.join(missing[:5])}: the "
@@ -225,7 +225,7 @@ def _write(network: QuantizedNetwork, staging: Bundle, name: str, calls: Sequenc
             "quantized": qdq.stat().st_size,
         },
         "parity": {"tier": "onnxruntime", "reference": "simulation", **measured.as_dict()},
-        "without_encoding": reasons,
+        "without_encoding": {name: str(explanation) for name, explanation in explained.items()},
         "files": {
             str(file.relative_to(staging.path)): {"sha256": _sha256(file), "bytes": file.stat().st_size}
             for file in (float_onnx, encodings_file, qdq)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.deploy.audit import unexplained
+from lightning_quant.deploy.audit import Explanation, Reason, unexplained
 from lightning_quant.deploy.bundle import export_bundle
 from lightning_quant.errors import ExportError
 from lightning_quant.simulation import aimet
@@ -177,7 +177,7 @@ def test_rules_on_hand_made_graphs() -> None:
     assert unexplained(plain, ["x", "a", "y", "c"]) == ({}, [])
     # an activation explains what it is fused with only if its own output has a range
     fused = _model(node("Add", ["x", "x"], ["a"]), node("Relu", ["a"], ["y"]))
-    assert unexplained(fused, ["x", "y"]) == ({"a": "computed together with the Relu after it"}, [])
+    assert unexplained(fused, ["x", "y"]) == ({"a": Explanation(Reason.FUSED, "Relu")}, [])
     assert unexplained(fused, ["x"])[1] == ["a", "y"]
     # integers need no range
     shape = _model(node("Shape", ["x"], ["s"]), node("Reshape", ["x", "s"], ["y"]))
@@ -215,7 +215,9 @@ def test_every_operator_that_takes_a_constant_as_it_takes_an_activation(operatio
     assert unexplained(model, ["x", "y"])[1] == ["c"]
     assert unexplained(model, ["x", "y", "c"])[1] == []
     left = Finding("", "", "", kind=FindingKind.LEFT_IN_FLOAT)
-    assert unexplained(model, ["x", "y"], [left]) == ({"c": "left in float, as the preflight said of the network"}, [])
+    explained, missing = unexplained(model, ["x", "y"], [left])
+    assert (explained, missing) == ({"c": Explanation(Reason.LEFT_IN_FLOAT, "the network")}, [])
+    assert str(explained["c"]) == "left in float, as the preflight said of the network"
 
 
 def test_only_kinds_of_findings_count_not_their_words() -> None:
