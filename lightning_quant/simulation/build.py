@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from lightning_quant.simulation.exportable import not_in_onnx
 from lightning_quant.simulation.inplace import copied, state_kept, undone_on_error
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork, set_range_estimator
-from lightning_quant.simulation.precisions import matching, quantized_layers, set_precisions
+from lightning_quant.simulation.precisions import layer_precision, matching, quantized_layers, set_precisions
 from lightning_quant.simulation.prepare import prepare_in_place
 from lightning_quant.simulation.range_estimators import MinMax, Percentile, TfEnhanced
 
@@ -76,7 +77,7 @@ def quantize(
         calls = [call.to(torch.device("cpu")) for call in (inputs, *others)]
         quantized = QuantizedNetwork(network, sim, recipe, calls[0], prepared.output, findings, before, calls[1:])
         set_precisions(quantized, matching(quantized, recipe.overrides))
-        narrow = preflight.refused_in_few_bits(quantized_layers(quantized))
+        narrow = preflight.refused_in_few_bits(quantized_layers(quantized), partial(layer_precision, quantized))
         if recipe.strict:
             preflight.refuse(narrow)
     findings += narrow

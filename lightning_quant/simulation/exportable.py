@@ -35,7 +35,7 @@ def not_in_onnx(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
     except torch.onnx.OnnxExporterError:  # it cannot be traced: AIMET says why
         return []
     lines = {node.kind(): str(node.sourceRange()) for node in graph.nodes()}
-    return [
+    findings = [
         Finding(
             "",
             f"{kind.removeprefix('aten::')}{_place(lines.get(kind, ''))} is not in ONNX: the export will fail",
@@ -44,6 +44,31 @@ def not_in_onnx(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
         )
         for kind in dict.fromkeys(kinds)
     ]
+    return findings + _uneven_pooling(graph)
+
+
+def _uneven_pooling(graph: torch.Graph) -> list[Finding]:
+    """Name adaptive pooling whose windows differ in size, which ONNX has no operation for."""
+    findings = []
+    for node in graph.nodes():
+        if "adaptive_" not in node.kind():
+            continue
+        pooled: list[int] = next(node.outputs()).type().sizes()  # type: ignore[attr-defined]
+        given: list[int] = node.inputsAt(0).type().sizes()  # type: ignore[attr-defined]
+        axes = int(node.kind()[-2])  # adaptive_avg_pool2d
+        before, after = ("x".join(map(str, sizes[-axes:])) for sizes in (given, pooled))
+        if any(size % windows for size, windows in zip(given[-axes:], pooled[-axes:], strict=True)):
+            operation = f"{node.kind().removeprefix('aten::')}{_place(str(node.sourceRange()))}"
+            findings.append(
+                Finding(
+                    "",
+                    f"{operation} of {before} to {after} is not in ONNX, where all windows have one size: the export "
+                    "will fail",
+                    "choose an input size, or a number of windows, that divides without a remainder",
+                    kind=FindingKind.NOT_IN_ONNX,
+                )
+            )
+    return findings
 
 
 @functools.cache

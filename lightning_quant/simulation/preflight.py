@@ -6,16 +6,16 @@ or speed on the device, so each becomes a row that names the module, the problem
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.errors import PreflightError
+from lightning_quant.precision import Precision
 from lightning_quant.simulation.aimet import QuantizedLayer
 from lightning_quant.simulation.callsites.running import FOLDED
 
@@ -121,29 +121,34 @@ def inspect(network: nn.Module) -> list[Finding]:
     return findings
 
 
-def refused_in_few_bits(layers: Mapping[str, QuantizedLayer]) -> list[Finding]:
+def refused_in_few_bits(
+    layers: Mapping[str, QuantizedLayer], precision_of: Callable[[str], Precision]
+) -> list[Finding]:
     """Find convolutions that the NPU's compiler does not take with weights below 8 bits.
 
-    Seen with QAIRT 2.51: those with one output channel, whose one scale is taken for that of a whole tensor, and all
-    of three dimensions.
+    Compiled with QAIRT 2.51: it refuses all of three dimensions, and of two dimensions those with one output channel
+    and a bias; it takes them without a bias, and those of one dimension.
 
     Args:
-        layers: the quantized layers by name, at the precision they are to have.
+        layers: the quantized layers by name, batch norms folded into their biases.
+        precision_of: returns the precision that a layer is asked to have.
     """
     findings = []
     for name, layer in layers.items():
         if not isinstance(layer, nn.modules.conv._ConvNd):
             continue
-        if layer.out_channels == 1:
-            what = "one output channel with"
-        elif len(layer.kernel_size) == 3:
+        dimensions = len(layer.kernel_size)
+        if dimensions == 3:
             what = "3 dimensions with"
+        elif dimensions == 2 and layer.out_channels == 1 and layer.bias is not None:
+            what = "one output channel with"
         else:
             continue
-        quantizer: Any = layer.param_quantizers["weight"]
-        if quantizer is not None and quantizer.bitwidth < 8:
-            problem = f"{what} {quantizer.bitwidth}-bit weights: the NPU's compiler refuses it"
-            remedy = f'give it 8-bit weights: overrides={{"{name}": "w8a8"}}'
+        precision = precision_of(name)
+        if layer.param_quantizers["weight"] is not None and precision.weight_bits < 8:
+            problem = f"{what} {precision.weight_bits}-bit weights: the NPU's compiler refuses it"
+            taken = Precision(8, precision.activation_bits)
+            remedy = f'give it 8-bit weights: overrides={{"{name}": "{taken}"}}'
             findings.append(Finding(name, problem, remedy, kind=FindingKind.NARROW))
     return findings
 

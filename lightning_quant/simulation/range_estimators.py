@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,7 +21,7 @@ RangeEstimatorSpec = str | Mapping[str, Mapping[str, Any]]
 _REGISTERED: dict[str, type[RangeEstimator]] = {}
 
 
-class RangeEstimator(ABC):
+class RangeEstimator:
     """Turn what calibration saw of a tensor into the range of its quantizer.
 
     Subclass it, with a ``name`` and :meth:`ends`, for an estimator of your own: a frozen dataclass whose fields are its
@@ -57,10 +56,17 @@ class RangeEstimator(ABC):
             raise ConfigurationError(
                 f"{cls.__qualname__}.name is {name!r}: expected a word of letters, digits and underscores."
             )
-        if name in _REGISTERED and _REGISTERED[name].__module__ == __name__:
+        known = _REGISTERED.get(name)
+        # by another file or the same one again: as a script and imported, or a cell of a notebook
+        if known is not None and (known.__module__ == __name__ or known.__qualname__ != cls.__qualname__):
             raise ConfigurationError(
-                f"{cls.__qualname__} is named {name!r}, as a range estimator of this package is: expected a name of "
-                "its own."
+                f"{cls.__qualname__} is named {name!r}, as {known.__module__}.{known.__qualname__} is: expected a name "
+                "of its own."
+            )
+        if cls.ends is RangeEstimator.ends and cls.analyzer is RangeEstimator.analyzer:
+            raise ConfigurationError(
+                f"{cls.__qualname__} has no ends(self, counts, edges): expected a method that returns the lower and "
+                "upper end of a range."
             )
         _REGISTERED[name] = cls
 
@@ -103,7 +109,7 @@ class RangeEstimator(ABC):
             counts: how many values fell into each bin, float32 ``(bins,)``.
             edges: the ends of the bins in units of the tensor, ascending, ``(bins + 1,)``.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no method ends(counts, edges)")
+        raise NotImplementedError  # a class without it is refused when it is defined
 
     def analyzer(self, shape: tuple[int, ...], block_size: tuple[int, ...] | None = None) -> Any:
         """Return the AIMET ``EncodingAnalyzer`` that observes values in histograms and computes ranges of ``shape``."""
@@ -218,6 +224,12 @@ def _with_plain_options(estimator: RangeEstimator) -> RangeEstimator:
     """Refuse what no checkpoint can hold."""
     if not isinstance(getattr(estimator, "name", None), str):
         raise ConfigurationError(f"{type(estimator).__qualname__} has no name: expected a class attribute name = '…'.")
+    options: list[str] = [field.name for field in fields(estimator)] if is_dataclass(estimator) else []
+    if lost := sorted(set(getattr(estimator, "__dict__", {})).difference(options)):
+        raise ConfigurationError(
+            f"The range estimator {estimator.name!r} keeps {', '.join(lost)}, which no checkpoint would hold: expected "
+            "a frozen dataclass whose fields are its options."
+        )
     try:
         spec = estimator.spec
         if not isinstance(spec, str):

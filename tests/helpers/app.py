@@ -6,7 +6,10 @@ Importing PyTorch, AIMET and the rest takes as long as a small run. So a server 
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import multiprocessing.context
+import multiprocessing.forkserver
 import os
 import subprocess
 import sys
@@ -30,8 +33,17 @@ SMALL = [
 _VARIABLES = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 _TIMEOUT_S = 600
 
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["tests.helpers.app_imports"])
+
+@functools.cache
+def _server() -> multiprocessing.context.ForkServerContext:
+    """Return the server that forks runs, started again: Python has one for a process, and the zoo may have started it.
+
+    What that has imported sets up logging in another way than a run does.
+    """
+    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]  # there is no public way
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.helpers.app_imports"])
+    return context
 
 
 def lightning_quant(folder: Path, *arguments: str, status: int = 0, fresh: bool = False) -> str:
@@ -50,7 +62,7 @@ def lightning_quant(folder: Path, *arguments: str, status: int = 0, fresh: bool 
     else:
         with tempfile.TemporaryDirectory() as terminal:
             streams = [Path(terminal, name) for name in ("stdout", "stderr")]
-            process = _forks.Process(target=_run, args=(folder, arguments, dict(os.environ), streams))
+            process = _server().Process(target=_run, args=(folder, arguments, dict(os.environ), streams))
             process.start()
             process.join(_TIMEOUT_S)
             if process.exitcode is None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lightning_quant.errors import PreflightError
@@ -91,6 +94,40 @@ def test_what_onnx_does_not_have_is_named_before_calibration() -> None:
         quantized(Spectrum().eval(), strict=True)
 
 
+class Pooled(nn.Module):
+    """Pools maps of 6x6 to some size, as a layer or by a function."""
+
+    def __init__(self, pool: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.pool = pool
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pool(self.conv(x))
+
+
+@pytest.mark.parametrize(
+    ("pool", "named"),
+    [
+        (nn.AdaptiveAvgPool2d(4), "adaptive_avg_pool2d in .* of 6x6 to 4x4"),
+        (nn.AdaptiveMaxPool2d((None, 4)), "adaptive_max_pool2d.* of 6x6 to 6x4"),
+        (lambda x: F.adaptive_avg_pool2d(x, (3, 4)), r"adaptive_avg_pool2d in test_preflight\.py, line .* to 3x4"),
+        (lambda x: F.adaptive_avg_pool1d(x.flatten(2), 5), "adaptive_avg_pool1d.* of 36 to 5"),
+        (nn.AdaptiveAvgPool2d(1), None),
+        (nn.AdaptiveAvgPool2d(3), None),
+        (nn.AdaptiveMaxPool2d((2, 6)), None),
+        (lambda x: F.adaptive_avg_pool2d(x, (None, 2)), None),
+    ],
+)
+def test_pooling_to_windows_of_several_sizes_is_named_before_calibration(pool: Any, named: str | None) -> None:
+    findings = quantized(Pooled(pool).eval()).findings
+    assert [finding.kind for finding in findings] == ([FindingKind.NOT_IN_ONNX] if named else [])
+    if named:
+        assert re.search(named, findings[0].problem), findings[0].problem
+        with pytest.raises(PreflightError, match="where all windows have one size"):
+            quantized(Pooled(pool).eval(), strict=True)
+
+
 IN_ONNX = """
 import torch
 import torch.nn.functional as F
@@ -165,9 +202,20 @@ def test_convolutions_that_the_npu_refuses_in_4_bits(last: nn.Module, what: str)
     assert finding.module == ("1" if what == "one output channel" else "1.1")
     assert finding.problem.startswith(f"{what} with 4-bit weights")
     assert f'overrides={{"{finding.module}": "w8a8"}}' in finding.remedy
+    (finding,) = found("w4a16")  # activations keep their bits
+    assert f'overrides={{"{finding.module}": "w8a16"}}' in finding.remedy
     assert found("w8a8") == found("w4a8", overrides={finding.module: Precision.parse("w8a8")}) == []
     with pytest.raises(PreflightError, match=what):
         found("w4a16", strict=True)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_one_output_channel_without_a_bias_is_taken_in_4_bits(kind: Any) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), kind(4, 1, 3, bias=False))
+    assert quantized(network, call(images(1)), precision="w4a8").findings == []
+    folded = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 1, 3, bias=False), nn.BatchNorm2d(1)).eval()
+    (finding,) = quantized(folded, call(images(1)), precision="w4a8").findings  # the batch norm becomes a bias
+    assert (finding.module, finding.kind) == ("1", FindingKind.NARROW)
 
 
 def test_table_is_aligned_and_strict_raises_with_it(caplog: pytest.LogCaptureFixture) -> None:

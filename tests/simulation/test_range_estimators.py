@@ -80,15 +80,61 @@ def test_refuses(given: Any, message: str) -> None:
 
 
 def test_names_that_are_taken_or_cannot_be() -> None:
-    with pytest.raises(ConfigurationError, match="Mine is named 'min_max', as a range estimator of this package is"):
+    for taken in ("min_max", "deviations"):
+        with pytest.raises(
+            ConfigurationError, match=rf"Mine is named '{taken}', as .*\.(MinMax|Deviations) is: expected"
+        ):
 
-        class Mine(RangeEstimator):
-            name = "min_max"
+            class Mine(RangeEstimator):
+                name = taken
+
+                def ends(self, counts: Tensor, edges: Tensor) -> tuple[float, float]:
+                    return 0.0, 1.0
 
     with pytest.raises(ConfigurationError, match=r"name is 'os\.path': expected a word"):
 
         class Path(RangeEstimator):
             name = "os.path"
+
+
+def test_the_same_class_may_be_defined_again() -> None:  # a script and its import, a cell of a notebook
+    def define(end: float) -> type[RangeEstimator]:
+        class Again(RangeEstimator):
+            name = "again"
+
+            def ends(self, counts: Tensor, edges: Tensor) -> tuple[float, float]:
+                return 0.0, end
+
+        return Again
+
+    define(1.0)
+    assert type(RangeEstimator.parse("again")) is not define(2.0)
+    assert RangeEstimator.parse("again").ends(torch.ones(1), torch.ones(2)) == (0.0, 2.0)
+
+
+def test_a_class_that_computes_nothing_is_refused_when_it_is_defined() -> None:
+    with pytest.raises(ConfigurationError, match=r"Unfinished has no ends\(self, counts, edges\)"):
+
+        class Unfinished(RangeEstimator):
+            name = "unfinished"
+
+    with pytest.raises(ConfigurationError, match="expected one of"):
+        RangeEstimator.parse("unfinished")
+
+
+def test_options_that_a_checkpoint_would_lose_are_refused() -> None:
+    class Shrunk(RangeEstimator):
+        name = "shrunk"
+
+        def __init__(self, share: float = 1.0) -> None:
+            self.share = share
+
+        def ends(self, counts: Tensor, edges: Tensor) -> tuple[float, float]:
+            return float(edges[0]) * self.share, float(edges[-1]) * self.share
+
+    for given in (Shrunk(0.5), "shrunk"):
+        with pytest.raises(ConfigurationError, match="'shrunk' keeps share, which no checkpoint would hold"):
+            QuantRecipe(range_estimator=given)
 
 
 def test_ranges_are_those_of_the_estimator() -> None:
