@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -31,10 +30,12 @@ from lightning_quant.callbacks.quantization import (
 )
 from lightning_quant.callbacks.reporting import write_callback_report
 from lightning_quant.callbacks.training import QuantizationAwareTraining
-from lightning_quant.deploy.bundle import Bundle, export_bundle, first_samples
+from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.push import Push, check_bounds, device_folder
 from lightning_quant.deploy.samples import Samples
+from lightning_quant.deploy.single_samples import first_samples
 from lightning_quant.deploy.targets.target import REPORT_NAME
 from lightning_quant.errors import ConfigurationError, DeviceBoundError, LightningQuantError
 from lightning_quant.simulation.inputs import NetworkInputs
@@ -95,7 +96,7 @@ class DeviceExport(AnyCallback):
 
     Raises:
         ConfigurationError: for an unknown value, or without a quantization callback before it.
-        ExportError, ParityError: see :func:`~lightning_quant.deploy.bundle.export_bundle`.
+        ExportError, ParityError: see :func:`~lightning_quant.deploy.export.export_bundle`.
         DeviceError: with ``on_failure="raise"``.
         DeviceBoundError: when a bound is not kept.
     """
@@ -209,9 +210,9 @@ class DeviceExport(AnyCallback):
             stem = (self.name or f"{network.float_class.__name__}-{network.recipe.precision}") + suffix
             with progress(trainer, f"Exporting {stem}"):
                 self.bundle = self.bundles[name] = export_bundle(network, root / stem, calls)
-            parity: dict[str, Any] = self.bundle.manifest["parity"]
-            agreement = "equal to" if parity["psnr_db"] is None else f"{parity['psnr_db']} dB against"
-            samples = f"{parity['samples']} samples in ONNX Runtime"
+            parity = self.bundle.manifest.parity
+            agreement = "equal to" if parity.equal else f"{parity.psnr_db} dB against"
+            samples = f"{parity.samples} samples in ONNX Runtime"
             rank_zero_log(f"Exported {self.bundle.path} ({agreement} the simulation on {samples}).")
             for report in device_folder(self.bundle).rglob(REPORT_NAME):
                 report.unlink()  # of the network that the bundle held before

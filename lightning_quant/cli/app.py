@@ -71,7 +71,7 @@ def _resume(folder: Path) -> None:
             for place in (bundle.parent.parent, bundle.with_name(f"{bundle.name}.report")):
                 if (place / RECORD_NAME).is_file():
                     record = RunRecord.read(place / RECORD_NAME)
-                    record.device = [one.report.to_dict() for one in found]
+                    record.device = [one.report for one in found]
                     record.write(place)
                     write_report(place)
         except LightningQuantError as error:

@@ -38,8 +38,8 @@ from lightning_quant.callbacks.post_training import PostTrainingQuantization
 from lightning_quant.callbacks.reporting import log_pictures
 from lightning_quant.callbacks.resume_point import ResumePoint
 from lightning_quant.callbacks.training import QuantizationAwareTraining
-from lightning_quant.deploy.bundle import first_samples
 from lightning_quant.deploy.push import device_folder
+from lightning_quant.deploy.single_samples import first_samples
 from lightning_quant.domains.segmentation.overlay import save_overlays
 from lightning_quant.domains.segmentation.task import SegmentationTask
 from lightning_quant.errors import CheckpointError, ConfigurationError, DataError, LightningQuantError
@@ -64,9 +64,7 @@ _OBJECTIVES: dict[str, Callable[[RunRecord], float]] = {
     "metric": lambda record: record.metric.get(record.exported or "", math.nan),
     "drop": lambda record: math.nan if record.drop is None else record.drop,
     "megabytes": lambda record: record.bytes.get("quantized", math.nan) / 1e6,
-    "latency_ms": lambda record: (
-        record.device[0].get("median_latency_us", math.nan) / 1000 if record.device else math.nan
-    ),
+    "latency_ms": lambda record: (record.device[0].median_latency_us or math.nan) / 1000 if record.device else math.nan,
     "seconds": lambda record: sum(record.seconds.values()),
 }
 
@@ -197,7 +195,7 @@ def _new_record(config: DictConfig) -> RunRecord:
         status="running",
         model=choices["model"],
         data=choices["data"],
-        precision=str(Precision.parse(config.precision)),
+        precision=Precision.parse(config.precision),
         config_hash=config_hash(plain),
         monitor=config.monitor,
         mode=config.mode,
@@ -386,7 +384,7 @@ class _Run:
         try:
             trainer.fit(task, datamodule=self.data, ckpt_path=ckpt_path, weights_only=True)
         finally:
-            self.record.ladder = callback.result.to_dict()
+            self.record.ladder = callback.result
         self.drift = callback.drift
         result = callback.result
         self.record.metric |= {rung.rung: rung.metric for rung in result.rungs if rung.metric is not None}
@@ -415,11 +413,11 @@ class _Run:
                 checkpoint = self.folder / f"{name}.ckpt"
                 trainer.save_checkpoint(checkpoint, weights_only=True)
                 manifest = export.bundle.manifest
-                self.record.bytes = manifest["bytes"]
-                self.record.parity = manifest["parity"]
+                self.record.bytes = manifest.bytes
+                self.record.parity = manifest.parity
                 self.record.artifacts["bundle"] = str(export.bundle.path.relative_to(self.folder))
                 self.record.artifacts["checkpoint"] = checkpoint.name
-                self.record.device = [report.to_dict() for report in export.reports]
+                self.record.device = list(export.reports)
                 if export.reports:
                     self.record.artifacts["device"] = str(device_folder(export.bundle).relative_to(self.folder))
                 self.look_inside(trainer, quantized)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import typing
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,13 @@ class Push:
         measured = target.run(bundle, samples.inputs, folder / target.tier)
         for one in measured:
             _compare(one, samples)
-            one.report.bytes = {**bundle.manifest["bytes"], **one.report.bytes}
+            one.report.bytes = {**bundle.manifest.bytes, **one.report.bytes}
             one.write()
         return measured
 
     def _note(self, bundle: Bundle, target: str) -> None:
         request = {"target": target, "devices": self.devices, "timeout": self.timeout, "options": self.options}
-        request["bundle"] = bundle.manifest["files"]
+        request["bundle"] = _files(bundle)
         with replacing(device_folder(bundle) / REQUEST_NAME) as partial:
             partial.write_text(json.dumps(request, indent=2) + "\n")
 
@@ -113,6 +114,10 @@ class Push:
         if name == "htp_emulator":
             return HtpEmulatorTarget(self.devices[0], self.timeout)
         return OnnxRuntimeTarget()
+
+
+def _files(bundle: Bundle) -> dict[str, Any]:
+    return {path: asdict(file) for path, file in bundle.manifest.files.items()}
 
 
 def device_folder(bundle: Bundle) -> Path:
@@ -152,18 +157,21 @@ def resume(path: str | Path) -> list[Measured]:
             f"{bundle.path} was not sent to a target yet ({folder / REQUEST_NAME}: {error}): expected a bundle that "
             "DeviceExport pushed."
         ) from error
-    if request.get("bundle") != bundle.manifest["files"]:
+    if request.get("bundle") != _files(bundle):
         raise DataError(
             f"{bundle.path} was exported anew after it was sent to {request['target']}: expected the files that were "
             "sent, since the samples kept beside it are compared with those. Push the new one with DeviceExport."
         )
     samples = Samples.read(folder / SAMPLES_NAME)
-    named = {"input_names": samples.inputs, "output_names": samples.simulation}
-    for what, tensors in named.items():
-        if sorted(tensors[0]) != sorted(bundle.manifest[what]):
+    named = {
+        "input_names": (samples.inputs, bundle.manifest.input_names),
+        "output_names": (samples.simulation, bundle.manifest.output_names),
+    }
+    for what, (tensors, names) in named.items():
+        if sorted(tensors[0]) != sorted(names):
             raise DataError(
                 f"{folder / SAMPLES_NAME} holds {', '.join(tensors[0])}: expected the {what} of {bundle.path}, "
-                f"{', '.join(bundle.manifest[what])}. Export again to write it anew."
+                f"{', '.join(names)}. Export again."
             )
     return push.run(bundle, samples)
 
@@ -198,16 +206,16 @@ def _compare(measured: Measured, samples: Samples) -> None:
     report.against_simulation = _agreement(samples.simulation, outputs)
     if samples.float_network is not None:
         report.against_float = _agreement(samples.float_network, outputs)
-    psnr = (report.against_float or report.against_simulation)["psnr_db"]
+    psnr = (report.against_float or report.against_simulation).psnr_db
     if psnr == parity.LOWEST_PSNR:
         report.warnings.append("Outputs hold NaN or Inf, or what they are compared with is zero.")
-    elif psnr is not None and psnr < GOOD_PSNR:
+    elif psnr < GOOD_PSNR:
         report.warnings.append(f"PSNR {psnr:.1f} dB: above {GOOD_PSNR:.0f} dB is typically good.")
     if report.speedup is not None and report.speedup < 1:
         report.warnings.append(f"Quantized it is slower than in float: {report.speedup:.2f} times as fast.")
 
 
-def _agreement(reference: Sequence[Tensors], outputs: Sequence[Tensors]) -> dict[str, Any]:
+def _agreement(reference: Sequence[Tensors], outputs: Sequence[Tensors]) -> parity.Parity:
     pairs = list(zip(reference, outputs, strict=False))  # of large samples a target may take fewer
     for index, (expected, actual) in enumerate(pairs):
         wanted, got = ({name: value.shape for name, value in one.items()} for one in (expected, actual))
@@ -218,7 +226,7 @@ def _agreement(reference: Sequence[Tensors], outputs: Sequence[Tensors]) -> dict
             )
     return parity.compare(
         (list(expected.values()), [actual[name] for name in expected]) for expected, actual in pairs
-    ).as_dict()
+    ).rounded()
 
 
 def check_bounds(
@@ -236,16 +244,16 @@ def check_bounds(
         DeviceBoundError: naming the first device that falls short, with its figure.
     """
     for report in reports:
-        agreement = report.against_float or report.against_simulation
+        agreement = report.against
         where = f"{report.precision} on {report.device} ({report.tier})"
         if min_psnr is not None and agreement is not None:
-            psnr, share = agreement["psnr_db"], agreement["argmax_agreement"]
-            if psnr is None and share is not None and share < 1:
+            psnr, share = agreement.psnr_db, agreement.argmax_agreement
+            if agreement.equal and share is not None and share < 1:
                 raise DeviceBoundError(
                     f"{where}: its outputs are classes, {share:.2%} of them the same, of which there is no PSNR, but "
                     f"min_psnr={min_psnr:g} dB was asked for. Use max_metric_drop."
                 )
-            if psnr is not None and psnr < min_psnr:
+            if psnr < min_psnr:
                 raise DeviceBoundError(
                     f"{where}: PSNR {psnr:.1f} dB, expected min_psnr={min_psnr:g} dB. Use a finer precision (w8a16), "
                     "or a ladder with more rungs."

@@ -9,7 +9,6 @@ from bokeh.models import BoxAnnotation, ColumnDataSource, FactorRange, HoverTool
 from bokeh.plotting import figure
 from bokeh.transform import dodge
 
-from lightning_quant.ladder.gate import Ladder
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.record import RunRecord
 from lightning_quant.report.sensitivity import SHOWN
@@ -26,11 +25,9 @@ _CURVES = 8
 
 def ladder(record: RunRecord) -> figure | None:
     """The metric after each rung, with float and the bound; what was rolled back is hollow."""
-    if not record.ladder.get("rungs"):
-        return None
-    found = Ladder.from_dict(record.ladder)
-    rungs = [rung for rung in found.rungs if rung.metric is not None]
-    if not rungs or found.float_metric is None:
+    found = record.ladder
+    rungs = [] if found is None else [rung for rung in found.rungs if rung.metric is not None]
+    if found is None or found.float_metric is None or not rungs:
         return None
     names = ["float", *(rung.rung for rung in rungs)]
     source = ColumnDataSource(

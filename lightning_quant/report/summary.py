@@ -12,7 +12,6 @@ from hydra.experimental.callback import Callback
 from typing_extensions import override
 
 from lightning_quant.errors import DataError
-from lightning_quant.ladder.gate import RungResult
 from lightning_quant.report.device_table import device_notes, device_table
 from lightning_quant.report.record import RECORD_NAME, RunRecord
 from lightning_quant.utilities.files import replacing
@@ -32,15 +31,14 @@ def _megabytes(name: str) -> Callable[[RunRecord], str]:
 
 
 def _parity(record: RunRecord) -> str:
-    if not record.parity:
+    if record.parity is None:
         return ""
-    psnr = record.parity["psnr_db"]
-    return f"{'equal' if psnr is None else f'{psnr:.1f} dB'} ({record.parity['tier']})"
+    return f"{'equal' if record.parity.equal else f'{record.parity.psnr_db:.1f} dB'} (onnxruntime)"
 
 
 COLUMNS: dict[str, Callable[[RunRecord], str]] = {
     "model": lambda record: record.model,
-    "precision": lambda record: record.precision,
+    "precision": lambda record: str(record.precision),
     "{metric} float": _metric("float"),
     "{metric} PTQ": _metric("ptq"),
     "{metric} exported": lambda record: _metric(record.exported or "")(record),
@@ -66,14 +64,13 @@ def rung_table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]
     header = ["model", "precision", "rung", monitor.removeprefix("val_"), "drop", "seconds", "peak MB", "kept"]
     rows = []
     for record in records:
-        for values in record.ladder.get("rungs", []):
-            rung = RungResult(**values)
+        for rung in record.ladder.rungs if record.ladder is not None else []:
             metric = "" if rung.metric is None else f"{rung.metric:.4f}"
             drop = "" if rung.drop is None else f"{round(rung.drop, 4) + 0:.4f}"
             peak = "" if rung.peak_memory_bytes is None else f"{rung.peak_memory_bytes / 1e6:.0f}"
             verdict = f"{'yes' if rung.kept else 'no'}: {rung.reason}"
             figures = [metric, drop, f"{rung.seconds:.0f}", peak, verdict, rung.changed]
-            rows.append([record.model, record.precision, rung.rung, *figures])
+            rows.append([record.model, str(record.precision), rung.rung, *figures])
     return [*header, "what it changed"], rows
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_quant.errors import CheckpointError
-from lightning_quant.precision import PRECISIONS, Precision
+from lightning_quant.precision import Precision
 from lightning_quant.simulation.range_estimators import RangeEstimatorSpec
 from lightning_quant.utilities.parsing import check, fitting, shown
 
@@ -19,13 +19,13 @@ _KINDS: dict[str, Any] = {
     "lightning_quant": str,
     "aimet_torch": str,
     "torch": str,
-    "precision": str,
+    "precision": Precision,
     "hardware": str,
-    "overrides": dict[str, str],
+    "overrides": dict[str, Precision],
     "calibrated": bool,
     "float_sha256": str | None,
     "equalized": bool,
-    "raised": dict[str, str],
+    "raised": dict[str, Precision],
     "inputs": dict[str, Any] | None,
     "other_inputs": list[dict[str, Any]],
 }
@@ -112,9 +112,6 @@ class Manifest:
         for name, kind in _KINDS.items():
             check(name in values or name in _OPTIONAL, name, None, "the entry to be there")
             found[name] = fitting(values[name], kind, name) if name in values else _OPTIONAL[name]
-        found["precision"] = _precision(found["precision"], "precision")
-        for part in ("overrides", "raised"):
-            found[part] = {name: _precision(text, f"{part}.{name}") for name, text in found[part].items()}
         found["promoted"] = found.pop("raised")
         estimator = values.get("range_estimator", "min_max")
         fitting(estimator, str if isinstance(estimator, str) else dict[str, dict[str, Any]], "range_estimator")
@@ -151,8 +148,3 @@ class Manifest:
 
 def _as_text(precisions: Mapping[str, Precision]) -> dict[str, str]:
     return {name: str(precision) for name, precision in precisions.items()}
-
-
-def _precision(text: str, where: str) -> Precision:
-    check(text in PRECISIONS, where, text, f"one of {', '.join(PRECISIONS)}")
-    return Precision.parse(text)

@@ -11,15 +11,21 @@ from filelock import FileLock, Timeout
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to, put in its place when the block ends well, and removed otherwise.
+def replacing(path: Path, private: bool = False) -> Iterator[Path]:
+    """Yield a path beside ``path`` to write to, put in its place when the block ends well, and removed otherwise.
 
     So after a kill or on a full disk ``path`` is what it was before. The folder is made if it is missing. The ending
     of the name stays, since some libraries go by it.
+
+    Args:
+        path: the file to write or replace.
+        private: make it readable by its owner only.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
+        if private:
+            os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
         yield partial
         os.replace(partial, path)
     finally:

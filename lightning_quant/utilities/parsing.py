@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Literal, Union
 
 import numpy as np
 
@@ -69,7 +69,8 @@ def fitting(value: Any, kind: Any, where: str = "") -> Any:
 
     Args:
         value: what JSON or a checkpoint held.
-        kind: an annotation: plain types, dataclasses, ``list``, ``tuple``, ``dict``, ``X | None``, ``Any``.
+        kind: an annotation: plain types, ``Literal``, dataclasses, ``list``, ``tuple``, ``dict``, ``X | None`` or
+            ``Any``. A class with a class method ``from_json(value, where)`` is made by that.
         where: name of the place, for the message.
 
     Raises:
@@ -84,8 +85,13 @@ def fitting(value: Any, kind: Any, where: str = "") -> Any:
             return None
         (other,) = (part for part in parts if part is not type(None))
         return fitting(value, other, where)
+    if origin is Literal:
+        check(value in parts, where, value, " or ".join(map(str, parts)))
+        return value
+    if hasattr(kind, "from_json"):
+        return kind.from_json(value, where)
     if is_dataclass(kind):
-        return _filled(value, kind, where)
+        return fill(value, kind, where)
     if origin in (dict, Mapping):
         items = _of(dict, value, where, "names with values")
         return {
@@ -108,7 +114,8 @@ def fitting(value: Any, kind: Any, where: str = "") -> Any:
     return value
 
 
-def _filled(value: Any, kind: Any, where: str) -> Any:
+def fill(value: Any, kind: Any, where: str = "") -> Any:
+    """Make a dataclass of a dict with its fields; what :func:`fitting` does where there is no ``from_json``."""
     given = _of(dict, value, where, "names with values")
     hints = typing.get_type_hints(kind)
     known = {one.name: one for one in fields(kind)}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.deploy.audit import Explanation, Reason, unexplained
-from lightning_quant.deploy.bundle import export_bundle
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.errors import ExportError
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.preflight import Finding, FindingKind
@@ -40,7 +40,7 @@ def reasons(network: nn.Module, path: Path, *inputs: Tensor) -> dict[str, str]:
     example = call(*inputs) if inputs else call(images(4))
     made = calibrated(network, example)
     bundle = export_bundle(made, path / "net", [example])
-    found = bundle.manifest["without_encoding"]
+    found = bundle.manifest.without_encoding
     # nothing is left that is neither encoded nor explained, seen from the files alone
     model = onnx.load(bundle.aimet / "model.onnx")
     encodings = json.loads((bundle.aimet / "model.encodings").read_text())
@@ -256,7 +256,7 @@ def test_a_parameter_beside_an_activation_needs_a_range(tmp_path: Path, operatio
     assert list(tmp_path.iterdir()) == []
     operator.input_quantizers[1] = copy.deepcopy(operator.output_quantizers[0])
     bundle = export_bundle(made, tmp_path / "net", [call(images(1))])
-    assert "network.position" not in bundle.manifest["without_encoding"]
+    assert "network.position" not in bundle.manifest.without_encoding
 
 
 def test_a_single_number_needs_no_range(tmp_path: Path) -> None:

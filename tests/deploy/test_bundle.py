@@ -21,10 +21,13 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from lightning_quant.deploy import bundle as module
-from lightning_quant.deploy.bundle import Bundle, export_bundle, first_samples, float_bytes, load_bundle
+from lightning_quant.deploy import export as module
+from lightning_quant.deploy.bundle import Bundle, load_bundle
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.graph.files import name_tensors
+from lightning_quant.deploy.single_samples import first_samples
 from lightning_quant.errors import CalibrationError, ExportError, ParityError
+from lightning_quant.precision import Precision
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs
 from tests.helpers.networks import (
@@ -77,7 +80,7 @@ def test_files_of_a_bundle(exported: Bundle) -> None:
     assert exported.path.stat().st_mode & 0o055 == 0o055  # others may read it, as any folder one makes
     onnx.checker.check_model(onnx.load(exported.aimet / "model.onnx"), full_check=True)
     encodings = json.loads((exported.aimet / "model.encodings").read_text())
-    assert encodings["version"] == exported.manifest["encodings_version"] == "1.0.0"
+    assert encodings["version"] == exported.manifest.encodings_version == "1.0.0"
 
 
 def test_manifest_says_how_it_was_made(exported: Bundle) -> None:
@@ -147,8 +150,8 @@ def test_weights_are_integers_of_the_right_width(
     # no float copy of a weight is left: floats are scales and biases
     floats = [i for i in model.graph.initializer if i.data_type == onnx.TensorProto.FLOAT]
     assert max(int(np.prod(i.dims)) for i in floats) <= 64
-    assert bundle.manifest["bytes"]["float"] / bundle.manifest["bytes"]["quantized"] > smaller
-    assert bundle.manifest["bytes"]["float"] > float_bytes(Wide())
+    assert bundle.manifest.bytes["float"] / bundle.manifest.bytes["quantized"] > smaller
+    assert bundle.manifest.bytes["float"] > 4 * sum(value.numel() for value in Wide().state_dict().values())
     # and it computes what the simulation computes, seen from the file alone
     session = onnxruntime.InferenceSession(str(bundle.qdq), providers=["CPUExecutionProvider"])
     (actual,) = session.run(None, {"x": images(1, seed=4).numpy()})
@@ -178,13 +181,13 @@ def test_names_of_inputs_and_outputs(
     tmp_path: Path, network: Any, inputs: NetworkInputs, names: list[str], outputs: list[str]
 ) -> None:
     bundle = export_bundle(calibrated(network(), inputs), tmp_path / "net", [inputs])
-    assert bundle.manifest["input_names"] == names
-    assert bundle.manifest["output_names"] == outputs
+    assert bundle.manifest.input_names == names
+    assert bundle.manifest.output_names == outputs
     for file in (bundle.qdq, bundle.aimet / "model.onnx"):
         graph = onnx.load(file).graph
         assert [value.name for value in graph.input] == names
         assert [value.name for value in graph.output] == outputs
-    assert bundle.manifest["parity"]["samples"] == 2
+    assert bundle.manifest.parity.samples == 2
 
 
 def test_names_without_a_signature(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +207,7 @@ def test_outputs_without_samples_or_of_integers(tmp_path: Path) -> None:
             return scores.argmax(1), scores.mean()
 
     bundle = export_bundle(calibrated(Several()), tmp_path / "net", SAMPLES)
-    assert bundle.manifest["parity"]["samples"] == 3
+    assert bundle.manifest.parity.samples == 3
 
 
 def test_network_is_left_as_it_was(tmp_path: Path) -> None:
@@ -280,7 +283,7 @@ def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, kind: str) -> None:
 def test_previous_bundle_is_replaced_whole(old: Bundle, tmp_path: Path) -> None:
     (old.path / "stale.txt").write_text("of the old one")
     new = export_bundle(calibrated(Body(), precision="w4a16"), old.path, SAMPLES)
-    assert load_bundle(old.path).manifest["precision"] == "w4a16"
+    assert load_bundle(old.path).manifest.precision == Precision(4, 16)
     assert "stale.txt" not in contents(new.path)
     assert list(tmp_path.iterdir()) == [new.path]
 
@@ -415,12 +418,7 @@ def test_samples_of_another_size_are_left_out_of_the_comparison(tmp_path: Path) 
     network = calibrated(Chain(), call(images(2)))
     sizes = [call(images(2)[..., :6]), call(images(3)), call(images(2)[..., :4])]
     bundle = export_bundle(network, tmp_path / "net", sizes)
-    assert bundle.manifest["parity"]["samples"] == 3
-
-
-def test_float_bytes() -> None:
-    assert float_bytes(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))) == 4 * (6 + 2 + 2 + 2 + 2 + 2 + 1)
-    assert float_bytes(Chain()) == 4 * (4 * 27 + 4 + 16 + 4)
+    assert bundle.manifest.parity.samples == 3
 
 
 def test_two_exports_to_one_place_at_a_time_are_refused(tmp_path: Path) -> None:
@@ -445,7 +443,7 @@ def test_a_bundle_that_a_kill_left_beside_its_place_is_put_back(
     monkeypatch.setattr(module, "_write", fails_for_space)
     with pytest.raises(ExportError, match="No space"):
         export_bundle(network, tmp_path / "net", [call(images())])
-    assert load_bundle(tmp_path / "net").manifest["precision"] == "w8a8"
+    assert load_bundle(tmp_path / "net").manifest.precision == Precision(8, 8)
     assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
 

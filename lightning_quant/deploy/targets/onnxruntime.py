@@ -42,7 +42,7 @@ class OnnxRuntimeTarget(Target):
         return DeviceReport(
             tier=self.tier,
             device="host CPU",
-            precision=bundle.manifest["precision"],
+            precision=bundle.manifest.precision,
             versions={"onnxruntime": importlib.metadata.version("onnxruntime")},
         )
 

@@ -14,7 +14,7 @@ import torchvision
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from lightning_quant.deploy.bundle import export_bundle
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.graph.fixed import check_fixed, check_repeatable, open_outputs, random_operations
 from lightning_quant.errors import ExportError, ParityError
 from tests.helpers.networks import calibrated, call, images, seeded

@@ -19,8 +19,9 @@ from filelock import FileLock
 from lightning.pytorch import Trainer
 
 import lightning_quant as lq
-from lightning_quant.deploy.bundle import Bundle, export_bundle
+from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.push import Push, check_bounds, device_folder, resume
 from lightning_quant.deploy.samples import Samples
 from lightning_quant.deploy.targets.aihub.journal import Journal
@@ -112,9 +113,9 @@ def test_every_runtime(hub: StandIn, exported: Any, runtime: str) -> None:
     compiled = one.folder / report.artifacts["compiled"]
     assert compiled.stat().st_size == report.bytes["compiled"]
     assert report.against_simulation is not None
-    assert report.against_simulation["psnr_db"] is None or report.against_simulation["psnr_db"] > 40
+    assert report.against_simulation.psnr_db > 40
     assert report.against_float is not None
-    assert report.against_float["psnr_db"] > 25
+    assert report.against_float.psnr_db > 25
     assert set(report.jobs) == {"compile", "inference"}
     assert DeviceReport.read(one.folder / "report.json") == report
     assert hub.duplicates() == []
@@ -126,14 +127,13 @@ def test_every_runtime(hub: StandIn, exported: Any, runtime: str) -> None:
 def test_other_precisions_and_the_qdq_file(hub: StandIn, tmp_path: Path, precision: str, source: str) -> None:
     (one,) = push(samples_and_bundle(tmp_path / "out" / "net", precision), source=source)
     assert one.report.against_simulation is not None
-    psnr = one.report.against_simulation["psnr_db"]
-    assert psnr is None or psnr > 60
+    assert one.report.against_simulation.psnr_db > 60
 
 
 def test_outputs_in_float_and_in_another_layout(hub: StandIn, exported: Any, tmp_path: Path) -> None:
     bundle, samples = exported
-    (name,) = bundle.manifest["output_names"]
-    (given,) = bundle.manifest["input_names"]
+    (name,) = bundle.manifest.output_names
+    (given,) = bundle.manifest.input_names
     layout = f"--force_channel_last_output {name} --force_channel_last_input {given}"
     (plain,) = push(exported)
     (moved,) = push(exported, options=layout)
@@ -193,7 +193,9 @@ def test_the_command_line_fetches_what_was_queued(hub: StandIn, tmp_path: Path) 
     exported = samples_and_bundle(run / "export" / "net")
     hub.hold()
     push(exported, wait=False)
-    record = RunRecord("finished", "net", "scenes", "w8a8", "0", metric={"float": 0.7, "ptq": 0.69}, exported="ptq")
+    record = RunRecord(
+        "finished", "net", "scenes", Precision(8, 8), "0", metric={"float": 0.7, "ptq": 0.69}, exported="ptq"
+    )
     record.write(run)
     of_callback = run / "export" / "net.report"
     record.write(of_callback)
@@ -202,13 +204,13 @@ def test_the_command_line_fetches_what_was_queued(hub: StandIn, tmp_path: Path) 
         [sys.executable, "-m", "lightning_quant", "resume", str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert "net: w8a8 on Samsung Galaxy S24 (aihub): 0.42 ms" in done.stdout
-    (values,) = RunRecord.read(run / "results.json").device
-    assert values["median_latency_us"] == 416
-    assert RunRecord.read(of_callback / "results.json").device == [values]
+    (report,) = RunRecord.read(run / "results.json").device
+    assert report.median_latency_us == 416
+    assert RunRecord.read(of_callback / "results.json").device == [report]
     assert all("0.42 ms" in (place / "report.html").read_text() for place in (run, of_callback))
     # finished: neither asked for again nor written over; found by the bundle's own folder as well
     record = RunRecord.read(run / "results.json")
-    record.device[0]["metric"] = {"device": 0.5}
+    record.device[0].metric = {"device": 0.5}
     record.write(run)
     requests = len(hub.requests())
     bundle_folder = str(run / "export" / "net")
@@ -217,7 +219,7 @@ def test_the_command_line_fetches_what_was_queued(hub: StandIn, tmp_path: Path) 
     )
     assert "net: finished already" in done.stdout
     assert len(hub.requests()) == requests
-    assert RunRecord.read(run / "results.json").device[0]["metric"] == {"device": 0.5}
+    assert RunRecord.read(run / "results.json").device[0].metric == {"device": 0.5}
     nothing = subprocess.run(
         [sys.executable, "-m", "lightning_quant", "resume", str(hub._store.folder)], capture_output=True, text=True
     )
@@ -518,7 +520,7 @@ def test_the_journal_is_private_and_refuses_what_it_cannot_read(tmp_path: Path) 
     assert Journal(path).entry("a") == {"attempt": 2}
     assert Journal(path).entry("b") == {}
     path.write_text("{")
-    with pytest.raises(DeviceError, match="move it away to begin anew"):
+    with pytest.raises(DeviceError, match="move it away to start over"):
         Journal(path)
 
 

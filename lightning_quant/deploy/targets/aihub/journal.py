@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_quant.errors import DeviceError
+from lightning_quant.utilities.files import replacing
 from lightning_quant.utilities.parsing import check, check_version, fitting, read_json
 
 _FORMAT_VERSION = 1
@@ -42,11 +43,11 @@ class Journal:
             except (OSError, ValueError) as error:
                 raise DeviceError(
                     f"The journal {path} cannot be read ({error}). It says what was uploaded and submitted already: "
-                    "move it away to begin anew."
+                    "move it away to start over."
                 ) from error
 
     def entry(self, key: str) -> dict[str, Any]:
-        """A copy of an entry; empty if there is none."""
+        """Return a copy of an entry; an empty one if there is none."""
         return dict(self._entries.get(key, {}))
 
     def note(self, key: str, **values: Any) -> None:
@@ -62,10 +63,7 @@ class Journal:
         self._write()
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        with replacing(self.path, private=True) as partial, partial.open("w") as file:
             json.dump({"format_version": _FORMAT_VERSION, "entries": self._entries}, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, self.path)
