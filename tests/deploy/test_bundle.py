@@ -30,6 +30,7 @@ from lightning_quant.errors import CalibrationError, ExportError, ParityError
 from lightning_quant.precision import Precision
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.utilities.hashing import file_sha256
 from tests.helpers.networks import (
     AnyInputs,
     Body,
@@ -84,8 +85,9 @@ def test_files_of_a_bundle(exported: Bundle) -> None:
 
 
 def test_manifest_says_how_it_was_made(exported: Bundle) -> None:
-    manifest = exported.manifest
-    assert manifest == json.loads((exported.path / "manifest.json").read_text()) == load_bundle(exported.path).manifest
+    manifest = json.loads((exported.path / "manifest.json").read_text())
+    assert exported.manifest == load_bundle(exported.path).manifest
+    assert exported.manifest.to_dict() == manifest
     assert manifest["precision"] == "w8a8"
     assert manifest["hardware"] == "htp_v75"
     assert manifest["calibrated"] is True
@@ -273,7 +275,7 @@ def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, kind: str) -> None:
         path.mkdir()
     if kind == "folder":
         (path / "thesis.txt").write_text("mine")
-    with pytest.raises(ExportError, match=r"exists and is no bundle.*Give another folder"):
+    with pytest.raises(ExportError, match=r"exists and is not a bundle.*Give another folder"):
         export_bundle(calibrated(Body()), path, SAMPLES)
     assert list(tmp_path.iterdir()) == [path]
     assert kind != "folder" or contents(path) == {"thesis.txt": b"mine"}
@@ -325,12 +327,12 @@ def test_changed_or_missing_file_is_named(old: Bundle, name: str) -> None:
 )
 def test_manifest_that_cannot_be_read(old: Bundle, text: str) -> None:
     (old.path / "manifest.json").write_text(text)
-    with pytest.raises(ExportError, match="is no bundle"):
+    with pytest.raises(ExportError, match="is not a bundle"):
         load_bundle(old.path)
 
 
 def test_no_folder_at_all(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"is no bundle: its manifest\.json cannot be read"):
+    with pytest.raises(ExportError, match=r"is not a bundle: its manifest\.json cannot be read"):
         load_bundle(tmp_path / "net")
 
 
@@ -341,7 +343,7 @@ def test_manifest_cannot_point_outside_the_bundle(old: Bundle, tmp_path: Path, w
     name = {"relative": "../secret", "absolute": str(secret), "link": "inside"}[way]
     if way == "link":
         (old.path / "inside").symlink_to(secret)
-    manifest = {**old.manifest, "files": {name: {"sha256": module._sha256(secret), "bytes": 6}}}
+    manifest = {**old.manifest.to_dict(), "files": {name: {"sha256": file_sha256(secret), "bytes": 6}}}
     (old.path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ExportError, match="lacks"):
         load_bundle(old.path)

@@ -238,7 +238,7 @@ def test_samples_of_another_export_are_not_compared(hub: StandIn, exported: Any)
     values = json.loads(request.read_text())
     values["bundle"][next(iter(values["bundle"]))]["sha256"] = "0" * 64
     request.write_text(json.dumps(values))
-    with pytest.raises(DataError, match="was exported anew after it was sent to aihub"):
+    with pytest.raises(DataError, match="was exported again after it was sent to aihub"):
         resume(bundle.path)
 
 
@@ -372,7 +372,7 @@ def test_every_fault_ends_well(
 
 def test_a_service_that_goes_down_and_comes_back(hub: StandIn, exported: Any) -> None:
     hub.inject(faults.die(), faults.POLL)
-    with pytest.raises(DeviceUnavailableError, match="run again to go on with it"):
+    with pytest.raises(DeviceUnavailableError, match="run again to resume"):
         push(exported)
     with pytest.raises(DeviceUnavailableError, match="cannot be reached"):
         push(exported)
@@ -386,7 +386,7 @@ def test_records_that_vanished_are_made_again(hub: StandIn, exported: Any) -> No
     hub.expire_datasets()
     (job,) = hub.jobs("inference")
     hub.forget(job.id)
-    with pytest.raises(DeviceError, match=r"could not be found.*Run again to make it anew"):
+    with pytest.raises(DeviceError, match=r"could not be found.*Run again to upload or submit it again"):
         push(exported)
     assert push(exported)[0].report.status == "finished"
     assert (len(hub.posts("models")), len(hub.posts("datasets")), len(hub.posts("jobs"))) == (1, 2, 3)
@@ -396,7 +396,7 @@ def test_outputs_that_expired_are_computed_again(hub: StandIn, exported: Any) ->
     """After 30 days; the compiled model is still there, the samples are uploaded once more: they expired too."""
     push(exported)
     hub.expire_datasets()
-    with pytest.raises(DeviceError, match=r"expired dataset.*Run again to make it anew"):
+    with pytest.raises(DeviceError, match=r"expired dataset.*Run again to upload or submit it again"):
         push(exported)
     assert len(hub.posts("datasets")) == 1  # what was computed already needs no samples
     assert push(exported)[0].report.status == "finished"
@@ -409,18 +409,18 @@ def test_a_model_that_was_deleted_is_uploaded_again(hub: StandIn, exported: Any)
     for entry in journal_of(exported).values():
         hub.forget(entry["id"])
     runs = 0
-    while not (told := _pushed_or_told(exported)) and runs < 5:
+    while not (status := _status_or_error(exported)) and runs < 5:
         runs += 1
-    assert told == "finished"
+    assert status == "finished"
     assert len(hub.posts("models")) == 2
 
 
-def _pushed_or_told(exported: Any) -> str:
+def _status_or_error(exported: Any) -> str:
     """How a push ended; nothing where it has to be run again."""
     try:
         return push(exported)[0].report.status
     except DeviceError as error:
-        return "" if "Run again to make it anew" in str(error) else str(error)
+        return "" if "Run again to upload or submit it again" in str(error) else str(error)
 
 
 @pytest.mark.parametrize(("fault", "status"), [(faults.stuck(), "pending"), (faults.answer(400), "failed")])
@@ -473,9 +473,9 @@ def test_a_bundle_that_was_changed_is_not_uploaded(hub: StandIn, exported: Any) 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (f"[api]\napi_url = URL\n{TOKEN}\n", "no valid configuration"),
-        (f"api_url = URL\napi_token = {TOKEN}\n", "no valid configuration"),
-        (f"[api]\napi_url = URL\napi_token = {TOKEN}\n", "no valid configuration"),
+        (f"[api]\napi_url = URL\n{TOKEN}\n", "is not a valid configuration"),
+        (f"api_url = URL\napi_token = {TOKEN}\n", "is not a valid configuration"),
+        (f"[api]\napi_url = URL\napi_token = {TOKEN}\n", "is not a valid configuration"),
         (f"[api]\napi_token = {TOKEN}\n", "has no api_url"),
         (None, "there is no AI Hub token"),
         # an indented line goes on with the one before it, and requests would quote both
