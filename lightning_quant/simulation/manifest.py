@@ -9,8 +9,8 @@ from typing import Any
 
 from lightning_quant.errors import CheckpointError
 from lightning_quant.precision import Precision
-from lightning_quant.simulation.range_estimators import RangeEstimatorSpec
 from lightning_quant.utilities.parsing import check, fitting, shown
+from lightning_quant.utilities.registry import Spec
 
 FORMAT_VERSION = 1
 MANIFEST_KEY = "lightning_quant"
@@ -68,7 +68,7 @@ class Manifest:
     precision: Precision
     hardware: str
     overrides: Mapping[str, Precision]
-    range_estimator: RangeEstimatorSpec
+    range_estimator: Spec
     calibrated: bool
     float_sha256: str | None
     equalized: bool

@@ -21,8 +21,9 @@ from lightning_quant.simulation.callsites.running import watched_class
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
 from lightning_quant.simulation.manifest import Manifest
 from lightning_quant.simulation.preflight import Finding
-from lightning_quant.simulation.range_estimators import RangeEstimator, RangeEstimatorSpec
+from lightning_quant.simulation.range_estimators import RangeEstimator
 from lightning_quant.utilities.parsing import shown
+from lightning_quant.utilities.registry import Spec
 
 _MOST_BITS = 32
 
@@ -227,7 +228,7 @@ class QuantizedNetwork:
         # the bit widths themselves come with AIMET's state of each quantizer
         self.promoted = dict(manifest.promoted)
 
-    def _stored_estimator(self, spec: RangeEstimatorSpec) -> RangeEstimator:
+    def _stored_estimator(self, spec: Spec) -> RangeEstimator:
         """Return the estimator of a checkpoint, which may be one that this network was given as an instance."""
         for known in (self.range_estimator, self.recipe.range_estimator):
             if known.spec == spec:
