@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -36,7 +37,7 @@ from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.push import Push, check_bounds, device_folder
 from lightning_quant.deploy.samples import Samples
 from lightning_quant.deploy.single_samples import first_samples
-from lightning_quant.deploy.targets.target import REPORT_NAME
+from lightning_quant.deploy.targets.target import REPORT_NAME, Target
 from lightning_quant.errors import ConfigurationError, DeviceBoundError, LightningQuantError
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -63,8 +64,9 @@ class DeviceExport(AnyCallback):
         target: ``"aihub"`` measures on a real phone in Qualcomm's device farm; ``"htp_emulator"`` compiles for the
             phone's chip and emulates its NPU, without latency; ``"onnxruntime"`` computes on the host's CPU;
             ``"auto"`` takes the first of these that is available, and says why not a better one; ``None`` only
-            exports.
-        device: name of the phone, or several of them for AI Hub.
+            exports. Or a ``lightning_quant.Target`` of your own: an instance, the dotted path of its class, its
+            name once it was imported, or one of these two with options, ``{"my_package.Board": {"port": 5555}}``.
+        device: name of the phone, or several of them for AI Hub. A target given as an instance has its own.
         samples: how many samples (not batches) to compare on: the stage's own validation data if there is any.
         name: name of the bundle. Default: class of the network and precision, e.g. ``FFNet-w8a8``. Where several
             networks are exported, each name ends with ``-`` and the attribute.
@@ -77,7 +79,7 @@ class DeviceExport(AnyCallback):
         profile: name of the client configuration in ``~/.qai_hub``; never a token.
         source: what AI Hub gets: ``"aimet"`` (ONNX and encodings) or ``"qdq"``.
         compare_float: let AI Hub measure the float network as well.
-        wait: wait for AI Hub's results; ``False`` submits and returns, ``lightning-quant resume`` goes on.
+        wait: wait for AI Hub's results; ``False`` submits and returns, ``lightning-quant resume`` fetches them later.
         timeout: seconds for the target, queues included.
         on_failure: ``"warn"`` when the target fails, so that no training run is lost to a service that is down, or
             ``"raise"``. The bundle is there in either case.
@@ -104,7 +106,7 @@ class DeviceExport(AnyCallback):
     def __init__(
         self,
         dirpath: str | Path | None = None,
-        target: str | None = "auto",
+        target: str | Target | Mapping[str, Mapping[str, Any]] | None = "auto",
         device: str | Sequence[str] = "Samsung Galaxy S24",
         samples: int = 8,
         name: str | None = None,
@@ -315,7 +317,7 @@ class DeviceExport(AnyCallback):
                 calls = [call for batch in batches for call in batch.calls]
             samples = Samples.of(network, self.bundle.manifest, calls)
         at_most = f"at most {self.push.timeout / 60:.0f} min"
-        with progress(trainer, f"Waiting for {', '.join(self.push.devices)} ({at_most})"):
+        with progress(trainer, f"Waiting for {self.push.where} ({at_most})"):
             measured = self.push.run(self.bundle, samples)
         self.passed_over = self.push.passed_over
         if self.passed_over:

@@ -181,7 +181,7 @@ class DeviceReport:
             FieldError: naming the first field, below ``where``.
         """
         at = f"{where}." if where else ""
-        check(bool(self.tier), f"{at}tier", self.tier, f"one of {', '.join(TIERS)}, or the tier of a target of yours")
+        check(self.tier.isidentifier(), f"{at}tier", self.tier, f"one of {', '.join(TIERS)}, or a target of your own")
         for name, times in {"latency_us": self.latency_us, "float_latency_us": self.float_latency_us}.items():
             check(all(time > 0 for time in times), f"{at}{name}", times, "times above 0")
         if (memory := self.memory_bytes) is not None:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import typing
+import inspect
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lightning_quant.deploy import parity
 from lightning_quant.deploy.bundle import Bundle, load_bundle
 from lightning_quant.deploy.device_report import GOOD_PSNR, DeviceReport
+from lightning_quant.deploy.request import Request
 from lightning_quant.deploy.samples import Samples, Tensors
 from lightning_quant.deploy.targets.aihub.target import AiHubTarget
-from lightning_quant.deploy.targets.htp.target import HtpEmulatorTarget
-from lightning_quant.deploy.targets.onnxruntime import OnnxRuntimeTarget
-from lightning_quant.deploy.targets.target import LONGEST, REPORT_NAME, Measured, Target
+from lightning_quant.deploy.targets.target import REPORT_NAME, TARGETS, Measured, Target
 from lightning_quant.errors import (
     ConfigurationError,
     DataError,
@@ -24,21 +21,18 @@ from lightning_quant.errors import (
     DeviceError,
     DeviceUnavailableError,
 )
-from lightning_quant.utilities.files import replacing
-from lightning_quant.utilities.parsing import check, fitting, read_json
+from lightning_quant.utilities.registry import Spec
 
 SAMPLES_NAME = "samples.npz"
 REQUEST_NAME = "request.json"
 
-# Best first: what target="auto" tries.
-TARGETS = ("aihub", "htp_emulator", "onnxruntime")
-
 
 class Push:
-    """A bundle's way to a target: what to run it on, kept so that it can be gone on with later.
+    """Run bundles on a target, and keep what was asked for so that it can be resumed.
 
     Args:
-        target: one of :data:`TARGETS`, or ``"auto"`` for the best that is available.
+        target: ``"auto"`` for the best of this package's targets that is available; or a target, its name or the dotted
+            path of its class, or one of the latter two with options.
         devices: names of the devices.
         timeout: seconds for everything.
         options: further arguments of :class:`~lightning_quant.deploy.targets.aihub.target.AiHubTarget`.
@@ -50,18 +44,18 @@ class Push:
         ConfigurationError: for an unknown target or device, or several devices where one is possible.
     """
 
-    def __init__(self, target: str, devices: Sequence[str], timeout: float, options: dict[str, Any]) -> None:
-        if target not in (*TARGETS, "auto"):
-            raise ConfigurationError(f"Unknown target {target!r}: expected one of auto, {', '.join(TARGETS)}.")
-        if len(devices) > 1 and target != "aihub":
-            raise ConfigurationError(f"{len(devices)} devices with target={target!r}: only aihub takes several.")
-        self.target = target
+    def __init__(self, target: Target | Spec, devices: Sequence[str], timeout: float, options: dict[str, Any]) -> None:
         self.devices = list(devices)
         self.timeout = timeout
         self.options = options
         self.passed_over: dict[str, str] = {}
-        if target != "auto":
-            self._make(target)  # wrong arguments are told now, not after training
+        self._target: Target | None = None
+        if target == "auto":
+            self._check_single("auto")
+        else:  # wrong arguments are refused now, not after training
+            self._target = TARGETS.make(target, self._offered)
+        self._kept = isinstance(target, str) and (target == "auto" or target in TARGETS.homes)
+        self.where = target.name if isinstance(target, Target) else ", ".join(self.devices)
 
     def run(self, bundle: Bundle, samples: Samples) -> list[Measured]:
         """Run a bundle and write a report for each device and runtime; artifacts are kept beside the bundle.
@@ -72,34 +66,33 @@ class Push:
         """
         folder = device_folder(bundle)
         samples.write(folder / SAMPLES_NAME)
-        self._note(bundle, self.target)
+        self._request(bundle, "auto" if self._target is None else self._target.name).write(folder / REQUEST_NAME)
         target = self._choose(bundle)
-        self._note(bundle, target.tier)  # what was begun at one target is not gone on with at another
-        measured = target.run(bundle, samples.inputs, folder / target.tier)
+        # what was begun at one target is not resumed at another
+        self._request(bundle, target.name).write(folder / REQUEST_NAME)
+        measured = target.run(bundle, samples.inputs, folder / target.name)
         for one in measured:
             _compare(one, samples)
             one.report.bytes = {**bundle.manifest.bytes, **one.report.bytes}
+            _check_report(one.report, target)
             one.write()
         return measured
 
-    def _note(self, bundle: Bundle, target: str) -> None:
-        request = {"target": target, "devices": self.devices, "timeout": self.timeout, "options": self.options}
-        request["bundle"] = _files(bundle)
-        with replacing(device_folder(bundle) / REQUEST_NAME) as partial:
-            partial.write_text(json.dumps(request, indent=2) + "\n")
+    def _request(self, bundle: Bundle, target: str) -> Request:
+        options = self.options if self._kept else None
+        return Request(target, self.devices, self.timeout, options, bundle.manifest.files)
 
     def _choose(self, bundle: Bundle) -> Target:
-        """The target, or the best one that takes the bundle; why not the better ones is kept."""
+        """Return the target, or the best one that takes the bundle; why not the better ones is kept."""
         self.passed_over = {}
-        if self.target != "auto":
-            target = self._make(self.target)
+        if (target := self._target) is not None:
             if reason := target.unavailable():
-                raise DeviceUnavailableError(f"target={self.target!r} cannot be used: {reason}.")
+                raise DeviceUnavailableError(f"target={target.name!r} cannot be used: {reason}.")
             target.check(bundle)
             return target
-        for name in TARGETS:
+        for name in TARGETS.homes:
             try:
-                target = self._make(name)
+                target = TARGETS.make(name, self._offered)
                 if (reason := target.unavailable()) is None:
                     target.check(bundle)
                     return target
@@ -108,16 +101,17 @@ class Push:
             self.passed_over[name] = reason
         raise DeviceUnavailableError("No target can be used: " + "; ".join(self.passed_over.values()) + ".")
 
-    def _make(self, name: str) -> Target:
-        if name == "aihub":
-            return AiHubTarget(self.devices, timeout=self.timeout, **self.options)
-        if name == "htp_emulator":
-            return HtpEmulatorTarget(self.devices[0], self.timeout)
-        return OnnxRuntimeTarget()
+    def _offered(self, kind: type[Target]) -> dict[str, Any]:
+        """Return the arguments that the constructor of a target may name."""
+        if "devices" not in inspect.signature(kind).parameters:
+            self._check_single(kind.name)
+        one = {"device": self.devices[0]} if self.devices else {}
+        own = self.options if issubclass(kind, AiHubTarget) else {}
+        return {**one, "devices": self.devices, "timeout": self.timeout, **own}
 
-
-def _files(bundle: Bundle) -> dict[str, Any]:
-    return {path: asdict(file) for path, file in bundle.manifest.files.items()}
+    def _check_single(self, target: str) -> None:
+        if len(self.devices) > 1:
+            raise ConfigurationError(f"{len(self.devices)} devices with target={target!r}: only aihub takes several.")
 
 
 def device_folder(bundle: Bundle) -> Path:
@@ -126,7 +120,7 @@ def device_folder(bundle: Bundle) -> Path:
 
 
 def finished(folder: Path) -> bool:
-    """Whether every report in a :func:`device_folder` is there and whole."""
+    """Return whether every report in a :func:`device_folder` is there and whole."""
     try:
         states = [DeviceReport.read(path).status for path in folder.rglob(REPORT_NAME)]
     except DataError:
@@ -134,32 +128,41 @@ def finished(folder: Path) -> bool:
     return bool(states) and set(states) == {"finished"}
 
 
-def resume(path: str | Path) -> list[Measured]:
-    """Go on with a bundle whose jobs were submitted, or whose run was interrupted; wait for the results.
+def resume(path: str | Path, target: Target | Spec | None = None) -> list[Measured]:
+    """Resume a bundle whose jobs were submitted, or whose run was interrupted; wait for the results.
 
     Args:
         path: folder of the bundle.
+        target: what it was sent to, if that was a target of your own or one with options of its own, which is in no
+            file. Default: that of the request beside the bundle.
 
     Raises:
         ExportError: if there is no such bundle.
-        ConfigurationError: if it was never sent to a target.
-        DataError: if the bundle was exported anew since, or the samples are damaged.
+        ConfigurationError: if it was never sent to a target, or to one that is in no file.
+        DataError: if the bundle was exported again since, or the samples are damaged.
         DeviceError: see :meth:`Push.run`.
     """
     bundle = load_bundle(path)
     folder = device_folder(bundle)
     try:
-        request = _read_request(folder / REQUEST_NAME)
-        request["options"]["wait"] = True
-        push = Push(request["target"], request["devices"], request["timeout"], request["options"])
-    except (OSError, ValueError, TypeError) as error:
+        request = Request.read(folder / REQUEST_NAME)
+        if target is None and request.options is not None:
+            target = request.target
+        if target is not None:
+            push = Push(target, request.devices, request.timeout, {**(request.options or {}), "wait": True})
+    except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"{bundle.path} was not sent to a target yet ({folder / REQUEST_NAME}: {error}): expected a bundle that "
             "DeviceExport pushed."
         ) from error
-    if request.get("bundle") != _files(bundle):
+    if target is None:
+        raise ConfigurationError(
+            f"{bundle.path} was sent to target {request.target!r}, which was made in Python: expected it again, "
+            "lightning_quant.deploy.push.resume(path, target=...)."
+        )
+    if request.bundle != bundle.manifest.files:
         raise DataError(
-            f"{bundle.path} was exported anew after it was sent to {request['target']}: expected the files that were "
+            f"{bundle.path} was exported again after it was sent to {request.target}: expected the files that were "
             "sent, since the samples kept beside it are compared with those. Push the new one with DeviceExport."
         )
     samples = Samples.read(folder / SAMPLES_NAME)
@@ -176,26 +179,11 @@ def resume(path: str | Path) -> list[Measured]:
     return push.run(bundle, samples)
 
 
-def _read_request(path: Path) -> dict[str, Any]:
-    """What was asked of a target.
-
-    Raises:
-        OSError, ValueError: when it is missing or damaged.
-    """
-    request = read_json(path)
-    kinds = {"target": str, "devices": list[str], "timeout": float, "options": dict[str, Any]}
-    fitting(request, dict[str, Any])
-    for name, kind in kinds.items():
-        check(name in request, name, None, "the field to be there")
-        fitting(request[name], kind, name)
-    check(0 < request["timeout"] <= LONGEST, "timeout", request["timeout"], f"0 to {LONGEST:.0f} seconds")
-    known = typing.get_type_hints(AiHubTarget.__init__)
-    for name, value in request["options"].items():
-        check(
-            name in known and name not in ("devices", "timeout"), f"options.{name}", value, "an option of AiHubTarget"
-        )
-        fitting(value, known[name], f"options.{name}")
-    return dict(request)
+def _check_report(report: DeviceReport, target: Target) -> None:
+    try:
+        report.validate()
+    except ValueError as error:
+        raise DeviceError(f"The report of target {target.name!r} cannot be: {error}.") from error
 
 
 def _compare(measured: Measured, samples: Samples) -> None:

@@ -59,7 +59,7 @@ class AiHubTarget(Target):
         ConfigurationError: for an unknown runtime or source, or a limit that is not a time.
     """
 
-    tier = "aihub"
+    name = "aihub"
 
     def __init__(
         self,
@@ -178,7 +178,7 @@ class AiHubTarget(Target):
     def _measured(self, outcome: Outcome, bundle: Bundle, folder: Path) -> Measured:
         where = folder / folder_name(outcome.device, outcome.runtime)
         report = DeviceReport(
-            tier=self.tier,
+            tier=self.name,
             device=outcome.device,
             precision=bundle.manifest.precision,
             status=outcome.status,

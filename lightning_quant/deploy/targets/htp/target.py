@@ -45,7 +45,7 @@ class HtpEmulatorTarget(Target):
         ConfigurationError: for a device whose chip is not known.
     """
 
-    tier = "htp_emulator"
+    name = "htp_emulator"
 
     def __init__(self, device: str, timeout: float = 1800.0, memory_gb: float = 16.0) -> None:
         self.device = device
@@ -94,7 +94,7 @@ class HtpEmulatorTarget(Target):
         on_cpu = result.fallen_back
         layers = {"NPU": result.npu, "GPU": [], "CPU": list(on_cpu)}
         report = DeviceReport(
-            tier=self.tier,
+            tier=self.name,
             device=self.device,
             soc=self.soc,
             precision=bundle.manifest.precision,
