@@ -1,4 +1,4 @@
-"""One table over the runs of a sweep: in the terminal, as Markdown and as CSV."""
+"""One table over runs: in the terminal, as Markdown and as CSV."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ import csv
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-from hydra.experimental.callback import Callback
-from typing_extensions import override
 
 from lightning_quant.errors import DataError
 from lightning_quant.report.device_table import device_notes, device_table
@@ -17,9 +13,6 @@ from lightning_quant.report.record import RECORD_NAME, RunRecord
 from lightning_quant.utilities.files import replacing
 
 log = logging.getLogger(__name__)
-
-# Set when a run of this process's sweep failed: Hydra has no exit status of its own for that.
-failures: list[str] = []
 
 
 def _metric(name: str) -> Callable[[RunRecord], str]:
@@ -52,14 +45,14 @@ COLUMNS: dict[str, Callable[[RunRecord], str]] = {
 
 
 def table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the summary, as text."""
+    """Return header and rows of the summary, as text."""
     monitor = next((record.monitor for record in records if record.monitor), "metric")
     header = [name.format(metric=monitor.removeprefix("val_")) for name in COLUMNS]
     return header, [[column(record) for column in COLUMNS.values()] for record in records]
 
 
 def rung_table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of what every rung of the runs' ladders brought and cost, as text."""
+    """Return header and rows of what every rung of the runs' ladders brought and cost, as text."""
     monitor = next((record.monitor for record in records if record.monitor), "metric")
     header = ["model", "precision", "rung", monitor.removeprefix("val_"), "drop", "seconds", "peak MB", "kept"]
     rows = []
@@ -130,7 +123,7 @@ def print_artifacts(record: RunRecord, folder: Path) -> None:
 
 
 def gather(folder: str | Path) -> dict[Path, RunRecord]:
-    """The records of all runs directly below a sweep's folder by their own folders, in the order of the runs."""
+    """Read the records of all runs directly below a sweep's folder by their own folders, in the order of the runs."""
     paths = sorted(Path(folder).glob(f"*/{RECORD_NAME}"), key=lambda path: _run_order(path.parent.name))
     records = {}
     for path in paths:
@@ -144,27 +137,3 @@ def gather(folder: str | Path) -> dict[Path, RunRecord]:
 def _run_order(name: str) -> tuple[int, str]:
     number = name.partition("-")[0]
     return (int(number) if number.isdigit() else 10**9, name)
-
-
-class SweepSummary(Callback):
-    """Hydra callback: gathers the records of a multirun, whichever launcher ran it, into one table."""
-
-    @override
-    def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        runs = gather(folder)
-        records = list(runs.values())
-        if not records:
-            return
-        markdown, table_file = write_summary(records, folder)
-        failures.extend(f"{record.precision}: {record.error}" for record in records if record.status != "finished")
-        unreadable = {path.parent for path in folder.glob(f"*/{RECORD_NAME}")} - runs.keys()
-        failures.extend(f"{run}: its record cannot be read" for run in sorted(unreadable))
-        from lightning_quant.report.page import write_sweep_report  # after the runs: --help stays instant
-
-        print_summary(records, f"{len(records)} runs in {folder}")
-        for run, record in runs.items():
-            print_artifacts(record, run)
-        report = write_sweep_report(folder, runs)
-        print(f"Table: {markdown} and {table_file}")
-        print(f"Report: {report}")
