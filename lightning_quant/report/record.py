@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.parity import Parity, of_export
@@ -26,7 +26,7 @@ class RunRecord:
     """What one run of the app did and found. Figures that were not measured are absent, never filled in.
 
     Args:
-        status: ``"running"``, ``"finished"`` or ``"failed"``.
+        status: whether it is still running, and how it ended.
         model: name of the network's configuration.
         data: name of the data's configuration.
         precision: bit widths of the network.
@@ -48,7 +48,7 @@ class RunRecord:
         reproduce: what to type to run the same again.
     """
 
-    status: str
+    status: Literal["running", "finished", "failed"]
     model: str
     data: str
     precision: Precision
@@ -113,7 +113,6 @@ class RunRecord:
 
     def _check(self) -> None:
         """Refuse what the tables and charts could not show."""
-        check(self.status in ("running", "finished", "failed"), "status", self.status, "running, finished or failed")
         check(self.mode in ("max", "min"), "mode", self.mode, "max or min")
         measured = self.exported is None or "float" not in self.metric or self.exported in self.metric
         check(measured, "exported", self.exported, "one of those in metric")

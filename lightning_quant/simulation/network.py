@@ -22,6 +22,7 @@ from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_te
 from lightning_quant.simulation.manifest import Manifest
 from lightning_quant.simulation.preflight import Finding
 from lightning_quant.simulation.range_estimators import RangeEstimator
+from lightning_quant.utilities.hashing import add_tensor
 from lightning_quant.utilities.parsing import shown
 from lightning_quant.utilities.registry import Spec
 
@@ -312,8 +313,7 @@ def _weights_hash(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
         if isinstance(value, Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            add_tensor(digest, name, value)
     return digest.hexdigest()
 
 

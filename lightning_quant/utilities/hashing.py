@@ -1,12 +1,16 @@
-"""Hashes of files, texts and arrays: SHA-256, whole or as a short key."""
+"""Hashes of files, texts, arrays and tensors: SHA-256, whole or as a short key."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SHORT = 12
 
@@ -30,3 +34,11 @@ def arrays_hash(samples: Sequence[Mapping[str, np.ndarray]]) -> str:
             digest.update(f"{name} {value.dtype} {value.shape} ".encode())
             digest.update(np.ascontiguousarray(value).data)
     return digest.hexdigest()[:_SHORT]
+
+
+def add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
+    """Add name, type, shape and values of a tensor to a digest of :mod:`hashlib`."""
+    import torch  # a process that talks to a device needs none
+
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -15,6 +15,7 @@ from lightning_quant.deploy.targets.aihub.submissions import JobFailed, Submissi
 from lightning_quant.deploy.targets.aihub.tensors import as_specified, dequantized, in_layout, specs_of
 from lightning_quant.deploy.targets.target import folder_name
 from lightning_quant.errors import DeviceError, DeviceTimeoutError, DeviceUnavailableError
+from lightning_quant.utilities.files import replacing
 from lightning_quant.utilities.hashing import short_hash
 
 
@@ -145,15 +146,15 @@ class DeviceRun:
         target_id = self.journal.entry(self.compile_key)["target_model_id"]
         with self.submissions.forgetting_if_gone(self.compile_key):
             target = service.read("the compiled model", lambda: service.client.get_model(target_id))
-        partial = self.scratch / self.compile_key
-        partial.mkdir(exist_ok=True)
-        compiled = Path(service.read("downloading the compiled model", lambda: target.download(str(partial))))
+        downloads = self.scratch / self.compile_key
+        downloads.mkdir(exist_ok=True)
+        compiled = Path(service.read("downloading the compiled model", lambda: target.download(str(downloads))))
         compiled = Path(shutil.move(compiled, self.folder / f"compiled{''.join(compiled.suffixes)}"))
         with self.submissions.forgetting_if_gone(key):
             data = service.read("downloading the outputs", lambda: job.download_output_data())
         outputs = self._outputs_of(data, target)
-        np.savez(self.folder / "outputs.partial.npz", **outputs)  # type: ignore[arg-type]
-        (self.folder / "outputs.partial.npz").replace(self.folder / "outputs.npz")
+        with replacing(self.folder / "outputs.npz") as partial:
+            np.savez(partial, **outputs)  # type: ignore[arg-type]
         self.artifacts = {"compiled": compiled.name, "outputs": "outputs.npz"}
 
     def _is_finished(self, key: str) -> bool:
