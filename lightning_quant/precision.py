@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.utilities.parsing import check, fitting
+from lightning_quant.utilities.parsing import check, parse_as
 
 _PATTERN = re.compile(r"w(\d+)a(\d+)")
 
@@ -58,7 +58,7 @@ class Precision:
         Raises:
             FieldError: for anything but the name of a precision.
         """
-        fitting(value, str, where)
+        parse_as(value, str, where)
         check(value in PRECISIONS, where, value, f"one of {', '.join(PRECISIONS)}")
         return cls.parse(value)
 

@@ -12,7 +12,7 @@ from lightning_quant.errors import ConfigurationError
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.range_estimators import MinMax, RangeEstimator
 from lightning_quant.utilities.hashing import file_sha256
-from lightning_quant.utilities.parsing import fitting, read_json
+from lightning_quant.utilities.parsing import parse_as, read_json
 
 # AIMET's own aliases, spelled out so that a typo is caught without the seconds that importing AIMET takes.
 HARDWARE_CONFIGS = (
@@ -94,7 +94,7 @@ def _check_hardware(hardware: str) -> None:
         return
     if str(hardware).endswith(".json") and Path(hardware).is_file():
         try:
-            fitting(read_json(Path(hardware)), dict[str, Any])
+            parse_as(read_json(Path(hardware)), dict[str, Any])
         except (OSError, ValueError) as error:
             raise ConfigurationError(
                 f"The hardware config {str(hardware)!r} cannot be read: {error}. Expected a JSON file in AIMET's "

@@ -1,4 +1,4 @@
-"""Export at the end of a run, and what a device makes of it, as a Lightning callback."""
+"""Export at the end of a run, and measurement on a device, as a Lightning callback."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ POLICIES = ("warn", "raise")
 
 
 class DeviceExport(AnyCallback):
-    """Export the quantized network when a fit, validate or test ends, and see what a device makes of it.
+    """Export the quantized network when a fit, validate or test ends, and measure it on a device.
 
     Writes the bundle ``<dirpath>/<name>/``: ``<name>.aimet/`` (ONNX and encodings, for Qualcomm AI Hub),
     ``<name>.onnx`` (QuantizeLinear/DequantizeLinear with integer weights) and ``manifest.json``. The ONNX file

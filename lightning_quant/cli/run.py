@@ -52,7 +52,7 @@ from lightning_quant.report.summary import print_artifacts, print_summary
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.sensitivity import layer_sensitivity
-from lightning_quant.utilities.files import alone, replacing
+from lightning_quant.utilities.files import atomic_write, exclusive_lock
 from lightning_quant.utilities.full_precision import full_precision
 from lightning_quant.utilities.parsing import read_checkpoint
 
@@ -164,7 +164,7 @@ def record_failure(config: DictConfig, error: Exception) -> None:
 def _alone(folder: Path) -> AbstractContextManager[None]:
     """Refuse a second run in a folder."""
     busy = f"Another run is writing to {folder}: expected a folder for each. Give another hydra.run.dir, or wait."
-    return alone(folder / ".lock", ConfigurationError(busy))
+    return exclusive_lock(folder / ".lock", ConfigurationError(busy))
 
 
 def _keep_logs(folder: Path) -> None:
@@ -345,7 +345,7 @@ class _Run:
                 options = {"max_epochs": config.epochs, "limit_val_batches": 0, "enable_checkpointing": True}
                 trainer = self.trainer(point, logger=self.logger("float"), **options)
                 trainer.fit(task, datamodule=self.data, ckpt_path=point.ckpt_path, weights_only=True)
-                with replacing(path) as partial:
+                with atomic_write(path) as partial:
                     trainer.save_checkpoint(partial, weights_only=True)
                 point.path.unlink()
                 log.info("Float network trained and kept as %s", path)

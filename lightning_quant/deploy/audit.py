@@ -238,7 +238,7 @@ def _left_in_float(node: onnx.NodeProto) -> Explanation:
 
 
 def _scope(node: onnx.NodeProto) -> str:
-    """The module call a node belongs to, as ONNX writes it: ``/network/body/body.0/Conv``, without the operation."""
+    """Return the module call a node belongs to: of ``/network/body/body.0/Conv`` the part without the operation."""
     return node.name.rpartition("/")[0]
 
 

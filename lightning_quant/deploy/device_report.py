@@ -12,8 +12,8 @@ from typing import Any, Literal
 from lightning_quant.deploy.parity import Parity
 from lightning_quant.errors import DataError
 from lightning_quant.precision import Precision
-from lightning_quant.utilities.files import replacing
-from lightning_quant.utilities.parsing import check, check_version, fill, read_json
+from lightning_quant.utilities.files import atomic_write
+from lightning_quant.utilities.parsing import check, check_version, parse_fields, read_json
 
 _FORMAT_VERSION = 1
 
@@ -166,7 +166,7 @@ class DeviceReport:
         """
         check_version(value, _FORMAT_VERSION)
         names = {one.name for one in dataclasses.fields(cls)}
-        report: DeviceReport = fill({name: one for name, one in value.items() if name in names}, cls, where)
+        report: DeviceReport = parse_fields({name: one for name, one in value.items() if name in names}, cls, where)
         report.validate(where)
         return report
 
@@ -199,7 +199,7 @@ class DeviceReport:
     def write(self, path: str | Path) -> Path:
         """Write the report as JSON, whole or not at all."""
         path = Path(path)
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
         return path
 

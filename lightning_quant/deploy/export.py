@@ -23,7 +23,7 @@ from lightning_quant.errors import ExportError
 from lightning_quant.simulation.exportable import FLOAT_OPSET
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.utilities.files import alone
+from lightning_quant.utilities.files import exclusive_lock
 from lightning_quant.utilities.hashing import file_sha256
 from lightning_quant.utilities.modules import on_cpu_in_eval
 
@@ -31,7 +31,7 @@ from lightning_quant.utilities.modules import on_cpu_in_eval
 def export_bundle(network: nn.Module | QuantizedNetwork, path: str | Path, samples: Iterable[NetworkInputs]) -> Bundle:
     """Export a calibrated network, check the files against the simulation, and put them in place.
 
-    Everything is written to a folder ``.<name>.new`` beside ``path`` and renamed at the end, so a full disk or a
+    Everything is written to a folder ``.<name>.new`` next to ``path`` and renamed at the end, so a full disk or a
     kill leaves the previous bundle, or none, but never half of one; the next export removes what is left over. Two
     exports into one folder at a time are refused.
 
@@ -71,7 +71,7 @@ def export_bundle(network: nn.Module | QuantizedNetwork, path: str | Path, sampl
             f"Another process is exporting to {path}: expected a folder for each. Give another folder or name, or wait."
         )
         try:
-            with alone(path.with_name(f".{path.name}.lock"), busy):
+            with exclusive_lock(path.with_name(f".{path.name}.lock"), busy):
                 manifest = _write_whole(network, path, calls)
         except OSError as error:
             raise ExportError(
@@ -144,12 +144,12 @@ def _outputs(
         given = zip(written.input_names, sample.tensors, strict=True)
         feeds = {name: tensor.numpy() for name, tensor in given if name in wanted}
         expected = [tensor.numpy() for tensor in tensors_in(sample.call(network.network))]
-        answered = session.run(None, feeds)
-        sizes = [[one.shape for one in outputs] for outputs in (expected, answered)]
+        computed = session.run(None, feeds)
+        sizes = [[one.shape for one in outputs] for outputs in (expected, computed)]
         if sizes[0] != sizes[1]:
             raise ExportError(
-                f"{network.float_class.__name__} answers a sample with {_sizes(output_names, sizes[0])}, "
-                f"but the graph exported from another one with {_sizes(output_names, sizes[1])}: its size "
+                f"{network.float_class.__name__} returns {_sizes(output_names, sizes[0])} for a sample, "
+                f"but the graph exported from another one returns {_sizes(output_names, sizes[1])}: its size "
                 "depends on values. Expected outputs of fixed sizes, the only ones a device compiles. Move the "
                 "post-processing out of the network (return all scores and boxes, select in the step), or "
                 "quantize the part before it (network='model.backbone')."
@@ -157,7 +157,7 @@ def _outputs(
         for index, name in enumerate(output_names):  # the device returns it rounded
             if name in written.passed:
                 expected[index] = written.passed[name].round(expected[index])
-        yield expected, answered
+        yield expected, computed
 
 
 def _sizes(names: Sequence[str], sizes: Sequence[tuple[int, ...]]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_quant.deploy.parity import Parity, of_export
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.manifest import FORMAT_VERSION, Manifest
-from lightning_quant.utilities.parsing import check, check_version, fitting
+from lightning_quant.utilities.parsing import check, check_version, parse_as
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ class BundleManifest(Manifest):
             ValueError: when it is of another format, or naming the first entry that is missing or cannot be.
         """
         check_version(values, FORMAT_VERSION)
-        fitting(values, dict[str, Any])
+        parse_as(values, dict[str, Any])
         own = {}
         for name, kind in _own_fields().items():
             check(name in values, name, None, "the entry to be there")
-            own[name] = fitting(values[name], kind, name)
+            own[name] = parse_as(values[name], kind, name)
         return cls(**vars(Manifest.from_dict(values)), **own)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from lightning_quant.errors import ParityError
 from lightning_quant.precision import Precision
-from lightning_quant.utilities.parsing import check, fitting
+from lightning_quant.utilities.parsing import check, parse_as
 
 # What stands for NaN and minus infinity where a PSNR is written down: noise beyond any measure.
 LOWEST_PSNR = -200.0
@@ -63,14 +63,14 @@ class Parity:
         Raises:
             FieldError: naming the entry that is missing or cannot be.
         """
-        values = fitting(value, dict[str, Any], where)
+        values = parse_as(value, dict[str, Any], where)
         for name in ("psnr_db", "argmax_agreement"):
             check(name in values, f"{where}.{name}", None, "the field to be there")
         psnr, agreement, decided = (
-            fitting(values.get(name), float | None, f"{where}.{name}")
+            parse_as(values.get(name), float | None, f"{where}.{name}")
             for name in ("psnr_db", "argmax_agreement", "decided_agreement")
         )
-        samples = fitting(values.get("samples", 0), int, f"{where}.samples")
+        samples = parse_as(values.get("samples", 0), int, f"{where}.samples")
         return cls(math.inf if psnr is None else psnr, agreement, decided, samples)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""An exported network on a target: its outputs compared with simulation and float, the report written."""
+"""Run an exported network on a target, compare its outputs with simulation and float, write the report."""
 
 from __future__ import annotations
 
@@ -58,17 +58,17 @@ class Push:
         self.where = target.name if isinstance(target, Target) else ", ".join(self.devices)
 
     def run(self, bundle: Bundle, samples: Samples) -> list[Measured]:
-        """Run a bundle and write a report for each device and runtime; artifacts are kept beside the bundle.
+        """Run a bundle and write a report for each device and runtime; artifacts are kept next to the bundle.
 
         Raises:
             DeviceUnavailableError: if the target cannot be used.
-            DeviceError: when nothing came of it. A device that failed alone says so in its report.
+            DeviceError: when there is no result. A device that failed alone says so in its report.
         """
         folder = device_folder(bundle)
         samples.write(folder / SAMPLES_NAME)
         self._request(bundle, "auto" if self._target is None else self._target.name).write(folder / REQUEST_NAME)
         target = self._choose(bundle)
-        # what was begun at one target is not resumed at another
+        # what was started on one target is not resumed on another
         self._request(bundle, target.name).write(folder / REQUEST_NAME)
         measured = target.run(bundle, samples.inputs, folder / target.name)
         for one in measured:
@@ -115,7 +115,7 @@ class Push:
 
 
 def device_folder(bundle: Bundle) -> Path:
-    """Where everything a device brings back is kept: beside the bundle, for an export replaces that whole."""
+    """Return the folder of all results of devices: next to the bundle, since an export replaces that as a whole."""
     return bundle.path.with_name(f"{bundle.path.name}.device")
 
 
@@ -134,7 +134,7 @@ def resume(path: str | Path, target: Target | Spec | None = None) -> list[Measur
     Args:
         path: folder of the bundle.
         target: what it was sent to, if that was a target of your own or one with options of its own, which is in no
-            file. Default: that of the request beside the bundle.
+            file. Default: that of the request next to the bundle.
 
     Raises:
         ExportError: if there is no such bundle.
@@ -163,7 +163,7 @@ def resume(path: str | Path, target: Target | Spec | None = None) -> list[Measur
     if request.bundle != bundle.manifest.files:
         raise DataError(
             f"{bundle.path} was exported again after it was sent to {request.target}: expected the files that were "
-            "sent, since the samples kept beside it are compared with those. Push the new one with DeviceExport."
+            "sent, since the samples kept next to it are compared with those. Push the new one with DeviceExport."
         )
     samples = Samples.read(folder / SAMPLES_NAME)
     named = {
@@ -209,7 +209,7 @@ def _agreement(reference: Sequence[Tensors], outputs: Sequence[Tensors]) -> pari
         wanted, got = ({name: value.shape for name, value in one.items()} for one in (expected, actual))
         if any(got.get(name) != shape for name, shape in wanted.items()):
             raise DeviceError(
-                f"The outputs of sample {index} are {got}: expected {wanted}, as the samples beside the bundle say. "
+                f"The outputs of sample {index} are {got}: expected {wanted}, as the samples next to the bundle say. "
                 "Export again."
             )
     return parity.compare(

@@ -1,4 +1,4 @@
-"""What a target was asked for, kept beside the bundle so that it can be resumed."""
+"""What a target was asked for, kept next to the bundle so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from lightning_quant.deploy.manifest import BundleFile
 from lightning_quant.deploy.targets.aihub.target import AiHubTarget
 from lightning_quant.deploy.targets.target import LONGEST, TARGETS
-from lightning_quant.utilities.files import replacing
-from lightning_quant.utilities.parsing import check, fitting, read_json
+from lightning_quant.utilities.files import atomic_write
+from lightning_quant.utilities.parsing import check, parse_as, read_json
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Request:
 
     def write(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
@@ -46,7 +46,7 @@ class Request:
         Raises:
             OSError, ValueError: when it is missing or damaged.
         """
-        request: Request = fitting(read_json(path), cls)
+        request: Request = parse_as(read_json(path), cls)
         known = ("auto", *TARGETS.homes)
         resumable = request.options is None or request.target in known
         check(resumable, "target", request.target, f"one of {', '.join(known)}")
@@ -55,5 +55,5 @@ class Request:
         for name, value in (request.options or {}).items():
             allowed = name in arguments and name not in ("devices", "timeout")
             check(allowed, f"options.{name}", value, "an option of AiHubTarget")
-            fitting(value, arguments[name], f"options.{name}")
+            parse_as(value, arguments[name], f"options.{name}")
         return request

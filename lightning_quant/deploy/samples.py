@@ -1,4 +1,4 @@
-"""Samples that a target computes, with what simulation and float network answer to them."""
+"""Samples that a target computes, with the outputs of simulation and float network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_quant.deploy.manifest import BundleManifest
 from lightning_quant.errors import DataError
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.files import atomic_write
 from lightning_quant.utilities.modules import on_cpu_in_eval
 from lightning_quant.utilities.parsing import check, read_arrays
 
@@ -27,7 +27,7 @@ class Samples:
     """Inputs, and the outputs to compare a device's with.
 
     Args:
-        inputs: one entry a sample.
+        inputs: one entry per sample.
         simulation: the simulation's outputs for each.
         float_network: the float network's outputs for each; ``None`` where the float network is not known.
     """
@@ -58,7 +58,7 @@ class Samples:
         for part in ("inputs", "simulation", "float_network"):
             for index, tensors in enumerate(getattr(self, part) or []):
                 arrays |= {f"{part}/{index}/{name}": value for name, value in tensors.items()}
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             np.savez(partial, **arrays)  # type: ignore[arg-type]
 
     @classmethod

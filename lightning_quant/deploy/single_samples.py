@@ -9,14 +9,14 @@ from lightning_quant.simulation.inputs import NetworkInputs
 
 
 def single_samples(call: NetworkInputs) -> Iterator[NetworkInputs]:
-    """The samples of a call, one call each."""
+    """Return the samples of a call, one call each."""
     return (call.samples(index, index + 1) for index in range(call.batch_size))
 
 
 def first_samples(
     calls: Iterable[NetworkInputs], count: int, like: NetworkInputs | None = None, among: int | None = None
 ) -> list[NetworkInputs]:
-    """The first ``count`` samples of a stream of calls, one call each, all of one size: a file has fixed shapes.
+    """Return the first ``count`` samples of a stream of calls, one call each, all of one size: a file has fixed shapes.
 
     Of a step that calls the network several times they are dealt out over its calls, so that states that begin at
     zero are not zero in all of them.
@@ -51,7 +51,7 @@ def first_samples(
 
 
 def _by_sample(calls: Iterable[NetworkInputs]) -> Iterator[list[NetworkInputs]]:
-    """For each sample, what each call of its step was given of it."""
+    """Yield for each sample what each call of its step was given of it."""
     step: list[NetworkInputs] = []
     for call in calls:
         step.append(call)

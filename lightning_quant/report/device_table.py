@@ -1,4 +1,4 @@
-"""What devices made of a sweep's networks: one table, and which of them nobody should ship."""
+"""The figures of devices: one table, and which networks another one beats in all of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Candidate:
 
 
 def dominated(candidates: Sequence[Candidate]) -> dict[Candidate, Candidate]:
-    """The candidates that another one beats: at least as good in everything, and better in something.
+    """Find the candidates that another one beats: at least as good in everything, and better in something.
 
     Returns:
         For each dominated candidate one that dominates it. The others are the Pareto front.
@@ -45,7 +45,7 @@ def dominated(candidates: Sequence[Candidate]) -> dict[Candidate, Candidate]:
 
 
 def device_table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of what each device reported, as text; a figure that its tier cannot measure is empty."""
+    """Return header and rows of what each device reported, as text; a figure that its tier cannot measure is empty."""
     monitor = next((record.monitor for record in records if record.monitor), "metric").removeprefix("val_")
     header = ["model", "precision", "device", "tier", "runtime", "latency ms", "× float", "peak MB", "NPU/GPU/CPU"]
     header += ["PSNR dB", monitor, "MB float → quantized", "Pareto"]
@@ -55,7 +55,7 @@ def device_table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str
 
 
 def device_notes(records: Sequence[RunRecord]) -> list[str]:
-    """Every warning of the devices, a line each, and what the figures are."""
+    """Return every warning of the devices, a line each, and what the figures are."""
     reports = [(record, report) for record in records for report in record.device]
     notes = [
         f"{record.precision} on {report.device}: {warning}" for record, report in reports for warning in report.warnings
@@ -91,7 +91,7 @@ def _figures(record: RunRecord, report: DeviceReport) -> list[str]:
 
 
 def _standing(record: RunRecord, report: DeviceReport, reports: Sequence[tuple[RunRecord, DeviceReport]]) -> str:
-    """Whether a network is on the Pareto front of those of the same model on the same device and runtime."""
+    """Say whether a network is on the Pareto front of those of the same model on the same device and runtime."""
     this = _candidate(record, report)
     candidates = [
         candidate

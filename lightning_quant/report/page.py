@@ -23,7 +23,7 @@ from lightning_quant.report.record import RECORD_NAME, RunRecord
 from lightning_quant.report.summary import rung_table, table
 from lightning_quant.report.verdict import sweep_verdict, verdict
 from lightning_quant.simulation.quantized_tensors import QuantizedTensor
-from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.files import atomic_write
 
 with warnings.catch_warnings():  # Bokeh adds filters to a program's own
     from lightning_quant.report import charts
@@ -123,7 +123,7 @@ def _write(folder: Path, template: str, drawn: Mapping[str, Any], **values: Any)
         script=(files / "report.js").read_text(),
     )
     path = folder / REPORT_NAME
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
 

@@ -1,4 +1,4 @@
-"""The results record: one JSON file a run, from which every table and figure is made."""
+"""The results record: one JSON file per run, from which every table and figure is made."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lightning_quant.deploy.parity import Parity, of_export
 from lightning_quant.errors import DataError
 from lightning_quant.ladder.gate import Ladder
 from lightning_quant.precision import Precision
-from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.files import atomic_write
 from lightning_quant.utilities.hashing import short_hash
-from lightning_quant.utilities.parsing import check, check_version, fitting, read_json
+from lightning_quant.utilities.parsing import check, check_version, parse_as, read_json
 
 RECORD_NAME = "results.json"
 _FORMAT_VERSION = 2
@@ -35,7 +35,7 @@ class RunRecord:
         mode: ``"max"`` or ``"min"``, whichever is better.
         metric: the metric of ``float`` and after each rung, as logged in validation.
         exported: the rung that was exported: the best one.
-        ladder: what each rung did, cost and brought; ``None`` where none was tried.
+        ladder: what each rung did, cost and gained; ``None`` where none was tried.
         seconds: wall time of each stage.
         bytes: size of the ``float`` and the ``quantized`` ONNX file.
         parity: agreement of the exported file, run by ONNX Runtime, with the simulation.
@@ -80,7 +80,7 @@ class RunRecord:
     def write(self, folder: str | Path) -> Path:
         """Write ``results.json`` into ``folder``, whole or not at all."""
         path = Path(folder) / RECORD_NAME
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
         return path
 
@@ -105,10 +105,10 @@ class RunRecord:
             check_version(values, _FORMAT_VERSION)
             given = {name: value for name, value in values.items() if name not in ("format_version", "drop")}
             given |= {name: None for name in ("ladder", "parity") if given.get(name) == {}}
-            record: RunRecord = fitting(given, cls)
+            record: RunRecord = parse_as(given, cls)
             record._check()
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} is not a results record: {error}. Run again to write it again.") from error
+            raise DataError(f"{path} is not a results record: {error}. Run again to write it.") from error
         return record
 
     def _check(self) -> None:

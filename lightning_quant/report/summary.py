@@ -10,7 +10,7 @@ from pathlib import Path
 from lightning_quant.errors import DataError
 from lightning_quant.report.device_table import device_notes, device_table
 from lightning_quant.report.record import RECORD_NAME, RunRecord
-from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
 
 
 def rung_table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows of what every rung of the runs' ladders brought and cost, as text."""
+    """Return header and rows of what every rung of the runs' ladders gained and cost, as text."""
     monitor = next((record.monitor for record in records if record.monitor), "metric")
     header = ["model", "precision", "rung", monitor.removeprefix("val_"), "drop", "seconds", "peak MB", "kept"]
     rows = []
@@ -79,9 +79,9 @@ def write_summary(records: Sequence[RunRecord], folder: str | Path) -> tuple[Pat
         parts += [_markdown(device_header, device_rows), "".join(f"- {note}\n" for note in device_notes(records))]
     if rung_rows:
         parts.append(_markdown(rung_header, rung_rows))
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("\n".join(parts))
-    with replacing(folder / "summary.csv") as partial, partial.open("w", newline="") as file:
+    with atomic_write(folder / "summary.csv") as partial, partial.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     return path, folder / "summary.csv"
 

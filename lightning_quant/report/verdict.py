@@ -1,4 +1,4 @@
-"""What a run found out, in one sentence for people whom numbers do not tell anything."""
+"""The result of a run in one sentence, for non-specialists."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lightning_quant.report.record import RunRecord
 
 
 def verdict(record: RunRecord) -> str:
-    """One sentence: what the precision needs, what it loses, how much smaller and faster it makes the network.
+    """Say in one sentence what the precision needs, what it loses, how much smaller and faster it makes the network.
 
     For example ``"W4A16 needs QAT: 3.1 points lost by PTQ, 0.4 after it; 7.4x smaller."`` A point is a hundredth of a
     metric between 0 and 1.
@@ -28,7 +28,7 @@ def verdict(record: RunRecord) -> str:
 
 
 def sweep_verdict(records: Sequence[RunRecord]) -> str:
-    """One sentence on a sweep: which network loses least, and which is smallest."""
+    """Say in one sentence of a sweep which network loses least, and which is smallest."""
     finished = [one for one in records if one.status == "finished" and one.drop is not None]
     if not finished:
         return f"None of {len(records)} runs finished."
@@ -45,7 +45,7 @@ def sweep_verdict(records: Sequence[RunRecord]) -> str:
 
 
 def amount(record: RunRecord, drop: float | None) -> str:
-    """A drop of the metric in words, e.g. ``"0.4 points lost"``."""
+    """Return a drop of the metric in words, e.g. ``"0.4 points lost"``."""
     if drop is None:
         return ""
     reference = record.metric.get("float", 0.0)

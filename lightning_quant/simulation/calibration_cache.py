@@ -25,7 +25,7 @@ from torch import Tensor
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.files import atomic_write
 from lightning_quant.utilities.hashing import add_tensor
 from lightning_quant.utilities.parsing import check, read_arrays
 
@@ -152,7 +152,7 @@ def _check_arrays(name: str, arrays: dict[str, np.ndarray]) -> None:
 def write(path: Path, statistics: Statistics) -> None:
     """Write statistics to a file, whole or not at all."""
     arrays = {f"{name}|{field}": array for name, fields in statistics.seen.items() for field, array in fields.items()}
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         np.savez(partial, data=statistics.data, samples=statistics.samples, **arrays)  # type: ignore[arg-type]
 
 

@@ -23,7 +23,7 @@ from lightning_quant.simulation.manifest import Manifest
 from lightning_quant.simulation.preflight import Finding
 from lightning_quant.simulation.range_estimators import RangeEstimator
 from lightning_quant.utilities.hashing import add_tensor
-from lightning_quant.utilities.parsing import shown
+from lightning_quant.utilities.parsing import short_repr
 from lightning_quant.utilities.registry import Spec
 
 _MOST_BITS = 32
@@ -341,9 +341,9 @@ def check_ranges(network: QuantizedNetwork) -> None:
         low, high = getattr(module, "qmin", 0), getattr(module, "qmax", 1)
         if not low < high < low + 2**_MOST_BITS or getattr(module, "block_size", None) is not None:
             raise CheckpointError(
-                f"The grid of {name!r} reaches from {shown(low)} to {shown(high)} in blocks of "
-                f"{shown(getattr(module, 'block_size', None))}: expected at most {_MOST_BITS} bits and no blocks. Take "
-                "an earlier checkpoint, or quantize again."
+                f"The grid of {name!r} reaches from {short_repr(low)} to {short_repr(high)} in blocks of "
+                f"{short_repr(getattr(module, 'block_size', None))}: expected at most {_MOST_BITS} bits and no blocks. "
+                "Take an earlier checkpoint, or quantize again."
             )
         if network.calibrated and {"min", "max"} <= ends.keys():
             least, most = ends["min"], ends["max"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.simulation import aimet
-from lightning_quant.utilities.parsing import fitting
+from lightning_quant.utilities.parsing import parse_as
 from lightning_quant.utilities.registry import Registry, Spec
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _with_plain_options(estimator: RangeEstimator) -> RangeEstimator:
     try:
         spec = estimator.spec
         if not isinstance(spec, str):
-            fitting(spec, dict[str, Any])
+            parse_as(spec, dict[str, Any])
     except ValueError as error:
         raise ConfigurationError(
             f"The options of the range estimator {estimator.name!r} do not go into a checkpoint: {error}."

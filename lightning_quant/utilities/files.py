@@ -11,8 +11,8 @@ from filelock import FileLock, Timeout
 
 
 @contextmanager
-def replacing(path: Path, private: bool = False) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to, put in its place when the block ends well, and removed otherwise.
+def atomic_write(path: Path, private: bool = False) -> Iterator[Path]:
+    """Yield a path next to ``path`` to write to; move it there when the block ends well, and remove it otherwise.
 
     So after a kill or on a full disk ``path`` is what it was before. The folder is made if it is missing. The ending
     of the name stays, since some libraries go by it.
@@ -33,7 +33,7 @@ def replacing(path: Path, private: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(lock: Path, otherwise: Exception) -> Iterator[None]:
+def exclusive_lock(lock: Path, otherwise: Exception) -> Iterator[None]:
     """Hold a lock file for the length of a block, then remove it.
 
     The system releases it when the process ends, however it ends; a file that a kill leaves there locks nothing.

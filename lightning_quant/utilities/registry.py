@@ -23,7 +23,7 @@ class Registry(Generic[T]):
         noun: what they are, in messages, e.g. ``"range estimator"``.
         base: the base class, which is public as ``lightning_quant.<its name>``.
         homes: the classes of this package by name, as dotted paths: each is imported when it is asked for.
-        keywords: words that may stand in the place of a name and mean something else, so that no class may have them.
+        keywords: words that are given instead of a name and mean something else; no class may be called so.
     """
 
     def __init__(self, noun: str, base: type[T], homes: Mapping[str, str], keywords: Sequence[str] = ()) -> None:

@@ -59,7 +59,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
     Args:
         network: the calibrated network, on the CPU in eval mode.
         example: a call of one sample, whose sizes the files get.
-        float_file: where the float graph goes. AIMET writes its encodings beside it, to the same name that ends in
+        float_file: where the float graph goes. AIMET writes its encodings next to it, to the same name that ends in
             ``.encodings``.
         qdq_file: where the graph with QuantizeLinear and DequantizeLinear goes.
 
@@ -163,7 +163,7 @@ def name_tensors(network: QuantizedNetwork, example: NetworkInputs, given: Any) 
     Args:
         network: the network; of one without a readable signature, inputs are numbered.
         example: a call of it.
-        given: what it answered.
+        given: what it returned.
     """
     try:
         parameters = list(inspect.signature(network.network.forward).parameters.values())
@@ -182,7 +182,7 @@ def name_tensors(network: QuantizedNetwork, example: NetworkInputs, given: Any) 
 
 
 def _label(structure: Any, name: str, is_top: bool = False) -> list[str]:
-    """One name for every tensor in a structure: its keys or positions, joined by underscores."""
+    """Return one name for every tensor in a structure: its keys or positions, joined by underscores."""
     if isinstance(structure, torch.Tensor):
         return [name]
     if isinstance(structure, dict):

@@ -35,7 +35,7 @@ class Measured:
     folder: Path
 
     def write(self) -> Path:
-        """Write the report beside its artifacts."""
+        """Write the report next to its artifacts."""
         return self.report.write(self.folder / REPORT_NAME)
 
 
@@ -100,7 +100,7 @@ class Target(ABC):
             One result for every device and runtime asked for.
 
         Raises:
-            DeviceError: when nothing came of it.
+            DeviceError: when there is no result.
         """
 
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_quant import errors
 from lightning_quant.errors import DeviceError, DeviceTimeoutError, LightningQuantError
-from lightning_quant.utilities.files import replacing
-from lightning_quant.utilities.parsing import fitting, read_json
+from lightning_quant.utilities.files import atomic_write
+from lightning_quant.utilities.parsing import parse_as, read_json
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -28,7 +28,7 @@ J = TypeVar("J")
 JOB, RESULT, ERROR, LOG = "job.json", "result.json", "error.json", "log.txt"
 
 
-def run_worker(module: str, job: DataclassInstance, folder: Path, timeout: float, answer: type[T]) -> T:
+def run_worker(module: str, job: DataclassInstance, folder: Path, timeout: float, result: type[T]) -> T:
     """Run ``python -m module folder`` and return the result it leaves in ``folder``.
 
     Args:
@@ -36,7 +36,7 @@ def run_worker(module: str, job: DataclassInstance, folder: Path, timeout: float
         job: what to do, a dataclass of JSON values.
         folder: for job, result and log; everything the worker prints goes to ``log.txt``.
         timeout: seconds after which it is killed.
-        answer: the dataclass of the result.
+        result: the dataclass of the result.
 
     Raises:
         LightningQuantError: of the type the worker raised, with its message.
@@ -76,13 +76,13 @@ def run_worker(module: str, job: DataclassInstance, folder: Path, timeout: float
             f"{_short(module)} died with exit status {status}{_signal_name(status)}. The end of its log:\n"
             f"{_tail(folder / LOG)}"
         )
-    result: T = _read(folder / RESULT, answer)
-    return result
+    found: T = _read(folder / RESULT, result)
+    return found
 
 
 def _read(path: Path, kind: Any) -> Any:
     try:
-        return fitting(read_json(path), kind)
+        return parse_as(read_json(path), kind)
     except (OSError, ValueError) as error:
         raise DeviceError(f"{path.name} of a worker cannot be read: {error}. Run again.") from error
 
@@ -104,7 +104,7 @@ def serve(work: Callable[[J, Path], DataclassInstance], kind: type[J]) -> None:
     threading.Thread(target=end_with_the_parent, daemon=True).start()
     folder = Path(sys.argv[1])
     try:
-        result = work(fitting(read_json(folder / JOB), kind), folder)
+        result = work(parse_as(read_json(folder / JOB), kind), folder)
     except LightningQuantError as error:
         _write(folder / ERROR, {"type": type(error).__name__, "message": str(error)})
     else:
@@ -112,7 +112,7 @@ def serve(work: Callable[[J, Path], DataclassInstance], kind: type[J]) -> None:
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(values))
 
 

@@ -73,7 +73,7 @@ def test_outputs_of_unknown_size(tmp_path: Path, end: Callable[[Tensor], Any], n
 
 
 def test_a_size_that_python_took_from_values(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"answers a sample with 'output' of \[\d+, 5\].*its size depends on values"):
+    with pytest.raises(ExportError, match=r"returns 'output' of \[\d+, 5\].*its size depends on values"):
         export(lambda y: y[: max(int((y[:, 4] > 0).sum()), 1)], tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -15,7 +15,7 @@ from lightning_quant.deploy.targets.aihub.submissions import JobFailed, Submissi
 from lightning_quant.deploy.targets.aihub.tensors import as_specified, dequantized, in_layout, specs_of
 from lightning_quant.deploy.targets.target import folder_name
 from lightning_quant.errors import DeviceError, DeviceTimeoutError, DeviceUnavailableError
-from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.files import atomic_write
 from lightning_quant.utilities.hashing import short_hash
 
 
@@ -153,7 +153,7 @@ class DeviceRun:
         with self.submissions.forgetting_if_gone(key):
             data = service.read("downloading the outputs", lambda: job.download_output_data())
         outputs = self._outputs_of(data, target)
-        with replacing(self.folder / "outputs.npz") as partial:
+        with atomic_write(self.folder / "outputs.npz") as partial:
             np.savez(partial, **outputs)  # type: ignore[arg-type]
         self.artifacts = {"compiled": compiled.name, "outputs": "outputs.npz"}
 

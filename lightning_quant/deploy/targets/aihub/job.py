@@ -1,4 +1,4 @@
-"""What AI Hub's worker process is asked for, and what it answers."""
+"""The request to AI Hub's worker process, and its result."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Job:
         profile: name of the client's configuration.
         quantized: the network to measure.
         float_network: the float network to compare it with; ``None``: do not.
-        inputs_hash: of the samples, which are in ``inputs.npz`` beside the job; names their upload.
+        inputs_hash: of the samples, which are in ``inputs.npz`` next to the job; names their upload.
         input_names: of the graph, in order.
         output_names: of the graph, in order.
         output_shapes: by name, one sample each, to recognize a layout that the compiler changed.
@@ -75,7 +75,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What came of the job on one device with one runtime.
+    """The result on one device with one runtime.
 
     Args:
         device: its name.
@@ -106,7 +106,7 @@ class Outcome:
 
 @dataclass
 class Outcomes:
-    """The worker's answer.
+    """The result of the worker.
 
     Args:
         results: one for every device and runtime.

@@ -1,4 +1,4 @@
-"""What was asked of a service and what it answered, on disk the moment it is known."""
+"""What was asked of a service and what it returned, on disk the moment it is known."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_quant.errors import DeviceError
-from lightning_quant.utilities.files import replacing
-from lightning_quant.utilities.parsing import check, check_version, fitting, read_json
+from lightning_quant.utilities.files import atomic_write
+from lightning_quant.utilities.parsing import check, check_version, parse_as, read_json
 
 _FORMAT_VERSION = 1
 
@@ -34,11 +34,11 @@ class Journal:
             try:
                 content = read_json(path)
                 check_version(content, _FORMAT_VERSION)
-                self._entries = fitting(content.get("entries"), dict[str, dict[str, Any]], "entries")
+                self._entries = parse_as(content.get("entries"), dict[str, dict[str, Any]], "entries")
                 for key, entry in self._entries.items():
                     for name, value in entry.items():
                         where = f"entries.{key}.{name}"
-                        fitting(value, int if name == "attempt" else str, where)
+                        parse_as(value, int if name == "attempt" else str, where)
                         check(name != "attempt" or value > 0, where, value, "a number above 0")
             except (OSError, ValueError) as error:
                 raise DeviceError(
@@ -63,7 +63,7 @@ class Journal:
         self._write()
 
     def _write(self) -> None:
-        with replacing(self.path, private=True) as partial, partial.open("w") as file:
+        with atomic_write(self.path, private=True) as partial, partial.open("w") as file:
             json.dump({"format_version": _FORMAT_VERSION, "entries": self._entries}, file, indent=2)
             file.flush()
             os.fsync(file.fileno())

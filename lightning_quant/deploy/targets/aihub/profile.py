@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_quant.utilities.parsing import check, fitting
+from lightning_quant.utilities.parsing import check, parse_as
 
 
 @dataclass(frozen=True)
@@ -32,22 +32,22 @@ class Profile:
             FieldError: naming the place that is missing or cannot be.
         """
         at = f"{where}.execution_summary"
-        content = fitting(value, dict[str, Any], where)
-        summary = fitting(content.get("execution_summary"), dict[str, Any], at)
+        content = parse_as(value, dict[str, Any], where)
+        summary = parse_as(content.get("execution_summary"), dict[str, Any], at)
         times = summary.get("all_inference_times") or [summary.get("estimated_inference_time")]
         loads = {"first": summary.get("first_load_time"), "warm": summary.get("warm_load_time")}
         memory = summary.get("inference_memory_peak_range") or None
         return cls(
-            fitting(times, list[int], f"{at}.all_inference_times"),
-            fitting({name: time for name, time in loads.items() if time}, dict[str, int], f"{at}.load_time"),
-            fitting(memory, list[int] | None, f"{at}.inference_memory_peak_range"),
+            parse_as(times, list[int], f"{at}.all_inference_times"),
+            parse_as({name: time for name, time in loads.items() if time}, dict[str, int], f"{at}.load_time"),
+            parse_as(memory, list[int] | None, f"{at}.inference_memory_peak_range"),
             _layers(content.get("execution_detail") or [], f"{where}.execution_detail"),
         )
 
 
 def _layers(detail: Any, where: str) -> dict[str, list[str]] | None:
     layers: dict[str, list[str]] = {"NPU": [], "GPU": [], "CPU": []}
-    rows = fitting(detail, list[dict[str, Any]], where)
+    rows = parse_as(detail, list[dict[str, Any]], where)
     for index, row in enumerate(rows):
         for name in ("compute_unit", "name"):
             check(isinstance(row.get(name), str), f"{where}.{index}.{name}", row.get(name), "text")

@@ -116,7 +116,7 @@ class Service:
         reason = f"{type(error).__name__}: {self._without_token(error)}"
         if time.monotonic() >= self.deadline - 1:
             raise DeviceTimeoutError(
-                f"AI Hub did not finish in time: {what} ({reason}). What was begun is in the journal; run again to "
+                f"AI Hub did not finish in time: {what} ({reason}). What was started is in the journal; run again to "
                 "resume."
             ) from None
         raise DeviceUnavailableError(

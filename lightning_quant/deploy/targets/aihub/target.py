@@ -203,7 +203,7 @@ class AiHubTarget(Target):
             try:
                 arrays = read_arrays(file)
                 check(len(arrays) > 0, "the number of outputs", 0, "at least one")
-                check(all(value.ndim > 0 for value in arrays.values()), "an output", "a number", "a row a sample")
+                check(all(value.ndim > 0 for value in arrays.values()), "an output", "a number", "a row per sample")
             except (OSError, ValueError) as error:
                 raise DeviceError(f"{file} holds no outputs: {error}. Run again to fetch it again.") from error
             count = min(len(value) for value in arrays.values())

@@ -1,4 +1,4 @@
-"""What the emulator's worker process is asked for, and what it answers."""
+"""The request to the emulator's worker process, and its result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Job:
     Args:
         model: path of the ONNX file.
         soc: the chip.
-        samples: how many; they are in ``input-0.npz`` … beside the job, outputs go to ``output-0.npz`` ….
+        samples: how many; they are in ``input-0.npz`` … next to the job, outputs go to ``output-0.npz`` ….
         memory_bytes: address space the process may use.
     """
 
@@ -24,7 +24,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What was compiled; ``context.onnx`` and the binary lie beside the job.
+    """What was compiled; ``context.onnx`` and the binary are next to the job.
 
     Args:
         npu: layers that were compiled for the NPU.
