@@ -1,4 +1,4 @@
-"""Run by test_bundle.py in a process of its own: exports that are killed or run out of space, in forked children.
+"""Run by test_export.py in a process of its own: exports that are killed or run out of space, in forked children.
 
 Prints one JSON line per attempt.
 """

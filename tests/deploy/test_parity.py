@@ -12,7 +12,6 @@ import torch
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.parity import LOWEST_PSNR, Parity, check_parity, compare
 from lightning_quant.deploy.push import check_bounds
-from lightning_quant.deploy.targets.target import folder_name
 from lightning_quant.errors import DeviceBoundError, ExportError, ParityError
 from lightning_quant.precision import Precision
 
@@ -145,21 +144,3 @@ def test_noise_beyond_measure_is_not_taken_for_equal(wrong: float) -> None:
     report = DeviceReport("aihub", "phone", Precision(8, 8), against_float=values)
     with pytest.raises(DeviceBoundError, match="min_psnr=40"):
         check_bounds([report], min_psnr=40, max_metric_drop=None)
-
-
-def test_a_bound_in_db_for_outputs_that_are_classes() -> None:
-    values = compare([([np.array([[1, 2]])], [np.array([[1, 3]])])]).rounded()
-    report = DeviceReport("aihub", "phone", Precision(8, 8), against_float=values)
-    with pytest.raises(DeviceBoundError, match=r"outputs are classes, 50\.00% of them the same.*max_metric_drop"):
-        check_bounds([report], min_psnr=40, max_metric_drop=None)
-    same = compare([([np.array([[1, 2]])], [np.array([[1, 2]])])]).rounded()
-    check_bounds(
-        [DeviceReport("aihub", "phone", Precision(8, 8), against_float=same)], min_psnr=40, max_metric_drop=None
-    )
-
-
-def test_two_phones_have_two_folders() -> None:
-    names = ("Samsung Galaxy S24", "Samsung Galaxy S24+", "Samsung Galaxy S24 Ultra")
-    assert [folder_name(name) for name in names] == [
-        "samsung-galaxy-s24", "samsung-galaxy-s24-plus", "samsung-galaxy-s24-ultra"
-    ]  # fmt: skip

@@ -23,7 +23,7 @@ from lightning_quant.deploy.parity import LOWEST_PSNR
 from lightning_quant.deploy.push import Push, device_folder, resume
 from lightning_quant.deploy.samples import Samples
 from lightning_quant.deploy.targets.onnxruntime import OnnxRuntimeTarget
-from lightning_quant.deploy.targets.target import TARGETS, Measured
+from lightning_quant.deploy.targets.target import TARGETS, Measured, folder_name
 from lightning_quant.errors import ConfigurationError, DeviceError, DeviceUnavailableError
 from lightning_quant.report.record import RunRecord
 from lightning_quant.simulation.calibrate import calibrate
@@ -202,3 +202,10 @@ def test_from_the_command_line(override: str, port: int) -> None:
     export = instantiate(config.target, _convert_="all")
     assert isinstance(export.push._target, Board)
     assert export.push._target.port == port
+
+
+def test_two_phones_have_two_folders() -> None:
+    names = ("Samsung Galaxy S24", "Samsung Galaxy S24+", "Samsung Galaxy S24 Ultra")
+    assert [folder_name(name) for name in names] == [
+        "samsung-galaxy-s24", "samsung-galaxy-s24-plus", "samsung-galaxy-s24-ultra"
+    ]  # fmt: skip

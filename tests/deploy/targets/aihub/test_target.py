@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 import subprocess
 import sys
 import time
@@ -24,7 +23,6 @@ from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.push import Push, check_bounds, device_folder, resume
 from lightning_quant.deploy.samples import Samples
-from lightning_quant.deploy.targets.aihub.journal import Journal
 from lightning_quant.deploy.targets.aihub.target import RUNTIMES, AiHubTarget
 from lightning_quant.deploy.targets.target import Measured
 from lightning_quant.errors import (
@@ -50,7 +48,7 @@ MakeTrainer = Callable[..., Trainer]
 
 TOKEN = "t0ken-that-must-not-be-found-anywhere"
 S24 = "Samsung Galaxy S24"
-IMPATIENT = Path(__file__).resolve().parents[2] / "aihub" / "impatient"
+IMPATIENT = Path(__file__).resolve().parents[3] / "aihub" / "impatient"
 
 
 @pytest.fixture
@@ -224,11 +222,6 @@ def test_the_command_line_fetches_what_was_queued(hub: StandIn, tmp_path: Path) 
         [sys.executable, "-m", "lightning_quant", "resume", str(hub._store.folder)], capture_output=True, text=True
     )
     assert (nothing.returncode, "was sent to a device" in nothing.stderr) == (1, True)
-
-
-def test_resume_says_what_is_missing(exported: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="was not sent to a target yet"):
-        resume(exported[0].path)
 
 
 def test_samples_of_another_export_are_not_compared(hub: StandIn, exported: Any) -> None:
@@ -508,20 +501,6 @@ def test_two_processes_do_not_send_the_same_bundle(hub: StandIn, exported: Any) 
     path.parent.mkdir(parents=True)
     with FileLock(path), pytest.raises(DeviceError, match="Another process is sending this bundle"):
         push(exported)
-
-
-def test_the_journal_is_private_and_refuses_what_it_cannot_read(tmp_path: Path) -> None:
-    path = tmp_path / "journal.json"
-    journal = Journal(path)
-    journal.note("a", state="asked")
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert Journal(path).entry("a") == {"state": "asked"}
-    journal.begin_again("a")
-    assert Journal(path).entry("a") == {"attempt": 2}
-    assert Journal(path).entry("b") == {}
-    path.write_text("{")
-    with pytest.raises(DeviceError, match="move it away to start over"):
-        Journal(path)
 
 
 def test_a_whole_fit_ends_on_the_phone(hub: StandIn, trainer: MakeTrainer, tmp_path: Path) -> None:
