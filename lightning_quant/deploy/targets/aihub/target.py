@@ -17,6 +17,7 @@ import urllib.request
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from typing_extensions import override
@@ -67,7 +68,7 @@ class AiHubTarget(Target):
         runtimes: Sequence[str] = ("qnn_dlc",),
         options: str = "",
         profile: str | None = None,
-        source: str = "aimet",
+        source: Literal["aimet", "qdq"] = "aimet",
         compare_float: bool = True,
         wait: bool = True,
         timeout: float = 3600.0,
