@@ -95,7 +95,7 @@ def calibrate_with_cache(folder: Path) -> Any:
     return network
 
 
-def go_on(folder: Path) -> Any:
+def resume_pushed(folder: Path) -> Any:
     """Resume a push, wherever the request says: nobody's token is at hand."""
     with mock.patch.dict(os.environ, {"HOME": str(folder), "QAIHUB_CLIENT_INI": str(folder / "none.ini")}):
         return resume(folder / "pushed/net")
@@ -130,7 +130,7 @@ READERS = {
     ),
     "model": Reader("pushed/net/net.onnx", lambda at: load_bundle(at / "pushed/net"), ExportError),
     "encodings": Reader("pushed/net/net.aimet/model.encodings", lambda at: load_bundle(at / "pushed/net"), ExportError),
-    "request": Reader("pushed/net.device/request.json", go_on, LightningQuantError, slow=True),
+    "request": Reader("pushed/net.device/request.json", resume_pushed, LightningQuantError, slow=True),
     "samples": Reader(
         "pushed/net.device/samples.npz", lambda at: Samples.read(at / "pushed/net.device/samples.npz"), DataError
     ),

@@ -172,7 +172,7 @@ def test_rules_on_hand_made_graphs() -> None:
     node = onnx.helper.make_node
     plain = _model(node("Add", ["x", "c"], ["a"]), node("Mul", ["a", "c"], ["y"]), initializers=("c",))
     explained, missing = unexplained(plain, [])
-    assert missing == ["c", "x", "a", "y"]  # beside an activation, a float constant makes for float operations
+    assert missing == ["c", "x", "a", "y"]  # where it meets an activation, a float constant makes the operation float
     assert explained == {}
     assert unexplained(plain, ["x", "a", "y", "c"]) == ({}, [])
     # an activation explains what it is fused with only if its own output has a range
@@ -233,7 +233,7 @@ def test_only_kinds_of_findings_count_not_their_words() -> None:
 
 
 class Positioned(nn.Module):
-    """A parameter beside an activation."""
+    """A parameter that meets an activation."""
 
     def __init__(self, operation: nn.Module, size: tuple[int, ...] = (1, 4, 8, 8)) -> None:
         super().__init__()
@@ -265,6 +265,6 @@ def test_a_single_number_needs_no_range(tmp_path: Path) -> None:
 
 
 def test_constants_inside_one_operation_need_none(tmp_path: Path) -> None:
-    """What ONNX writes a GELU as is no business of the user's."""
+    """How ONNX writes a GELU is not the user's concern."""
     found = reasons(nn.Sequential(nn.Conv2d(3, 4, 1), nn.GELU(), nn.Conv2d(4, 4, 1)), tmp_path)
     assert any(reason.startswith("inside one operation of the simulation") for reason in found.values())

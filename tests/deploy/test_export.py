@@ -263,7 +263,7 @@ def test_refusals_before_anything_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "empty", "file"])
-def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, kind: str) -> None:
+def test_what_is_not_a_bundle_is_never_replaced(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "net"
     if kind == "file":
         path.write_text("mine")
@@ -414,11 +414,11 @@ def test_a_kill_or_a_full_disk_at_any_moment_leaves_a_whole_bundle_or_none(tmp_p
         assert all(name in (".net.new", ".net.old", ".net.lock") for name in attempt["leftovers"]), attempt
 
 
-def test_an_operation_that_onnx_lacks_is_told_in_one_line(tmp_path: Path) -> None:
+def test_an_operation_that_onnx_lacks_is_named_in_one_line(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 2), nn.AdaptiveAvgPool2d(2))  # of 7 by 7
     with pytest.raises(
         ExportError, match=r"^Sequential cannot be written as ONNX: SymbolicValueError: .*adaptive"
-    ) as told:
+    ) as caught:
         export_bundle(calibrated(network), tmp_path / "net", [call(images(1))])
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []

@@ -90,7 +90,7 @@ def test_rows_of_a_phone() -> None:
     assert [row[-1] for row in rows] == ["on the front", "on the front", "dominated by w8a8"]
 
 
-def test_two_runs_of_one_precision_are_told_apart() -> None:
+def test_two_runs_of_one_precision_are_distinguished() -> None:
     runs = [record("w8a8", 0.69, phone("w8a8", 1000, 1)), record("w8a8", 0.68, phone("w8a8", 1000, 1))]
     assert [row[-1] for row in device_table(runs)[1]] == ["on the front", "dominated by another w8a8"]
 

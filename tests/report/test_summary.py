@@ -52,7 +52,7 @@ def test_markdown_and_csv_hold_the_same_table(tmp_path: Path) -> None:
     assert cells == [header, ["---"] * len(header), *rows]
 
 
-def test_records_come_in_the_order_of_the_runs_and_a_damaged_one_is_told(
+def test_records_come_in_the_order_of_the_runs_and_a_damaged_one_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in (10, 2, 0):

@@ -298,7 +298,7 @@ def test_one_scale_for_the_bias_of_a_norm() -> None:
     np.testing.assert_allclose(integers * scale, np.arange(16) * np.linspace(0.1, 1, 16), atol=1e-6)
 
 
-def test_a_sum_that_is_no_linear_layer_stays_as_it_is() -> None:
+def test_a_sum_that_is_not_a_linear_layer_stays_as_it_is() -> None:
     made = QdqModel(x=(1, 6, 16))
     x = made.pair("x", 0.03)
     along = made.integers("w", np.full((16, 16), 9, np.int8), np.linspace(0.1, 1, 16), axis=0)  # summed over

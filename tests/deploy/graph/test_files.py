@@ -65,8 +65,8 @@ def test_the_file_computes_what_the_simulation_does(tmp_path: Path, network: nn.
         assert not operations & {"Shape", "ConstantOfShape", "ScatterND", "Range"}, operations
 
 
-def test_other_code_is_told_that_it_is_exported(tmp_path: Path) -> None:
-    told = torch.onnx.is_in_onnx_export
+def test_other_code_sees_that_it_is_exported(tmp_path: Path) -> None:
+    original = torch.onnx.is_in_onnx_export
     known = calibrated(OtherWayInExport(), call(images(4)))
     export_bundle(known, tmp_path / "bundle", [call(images(1))])
-    assert torch.onnx.is_in_onnx_export is told
+    assert torch.onnx.is_in_onnx_export is original

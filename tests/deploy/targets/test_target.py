@@ -134,7 +134,7 @@ def test_from_fit_to_report(trainer: MakeTrainer, tmp_path: Path) -> None:
     assert "board: measured on a board on a desk." in page
 
 
-def test_what_it_says_of_itself_is_no_tier_of_the_package() -> None:
+def test_a_statement_does_not_replace_that_of_a_tier_of_the_package() -> None:
     report = DeviceReport("htp_emulator", "mine", quantized(Body()).recipe.precision, statement="a real phone")
     assert report.statement == "compiled for this SoC and emulated; not measured on hardware"
 

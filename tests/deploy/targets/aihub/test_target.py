@@ -471,7 +471,7 @@ def test_a_bundle_that_was_changed_is_not_uploaded(hub: StandIn, exported: Any) 
         (f"[api]\napi_url = URL\napi_token = {TOKEN}\n", "is not a valid configuration"),
         (f"[api]\napi_token = {TOKEN}\n", "has no api_url"),
         (None, "there is no AI Hub token"),
-        # an indented line goes on with the one before it, and requests would quote both
+        # an indented line continues the one before it, and requests would quote both
         (f"[api]\napi_token = {TOKEN}\n  verbose = False\napi_url = URL\nweb_url = URL\n", "letters no token has"),
     ],
 )

@@ -93,7 +93,7 @@ def test_large_samples_are_taken_in_part(
     assert len(outputs) == 1
 
 
-def test_a_graph_without_fixed_shapes_is_no_npu_graph(inputs: Any, tmp_path: Path) -> None:
+def test_a_graph_without_fixed_shapes_does_not_run_on_the_npu(inputs: Any, tmp_path: Path) -> None:
     mine = export_bundle(calibrated(Body()), tmp_path / "net", [call(images(1))])
     model = onnx.load(mine.qdq)
     for value in model.graph.input:
