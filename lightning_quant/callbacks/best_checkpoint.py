@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_quant.errors import CheckpointError, ConfigurationError
-from lightning_quant.utilities.files import alone
+from lightning_quant.utilities.files import exclusive_lock
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def locked_folder(trainer: pl.Trainer) -> Iterator[None]:
         yield
         return
     busy = f"Another fit is writing to {folder}: expected a folder for each. Give another default_root_dir."
-    with alone(folder / ".lock", ConfigurationError(busy)):
+    with exclusive_lock(folder / ".lock", ConfigurationError(busy)):
         yield
 
 

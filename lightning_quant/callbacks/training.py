@@ -39,8 +39,9 @@ from lightning_quant.ladder.session import LadderSession
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.compiled import Compiled, check_options
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.range_estimators import RangeEstimator, RangeEstimatorSpec
+from lightning_quant.simulation.range_estimators import RangeEstimator
 from lightning_quant.utilities.memory import PeakMemory
+from lightning_quant.utilities.registry import Spec
 
 
 class QuantizationAwareTraining(QuantizationCallback):
@@ -117,7 +118,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         hardware: str = "htp_v75",
         calibration_samples: int = 256,
         calibration_dataloader: Iterable[Any] | None = None,
-        range_estimator: RangeEstimator | RangeEstimatorSpec = "min_max",
+        range_estimator: RangeEstimator | Spec = "min_max",
         overrides: Mapping[str, str] | None = None,
         strict: bool = False,
         max_drop: float | None = None,

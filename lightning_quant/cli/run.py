@@ -38,8 +38,8 @@ from lightning_quant.callbacks.post_training import PostTrainingQuantization
 from lightning_quant.callbacks.reporting import log_pictures
 from lightning_quant.callbacks.resume_point import ResumePoint
 from lightning_quant.callbacks.training import QuantizationAwareTraining
-from lightning_quant.deploy.bundle import first_samples
 from lightning_quant.deploy.push import device_folder
+from lightning_quant.deploy.single_samples import first_samples
 from lightning_quant.domains.segmentation.overlay import save_overlays
 from lightning_quant.domains.segmentation.task import SegmentationTask
 from lightning_quant.errors import CheckpointError, ConfigurationError, DataError, LightningQuantError
@@ -52,7 +52,7 @@ from lightning_quant.report.summary import print_artifacts, print_summary
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.sensitivity import layer_sensitivity
-from lightning_quant.utilities.files import alone, replacing
+from lightning_quant.utilities.files import atomic_write, exclusive_lock
 from lightning_quant.utilities.full_precision import full_precision
 from lightning_quant.utilities.monitor import Monitor
 from lightning_quant.utilities.parsing import read_checkpoint
@@ -65,9 +65,7 @@ _OBJECTIVES: dict[str, Callable[[RunRecord], float]] = {
     "metric": lambda record: record.metric.get(record.exported or "", math.nan),
     "drop": lambda record: math.nan if record.drop is None else record.drop,
     "megabytes": lambda record: record.bytes.get("quantized", math.nan) / 1e6,
-    "latency_ms": lambda record: (
-        record.device[0].get("median_latency_us", math.nan) / 1000 if record.device else math.nan
-    ),
+    "latency_ms": lambda record: (record.device[0].median_latency_us or math.nan) / 1000 if record.device else math.nan,
     "seconds": lambda record: sum(record.seconds.values()),
 }
 
@@ -167,7 +165,7 @@ def record_failure(config: DictConfig, error: Exception) -> None:
 def _alone(folder: Path) -> AbstractContextManager[None]:
     """Refuse a second run in a folder."""
     busy = f"Another run is writing to {folder}: expected a folder for each. Give another hydra.run.dir, or wait."
-    return alone(folder / ".lock", ConfigurationError(busy))
+    return exclusive_lock(folder / ".lock", ConfigurationError(busy))
 
 
 def _keep_logs(folder: Path) -> None:
@@ -198,7 +196,7 @@ def _new_record(config: DictConfig) -> RunRecord:
         status="running",
         model=choices["model"],
         data=choices["data"],
-        precision=str(Precision.parse(config.precision)),
+        precision=Precision.parse(config.precision),
         config_hash=config_hash(plain),
         monitor=config.monitor,
         mode=config.mode,
@@ -348,7 +346,7 @@ class _Run:
                 options = {"max_epochs": config.epochs, "limit_val_batches": 0, "enable_checkpointing": True}
                 trainer = self.trainer(point, logger=self.logger("float"), **options)
                 trainer.fit(task, datamodule=self.data, ckpt_path=point.ckpt_path, weights_only=True)
-                with replacing(path) as partial:
+                with atomic_write(path) as partial:
                     trainer.save_checkpoint(partial, weights_only=True)
                 point.path.unlink()
                 log.info("Float network trained and kept as %s", path)
@@ -387,7 +385,7 @@ class _Run:
         try:
             trainer.fit(task, datamodule=self.data, ckpt_path=ckpt_path, weights_only=True)
         finally:
-            self.record.ladder = callback.result.to_dict()
+            self.record.ladder = callback.result
         self.drift = callback.drift
         result = callback.result
         self.record.metric |= {rung.rung: rung.metric for rung in result.rungs if rung.metric is not None}
@@ -416,11 +414,11 @@ class _Run:
                 checkpoint = self.folder / f"{name}.ckpt"
                 trainer.save_checkpoint(checkpoint, weights_only=True)
                 manifest = export.bundle.manifest
-                self.record.bytes = manifest["bytes"]
-                self.record.parity = manifest["parity"]
+                self.record.bytes = manifest.bytes
+                self.record.parity = manifest.parity
                 self.record.artifacts["bundle"] = str(export.bundle.path.relative_to(self.folder))
                 self.record.artifacts["checkpoint"] = checkpoint.name
-                self.record.device = [report.to_dict() for report in export.reports]
+                self.record.device = list(export.reports)
                 if export.reports:
                     self.record.artifacts["device"] = str(device_folder(export.bundle).relative_to(self.folder))
                 self.look_inside(trainer, quantized)
