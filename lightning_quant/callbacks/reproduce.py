@@ -9,7 +9,7 @@ from lightning_quant.callbacks.quantization import QuantizationCallback
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.ladder.registry import rung_spec
 from lightning_quant.ladder.rung import Rung
-from lightning_quant.simulation.range_estimators import RangeEstimator
+from lightning_quant.simulation.range_estimators import ESTIMATORS, RangeEstimator
 
 
 def reproduce(callback: QuantizationCallback) -> str:
@@ -41,11 +41,8 @@ def reproduce(callback: QuantizationCallback) -> str:
 def _as_spec(value: Any) -> Any:
     """A rung or a range estimator as plain values, from which it is made where its class was not imported."""
     if isinstance(value, RangeEstimator):
-        spec, kind = value.spec, type(value)
-        if kind.__module__.startswith("lightning_quant."):
-            return spec
-        path = f"{kind.__module__}.{kind.__qualname__}"
-        return path if isinstance(spec, str) else {path: spec[value.name]}
+        spec, reference = value.spec, ESTIMATORS.reference(type(value))
+        return reference if isinstance(spec, str) else {reference: spec[value.name]}
     if isinstance(value, Rung):
         spec = rung_spec(value)
         if isinstance(spec, str):

@@ -33,7 +33,7 @@ from lightning_quant.callbacks.quantization import (
 from lightning_quant.callbacks.validation import isolated_validation
 from lightning_quant.errors import ConfigurationError, TrainingError
 from lightning_quant.ladder.gate import Ladder
-from lightning_quant.ladder.registry import RungSpec, parse_rungs
+from lightning_quant.ladder.registry import parse_rungs
 from lightning_quant.ladder.rung import Rung
 from lightning_quant.ladder.session import LadderSession
 from lightning_quant.precision import Precision
@@ -124,7 +124,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         max_drop: float | None = None,
         monitor: str | None = "val_miou",
         mode: Literal["max", "min"] = "max",
-        rungs: Sequence[Rung | RungSpec] = ("ptq",),
+        rungs: Sequence[Rung | Spec] = ("ptq",),
         train_ranges: bool = True,
         distillation: float = 0.0,
         statistics_cache: str | None = None,

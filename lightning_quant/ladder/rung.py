@@ -17,6 +17,7 @@ from lightning_quant.simulation.calibration_cache import StatisticsCache
 from lightning_quant.simulation.inputs import NetworkInputs, Passes
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.prepare import PreparedNetwork, prepare
+from lightning_quant.utilities.registry import Registry
 
 
 @dataclass
@@ -59,10 +60,6 @@ class RungContext:
         return calibrate(network, Passes(self.samples), weights=weights, cache=self.cache)
 
 
-REGISTERED: dict[str, type[Rung]] = {}
-"""The classes of rungs that were defined so far, by name."""
-
-
 class Rung(ABC):
     """A rung of the ladder: changes a quantized network in place, so that it comes closer to the float one.
 
@@ -86,8 +83,7 @@ class Rung(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if isinstance(name := vars(cls).get("name"), str):
-            REGISTERED[name] = cls
+        RUNGS.register(cls)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Note the arguments, for :attr:`options`."""
@@ -122,6 +118,26 @@ class Rung(ABC):
 
         It is called in eval mode and without gradients.
         """
+
+
+RUNGS: Registry[Rung] = Registry(
+    "rung",
+    Rung,  # type: ignore[type-abstract]  # instances are of subclasses
+    {
+        "ptq": f"{__package__}.rungs.ptq.CalibratedRanges",
+        "min_max": f"{__package__}.rungs.ptq.MinMaxRanges",
+        "tf_enhanced": f"{__package__}.rungs.ptq.TfEnhancedRanges",
+        "percentile": f"{__package__}.rungs.ptq.PercentileRanges",
+        "cle": f"{__package__}.rungs.cle.CrossLayerEqualization",
+        "bn_reestimation": f"{__package__}.rungs.bn_reestimation.BatchNormReestimation",
+        "bias_correction": f"{__package__}.rungs.bias_correction.BiasCorrection",
+        "seq_mse": f"{__package__}.rungs.seq_mse.SequentialMse",
+        "adaround": f"{__package__}.rungs.adaround.AdaptiveRounding",
+        "mixed": f"{__package__}.rungs.mixed.MixedPrecision",
+    },
+    reserved=("float", "qat"),  # in records
+)
+"""The rungs by name. A class of this package is loaded when it is asked for."""
 
 
 def _given(cls: type[Rung], made: Rung, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import pytest
 from typing_extensions import override
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.ladder.registry import RUNGS, parse_rungs, rung_spec
-from lightning_quant.ladder.rung import Rung, RungContext
+from lightning_quant.ladder.registry import parse_rungs, rung_spec
+from lightning_quant.ladder.rung import RUNGS, Rung, RungContext
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.range_estimators import Percentile
 from tests.helpers.estimators import Deviations
@@ -33,10 +33,6 @@ class AlsoMine(Mine):
     """Of the same name."""
 
 
-class Borrowed(Mine):
-    name = "ptq"
-
-
 class Nameless(Rung):
     @override
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
@@ -56,7 +52,7 @@ def path(kind: type) -> str:
 
 
 def test_every_name_makes_a_rung_of_that_name() -> None:
-    assert [rung.name for rung in parse_rungs(RUNGS)] == list(RUNGS)
+    assert [rung.name for rung in parse_rungs(list(RUNGS.homes))] == list(RUNGS.homes)
 
 
 @pytest.mark.parametrize("options", [{}, None, {"budget": 0.1, "samples": 8}])
@@ -123,7 +119,7 @@ def test_an_option_may_be_an_array() -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        *RUNGS,
+        *RUNGS.homes,
         {"mixed": {"budget": 0.05}},
         {"percentile": {"percentile": 99.9}},
         {"ptq": {"range_estimator": "tf_enhanced"}},
@@ -141,36 +137,42 @@ def test_a_rung_is_made_again_from_its_spec(spec: Any) -> None:
         ([f"{__name__}.Absent"], "Rung '.*Absent' cannot be imported"),
         ([path(Nameless)], "Rung '.*Nameless' has no name"),
         (["mixd"], "Did you mean 'mixed'"),
-        (["zzzzzz"], r"Unknown rung 'zzzzzz': expected one of ptq, .* once it was imported\.$"),
+        (["zzzzzz"], r"Unknown rung 'zzzzzz': expected one of ptq, .* or the dotted path of a class of your own\.$"),
         ({"mixed": {}}, "expected a list"),
-        ([{}], "expected one name with its options"),
+        ([{}], "Rung {}: expected a name"),
         ([("mixed", {})], "expected a name"),
         ([{"ptq": {"samples": 3}}], "Rung 'ptq' with options {'samples': 3}"),
         ([{"mixed": {"budget": "0.1"}}], "budget"),
         ([{"mixed": {"budget": float("nan")}}], "budget=nan: expected a share"),
         ([{"qat": {}}], "training follows the rungs by itself"),
-        ([Mine], "expected a name, .* or an instance"),
+        ([Mine], r"expected a name, .*, or a lightning_quant\.Rung"),
         ([Unnamed()], "Rung 'Unnamed' has no name"),
-        ([Borrowed()], "is named 'ptq', as one of this package is"),
         (None, "rungs=None: expected a list"),
         ("ptq", "rungs='ptq': expected a list"),
         ([], r"rungs=\[\]: expected a list of at least one"),
         (["ptq", "ptq"], "names 'ptq' twice"),
         (["qat"], "training follows the rungs by itself"),
         ([3], "Rung 3: expected a name"),
-        ([{"mixed": {}, "cle": {}}], "expected one name with its options"),
+        ([{"mixed": {}, "cle": {}}], "expected a name, .*one of them with its options"),
         ([{"mixed": {"depth": 3}}], "Rung 'mixed' with options .*depth"),
         ([{"mixed": {"budget": 0}}], "budget=0: expected a share above 0"),
         ([{"adaround": {"iterations": 0}}], "iterations=0: expected a whole number"),
         ([{"seq_mse": {"samples": -1}}], "samples=-1: expected a whole number"),
         (["no_such_package.Rung"], "Rung 'no_such_package.Rung' cannot be imported"),
         (["torch.nn.Linear"], "Rung 'torch.nn.Linear' is not a subclass of .*Rung"),
-        ([path(Borrowed)], "is named 'ptq', as one of this package is"),
     ],
 )
 def test_wrong_rungs(rungs: Any, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         parse_rungs(rungs)
+
+
+@pytest.mark.parametrize(
+    ("name", "whose"), [("ptq", r"lightning_quant\..*CalibratedRanges"), ("qat", "a keyword"), ("float", "a keyword")]
+)
+def test_a_name_that_is_taken(name: str, whose: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"Taken is named '{name}', as {whose} is"):
+        type("Taken", (Mine,), {"name": name})
 
 
 @pytest.mark.parametrize(
