@@ -8,7 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation.inputs import tensors_in, with_tensors
 
 
@@ -34,9 +36,34 @@ class Distillation:
         self.weight = weight
         self.scale = scale
         self.used = False
+        self._handle: RemovableHandle | None = None
+
+    def attach(self, network: nn.Module) -> None:
+        """Add the gradient to every output of ``network`` from now on."""
+        self._handle = network.register_forward_hook(self, with_kwargs=True)
+
+    def detach(self) -> None:
+        """Leave the network alone again."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def check_used(self, name: str) -> None:
+        """Refuse a training step in which no output received the gradient.
+
+        Args:
+            name: dotted attribute of the LightningModule that holds the network.
+
+        Raises:
+            ConfigurationError: naming what has to be called.
+        """
+        if not self.used:
+            raise ConfigurationError(
+                f"distillation={self.weight}: training_step did not call self.{name} itself, or uses nothing of what "
+                "it returned. Name the attribute that is called in network=..., or set distillation=0."
+            )
 
     def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Attach the gradient to ``output``: a forward hook of the quantized network (``with_kwargs=True``)."""
+        """Attach the gradient to ``output``: a forward hook (``with_kwargs=True``)."""
         if not torch.is_grad_enabled():  # validation; not ``training``: some train in eval mode
             return output
         with torch.no_grad():

@@ -13,7 +13,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_quant.callbacks.best_checkpoint import locked_folder
@@ -165,7 +164,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._guard = GradientGuard(network, uncompile=self._compiled.close)
         self._only_rungs = False
         self._runner: LadderRunner | None = None
-        self._teaching: tuple[Distillation, RemovableHandle] | None = None
+        self._teacher: Distillation | None = None
         self._locked = ExitStack()
         self._sanity_check = ExitStack()
         self._begin(Ladder(monitor or "", mode, max_drop), None)
@@ -257,8 +256,9 @@ class QuantizationAwareTraining(QuantizationCallback):
             self.drift = RangeDrift(self.quantized_network(pl_module))
         if self.distillation:
             assert self._float is not None
-            teacher = Distillation(self._float.to(pl_module.device), self.distillation, partial(loss_scale, trainer))
-            self._teaching = teacher, self.quantized_network(pl_module).register_forward_hook(teacher, with_kwargs=True)
+            scale = partial(loss_scale, trainer)
+            self._teacher = Distillation(self._float.to(pl_module.device), self.distillation, scale)
+            self._teacher.attach(self.quantized_network(pl_module).network)
         if self.compile is not None:
             compiled = Compiled(self.quantized_network(pl_module).network, self.compile)
             self._compiled.enter_context(compiled.in_place())
@@ -298,12 +298,8 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._teaching is not None and not self._teaching[0].used:
-            raise ConfigurationError(
-                f"distillation={self.distillation}: training_step did not call self.{self.network_name} itself, or "
-                "uses nothing of what it returned. Name the attribute that is called in network=..., or set "
-                "distillation=0."
-            )
+        if self._teacher is not None:
+            self._teacher.check_used(self.network_name)
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.drift is not None and trainer.is_global_zero and every and step % every == 0:
             scalars = self.drift.note(self.quantized_network(pl_module), step)
@@ -321,7 +317,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        self._stop_teaching()
+        self._detach_teacher()
         self._compiled.close()
         self._check_last_step(trainer)
         if self._runner is not None:
@@ -338,7 +334,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         super().on_exception(trainer, pl_module, exception)
         self._guard.forget()
         self._sanity_check.close()
-        self._stop_teaching()
+        self._detach_teacher()
         self.teardown(trainer, pl_module, "fit")
 
     @override
@@ -370,10 +366,10 @@ class QuantizationAwareTraining(QuantizationCallback):
         if "float" in state_dict and self._float is not None:
             self._float.load_state_dict(state_dict["float"])
 
-    def _stop_teaching(self) -> None:
-        if self._teaching is not None:
-            self._teaching[1].remove()
-            self._teaching = None
+    def _detach_teacher(self) -> None:
+        if self._teacher is not None:
+            self._teacher.detach()
+            self._teacher = None
 
     def _check_fit(self, trainer: pl.Trainer, has_float: bool) -> None:
         if not has_float:
