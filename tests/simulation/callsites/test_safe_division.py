@@ -15,7 +15,7 @@ from tests.helpers.networks import calibrated, call
 
 
 class Divided(nn.Module):
-    """Each row divided by a number of its own, which is tiny beside others: less than a step of 8 bits."""
+    """Each row divided by a number of its own, which is tiny compared to others: less than a step of 8 bits."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
