@@ -284,7 +284,8 @@ class _Run:
         """The configured logger for a stage that trains."""
         if "_target_" not in self.config.logger:
             return False
-        return instantiate(self.config.logger)(save_dir=str(self.folder), name="logs", version=name)
+        # the progress bar would show the last letters of a version
+        return instantiate(self.config.logger)(save_dir=str(self.folder / "logs"), name=name, version="")
 
     def trainer(self, *callbacks: Callback, **options: Any) -> pl.Trainer:
         trainer: pl.Trainer = instantiate(
