@@ -1,4 +1,4 @@
-"""How the package's files depend on each other: one door to AIMET, and no two files that import each other."""
+"""The package's files: one door to AIMET, no two that import each other, none over 400 lines."""
 
 from __future__ import annotations
 
@@ -14,13 +14,9 @@ FILES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-# Still to be parted; nothing is added here.
-IMPORT_EACH_OTHER: set[frozenset[str]] = {
-    frozenset({"simulation.callsites.places", "simulation.callsites.sites"}),
-    frozenset({"simulation.callsites.recording", "simulation.callsites.running"}),
-    frozenset({"simulation.callsites.running", "simulation.callsites.sites"}),
-    frozenset({"simulation.callsites.running", "simulation.compiled"}),
-}
+MOST_LINES = 400
+# Still to be split; nothing is added here.
+LONGER = {"callbacks/training.py", "cli/run.py"}
 
 
 def _imported(path: Path) -> Iterator[str]:
@@ -53,4 +49,10 @@ def test_no_two_files_import_each_other() -> None:
         for other in others - {name, "lightning_quant"}
         if name in imported[other]
     }
-    assert pairs == IMPORT_EACH_OTHER
+    assert pairs == set()
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    sources = [path for kind in ("*.py", "*.cpp", "*.h") for path in PACKAGE.rglob(kind)]
+    longer = [path for path in sources if len(path.read_text().splitlines()) > MOST_LINES]
+    assert {path.relative_to(PACKAGE).as_posix() for path in longer} == LONGER
