@@ -223,11 +223,12 @@ class DeviceExport(AnyCallback):
                 self._push(trainer, pl_module, name, network, calls)
             finally:
                 if self.report:
-                    self._report(trainer, name, network, self.reports[known:], calls)
+                    self._report(trainer, pl_module, name, network, self.reports[known:], calls)
 
     def _report(
         self,
         trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
         name: str,
         network: QuantizedNetwork,
         reports: list[DeviceReport],
@@ -236,7 +237,7 @@ class DeviceExport(AnyCallback):
         assert self.bundle is not None
         try:
             with isolated_seed(), torch.inference_mode(False), torch.no_grad(), progress(trainer, "Writing the report"):
-                path = write_callback_report(trainer, name, network, self.bundle, reports, calls)
+                path = write_callback_report(trainer, pl_module, name, network, self.bundle, reports, calls)
             rank_zero_log(f"Report: {path}")
         except Exception as error:  # nor is a training run lost to a picture
             rank_zero_warn(f"The report was not written: {type(error).__name__}: {error}")

@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 
 @hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")
 def _job(config: DictConfig) -> float | tuple[float, ...]:
-    """Run one job; its objectives, for sweepers that search by them."""
-    from lightning_quant.cli.run import objectives, record_failure, run
+    """Run one job and return its objectives, for sweepers that search by them."""
+    from lightning_quant.cli.objectives import objectives
+    from lightning_quant.cli.run import record_failure, run
 
     try:
         return objectives(config, run(config))
@@ -41,7 +42,7 @@ def _job(config: DictConfig) -> float | tuple[float, ...]:
         place = error.filename2 or error.filename or Path.cwd()
         folder = HydraConfig.get().runtime.output_dir
         log.error(
-            "No space left for %s. Free some; with skip_finished=true and this folder, %s, the same command goes on.",
+            "No space left for %s. Free some; with skip_finished=true and this folder, %s, the same command resumes.",
             place,
             folder,
         )
@@ -50,12 +51,12 @@ def _job(config: DictConfig) -> float | tuple[float, ...]:
 
 
 def _resume(folder: Path) -> None:
-    """Fetch what became of the bundles below a folder whose jobs were queued or interrupted."""
+    """Fetch the results of the bundles below a folder whose jobs were queued or interrupted."""
     from lightning_quant.deploy.push import REQUEST_NAME, finished, resume
     from lightning_quant.report.page import write_report
     from lightning_quant.report.record import RECORD_NAME, RunRecord
 
-    own = folder.with_name(f"{folder.name}.device") / REQUEST_NAME  # of a bundle, what devices make lies beside it
+    own = folder.with_name(f"{folder.name}.device") / REQUEST_NAME  # if the folder is a bundle's
     requests = sorted(folder.rglob(REQUEST_NAME)) + ([own] if own.is_file() else [])
     if not requests:
         log.error("Nothing below %s was sent to a device: expected the folder of a run or of a bundle.", folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bokeh.models import BoxAnnotation, ColumnDataSource, FactorRange, HoverTool, LabelSet, Span
 from bokeh.plotting import figure
@@ -66,32 +66,38 @@ def ladder(record: RunRecord) -> figure | None:
     return chart
 
 
-def class_iou(record: RunRecord) -> figure | None:
-    """Intersection over union of each class, float beside exported."""
-    exported = record.per_class_iou.get(record.exported or "")
-    before = record.per_class_iou.get("float")
-    if not before or not exported:
-        return None
-    names = [name for name in before if name in exported]
-    source = ColumnDataSource(
-        {"class": names, "float": [before[name] for name in names], "quantized": [exported[name] for name in names]}
-    )
+def classes(record: RunRecord) -> list[figure]:
+    """A chart for each kind of figures of single classes, float beside exported where both were measured."""
+    sides = {"float": record.class_figures.get("float", {})}
+    sides["quantized"] = record.class_figures.get(record.exported or "", {})
+    return [
+        _classes(kind, {side: found[kind] for side, found in sides.items() if found.get(kind)})
+        for kind, figures in sides["quantized"].items()
+        if figures
+    ]
+
+
+def _classes(kind: str, sides: Mapping[str, Mapping[str, float]]) -> figure:
+    names = [name for name in sides["quantized"] if all(name in found for found in sides.values())]
+    columns = {side: [found[name] for name in names] for side, found in sides.items()}
+    source = ColumnDataSource({"class": names, **columns})
+    shares = all(0 <= value <= 1 for values in columns.values() for value in values)
     chart = _figure(
-        "IoU of each class", y_range=FactorRange(*reversed(names)), height=80 + 30 * len(names), x_range=(0, 1)
-    )
-    for name, place, color in (("float", 0.19, GREY), ("quantized", -0.19, BLUE)):
-        chart.hbar(
-            y=dodge("class", place, range=chart.y_range),
-            right=name,
-            height=0.34,
-            source=source,
-            color=color,
-            legend_label=name,
-        )
-    chart.add_tools(
-        HoverTool(tooltips=[("", "@class"), ("float", "@float{0.000}"), ("quantized", "@quantized{0.000}")])
-    )
-    chart.xaxis.axis_label = "IoU"
+        f"{kind} of each class", y_range=FactorRange(*reversed(names)), height=80 + 30 * len(names),
+        **({"x_range": (0, 1)} if shares else {}),
+    )  # fmt: skip
+    for side, place, color in (("float", 0.19, GREY), ("quantized", -0.19, BLUE)):
+        if side in columns:
+            chart.hbar(
+                y=dodge("class", place, range=chart.y_range),
+                right=side,
+                height=0.34,
+                source=source,
+                color=color,
+                legend_label=side,
+            )
+    chart.add_tools(HoverTool(tooltips=[("", "@class"), *((side, f"@{side}{{0.000}}") for side in columns)]))
+    chart.xaxis.axis_label = kind
     _legend_above(chart)
     return chart
 

@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from lightning_quant.deploy.device_report import DeviceReport
-from lightning_quant.domains.segmentation.cityscapes import CLASSES
-from lightning_quant.domains.segmentation.images import open_image
-from lightning_quant.domains.segmentation.overlay import PANELS, overlay_folders
 from lightning_quant.errors import DataError
 from lightning_quant.report.device_table import Candidate, device_notes, device_table, dominated
 from lightning_quant.report.layers import LAYERS_NAME, LayerFigures
+from lightning_quant.report.pictures import read_comparisons
 from lightning_quant.report.record import RECORD_NAME, RunRecord
 from lightning_quant.report.summary import rung_table, table
 from lightning_quant.report.verdict import sweep_verdict, verdict
 from lightning_quant.simulation.quantized_tensors import QuantizedTensor
 from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.images import open_image
 
 with warnings.catch_warnings():  # Bokeh adds filters to a program's own
     from lightning_quant.report import charts
@@ -53,7 +52,7 @@ def write_report(folder: str | Path) -> Path:
     header, (row,) = _filled(*table([record]))
     drawn = {
         "ladder": charts.ladder(record),
-        "classes": charts.class_iou(record),
+        **{f"classes{index}": chart for index, chart in enumerate(charts.classes(record))},
         "sensitivity": charts.sensitivity(figures.sensitivity),
         "histogram": charts.histogram(figures.tensors),
         "drift": charts.drift(figures),
@@ -70,8 +69,9 @@ def write_report(folder: str | Path) -> Path:
         devices=devices,
         device_table=_filled(*device_table([record])),
         device_notes=device_notes([record]),
-        pictures=_pictures(folder),
-        legend=[(one.name, "#{:02x}{:02x}{:02x}".format(*one.colour)) for one in CLASSES],
+        pictures=[
+            {name: _data_url(path) for name, path in panels.items()} for panels in read_comparisons(folder / "overlays")
+        ],
         tensors=[_described(one) for one in figures.tensors],
         histograms=[_histogram(one) for one in figures.tensors],
         configuration=_yaml(record.config),
@@ -144,13 +144,6 @@ def _filled(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[l
     """A table without the columns in which nothing stands."""
     kept = [index for index in range(len(header)) if any(row[index] for row in rows)]
     return [header[index] for index in kept], [[row[index] for index in kept] for row in rows]
-
-
-def _pictures(folder: Path) -> list[dict[str, str]]:
-    """For each sample the panels as data URLs, by name."""
-    return [
-        {panel: _data_url(place / f"{panel}.png") for panel in PANELS} for place in overlay_folders(folder / "overlays")
-    ]
 
 
 def _data_url(path: Path) -> str:

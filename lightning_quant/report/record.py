@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from lightning_quant.utilities.files import replacing
 from lightning_quant.utilities.parsing import check, check_version, fitting, read_json
 
 RECORD_NAME = "results.json"
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
+# In a style attribute of the page.
+_COLOR = re.compile("#[0-9a-f]{6}")
 
 
 @dataclass
@@ -38,7 +41,9 @@ class RunRecord:
         bytes: size of the ``float`` and the ``quantized`` ONNX file.
         parity: agreement of the exported file with the simulation, and the tier it was run on.
         device: what each device reported, see :class:`~lightning_quant.deploy.device_report.DeviceReport`.
-        per_class_iou: intersection over union by class, of ``float`` and of what was exported.
+        class_figures: figures of single classes, of ``float`` and of what was exported: by their kind, such as
+            ``"IoU"``, and by class, see :mod:`lightning_quant.callbacks.visualizer`.
+        legend: what the colors in the pictures stand for: ``#rrggbb`` by name.
         artifacts: where things are, relative to the record.
         error: the message, if it failed.
         versions: packages the run used.
@@ -60,7 +65,8 @@ class RunRecord:
     bytes: dict[str, int] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
     device: list[dict[str, Any]] = field(default_factory=list)
-    per_class_iou: dict[str, dict[str, float]] = field(default_factory=dict)
+    class_figures: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    legend: dict[str, str] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -91,7 +97,7 @@ class RunRecord:
             DataError: when the file is missing, damaged or of another format.
         """
         try:
-            values = read_json(Path(path))
+            values = _from_version_2(read_json(Path(path)))
             check_version(values, _FORMAT_VERSION)
             record: RunRecord = fitting(
                 {name: value for name, value in values.items() if name not in ("format_version", "drop")}, cls
@@ -120,8 +126,18 @@ class RunRecord:
             check(
                 self.ladder.get("mode", "max") in ("max", "min"), "ladder.mode", self.ladder.get("mode"), "max or min"
             )
+        for name, color in self.legend.items():
+            check(_COLOR.fullmatch(color) is not None, f"legend.{name}", color, "#rrggbb")
         for values in self.device:
             DeviceReport.from_dict(values)
+
+
+def _from_version_2(values: Any) -> Any:
+    """The values of a record; version 2 knew of one kind of figures only."""
+    if not isinstance(values, dict) or values.get("format_version") != 2:
+        return values
+    iou = fitting(values.pop("per_class_iou", {}), dict[str, dict[str, float]], "per_class_iou")
+    return {**values, "format_version": 3, "class_figures": {rung: {"IoU": found} for rung, found in iou.items()}}
 
 
 def config_hash(config: dict[str, Any]) -> str:

@@ -15,8 +15,9 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from lightning_quant.domains.segmentation.images import IMAGE_MEAN, IMAGE_STD, normalise_images, open_image
+from lightning_quant.domains.segmentation.images import IMAGE_MEAN, IMAGE_STD, normalize_images
 from lightning_quant.errors import DataError
+from lightning_quant.utilities.images import open_image
 
 __all__ = [
     "CLASSES",
@@ -186,7 +187,7 @@ class CityscapesDataset(Dataset[tuple[Tensor, Tensor]]):
         self._resized = size is not None
         width, height = open_image(self.images[0]).size
         self.size = size or (height, width)
-        self._transform = _augmentation(self.size) if augment else normalise_images(size)
+        self._transform = _augmentation(self.size) if augment else normalize_images(size)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -226,7 +227,7 @@ def _augmentation(size: tuple[int, int]) -> v2.Transform:
             v2.RandomResizedCrop(size, scale=(0.3, 1.0), ratio=(0.85 * aspect, 1.15 * aspect), antialias=True),
             v2.RandomHorizontalFlip(),
             v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3),
-            normalise_images(),
+            normalize_images(),
         ]
     )
 

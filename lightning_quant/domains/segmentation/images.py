@@ -4,7 +4,6 @@ Calibration needs images, not labels, so it can use pictures from the place wher
 They come from a folder, or from a Hugging Face data set (the optional extra ``datasets``).
 """
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,43 +16,19 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from lightning_quant.errors import ConfigurationError, DataError
+from lightning_quant.utilities.images import open_image
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 """Mean of ImageNet's red, green and blue, for values in 0..1: what pretrained backbones expect."""
 IMAGE_STD = (0.229, 0.224, 0.225)
 """Standard deviation of ImageNet's red, green and blue, for values in 0..1."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# Pillow goes by the content: of other kinds there are some that it hands to other programs, such as PostScript.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 # Files that `Dataset.save_to_disk` and `DatasetDict.save_to_disk` leave at the top of their folder.
 _SAVED_DATASET_MARKERS = ("state.json", "dataset_dict.json")
 
 
-def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
-    """Open and fully decode an image file, or the bytes of one.
-
-    Args:
-        source: A path, or the encoded bytes.
-        name: What to call the image in an error; the path by default.
-
-    Raises:
-        DataError: The file cannot be read, is damaged or cut short, or is no image. The message names it.
-    """
-    name = name or (str(source) if isinstance(source, Path) else "image")
-    try:
-        data = source.read_bytes() if isinstance(source, Path) else source
-        # Decoding alone accepts a PNG whose checksums are wrong; verify() checks them but uses the image up.
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as probe:
-            probe.verify()
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        image.load()
-    except Exception as error:  # a damaged file fails with whatever its bytes happen to mean
-        raise DataError(f"{name} cannot be read as an image ({error}). Replace or remove the damaged file.") from error
-    return image
-
-
-def normalise_images(size: tuple[int, int] | None = None) -> v2.Transform:
+def normalize_images(size: tuple[int, int] | None = None) -> v2.Transform:
     """The transform from a uint8 picture to what the network takes: resize, scale to 0..1, ImageNet mean/std.
 
     Args:
@@ -79,7 +54,7 @@ class UnlabelledImages(Dataset[Tensor]):
     def __init__(self, read: Callable[[int], Image.Image], length: int, size: tuple[int, int] | None = None) -> None:
         self._read = read
         self._length = length
-        self._transform = v2.Compose([v2.ToImage(), normalise_images(size)])
+        self._transform = v2.Compose([v2.ToImage(), normalize_images(size)])
 
     @classmethod
     def from_files(cls, paths: list[Path], size: tuple[int, int] | None = None) -> "UnlabelledImages":

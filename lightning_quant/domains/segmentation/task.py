@@ -15,7 +15,9 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from typing_extensions import override
 
 from lightning_quant.domains.segmentation.cityscapes import CLASS_NAMES, IGNORE_INDEX, NUM_CLASSES
+from lightning_quant.domains.segmentation.overlay import compare_class_maps
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.report.pictures import Comparison
 
 Batch = Sequence[Tensor]
 """``(images, targets)``: float (N, 3, H, W) and int64 (N, H, W)."""
@@ -153,6 +155,30 @@ class SegmentationTask(LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def draw_comparison(self, float_output: Any, quantized_output: Any, images: Tensor) -> Comparison | None:
+        """Draw the classes of both networks over an image, for the report; none for more classes than it has colors.
+
+        Args:
+            float_output: what the float network returned for the image.
+            quantized_output: the same of the quantized network.
+            images: the one image, normalized, ``(1, 3, H, W)``.
+        """
+        if self.num_classes > NUM_CLASSES:
+            return None
+        one, other = (
+            self._upsampled(output, images.shape[-2:]).argmax(dim=1)[0] for output in (float_output, quantized_output)
+        )
+        return compare_class_maps(images[0], one, other, self.class_names)
+
+    def class_figures(self) -> dict[str, dict[str, float]]:
+        """Return the IoU of each class in the last validation, for the report."""
+        return {"IoU": self.per_class_iou()}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of Cityscapes for 19 classes, else ``"class 0"`` and so on."""
+        return CLASS_NAMES if self.num_classes == NUM_CLASSES else tuple(f"class {i}" for i in range(self.num_classes))
+
     def per_class_iou(self, stage: str = "val") -> dict[str, float]:
         """Intersection over union of each class that occurred in the labels of the last epoch of ``stage``.
 
@@ -160,7 +186,7 @@ class SegmentationTask(LightningModule):
             stage: ``"val"`` or ``"test"``.
 
         Returns:
-            IoU between 0 and 1 by class name: Cityscapes' names for 19 classes, else ``"class 0"`` and so on.
+            IoU between 0 and 1, by the names in :attr:`class_names`.
 
         Raises:
             ConfigurationError: there has been no such epoch.
@@ -171,14 +197,14 @@ class SegmentationTask(LightningModule):
                 f"per_class_iou({stage!r}) has nothing to report yet: stage is 'val' or 'test', after "
                 f"an epoch of {expected.get(stage, ' or '.join(expected.values()))}."
             )
-        names = CLASS_NAMES
-        if self.num_classes != NUM_CLASSES:
-            names = tuple(f"class {index}" for index in range(self.num_classes))
         values = self._class_iou[stage].tolist()
-        return {name: iou for name, iou in zip(names, values, strict=True) if not math.isnan(iou)}
+        return {name: iou for name, iou in zip(self.class_names, values, strict=True) if not math.isnan(iou)}
 
     def _logits(self, images: Tensor, size: Sequence[int]) -> Tensor:
-        logits = first_tensor(self.model(images))
+        return self._upsampled(self.model(images), size)
+
+    def _upsampled(self, output: Any, size: Sequence[int]) -> Tensor:
+        logits = first_tensor(output)
         if logits.ndim != 4 or logits.shape[1] != self.num_classes:
             raise ConfigurationError(
                 f"The network returned shape {tuple(logits.shape)}; expected (N, {self.num_classes}, h, w). "
