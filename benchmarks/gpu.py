@@ -9,6 +9,7 @@ with a gradient scaler as the Trainer does it.
 Saved: what the forward pass leaves allocated for the backward pass. Peak: the most memory of a step beyond what lies
 there between two of them, weights and state of the optimizers. Launches: kernels that the host starts in a step.
 
+Each network has a process of its own. They build, calibrate and compile side by side and measure one at a time.
 Rows are measured in the order of their value and written at once; one that fails is written with its error.
 Images are random numbers, so nothing but this repository is needed. ``--device cpu --tiny`` rehearses it anywhere.
 """
@@ -19,17 +20,20 @@ import argparse
 import contextlib
 import copy
 import datetime
+import fcntl
 import functools
 import gc
 import importlib.metadata
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +49,7 @@ from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.compiled import Compiled
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.utilities.files import replacing
 
 # Image size, and a batch that fills a card of 80 GB.
 NETWORKS = {"ffnet_40s": ((512, 1024), 32), "resnet50": ((224, 224), 256), "lraspp": ((512, 512), 64)}
@@ -367,6 +372,28 @@ class Turns:
         return {name: statistics.median(values) for name, values in seconds.items() if values}
 
 
+class Card:
+    """The GPU, which several processes use while they prepare and one alone while it measures.
+
+    Args:
+        lock: a file that all of them know, or ``None`` where there is one.
+    """
+
+    def __init__(self, lock: Path | None) -> None:
+        self._file = None if lock is None else lock.open("w")
+
+    def shared(self) -> None:
+        """Use it beside others; waits for the one that measures."""
+        if self._file is not None:
+            fcntl.flock(self._file, fcntl.LOCK_SH)
+
+    def alone(self) -> None:
+        """Have it alone; waits until all others have stopped preparing."""
+        _wait(torch.device("cuda" if torch.cuda.is_initialized() else "cpu"))
+        if self._file is not None:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -380,7 +407,13 @@ def _tidy() -> None:
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
 def measure_steps(
-    case: Case, row: dict[str, Any], turns: Turns, compiled: bool, wanted: list[str] | None, save: Callable[[], None]
+    case: Case,
+    row: dict[str, Any],
+    turns: Turns,
+    compiled: bool,
+    wanted: list[str] | None,
+    card: Card,
+    save: Callable[[], None],
 ) -> None:
     """Fill a row with what steps of training and validation cost; what is known so far is saved."""
     images = case.images(turns.device)
@@ -395,6 +428,10 @@ def measure_steps(
         if loop is not None:
             loops[name] = loop
             _mode(loop.variant.learner, True)
+            turns.attempt(name, loop.train)
+            with loop.validating():
+                turns.attempt(name, loop.validate)
+    card.alone()
     row["what"] = {name: loop.variant.what for name, loop in loops.items() if loop.variant.what}
     row["train_s"] = turns.medians({name: loop.train for name, loop in loops.items()})
     save()
@@ -409,7 +446,7 @@ def measure_steps(
         row["eval_s"] = turns.medians({name: loop.validate for name, loop in loops.items()})
 
 
-def measure_calibration(case: Case, row: dict[str, Any], turns: Turns) -> None:
+def measure_calibration(case: Case, row: dict[str, Any], turns: Turns, card: Card) -> None:
     """Fill a row with the cost of calibration and of forward passes of the folded float network, all in float32."""
     folded, quantized = simulated(case.network, case.size, case.estimator)
     images = case.images(turns.device)
@@ -431,23 +468,25 @@ def measure_calibration(case: Case, row: dict[str, Any], turns: Turns) -> None:
         return time.perf_counter() - started
 
     row["errors"] = turns.errors
+    card.alone()
     row["calibration_s"] = {
         name: turns.attempt(name, functools.partial(timed, function))
         for name, function in ((FOLDED, forward), (LEARNED, functools.partial(calibrate, ours, calls)))
     }
 
 
-def measured(case: Case, arguments: argparse.Namespace, compiled: bool, save: Callable[..., None]) -> None:
+def measured(case: Case, arguments: argparse.Namespace, compiled: bool, card: Card, save: Callable[..., None]) -> None:
     """One row, whatever happens in it."""
     row: dict[str, Any] = asdict(case)
     save(row)
+    card.shared()
     started = time.monotonic()
     turns = Turns(torch.device(arguments.device), arguments.turn, arguments.rounds, arguments.turns_seconds)
     try:
         if case.kind == "calibration":
-            measure_calibration(case, row, turns)
+            measure_calibration(case, row, turns, card)
         else:
-            measure_steps(case, row, turns, compiled, arguments.variants, save)
+            measure_steps(case, row, turns, compiled, arguments.variants, card, save)
     except Exception as error:
         row["error"] = f"{type(error).__name__}: {str(error).strip()[:300]}"
         print(f"    {row['error']}", flush=True)
@@ -529,9 +568,9 @@ def gpu_facts(device: torch.device, commit: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def building_for_peers(device: torch.device) -> Iterator[None]:
+def building_for_peers(device: str) -> Iterator[None]:
     """Let ModelOpt build its CUDA kernels in a process of its own while the first rows run: it takes a minute."""
-    if device.type != "cuda" or not _installed("nvidia-modelopt"):
+    if not device.startswith("cuda") or not _installed("nvidia-modelopt"):
         yield
         return
     code = "from modelopt.torch.quantization.extensions import get_cuda_ext; get_cuda_ext()"
@@ -552,12 +591,13 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--rows", type=int, default=None, help="only the first so many")
     parser.add_argument("--kinds", nargs="+", default=["step", "peers", "calibration"])
-    parser.add_argument("--compiled", type=int, default=3, help="rows of steps, from the first, with torch.compile")
+    parser.add_argument("--compiled", type=int, default=1, help="rows of a network, from the first, with torch.compile")
     parser.add_argument("--variants", nargs="+", default=None, metavar="NAME", help="only these, by their full names")
     parser.add_argument("--seconds", type=float, default=330, help="no row is begun after these")
     parser.add_argument("--turns-seconds", type=float, default=12, help="of a row, after which turns are left out")
     parser.add_argument("--turn", type=float, default=None, help="seconds that a variant has at a time")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--lock", type=Path, help="measure in turns with the processes that were given the same file")
     parser.add_argument("--commit", default="", help="where git cannot be asked")
     parser.add_argument("--results", type=Path, default=RESULTS / "gpu.json")
     parser.add_argument("--render", type=Path, help="print the table of such a file, measure nothing")
@@ -568,32 +608,82 @@ def main() -> None:
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         print("Skipped: this machine has no CUDA GPU.")
         return
+    if len(arguments.networks) > 1 and arguments.lock is None:
+        with building_for_peers(arguments.device) if "peers" in arguments.kinds else nullcontext():
+            measure_side_by_side(arguments)
+    else:
+        measure_rows(arguments)
+    Console(width=200).print(Markdown(rendered(json.loads(arguments.results.read_text()))))
+
+
+def measure_rows(arguments: argparse.Namespace) -> None:
+    """Measure row after row in this process until the time is up."""
     until = time.monotonic() + arguments.seconds
     arguments.turn = arguments.turn or (0.02 if arguments.tiny else 0.3)
     if arguments.tiny:
         arguments.rounds = min(arguments.rounds, 2)
-    device = torch.device(arguments.device)
     torch.backends.cudnn.benchmark = True
-    results: dict[str, Any] = {**gpu_facts(device, arguments.commit), "rows": []}
+    results: dict[str, Any] = {**gpu_facts(torch.device(arguments.device), arguments.commit), "rows": []}
+    card = Card(arguments.lock)
 
     def save(row: dict[str, Any] | None = None) -> None:
         if row is not None:
             results["rows"].append(row)
-        arguments.results.parent.mkdir(parents=True, exist_ok=True)
-        arguments.results.write_text(json.dumps(results, indent=1) + "\n")
-        arguments.results.with_suffix(".md").write_text(rendered(results) + "\n")
+        write(arguments.results, results)
 
     compiled = 0
     wanted = [case for case in cases(arguments.networks, arguments.tiny) if case.kind in arguments.kinds]
-    with building_for_peers(device) if "peers" in arguments.kinds else nullcontext():
-        for case in wanted[: arguments.rows]:
-            if time.monotonic() > until:
-                print("The time is up.", flush=True)
-                break
-            print(f"{arguments.seconds - until + time.monotonic():6.1f} s  {case}", flush=True)
-            compiled += case.kind == "step"
-            measured(case, arguments, compiled <= arguments.compiled, save)
-    Console(width=200).print(Markdown(rendered(results)))
+    for case in wanted[: arguments.rows]:
+        if time.monotonic() > until:
+            print("The time is up.", flush=True)
+            break
+        print(f"{arguments.seconds - until + time.monotonic():6.1f} s  {case}", flush=True)
+        compiled += case.kind == "step"
+        measured(case, arguments, compiled <= arguments.compiled, card, save)
+
+
+def measure_side_by_side(arguments: argparse.Namespace) -> None:
+    """Measure each network in a process of its own; what they have written is put together as it comes."""
+    order = [_of(asdict(case)) for case in cases(arguments.networks, arguments.tiny)]
+    threads = max(1, (os.cpu_count() or 1) // (2 * len(arguments.networks)))
+    with tempfile.TemporaryDirectory() as folder:
+        parts = {name: Path(folder, f"{name}.json") for name in arguments.networks}
+        given = sys.argv[1:]
+        processes = [
+            subprocess.Popen(
+                [
+                    sys.executable, "-m", "benchmarks.gpu", *given, "--networks", name, "--results", str(part),
+                    "--lock", str(Path(folder, "lock")),
+                ],
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            )
+            for name, part in parts.items()
+        ]  # fmt: skip
+        try:
+            running = True
+            while running:
+                running = any(process.poll() is None for process in processes)
+                time.sleep(1)
+                made = [json.loads(part.read_text()) for part in parts.values() if part.exists()]
+                if made:
+                    rows = sorted((row for one in made for row in one["rows"]), key=lambda row: order.index(_of(row)))
+                    write(arguments.results, {**made[0], "rows": rows})
+        finally:
+            for process in processes:
+                process.kill()
+
+
+def _of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a row was asked for, its images' size left out, which a network's rows have in common."""
+    return tuple(row[field.name] for field in fields(Case) if field.name != "size")
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Write results, whole at any time, and their table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for target, text in ((path, json.dumps(results, indent=1)), (path.with_suffix(".md"), rendered(results))):
+        with replacing(target) as partial:
+            partial.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -346,29 +346,3 @@ class _Kernels:
 @functools.cache
 def _kernels() -> _Kernels:
     return _Kernels()
-
-
-# ---- in graphs that are compiled -------------------------------------------------------------------------------------
-@torch.library.custom_op("lightning_quant_gpu::backward_of_codes", mutates_args=())
-def backward_of_codes(
-    grad: Tensor, codes: Tensor, low: Tensor, high: Tensor, qmin: float, qmax: float, smallest: float, symmetric: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the numbers and of both ends of their range, of ``codes`` in the shape of the numbers.
-
-    Compiled, the gradient and the two sums would be passes of their own.
-    """
-    if not _is_dense(codes):
-        codes = codes.contiguous()
-    if grad.stride() != codes.stride():
-        grad = torch.empty_like(codes, dtype=grad.dtype).copy_(grad)
-    grid = (qmin, qmax, smallest, symmetric)
-    out, by_low, by_high = _backward(grad, codes, low, high, dtype, grid, Activation.NONE, True, Kept.CODES)
-    assert by_low is not None
-    assert by_high is not None
-    return out, by_low, by_high
-
-
-@backward_of_codes.register_fake
-def _(grad: Tensor, codes: Tensor, low: Tensor, high: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(codes, dtype=more[-1]), torch.empty_like(low), torch.empty_like(high)

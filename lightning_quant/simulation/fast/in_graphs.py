@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_quant.simulation.fast import gpu
 from lightning_quant.simulation.fast.kernels import Activation
 from lightning_quant.simulation.inputs import tensors_in
 
@@ -83,14 +82,15 @@ def fake_quantize(
     """Fake-quantize ``activation(x)``: as :func:`lightning_quant.simulation.fast.gpu.fake_quantize`."""
     learned = torch.is_grad_enabled() and (low.requires_grad or high.requires_grad)
     grid = (float(qmin), float(qmax), symmetric, smallest)
-    if learned and low.numel() == 1 and activation in _CUTS and _has_kernel(x):
+    if learned and low.numel() == 1 and activation in _CUTS and _saves_codes(x):
         return _Coded.apply(x, low, high, grid, activation)
     value = x if activation is Activation.NONE else _ACTIVATIONS[activation](x.float())
     return _FakeQuantize.apply(value, low, high, grid, learned).to(x.dtype)
 
 
-def _has_kernel(x: Tensor) -> bool:
-    return x.is_cuda and gpu.unavailable() is None
+def _saves_codes(x: Tensor) -> bool:
+    """Whether a byte per value is saved and not the value: on a GPU, whose memory it is about."""
+    return x.is_cuda
 
 
 def _grid_of(low: Tensor, high: Tensor, grid: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -125,7 +125,7 @@ _ABOVE, _BELOW, _CUT_OFF, _CODE_SCALE = 127, -128, 126, 240.0
 
 
 class _Coded(torch.autograd.Function):
-    """On a GPU: a byte a number is kept, and a kernel of ours goes back over it once, for all three gradients."""
+    """On a GPU: one byte per value is saved, from which one pass computes all three gradients."""
 
     @staticmethod
     def forward(
@@ -150,8 +150,55 @@ class _Coded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         code, low, high = ctx.saved_tensors
-        (qmin, qmax, symmetric, smallest), dtype = ctx.how
-        return (*gpu.backward_of_codes(grad, code, low, high, qmin, qmax, smallest, symmetric, dtype), None, None)
+        grid, dtype = ctx.how
+        qmin, qmax, _, _ = grid
+        scale, offset, raw, free = _grid_of(low, high, grid)
+        above, below, cut = code == _ABOVE, code == _BELOW, code == _CUT_OFF
+        inside = ~(above | below)
+        out = torch.where(inside & ~cut, grad, 0).to(dtype)
+        given = grad.float()
+        error = torch.where(cut, 0, code.float() * (1 / _CODE_SCALE))
+        q = torch.where(above, qmax + offset, qmin + offset)
+        # in two stages, of which the first is in the pass that makes `out`: the compiler fuses a sum with it only where
+        # both go over the same rows
+        rows = _rows_of(code)
+        by_scale = (given * torch.where(inside, error, q)).sum(rows).sum()
+        by_offset = torch.where(inside, 0, given).sum(rows).sum()
+        return (out, *_range_gradients(by_scale, by_offset, low, scale, raw, free, grid), None, None)
+
+
+# Enough for the sums of rows to be little beside the rows.
+_LEAST_ROW = 64
+
+
+def _rows_of(x: Tensor) -> list[int]:
+    """Return the axes along which a tensor's memory is divided into rows of at least ``_LEAST_ROW`` values."""
+    rows, length = [], 1
+    for axis in sorted(range(x.dim()), key=lambda axis: (x.stride(axis), -axis)):
+        if length >= _LEAST_ROW:
+            break
+        rows.append(axis)
+        length *= x.shape[axis]
+    return rows
+
+
+def _range_gradients(
+    by_scale: Tensor, by_offset: Tensor, low: Tensor, scale: Tensor, raw: Tensor, free: Tensor, grid: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of both ends of a range from the sums over its values.
+
+    scale = |max - min| / steps; offset = round(min / scale) - qmin, straight through the rounding.
+    """
+    qmin, qmax, symmetric, smallest = grid
+    if symmetric:
+        by_offset = torch.zeros_like(low)
+    else:
+        # a bound gives no gradient to what lies on it
+        by_offset = torch.where((free > -qmax) & (free < -qmin), by_offset * scale, 0)
+        by_scale = by_scale - by_offset * low / scale.square()
+    sign = torch.where(raw.abs() > smallest, raw.sign(), 0)
+    by_high = by_scale * sign / (qmax - qmin)
+    return by_offset / scale - by_high, by_high
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -172,16 +219,7 @@ class _FakeQuantize(torch.autograd.Function):
         out = torch.where(inside, grad, 0)
         if not learned:
             return out, None, None, None, None
-        # scale = |max - min| / steps; offset = round(min / scale) - qmin, straight through the rounding
-        qmin, qmax, symmetric, smallest = grid
         given = grad.float()
         by_scale = (given * torch.where(inside, error, q)).sum_to_size(low.shape)
-        by_offset = torch.zeros_like(low)
-        if not symmetric:
-            by_offset = torch.where(inside, 0, given).sum_to_size(low.shape) * scale
-            # a bound gives no gradient to what lies on it
-            by_offset = torch.where((free > -qmax) & (free < -qmin), by_offset, 0)
-            by_scale = by_scale - by_offset * low / scale.square()
-        sign = torch.where(raw.abs() > smallest, raw.sign(), 0)
-        by_high = by_scale * sign / (qmax - qmin)
-        return out, by_offset / scale - by_high, by_high, None, None
+        by_offset = torch.where(inside, 0, given).sum_to_size(low.shape)
+        return (out, *_range_gradients(by_scale, by_offset, low, scale, raw, free, grid), None, None)

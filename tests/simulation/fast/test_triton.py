@@ -164,16 +164,6 @@ def test_a_second_derivative_is_refused() -> None:
         torch.autograd.grad(made.square().sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-def test_the_operator_keeps_what_it_promises(memory_format: torch.memory_format) -> None:
-    """Shapes, types and strides told beforehand are those that come, and nothing that was given is written."""
-    x, grad = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
-    codes = torch.randint(-128, 128, x.shape, dtype=torch.int8).to(memory_format=memory_format)
-    ends = torch.tensor(-1.0), torch.tensor(1.0)
-    arguments = (grad, codes, *ends, 0.0, 255.0, 1e-8, False, torch.float32)
-    torch.library.opcheck(gpu.backward_of_codes, arguments, test_utils=("test_schema", "test_faketensor"))
-
-
 def test_kernels_that_do_not_compile_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton compiles at the first launch: without a C compiler it is there and does not work."""
 
