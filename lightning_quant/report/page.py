@@ -30,6 +30,8 @@ with warnings.catch_warnings():  # Bokeh adds filters to a program's own
 
 REPORT_NAME = "report.html"
 
+# What a run's page need not repeat in every row.
+_IN_THE_TITLE = ("model", "precision")
 # Widest a picture is embedded: wider than a phone or a column of the page, and a few dozen kB.
 _WIDEST = 640
 # Of a model, counted over the process; of documents and elements, random.
@@ -49,7 +51,7 @@ def write_report(folder: str | Path) -> Path:
     record = RunRecord.read(folder / RECORD_NAME)
     figures = LayerFigures.read(folder) if (folder / LAYERS_NAME).is_file() else LayerFigures()
     devices = [DeviceReport.from_dict(values) for values in record.device]
-    header, (row,) = _filled(*table([record]))
+    header, (row,) = _shortened(*table([record]))
     drawn = {
         "ladder": charts.ladder(record),
         **{f"classes{index}": chart for index, chart in enumerate(charts.classes(record))},
@@ -65,9 +67,9 @@ def write_report(folder: str | Path) -> Path:
         verdict=verdict(record),
         record=record,
         summary=list(zip(header, row, strict=True)),
-        rungs=rung_table([record]),
+        rungs=_shortened(*rung_table([record]), without=_IN_THE_TITLE),
         devices=devices,
-        device_table=_filled(*device_table([record])),
+        device_table=_shortened(*device_table([record]), without=_IN_THE_TITLE),
         device_notes=device_notes([record]),
         pictures=[
             {name: _data_url(path) for name, path in panels.items()} for panels in read_comparisons(folder / "overlays")
@@ -86,7 +88,7 @@ def write_sweep_report(folder: str | Path, runs: Mapping[Path, RunRecord]) -> Pa
         runs: the records by the folders of the runs, whose own reports are linked if they are there.
     """
     folder, records = Path(folder), list(runs.values())
-    header, rows = table(records)
+    header, rows = _shortened(*table(records))
     places = [run / REPORT_NAME for run in runs]
     links = [os.path.relpath(place, folder) if place.is_file() else "" for place in places]
     drawn: dict[str, Any] = {"size": _by_size(records)}
@@ -100,8 +102,8 @@ def write_sweep_report(folder: str | Path, runs: Mapping[Path, RunRecord]) -> Pa
         header=header,
         rows=list(zip(links, rows, strict=True)),
         verdicts=[verdict(record) for record in records],
-        rungs=rung_table(records),
-        device_table=_filled(*device_table(records)),
+        rungs=_shortened(*rung_table(records)),
+        device_table=_shortened(*device_table(records)),
         device_notes=device_notes(records),
     )
 
@@ -140,9 +142,11 @@ def _renumbered(script: str, places: dict[str, str]) -> tuple[str, dict[str, str
     return _BOKEH_ID.sub(number, script), {name: _BOKEH_ID.sub(number, place) for name, place in places.items()}
 
 
-def _filled(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """A table without the columns in which nothing stands."""
-    kept = [index for index in range(len(header)) if any(row[index] for row in rows)]
+def _shortened(
+    header: list[str], rows: list[list[str]], without: Sequence[str] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """Return a table without empty columns, and without some others."""
+    kept = [index for index, name in enumerate(header) if name not in without and any(row[index] for row in rows)]
     return [header[index] for index in kept], [[row[index] for index in kept] for row in rows]
 
 
