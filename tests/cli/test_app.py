@@ -137,7 +137,7 @@ def test_without_a_gate_it_always_trains(sweep: tuple[Path, str]) -> None:
     assert (record.exported, set(record.metric), record.ladder["rungs"]) == ("qat", {"float", "qat"}, [])
 
 
-def test_a_killed_run_goes_on_where_it_stopped(sweep: tuple[Path, str]) -> None:
+def test_a_killed_run_resumes_where_it_stopped(sweep: tuple[Path, str]) -> None:
     folder, _ = sweep
     arguments = [
         *SMALL,
@@ -158,7 +158,7 @@ def test_a_killed_run_goes_on_where_it_stopped(sweep: tuple[Path, str]) -> None:
     assert again.metric == whole.metric
 
 
-def test_a_damaged_file_to_go_on_from_is_named(sweep: tuple[Path, str]) -> None:
+def test_a_damaged_file_to_resume_from_is_named(sweep: tuple[Path, str]) -> None:
     folder, _ = sweep
     arguments = [*SMALL, "hydra.run.dir=damaged", "skip_finished=true", "target=none"]
     lightning_quant(folder, *arguments)
@@ -322,7 +322,7 @@ def test_bad_input_ends_with_one_clear_message(tmp_path: Path, arguments: list[s
         assert record["error"]
 
 
-def test_an_unknown_precision_is_told_what_there_is(tmp_path: Path) -> None:
+def test_an_unknown_precision_is_answered_by_those_that_exist(tmp_path: Path) -> None:
     output = lightning_quant(tmp_path, "precision=w3a7", status=1)
     assert "w3a7" in output
     assert "w4a16" in output

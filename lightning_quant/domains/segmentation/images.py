@@ -1,8 +1,10 @@
-"""Photographs: reading one safely, normalising it, and finding unlabelled ones to calibrate with.
+"""Photographs: normalized for a network, and unlabeled ones to calibrate with.
 
 Calibration needs images, not labels, so it can use pictures from the place where the network will work.
 They come from a folder, or from a Hugging Face data set (the optional extra ``datasets``).
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,24 +31,24 @@ _SAVED_DATASET_MARKERS = ("state.json", "dataset_dict.json")
 
 
 def normalize_images(size: tuple[int, int] | None = None) -> v2.Transform:
-    """The transform from a uint8 picture to what the network takes: resize, scale to 0..1, ImageNet mean/std.
+    """Return the transform from a uint8 picture to what the network takes: resize, scale to 0..1, ImageNet mean/std.
 
     Args:
         size: (height, width) in pixels, or ``None`` to keep the size. Images are resized bilinearly with
-            antialiasing; a ``tv_tensors.Mask`` beside them takes the nearest label and is not normalised.
+            antialiasing; a ``tv_tensors.Mask`` beside them takes the nearest label and is not normalized.
     """
     resize = [] if size is None else [v2.Resize(list(size), antialias=True)]
     return v2.Compose([*resize, v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGE_MEAN, IMAGE_STD)])
 
 
-class UnlabelledImages(Dataset[Tensor]):
-    """Pictures without labels, each a normalised float32 tensor [3, H, W].
+class UnlabeledImages(Dataset[Tensor]):
+    """Pictures without labels, each a normalized float32 tensor [3, H, W].
 
     Build it with :meth:`from_files`, or with :func:`find_images` from a folder or a Hugging Face data set.
 
     Args:
-        read: Opens the picture with a given index.
-        length: How many pictures there are.
+        read: opens the picture with a given index.
+        length: how many pictures there are.
         size: (height, width) in pixels to resize to; ``None`` keeps each picture's own size, which must then
             be the same for all pictures of a batch.
     """
@@ -57,8 +59,8 @@ class UnlabelledImages(Dataset[Tensor]):
         self._transform = v2.Compose([v2.ToImage(), normalize_images(size)])
 
     @classmethod
-    def from_files(cls, paths: list[Path], size: tuple[int, int] | None = None) -> "UnlabelledImages":
-        """The given image files, in the given order."""
+    def from_files(cls, paths: list[Path], size: tuple[int, int] | None = None) -> UnlabeledImages:
+        """Read the given image files, in the given order."""
         return cls(_FileReader(paths), len(paths), size)
 
     def __len__(self) -> int:
@@ -94,34 +96,32 @@ class _ColumnReader:
         return open_image(cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]), name)
 
 
-def find_images(
-    source: str | Path, pattern: str | None = None, size: tuple[int, int] | None = None
-) -> UnlabelledImages:
-    """Unlabelled pictures from a folder or from a Hugging Face data set, always in the same order.
+def find_images(source: str | Path, pattern: str | None = None, size: tuple[int, int] | None = None) -> UnlabeledImages:
+    """Find unlabeled pictures in a folder or from a Hugging Face data set, always in the same order.
 
     Args:
-        source: One of
+        source: one of
 
             * a folder of image files, searched recursively, in order of their paths;
             * a folder written by ``datasets.save_to_disk``;
             * a data set with an image column: the id of one on the Hugging Face Hub, or a local copy of one.
-        pattern: Which files of the data set to take, as ``data_files`` of ``datasets.load_dataset``:
+        pattern: which files of the data set to take, as ``data_files`` of ``datasets.load_dataset``:
             ``find_images("UrbanSyn/UrbanSyn", "rgb/*_00*.png")`` downloads only these.
         size: (height, width) in pixels to resize to; ``None`` keeps the size.
 
     Raises:
-        ConfigurationError: The data set needs the package ``datasets``, which is not installed.
-        DataError: Nothing is found under that name, or it holds no images.
+        ConfigurationError: when the data set needs the package ``datasets``, which is not installed.
+        DataError: when nothing is found under that name, or it holds no images.
     """
     folder = Path(source)
     if folder.is_dir() and pattern is None and not _is_saved_dataset(folder):
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if paths:
-            return UnlabelledImages.from_files(paths, size)
+            return UnlabeledImages.from_files(paths, size)
     rows = _load_rows(str(source), pattern)
     column = _image_column(rows, str(source))
     rows = rows.cast_column(column, type(rows.features[column])(decode=False))
-    return UnlabelledImages(_ColumnReader(rows, column, str(source)), len(rows), size)
+    return UnlabeledImages(_ColumnReader(rows, column, str(source)), len(rows), size)
 
 
 def choose(total: int, samples: int, held_out: int = 0, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -135,7 +135,7 @@ def choose(total: int, samples: int, held_out: int = 0, seed: int = 0) -> tuple[
         The chosen indices and the held-out indices; they do not overlap.
 
     Raises:
-        DataError: Nothing would be left to choose.
+        DataError: when nothing would be left to choose.
     """
     if held_out >= total:
         raise DataError(f"Holding out {held_out} of {total} images leaves none. Lower held_out or provide more images.")

@@ -1,4 +1,6 @@
-"""Training and evaluating any segmentation network: the LightningModule of the worked example."""
+"""The LightningModule of the worked example: trains and evaluates any segmentation network."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,20 +29,20 @@ class SegmentationTask(LightningModule):
     """Train and evaluate a segmentation network; knows nothing of quantization.
 
     The network lives in the attribute ``model``, where the callbacks of this package look for it by default.
-    It maps normalised images ``(N, 3, H, W)`` to logits ``(N, num_classes, h, w)`` of any size, as a tensor,
+    It maps normalized images ``(N, 3, H, W)`` to logits ``(N, num_classes, h, w)`` of any size, as a tensor,
     as the first element of a tuple or as the entry ``"out"`` of a dict (torchvision's models). The logits are
     upsampled bilinearly here, outside the network: the upsampling is not quantized and does not run on the
     device.
 
     Logged: ``train_loss`` every step; ``val_loss`` and ``val_miou`` (``test_…``) every epoch. The mean
     intersection over union comes from one confusion matrix over the whole epoch and all processes, see
-    :func:`class_iou` and :func:`mean_iou`; :meth:`per_class_iou` returns its terms.
+    :func:`class_iou`; :meth:`per_class_iou` returns its terms.
 
     The optimizer is AdamW, weight decay on convolution and linear weights only; the learning rate climbs
     linearly for a fraction of the steps and falls to zero along a cosine. Where the trainer cannot tell its
-    number of steps (``max_epochs=-1``), there is neither.
+    number of steps (``max_epochs=-1``), it is constant.
 
-    The network is no hyperparameter; hand it over again when loading::
+    The network is not a hyperparameter; pass it again when loading::
 
         task = SegmentationTask(ffnet_nano(), learning_rate=3e-3)
         task = SegmentationTask.load_from_checkpoint("last.ckpt", network=ffnet_nano())
@@ -72,17 +74,16 @@ class SegmentationTask(LightningModule):
         super().__init__()
         # 255 fits the uint8 of predict_step.
         if not 2 <= num_classes <= 255:
-            raise ConfigurationError(f"num_classes={num_classes} was given; expected 2 to 255.")
+            raise ConfigurationError(f"num_classes={num_classes}: expected 2 to 255.")
         if not learning_rate > 0:
-            raise ConfigurationError(f"learning_rate={learning_rate} was given; expected more than 0.")
+            raise ConfigurationError(f"learning_rate={learning_rate}: expected more than 0.")
         if not weight_decay >= 0:
-            raise ConfigurationError(f"weight_decay={weight_decay} was given; expected 0 or more.")
+            raise ConfigurationError(f"weight_decay={weight_decay}: expected 0 or more.")
         if not 0 <= warmup_fraction < 1:
-            raise ConfigurationError(f"warmup_fraction={warmup_fraction} was given; expected 0 to below 1.")
+            raise ConfigurationError(f"warmup_fraction={warmup_fraction}: expected 0 to below 1.")
         if class_weights is not None and (len(class_weights) != num_classes or min(class_weights) < 0):
             raise ConfigurationError(
-                f"class_weights={class_weights} was given; expected {num_classes} numbers (one a class), "
-                "each 0 or more."
+                f"class_weights={class_weights}: expected {num_classes} numbers, one per class, each 0 or more."
             )
         self.save_hyperparameters(ignore=["network"])
         self.model = network
@@ -104,7 +105,7 @@ class SegmentationTask(LightningModule):
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes, H, W)`` at the size of ``images`` ``(N, 3, H, W)``."""
+        """Return logits ``(N, num_classes, H, W)`` at the size of ``images`` ``(N, 3, H, W)``."""
         return self._logits(images, images.shape[-2:])
 
     @override
@@ -124,7 +125,7 @@ class SegmentationTask(LightningModule):
 
     @override
     def predict_step(self, batch: Tensor | Batch, batch_idx: int) -> Tensor:
-        """Class maps, uint8 ``(N, H, W)``, of bare images or of the images of ``(images, targets)``."""
+        """Return class maps, uint8 ``(N, H, W)``, of bare images or of the images of ``(images, targets)``."""
         images = batch if isinstance(batch, Tensor) else batch[0]
         return self(images).argmax(dim=1).to(torch.uint8)
 
@@ -180,7 +181,7 @@ class SegmentationTask(LightningModule):
         return CLASS_NAMES if self.num_classes == NUM_CLASSES else tuple(f"class {i}" for i in range(self.num_classes))
 
     def per_class_iou(self, stage: str = "val") -> dict[str, float]:
-        """Intersection over union of each class that occurred in the labels of the last epoch of ``stage``.
+        """Return the intersection over union of each class that occurred in the labels of the last epoch of ``stage``.
 
         Args:
             stage: ``"val"`` or ``"test"``.
@@ -215,8 +216,8 @@ class SegmentationTask(LightningModule):
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         weights = self.get_buffer("class_weights") if self.class_weights is not None else None
         total = F.cross_entropy(logits, targets, weights, ignore_index=self.ignore_index, reduction="sum")
-        labelled = targets != self.ignore_index
-        count = labelled.sum() if weights is None else (weights[targets * labelled] * labelled).sum()
+        labeled = targets != self.ignore_index
+        count = labeled.sum() if weights is None else (weights[targets * labeled] * labeled).sum()
         # reduction="mean" divides 0 by 0 where a batch is all void, and one NaN ends the training.
         return total / count.to(total.dtype).clamp(min=torch.finfo(total.dtype).tiny)
 
@@ -240,9 +241,9 @@ class SegmentationTask(LightningModule):
 
 
 def class_iou(confusion: Tensor) -> Tensor:
-    """Intersection over union of each class: ``TP / (TP + FP + FN)``.
+    """Compute the intersection over union of each class: ``TP / (TP + FP + FN)``.
 
-    A class that no label holds gets NaN, and with it no place in the mean, even where pixels were predicted
+    A class that no label holds gets NaN and so does not count in the mean, even where pixels were predicted
     to be of that class: those count as missed pixels (FN) of their true classes. Cityscapes' own script and
     torchmetrics' Jaccard index would add a zero for such a class, which makes the mean of a small validation
     split jump when one stray pixel appears; with all 19 classes in the labels, the three agree.
@@ -254,14 +255,14 @@ def class_iou(confusion: Tensor) -> Tensor:
         float (C,), each 0 to 1 or NaN.
     """
     hits = confusion.diag()
-    labelled = confusion.sum(dim=1)
-    union = labelled + confusion.sum(dim=0) - hits
+    labeled = confusion.sum(dim=1)
+    union = labeled + confusion.sum(dim=0) - hits
     # 0 / 0 never reaches the result: a class with labels has a union.
-    return torch.where(labelled > 0, hits / union, torch.nan)
+    return torch.where(labeled > 0, hits / union, torch.nan)
 
 
 def first_tensor(output: object) -> Tensor:
-    """The logits in what a network returned: a tensor, ``output["out"]``, or the first of a tuple.
+    """Return the logits in what a network returned: a tensor, ``output["out"]``, or the first of a tuple.
 
     Raises:
         ConfigurationError: there is no tensor at these places.
@@ -282,7 +283,7 @@ def first_tensor(output: object) -> Tensor:
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups: weights with more than one dimension decay, nothing else does.
+    """Return the trainable parameters in two groups: weights with more than one dimension decay, nothing else does.
 
     By name as well as by shape: the trainable ranges of a quantized network have the dimensions of the weight
     that they belong to, and a range that decays clips its weight.
@@ -295,30 +296,8 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
     return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
 
 
-def balanced_class_weights(pixels: Sequence[int]) -> list[float]:
-    """Weights for the loss that keep rare classes from being ignored: ``1 / sqrt(frequency)``, 1 on average.
-
-    The square root is a middle way: with the inverse itself the rarest classes dominate the loss and flood
-    the picture. Frequencies below 1e-4 count as 1e-4.
-
-    Args:
-        pixels: how many pixels of each class the training labels hold.
-
-    Returns:
-        One weight a class, 0 for a class without pixels.
-
-    Raises:
-        ConfigurationError: there are no pixels at all.
-    """
-    counts = torch.tensor(pixels, dtype=torch.float64)
-    if not counts.sum() > 0:
-        raise ConfigurationError(f"pixels={list(pixels)} was given; expected at least one pixel of a class.")
-    weights = (counts / counts.sum()).clamp(min=1e-4).rsqrt() * (counts > 0)
-    return (weights / weights[counts > 0].mean()).tolist()
-
-
 def cosine_with_warmup(step: int, steps: float, warmup: float) -> float:
-    """Factor on the learning rate: linear to 1 over ``warmup`` steps, then a half cosine to 0 at ``steps``.
+    """Return the factor on the learning rate: linear to 1 over ``warmup`` steps, then a half cosine to 0 at ``steps``.
 
     The cosine of Loshchilov and Hutter, "SGDR", 2017, without restarts.
     """

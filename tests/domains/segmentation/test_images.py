@@ -48,11 +48,11 @@ def test_a_folder_is_searched_recursively_in_order_of_paths(tmp_path: Path) -> N
     assert find_images(tmp_path, size=(4, 6))[0].shape == (3, 4, 6)
 
 
-def test_grey_and_transparent_images_become_rgb(tmp_path: Path) -> None:
-    Image.new("L", (8, 8), 255).save(tmp_path / "grey.png")
+def test_gray_and_transparent_images_become_rgb(tmp_path: Path) -> None:
+    Image.new("L", (8, 8), 255).save(tmp_path / "gray.png")
     Image.new("RGBA", (8, 8), (255, 255, 255, 0)).save(tmp_path / "transparent.png")
-    grey, transparent = find_images(tmp_path)
-    assert torch.equal(grey, transparent)
+    gray, transparent = find_images(tmp_path)
+    assert torch.equal(gray, transparent)
 
 
 def test_a_pattern_selects_files_of_a_data_set(urban: Path) -> None:

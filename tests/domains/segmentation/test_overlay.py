@@ -36,9 +36,9 @@ def test_denormalize_clips_what_no_photo_holds() -> None:
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_colorize_takes_the_palette_and_black_for_void(as_tensor: bool) -> None:
     classes = np.array([[*range(19), VOID]], dtype=np.uint8)
-    colours = colorize(torch.from_numpy(classes).long() if as_tensor else classes)
-    assert colours.dtype == np.uint8
-    assert colours.tolist() == [[*PALETTE.tolist(), [0, 0, 0]]]
+    colors = colorize(torch.from_numpy(classes).long() if as_tensor else classes)
+    assert colors.dtype == np.uint8
+    assert colors.tolist() == [[*PALETTE.tolist(), [0, 0, 0]]]
 
 
 def test_overlay_mixes_and_leaves_void_to_the_photo() -> None:
