@@ -84,7 +84,7 @@ screenshots: demo  ## the pictures in README, of the demo's reports (needs Chrom
 
 check-gpu: install  ## on a CUDA GPU: the kernels and training there against the CPU's (2 minutes)
 	$(BIN)/python -m pytest -n 8 tests/gpu tests/callbacks/test_finiteness.py::test_on_a_gpu_it_reads_late_by_itself \
-		tests/deploy/test_bundle.py::test_network_is_back_on_its_device
+		tests/deploy/test_export.py::test_network_is_back_on_its_device
 
 # Each file's tests stay in one process, which makes their fixtures once; tests/conftest.py puts long files first.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

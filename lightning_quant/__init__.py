@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from lightning_quant.callbacks.post_training import PostTrainingQuantization
     from lightning_quant.callbacks.resume_point import ResumePoint
     from lightning_quant.callbacks.training import QuantizationAwareTraining
-    from lightning_quant.deploy.bundle import export_bundle
+    from lightning_quant.deploy.export import export_bundle
+    from lightning_quant.deploy.targets.target import Target
     from lightning_quant.precision import Precision
     from lightning_quant.recipe import QuantRecipe
     from lightning_quant.report.pictures import Comparison
@@ -29,7 +30,8 @@ _HOMES = {
     "QuantizationAwareTraining": "lightning_quant.callbacks.training",
     "RangeEstimator": "lightning_quant.simulation.range_estimators",
     "ResumePoint": "lightning_quant.callbacks.resume_point",
-    "export_bundle": "lightning_quant.deploy.bundle",
+    "Target": "lightning_quant.deploy.targets.target",
+    "export_bundle": "lightning_quant.deploy.export",
     "load_quantized": "lightning_quant.callbacks.checkpoint",
     "read_manifest": "lightning_quant.callbacks.checkpoint",
 }
@@ -43,6 +45,7 @@ __all__ = [
     "QuantizationAwareTraining",
     "RangeEstimator",
     "ResumePoint",
+    "Target",
     "export_bundle",
     "load_quantized",
     "read_manifest",

@@ -16,7 +16,6 @@ FILES = {
 }
 # Still to be parted; nothing is added here.
 IMPORT_EACH_OTHER: set[frozenset[str]] = {
-    frozenset({"report.page", "report.summary"}),
     frozenset({"simulation.callsites.places", "simulation.callsites.sites"}),
     frozenset({"simulation.callsites.recording", "simulation.callsites.running"}),
     frozenset({"simulation.callsites.running", "simulation.callsites.sites"}),

@@ -22,8 +22,8 @@ from lightning_quant.callbacks.lightning_internals import own_trainer_kept, vali
 from lightning_quant.callbacks.lightning_packages import of_package
 from lightning_quant.callbacks.restored_state import restored_state
 from lightning_quant.callbacks.validation import swapped_network
-from lightning_quant.deploy.bundle import single_samples
 from lightning_quant.deploy.samples import Tensors
+from lightning_quant.deploy.single_samples import single_samples
 from lightning_quant.errors import CalibrationError
 from lightning_quant.simulation.batch_axes import NoBatchAxisError, cut, find_axes, fit
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors

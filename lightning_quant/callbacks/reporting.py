@@ -14,7 +14,7 @@ import torch
 from lightning_quant.callbacks.quantization import QuantizationCallback, callback_of
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.callbacks.visualizer import class_figures, draw_comparisons, log_pictures
-from lightning_quant.deploy.bundle import Bundle, on_cpu_in_eval
+from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.page import write_report
@@ -23,6 +23,7 @@ from lightning_quant.report.record import RunRecord
 from lightning_quant.report.sensitivity import write_sensitivity
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.utilities.modules import on_cpu_in_eval
 
 # Histograms and pictures of so many samples; each layer is measured alone with half of them.
 SAMPLES = 4
@@ -117,20 +118,24 @@ def _record(
         status="finished",
         model=network.float_class.__name__,
         data=type(trainer.datamodule).__name__ if getattr(trainer, "datamodule", None) else "",  # type: ignore[attr-defined]
-        precision=str(network.recipe.precision),
+        precision=network.recipe.precision,
         config_hash="",
         exported="qat" if training is not None and trainer.global_step > 0 else "ptq",
-        bytes=manifest["bytes"],
-        parity=manifest["parity"],
-        device=[report.to_dict() for report in devices],
+        bytes=manifest.bytes,
+        parity=manifest.parity,
+        device=list(devices),
         artifacts={"bundle": f"../{bundle.path.name}"},
         versions={name: importlib.metadata.version(name) for name in packages},
         reproduce=_reproduce(callback),
-        config={"recipe": identity, "raised": manifest["raised"], "range_estimator": manifest["range_estimator"]},
+        config={
+            "recipe": identity,
+            "raised": {name: str(precision) for name, precision in manifest.promoted.items()},
+            "range_estimator": manifest.range_estimator,
+        },
     )
     if training is not None and training.climbs and training.result.best is not None:
         ladder = training.result
-        record.monitor, record.mode, record.ladder = ladder.monitor, ladder.mode, ladder.to_dict()
+        record.monitor, record.mode, record.ladder = ladder.monitor, ladder.mode, ladder
         known = {"float": ladder.float_metric, **{rung.rung: rung.metric for rung in ladder.rungs}}
         record.metric = {name: value for name, value in known.items() if value is not None}
         record.exported = training.result.best.rung

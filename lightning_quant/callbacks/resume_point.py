@@ -13,7 +13,7 @@ import torch
 from typing_extensions import override
 
 from lightning_quant.callbacks.lightning_packages import AnyCheckpoint
-from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.files import atomic_write
 
 
 class ResumePoint(AnyCheckpoint):
@@ -84,7 +84,7 @@ def save_whole(trainer: pl.Trainer, path: Path) -> None:
     Lightning writes to the system's folder for temporary files and moves from there, which is a copy where that is
     another file system, and half a checkpoint where it is interrupted.
     """
-    with replacing(path) if trainer.is_global_zero else nullcontext(path) as partial:
+    with atomic_write(path) if trainer.is_global_zero else nullcontext(path) as partial:
         trainer.save_checkpoint(partial, weights_only=False)
     trainer.strategy.barrier()
 

@@ -43,9 +43,10 @@ from lightning_quant.ladder.rungs.ptq import CalibratedRanges
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.compiled import Compiled, check_options
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.range_estimators import RangeEstimator, RangeEstimatorSpec
-from lightning_quant.utilities.files import alone
+from lightning_quant.simulation.range_estimators import RangeEstimator
+from lightning_quant.utilities.files import exclusive_lock
 from lightning_quant.utilities.memory import PeakMemory
+from lightning_quant.utilities.registry import Spec
 
 
 class QuantizationAwareTraining(QuantizationCallback):
@@ -121,7 +122,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         hardware: str = "htp_v75",
         calibration_samples: int = 256,
         calibration_dataloader: Iterable[Any] | None = None,
-        range_estimator: RangeEstimator | RangeEstimatorSpec = "min_max",
+        range_estimator: RangeEstimator | Spec = "min_max",
         overrides: Mapping[str, str] | None = None,
         strict: bool = False,
         max_drop: float | None = None,
@@ -496,7 +497,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._locked.close()  # of a fit that was not torn down
         if trainer.is_global_zero:
             busy = f"Another fit is writing to {folder}: expected a folder for each. Give another default_root_dir."
-            self._locked.enter_context(alone(folder / ".lock", ConfigurationError(busy)))
+            self._locked.enter_context(exclusive_lock(folder / ".lock", ConfigurationError(busy)))
 
     def _look_back(self, trainer: pl.Trainer) -> None:
         """Read the last flag, before what the step has made of the weights is measured or kept."""

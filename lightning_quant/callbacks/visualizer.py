@@ -17,9 +17,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_quant.callbacks.lightning_packages import either
-from lightning_quant.deploy.bundle import on_cpu_in_eval
 from lightning_quant.report.pictures import Comparison
 from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.utilities.modules import on_cpu_in_eval
 
 _DIGITS = 4
 

@@ -13,7 +13,7 @@ from lightning_quant.callbacks.resume_point import ResumePoint
 from lightning_quant.cli.parts import Parts
 from lightning_quant.errors import CheckpointError
 from lightning_quant.report.record import RunRecord, config_hash
-from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.files import atomic_write
 from lightning_quant.utilities.parsing import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def _train(parts: Parts, task: pl.LightningModule, path: Path) -> None:
     options = {"max_epochs": parts.config.float.epochs, "limit_val_batches": 0, "enable_checkpointing": True}
     trainer = parts.trainer(point, logger=parts.logger("float"), **options)
     trainer.fit(task, datamodule=parts.data, ckpt_path=point.ckpt_path, weights_only=True)
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         trainer.save_checkpoint(partial, weights_only=True)
     point.path.unlink()
 

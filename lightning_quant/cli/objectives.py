@@ -14,9 +14,7 @@ _OBJECTIVES: dict[str, Callable[[RunRecord], float]] = {
     "metric": lambda record: record.metric.get(record.exported or "", math.nan),
     "drop": lambda record: math.nan if record.drop is None else record.drop,
     "megabytes": lambda record: record.bytes.get("quantized", math.nan) / 1e6,
-    "latency_ms": lambda record: (
-        record.device[0].get("median_latency_us", math.nan) / 1000 if record.device else math.nan
-    ),
+    "latency_ms": lambda record: (record.device[0].median_latency_us or math.nan) / 1000 if record.device else math.nan,
     "seconds": lambda record: sum(record.seconds.values()),
 }
 

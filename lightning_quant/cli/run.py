@@ -23,7 +23,7 @@ from lightning_quant.precision import Precision
 from lightning_quant.report.page import REPORT_NAME, write_report
 from lightning_quant.report.record import RECORD_NAME, RunRecord, config_hash
 from lightning_quant.report.summary import print_artifacts, print_summary
-from lightning_quant.utilities.files import alone
+from lightning_quant.utilities.files import exclusive_lock
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def record_failure(config: DictConfig, error: Exception) -> None:
 def _alone(folder: Path) -> AbstractContextManager[None]:
     """Refuse a second run in a folder."""
     busy = f"Another run is writing to {folder}: expected a folder for each. Give another hydra.run.dir, or wait."
-    return alone(folder / ".lock", ConfigurationError(busy))
+    return exclusive_lock(folder / ".lock", ConfigurationError(busy))
 
 
 def _keep_logs(folder: Path) -> None:
@@ -140,7 +140,7 @@ def _new_record(config: DictConfig) -> RunRecord:
         status="running",
         model=choices["model"],
         data=choices["data"],
-        precision=str(Precision.parse(config.precision)),
+        precision=Precision.parse(config.precision),
         config_hash=config_hash(plain),
         monitor=config.monitor,
         mode=config.mode,

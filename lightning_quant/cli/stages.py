@@ -22,8 +22,8 @@ from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.callbacks.visualizer import DrawsComparisons, class_figures, draw_comparisons, log_pictures
 from lightning_quant.cli.float_network import float_task, read_or_refuse
 from lightning_quant.cli.parts import Parts
-from lightning_quant.deploy.bundle import first_samples
 from lightning_quant.deploy.push import device_folder
+from lightning_quant.deploy.single_samples import first_samples
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.pictures import legend_of, write_comparisons
@@ -144,7 +144,7 @@ class Stages:
         try:
             trainer.fit(task, datamodule=self.parts.data, ckpt_path=ckpt_path, weights_only=True)
         finally:
-            self.record.ladder = callback.result.to_dict()
+            self.record.ladder = callback.result
         self.drift = callback.drift
         result = callback.result
         self.record.metric |= {rung.rung: rung.metric for rung in result.rungs if rung.metric is not None}
@@ -178,11 +178,11 @@ class Stages:
                 checkpoint = self.folder / f"{name}.ckpt"
                 trainer.save_checkpoint(checkpoint, weights_only=True)
                 manifest = export.bundle.manifest
-                self.record.bytes = manifest["bytes"]
-                self.record.parity = manifest["parity"]
+                self.record.bytes = manifest.bytes
+                self.record.parity = manifest.parity
                 self.record.artifacts["bundle"] = str(export.bundle.path.relative_to(self.folder))
                 self.record.artifacts["checkpoint"] = checkpoint.name
-                self.record.device = [report.to_dict() for report in export.reports]
+                self.record.device = list(export.reports)
                 if export.reports:
                     self.record.artifacts["device"] = str(device_folder(export.bundle).relative_to(self.folder))
                 self._look_inside(trainer, quantized)

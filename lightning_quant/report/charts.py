@@ -1,4 +1,4 @@
-"""The charts of the reports, as Bokeh figures; ``report.js`` gives them the colours of the page's scheme."""
+"""The charts of the reports, as Bokeh figures; ``report.js`` gives them the colors of the page's scheme."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from bokeh.models import BoxAnnotation, ColumnDataSource, FactorRange, HoverTool
 from bokeh.plotting import figure
 from bokeh.transform import dodge
 
-from lightning_quant.ladder.gate import Ladder
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.record import RunRecord
 from lightning_quant.report.sensitivity import SHOWN
@@ -20,17 +19,15 @@ from lightning_quant.simulation.sensitivity import LayerSensitivity
 BLUE, ORANGE, GREY, GREEN = "#3d8bd4", "#de7f26", "#8a8a8a", "#3fa35b"
 _HISTOGRAM = "histogram"
 _LABEL = 22
-# Curves of more quantizers than these cannot be told apart.
+# Curves of more quantizers than these cannot be distinguished.
 _CURVES = 8
 
 
 def ladder(record: RunRecord) -> figure | None:
-    """The metric after each rung, with float and the bound; what was rolled back is hollow."""
-    if not record.ladder.get("rungs"):
-        return None
-    found = Ladder.from_dict(record.ladder)
-    rungs = [rung for rung in found.rungs if rung.metric is not None]
-    if not rungs or found.float_metric is None:
+    """Draw the metric after each rung, with float and the bound; what was rolled back is hollow."""
+    found = record.ladder
+    rungs = [] if found is None else [rung for rung in found.rungs if rung.metric is not None]
+    if found is None or found.float_metric is None or not rungs:
         return None
     names = ["float", *(rung.rung for rung in rungs)]
     source = ColumnDataSource(
@@ -67,7 +64,7 @@ def ladder(record: RunRecord) -> figure | None:
 
 
 def classes(record: RunRecord) -> list[figure]:
-    """A chart for each kind of figures of single classes, float beside exported where both were measured."""
+    """Draw a chart for each kind of figures of single classes, float beside exported where both were measured."""
     sides = {"float": record.class_figures.get("float", {})}
     sides["quantized"] = record.class_figures.get(record.exported or "", {})
     return [
@@ -103,7 +100,7 @@ def _classes(kind: str, sides: Mapping[str, Mapping[str, float]]) -> figure:
 
 
 def sensitivity(found: Sequence[LayerSensitivity], shown: int = SHOWN) -> figure | None:
-    """The most sensitive layers: the output's noise with that part alone quantized."""
+    """Draw the most sensitive layers: the output's noise with that part alone quantized."""
     finite = [one for one in found if math.isfinite(one.sqnr_db)][:shown]
     if not finite:
         return None
@@ -138,7 +135,7 @@ def sensitivity(found: Sequence[LayerSensitivity], shown: int = SHOWN) -> figure
 
 
 def histogram(tensors: Sequence[QuantizedTensor]) -> figure | None:
-    """The values of one tensor on its integer grid; ``report.js`` changes the tensor that is shown."""
+    """Draw the values of one tensor on its integer grid; ``report.js`` changes the tensor that is shown."""
     if not tensors:
         return None
     columns = histogram_columns(tensors[0])
@@ -159,7 +156,7 @@ def histogram(tensors: Sequence[QuantizedTensor]) -> figure | None:
 
 
 def histogram_columns(tensor: QuantizedTensor) -> dict[str, list[float] | list[str]]:
-    """The columns of :func:`histogram` for one tensor: edges in integers, shares in percent, colours."""
+    """Return the columns of :func:`histogram` for one tensor: edges in integers, shares in percent, colors."""
     first, last = tensor.bins
     width = (last - first) / len(tensor.counts)
     left = [first + index * width for index in range(len(tensor.counts))]
@@ -175,7 +172,7 @@ def histogram_columns(tensor: QuantizedTensor) -> dict[str, list[float] | list[s
 
 
 def drift(figures: LayerFigures) -> figure | None:
-    """How the ranges that moved most did so during training."""
+    """Draw how the ranges that moved most did so during training."""
     moved = sorted(figures.drift.items(), key=lambda item: -max(map(abs, item[1]), default=0))[:_CURVES]
     if not moved or len(figures.drift_steps) < 2:
         return None
@@ -191,12 +188,12 @@ def drift(figures: LayerFigures) -> figure | None:
     chart.multi_line("steps", "values", source=source, color="color", line_width=2)
     chart.add_tools(HoverTool(tooltips=[("", "@name")], line_policy="nearest"))
     chart.xaxis.axis_label = "training step"
-    chart.yaxis.axis_label = "log2 of the step length, relative to calibration"
+    chart.yaxis.axis_label = "log2 of the scale, relative to calibration"
     return chart
 
 
 def pareto(title: str, x_label: str, y_label: str, points: Sequence[tuple[str, float, float, bool]]) -> figure | None:
-    """Runs of a sweep by what is traded off; those that no other one beats are joined by a line.
+    """Draw the runs of a sweep by what is traded off; those that no other one beats are joined by a line.
 
     Args:
         title: of the chart.

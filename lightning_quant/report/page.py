@@ -13,7 +13,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.errors import DataError
 from lightning_quant.report.device_table import Candidate, device_notes, device_table, dominated
 from lightning_quant.report.layers import LAYERS_NAME, LayerFigures
@@ -22,7 +21,7 @@ from lightning_quant.report.record import RECORD_NAME, RunRecord
 from lightning_quant.report.summary import rung_table, table
 from lightning_quant.report.verdict import sweep_verdict, verdict
 from lightning_quant.simulation.quantized_tensors import QuantizedTensor
-from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.files import atomic_write
 from lightning_quant.utilities.images import open_image
 
 with warnings.catch_warnings():  # Bokeh adds filters to a program's own
@@ -50,7 +49,6 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     record = RunRecord.read(folder / RECORD_NAME)
     figures = LayerFigures.read(folder) if (folder / LAYERS_NAME).is_file() else LayerFigures()
-    devices = [DeviceReport.from_dict(values) for values in record.device]
     header, (row,) = _shortened(*table([record]))
     drawn = {
         "ladder": charts.ladder(record),
@@ -63,12 +61,12 @@ def write_report(folder: str | Path) -> Path:
         folder,
         "run.html",
         drawn,
-        title=f"{record.model} in {record.precision.upper()}",
+        title=f"{record.model} in {str(record.precision).upper()}",
         verdict=verdict(record),
         record=record,
         summary=list(zip(header, row, strict=True)),
         rungs=_shortened(*rung_table([record]), without=_IN_THE_TITLE),
-        devices=devices,
+        devices=record.device,
         device_table=_shortened(*device_table([record]), without=_IN_THE_TITLE),
         device_notes=device_notes([record]),
         pictures=[
@@ -127,7 +125,7 @@ def _write(folder: Path, template: str, drawn: Mapping[str, Any], **values: Any)
         script=(files / "report.js").read_text(),
     )
     path = folder / REPORT_NAME
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
 
@@ -172,7 +170,7 @@ def _described(tensor: QuantizedTensor) -> dict[str, str]:
         "tensor": tensor.tensor,
         "bits": str(tensor.bits),
         "grid": f"{tensor.qmin} … {tensor.qmax}{', symmetric' if tensor.symmetric else ''}",
-        "scales": "1" if tensor.channels == 1 else f"{tensor.channels}, one a channel",
+        "scales": "1" if tensor.channels == 1 else f"{tensor.channels}, one per channel",
         "scale": span(tensor.scale, ".4g"),
         "zero point": span(sorted(-value for value in tensor.offset), "d"),
         "range": f"{tensor.low:.4g} … {tensor.high:.4g}",
@@ -191,7 +189,7 @@ def _histogram(tensor: QuantizedTensor) -> dict[str, Any]:
 
 
 def _by_size(records: Sequence[RunRecord]) -> Any:
-    sized = [(one, Candidate(one.precision, 0.0, one.bytes["quantized"] / 1e6)) for one in records if one.bytes]
+    sized = [(one, Candidate(str(one.precision), 0.0, one.bytes["quantized"] / 1e6)) for one in records if one.bytes]
     return _tradeoff("size", "quantized model, MB", sized)
 
 
@@ -199,10 +197,10 @@ def _by_latency(records: Sequence[RunRecord]) -> list[Any]:
     """One chart for each device and runtime whose latency was measured."""
     timed: dict[str, list[tuple[RunRecord, Candidate]]] = {}
     for record in records:
-        for report in map(DeviceReport.from_dict, record.device):
+        for report in record.device:
             if report.median_latency_us is not None:
                 where = f"latency: {report.device}, {report.runtime}"
-                candidate = Candidate(record.precision, 0.0, 0.0, report.median_latency_us / 1000)
+                candidate = Candidate(str(record.precision), 0.0, 0.0, report.median_latency_us / 1000)
                 timed.setdefault(where, []).append((record, candidate))
     return [_tradeoff(where, "median latency, ms", pairs) for where, pairs in timed.items()]
 

@@ -130,7 +130,7 @@ FIELDS: dict[str, list[tuple[str, Any]]] = {
         ("ladder.rungs", {}), ("ladder.rungs.0.metric", "high"), ("ladder.rungs.0.rung", "cle"),
         ("ladder.mode", "best"),
         ("parity.psnr_db", "high"), ("artifacts", None), ("config.seed", VALUES["lists in lists"]), ("model", "\ud800"),
-        ("device.0.jobs.compile", "javascript:alert(1)"), ("device.0.latency_us", [0]), ("device.0.tier", "phone"),
+        ("device.0.jobs.compile", "javascript:alert(1)"), ("device.0.latency_us", [0]), ("device.0.tier", "a phone"),
         ("device.0.layers", {"NPU": []}), ("device.0.against_float", {}), ("surprise", 2),
     ],
     "layers": [
@@ -142,7 +142,7 @@ FIELDS: dict[str, list[tuple[str, Any]]] = {
         ("sensitivity.0.quantizers", "abc"), ("drift", [1]), ("drift_steps", [0]), ("sensitivity.0.part", "both"),
     ],
     "device report": [
-        ("tier", "phone"), ("status", "well"), ("latency_us", [0]), ("latency_us", "fast"), ("memory_bytes", [2, 1]),
+        ("tier", "a phone"), ("status", "well"), ("latency_us", [0]), ("latency_us", "fast"), ("memory_bytes", [2, 1]),
         ("memory_bytes", []), ("layers", {"NPU": []}), ("jobs.compile", "javascript:alert(1)"), ("samples", -1),
         ("against_float.psnr_db", "high"), ("latency_us.0", VALUES["10**1000"]), ("device", None), ("bytes.float", 1.5),
     ],

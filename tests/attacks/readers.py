@@ -18,12 +18,14 @@ from PIL import Image
 
 import lightning_quant as lq
 from lightning_quant.cli.float_network import load_float
-from lightning_quant.deploy.bundle import export_bundle, load_bundle
+from lightning_quant.deploy.bundle import load_bundle
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.push import Push, resume
 from lightning_quant.deploy.samples import Samples
 from lightning_quant.deploy.targets import worker
 from lightning_quant.deploy.targets.aihub import target as aihub
+from lightning_quant.deploy.targets.aihub.job import Outcomes
 from lightning_quant.deploy.targets.aihub.journal import Journal
 from lightning_quant.domains.segmentation.cityscapes import read_labels
 from lightning_quant.domains.segmentation.scenes import generate_scenes
@@ -92,7 +94,7 @@ def calibrate_with_cache(folder: Path) -> Any:
     return network
 
 
-def go_on(folder: Path) -> Any:
+def resume_pushed(folder: Path) -> Any:
     """Resume a push, wherever the request says: nobody's token is at hand."""
     with mock.patch.dict(os.environ, {"HOME": str(folder), "QAIHUB_CLIENT_INI": str(folder / "none.ini")}):
         return resume(folder / "pushed/net")
@@ -103,7 +105,7 @@ def fetch(folder: Path) -> Any:
     bundle, result = load_bundle(folder / "fetched/net"), folder / "fetched/result.json"
 
     def found(*_: Any) -> Any:
-        return worker._read(result, dict[str, Any])
+        return worker._read(result, Outcomes)
 
     target = aihub.AiHubTarget(["Samsung Galaxy S24"], compare_float=False)
     with mock.patch.object(aihub, "run_worker", found):
@@ -122,10 +124,12 @@ READERS = {
         "device/report.json", lambda at: DeviceReport.read(at / "device/report.json").sentence(), DataError
     ),
     "journal": Reader("device/journal.json", lambda at: Journal(at / "device/journal.json"), DeviceError),
-    "manifest": Reader("pushed/net/manifest.json", lambda at: load_bundle(at / "pushed/net").needs_int16, ExportError),
+    "manifest": Reader(
+        "pushed/net/manifest.json", lambda at: load_bundle(at / "pushed/net").manifest.int16_activations, ExportError
+    ),
     "model": Reader("pushed/net/net.onnx", lambda at: load_bundle(at / "pushed/net"), ExportError),
     "encodings": Reader("pushed/net/net.aimet/model.encodings", lambda at: load_bundle(at / "pushed/net"), ExportError),
-    "request": Reader("pushed/net.device/request.json", go_on, LightningQuantError, slow=True),
+    "request": Reader("pushed/net.device/request.json", resume_pushed, LightningQuantError, slow=True),
     "samples": Reader(
         "pushed/net.device/samples.npz", lambda at: Samples.read(at / "pushed/net.device/samples.npz"), DataError
     ),

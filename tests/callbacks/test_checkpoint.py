@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 import lightning_quant as lq
-from lightning_quant.deploy.bundle import export_bundle
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.errors import CheckpointError
 from lightning_quant.simulation.inputs import NetworkInputs
 from tests.helpers.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
@@ -122,7 +122,7 @@ def test_ends_of_a_range_that_training_carried_past_each_other(
     image = small_data()[0][0][None]
     assert loaded.model(image).isfinite().all()
     bundle = export_bundle(loaded.quantized, tmp_path / "bundle", [NetworkInputs((image,))])
-    parity = bundle.manifest["parity"]["psnr_db"]
+    parity = bundle.manifest.parity.psnr_db
     assert parity is None or parity > 60
 
 

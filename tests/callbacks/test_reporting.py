@@ -44,10 +44,10 @@ def test_a_fit_ends_with_a_report_and_curves_in_the_loggers(trainer: MakeTrainer
         "sensitivity.png",
     ]
     record, figures = RunRecord.read(folder / "results.json"), LayerFigures.read(folder)
-    assert (record.model, record.precision, record.monitor) == ("SmallNet", "w4a8", "val_loss")
+    assert (record.model, str(record.precision), record.monitor) == ("SmallNet", "w4a8", "val_loss")
     assert set(record.metric) >= {"float", "ptq", "qat"}
     assert record.exported == quantization.result.best.rung  # type: ignore[union-attr]
-    assert [one["tier"] for one in record.device] == ["onnxruntime"]
+    assert [one.tier for one in record.device] == ["onnxruntime"]
     assert figures.drift_steps == quantization.drift.steps == list(range(0, one.global_step + 1, 2))  # type: ignore[union-attr]
     page = (folder / "report.html").read_text()
     assert "W4A8 falls short of" in page

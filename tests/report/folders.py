@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.parity import Parity
 from lightning_quant.domains.segmentation.cityscapes import CLASS_NAMES
 from lightning_quant.domains.segmentation.images import normalize_images
 from lightning_quant.domains.segmentation.overlay import compare_class_maps
 from lightning_quant.domains.segmentation.scenes import draw_scene
 from lightning_quant.ladder.gate import Ladder
+from lightning_quant.precision import Precision
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.pictures import legend_of, write_comparisons
 from lightning_quant.report.record import RunRecord
@@ -24,7 +26,7 @@ from tests.helpers.networks import calibrated, call
 DEVICE = DeviceReport(
     tier="aihub",
     device="Samsung Galaxy S24",
-    precision="w4a16",
+    precision=Precision(4, 16),
     runtime="qnn_dlc",
     latency_us=[2100, 2000, 2200],
     float_latency_us=[8000],
@@ -32,8 +34,8 @@ DEVICE = DeviceReport(
     layers={"NPU": ["conv_1", "conv_2"], "GPU": [], "CPU": ["resize"]},
     fallen_back={"resize": "not said by AI Hub"},
     samples=8,
-    against_simulation={"psnr_db": 66.0, "argmax_agreement": 1.0},
-    against_float={"psnr_db": 31.25, "argmax_agreement": 0.98},
+    against_simulation=Parity(66.0, 1.0, 1.0, 8),
+    against_float=Parity(31.25, 0.98, 0.99, 8),
     bytes={"float": 55_600_000, "quantized": 7_500_000, "compiled": 7_600_000},
     jobs={"compile": "https://hub.example/jobs/j1/"},
 )
@@ -41,8 +43,15 @@ DEVICE = DeviceReport(
 
 def record(**values: object) -> RunRecord:
     """Make a record of a run that has only what every run has."""
-    given = {"status": "finished", "model": "ffnet_nano", "data": "scenes", "precision": "w8a8", "config_hash": "abc"}
-    return RunRecord(**{**given, **values})  # type: ignore[arg-type]
+    given: dict[str, object] = {
+        "status": "finished",
+        "model": "ffnet_nano",
+        "data": "scenes",
+        "precision": "w8a8",
+        "config_hash": "abc",
+    }
+    given |= values
+    return RunRecord(**{**given, "precision": Precision.parse(str(given["precision"]))})  # type: ignore[arg-type]
 
 
 def full_record(**values: Any) -> RunRecord:
@@ -57,10 +66,10 @@ def full_record(**values: Any) -> RunRecord:
         "monitor": "val_miou",
         "metric": {"float": 0.7, "ptq": 0.66, "cle": 0.61, "qat": 0.696},
         "exported": "qat",
-        "ladder": ladder.to_dict(),
+        "ladder": ladder,
         "bytes": {"float": 55_600_000, "quantized": 7_500_000},
-        "parity": {"tier": "onnxruntime", "psnr_db": 101.5},
-        "device": [DEVICE.to_dict()],
+        "parity": Parity(101.5, 1.0, 1.0, 8),
+        "device": [DEVICE],
         "class_figures": {
             "float": {"IoU": dict.fromkeys(CLASS_NAMES[:5], 0.7)},
             "qat": {"IoU": dict.fromkeys(CLASS_NAMES[:5], 0.69)},

@@ -112,7 +112,7 @@ def test_it_opens_without_errors_and_fits(
 
 
 def contrast(one: str, other: str) -> float:
-    """Of two colours as CSS gives them, after WCAG 2.1."""
+    """Of two colors as CSS gives them, after WCAG 2.1."""
 
     def luminance(color: str) -> float:
         parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]

@@ -38,7 +38,7 @@ def test_drop_is_what_was_lost_whichever_direction_is_better(
 def test_a_damaged_record_is_refused_by_name(tmp_path: Path, content: str) -> None:
     path = tmp_path / "results.json"
     path.write_text(content)
-    with pytest.raises(DataError, match=r"results\.json is no results record"):
+    with pytest.raises(DataError, match=r"results\.json is not a results record"):
         RunRecord.read(path)
 
 

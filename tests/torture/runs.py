@@ -87,7 +87,7 @@ def result(folder: Path) -> dict[str, str]:
             found[name] = _digest(*(key.encode() + value.numpy().tobytes() for key, value in tensors))
         elif path.name == "results.json":
             record = RunRecord.read(path)
-            rungs = [(rung["rung"], rung["metric"], rung["kept"]) for rung in record.ladder["rungs"]]
+            rungs = [(rung.rung, rung.metric, rung.kept) for rung in (record.ladder.rungs if record.ladder else [])]
             found[name] = _digest(repr((record.status, record.metric, record.exported, record.bytes, rungs)).encode())
         elif path.suffix == ".png":
             with Image.open(path) as image:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError
-from lightning_quant.utilities.parsing import read_checkpoint, shown
+from lightning_quant.utilities.parsing import read_checkpoint, short_repr
 
 # What may stand before the published names: "model." in a checkpoint of SegmentationTask, "network." in that
 # of a module which calls it so.
@@ -60,7 +60,7 @@ def _network_state(content: object, path: Path) -> dict[str, Tensor]:
         entries = inner or entries
     others = [key for key, value in entries.items() if not isinstance(value, Tensor)]
     if not entries or others:
-        found = f" ({shown(others[0])} is {shown(entries[others[0]])})" if others else ""
+        found = f" ({short_repr(others[0])} is {short_repr(entries[others[0]])})" if others else ""
         raise CheckpointError(
             f"'{path}' holds no state dict{found}: expected tensors by name, or those under the key 'state_dict'."
         )

@@ -12,9 +12,9 @@ from lightning_quant.simulation.range_estimators import (
     MinMax,
     Percentile,
     RangeEstimator,
-    RangeEstimatorSpec,
     TfEnhanced,
 )
+from lightning_quant.utilities.registry import Spec
 
 
 class CalibratedRanges(Technique):
@@ -29,7 +29,7 @@ class CalibratedRanges(Technique):
     start: ClassVar[Literal["best", "float"]] = "float"
     estimator: RangeEstimator | None = None
 
-    def __init__(self, range_estimator: RangeEstimator | RangeEstimatorSpec | None = None) -> None:
+    def __init__(self, range_estimator: RangeEstimator | Spec | None = None) -> None:
         if range_estimator is not None:
             self.estimator = RangeEstimator.parse(range_estimator)
             self.name = self.estimator.name  # type: ignore[misc]  # one rung for each estimator

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.deploy.bundle import export_bundle
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.ladder.rung import Technique, Workbench
 from lightning_quant.ladder.rungs.bias_correction import BiasCorrection
 from lightning_quant.ladder.rungs.bn_reestimation import BatchNormReestimation
@@ -174,7 +174,7 @@ def test_the_exported_file_computes_the_same_with_negative_and_zero_weights(tmp_
     apply(CrossLayerEqualization(), network, bench)
     apply(BatchNormReestimation(), network, bench)
     bundle = export_bundle(network, tmp_path / "net", [one.first(4) for one in batches()])
-    assert bundle.manifest["parity"]["psnr_db"] is None or bundle.manifest["parity"]["psnr_db"] > 60
+    assert bundle.manifest.parity.psnr_db > 60
 
 
 def test_biases_of_linear_layers_are_corrected_channel_by_channel() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.deploy.bundle import export_bundle
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.simulation.callsites.bounded import Quotient
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.helpers.networks import calibrated, call
@@ -49,7 +49,7 @@ def test_it_trains_and_its_file_computes_the_same(tmp_path: Path, way: str) -> N
     assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
     assert any(p.grad is not None for p in network.parameters())
     bundle = export_bundle(known, tmp_path / "bundle", [call(ROWS)])
-    assert bundle.manifest["parity"]["psnr_db"] is None or bundle.manifest["parity"]["psnr_db"] > 60
+    assert bundle.manifest.parity.psnr_db > 60
 
 
 def test_a_divisor_of_either_sign_is_left_as_it_is() -> None:
