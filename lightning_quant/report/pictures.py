@@ -49,7 +49,7 @@ class Comparison:
     legend: Mapping[str, Color] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        sizes = {name: picture.size for name, picture in self.panels().items()}
+        sizes = {name: picture.size for name, picture in self._given().items()}
         if len(set(sizes.values())) > 1:
             raise ConfigurationError(f"A Comparison has pictures of {sizes} (width, height): expected one size.")
         for name, color in self.legend.items():
@@ -59,9 +59,44 @@ class Comparison:
                 )
 
     def panels(self) -> dict[str, Image.Image]:
-        """Return the pictures by name, in the order in which they are shown; those that are not given are absent."""
-        given = {name: getattr(self, name) for name in ("input", "float", "quantized", "difference")}
-        return {name: _as_image(picture, name) for name, picture in given.items() if picture is not None}
+        """Return the pictures by name, in the order in which they are shown."""
+        panels = self._given()
+        if "difference" not in panels:
+            # faded to gray, so that red stands out
+            faded = 96 + np.asarray(panels.get("input", panels["float"]).convert("L"))[..., None] // 2
+            red = np.where(_differing(panels)[..., None], _RED, faded)
+            panels["difference"] = Image.fromarray(red.astype(np.uint8))
+        return panels
+
+    def row(self) -> Image.Image:
+        """Draw the panels in a row, captioned, and the legend below them.
+
+        Narrow ones are enlarged by a whole number, so that pixels stay squares.
+        """
+        panels = self.panels()
+        captions = {"difference": f"difference: {_differing(panels).mean():.2%} of pixels"}
+        width, height = panels["float"].size
+        times = -(-_NARROWEST // width)
+        width, height = times * width, times * height
+        total = len(panels) * (width + _GAP) - _GAP
+        font = ImageFont.load_default(size=_TEXT)
+        per_row = max(1, total // _ENTRY_WIDTH)
+        rows = -(-len(self.legend) // per_row)
+        canvas = Image.new("RGB", (total, _CAPTION_HEIGHT + height + rows * _CAPTION_HEIGHT), "white")
+        draw = ImageDraw.Draw(canvas)
+        for column, (name, picture) in enumerate(panels.items()):
+            left = column * (width + _GAP)
+            draw.text((left + 2, 2), captions.get(name, name), fill="black", font=font)
+            canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, _CAPTION_HEIGHT))
+        for index, (name, color) in enumerate(self.legend.items()):
+            left, top = index % per_row * _ENTRY_WIDTH, _CAPTION_HEIGHT * (1 + index // per_row) + height
+            draw.rectangle((left + 2, top + 3, left + 2 + _TEXT, top + 3 + _TEXT), fill=tuple(color))
+            draw.text((left + _TEXT + 8, top + 2), name, fill="black", font=font)
+        return canvas
+
+    def _given(self) -> dict[str, Image.Image]:
+        fields = {name: getattr(self, name) for name in ("input", "float", "quantized", "difference")}
+        return {name: _as_image(picture, name) for name, picture in fields.items() if picture is not None}
 
 
 def write_comparisons(folder: str | Path, comparisons: Sequence[Comparison]) -> list[Path]:
@@ -80,13 +115,9 @@ def write_comparisons(folder: str | Path, comparisons: Sequence[Comparison]) -> 
     for number, comparison in enumerate(comparisons):
         path = Path(folder) / f"overlay_{number:04d}.png"
         path.with_suffix("").mkdir(parents=True, exist_ok=True)
-        panels = comparison.panels()
-        differing = np.any(np.asarray(panels["float"]) != np.asarray(panels["quantized"]), axis=2)
-        panels.setdefault("difference", _difference(panels.get("input", panels["float"]), differing))
-        for name, picture in panels.items():
+        for name, picture in comparison.panels().items():
             picture.save(path.with_suffix("") / f"{name}.png")
-        captions = {"difference": f"difference: {differing.mean():.2%} of pixels"}
-        _row({captions.get(name, name): picture for name, picture in panels.items()}, comparison.legend).save(path)
+        comparison.row().save(path)
         paths.append(path)
     return paths
 
@@ -120,32 +151,7 @@ def _as_image(picture: Any, name: str) -> Image.Image:
     return Image.fromarray(values).convert("RGB")
 
 
-def _difference(background: Image.Image, differing: np.ndarray) -> Image.Image:
-    """Draw red where two pictures differ, over another one in faded gray."""
-    faded = 96 + np.asarray(background.convert("L"))[..., None] // 2
-    return Image.fromarray(np.where(differing[..., None], _RED, faded).astype(np.uint8))
-
-
-def _row(panels: Mapping[str, Image.Image], legend: Mapping[str, Color]) -> Image.Image:
-    """Draw captioned pictures of one size in a row, and the legend below them.
-
-    Narrow ones are enlarged by a whole number, so that pixels stay squares.
-    """
-    width, height = next(iter(panels.values())).size
-    times = -(-_NARROWEST // width)
-    width, height = times * width, times * height
-    total = len(panels) * (width + _GAP) - _GAP
-    font = ImageFont.load_default(size=_TEXT)
-    per_row = max(1, total // _ENTRY_WIDTH)
-    rows = -(-len(legend) // per_row)
-    canvas = Image.new("RGB", (total, _CAPTION_HEIGHT + height + rows * _CAPTION_HEIGHT), "white")
-    draw = ImageDraw.Draw(canvas)
-    for column, (caption, picture) in enumerate(panels.items()):
-        left = column * (width + _GAP)
-        draw.text((left + 2, 2), caption, fill="black", font=font)
-        canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, _CAPTION_HEIGHT))
-    for index, (name, color) in enumerate(legend.items()):
-        left, top = index % per_row * _ENTRY_WIDTH, _CAPTION_HEIGHT * (1 + index // per_row) + height
-        draw.rectangle((left + 2, top + 3, left + 2 + _TEXT, top + 3 + _TEXT), fill=tuple(color))
-        draw.text((left + _TEXT + 8, top + 2), name, fill="black", font=font)
-    return canvas
+def _differing(panels: Mapping[str, Image.Image]) -> np.ndarray:
+    """Return where the two predictions differ, ``(H, W)``."""
+    differing: np.ndarray = np.any(np.asarray(panels["float"]) != np.asarray(panels["quantized"]), axis=2)
+    return differing

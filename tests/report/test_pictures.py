@@ -69,6 +69,7 @@ def test_the_row_has_captions_every_panel_and_the_legend(tmp_path: Path) -> None
         enlarged = pixels(panels[name]).repeat(4, axis=0).repeat(4, axis=1)
         assert np.array_equal(picture[18:-18, left : left + 256], enlarged)
         assert (picture[:18, left : left + 256] < 128).any()  # a caption
+    assert np.array_equal(picture, np.asarray(differing().row()))
     assert {(128, 64, 128), (0, 0, 142)} <= {tuple(color) for color in picture[-18:].reshape(-1, 3).tolist()}
 
 
