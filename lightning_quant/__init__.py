@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_quant.callbacks.training import QuantizationAwareTraining
     from lightning_quant.deploy.export import export_bundle
     from lightning_quant.deploy.targets.target import Target
+    from lightning_quant.ladder.rung import Rung
     from lightning_quant.precision import Precision
     from lightning_quant.recipe import QuantRecipe
     from lightning_quant.report.pictures import Comparison
@@ -30,6 +31,7 @@ _HOMES = {
     "QuantizationAwareTraining": "lightning_quant.callbacks.training",
     "RangeEstimator": "lightning_quant.simulation.range_estimators",
     "ResumePoint": "lightning_quant.callbacks.resume_point",
+    "Rung": "lightning_quant.ladder.rung",
     "Target": "lightning_quant.deploy.targets.target",
     "export_bundle": "lightning_quant.deploy.export",
     "load_quantized": "lightning_quant.callbacks.checkpoint",
@@ -45,6 +47,7 @@ __all__ = [
     "QuantizationAwareTraining",
     "RangeEstimator",
     "ResumePoint",
+    "Rung",
     "Target",
     "export_bundle",
     "load_quantized",

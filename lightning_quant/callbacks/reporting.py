@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 from lightning_quant.callbacks.quantization import QuantizationCallback, callback_of
+from lightning_quant.callbacks.reproduce import reproduce
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.callbacks.visualizer import class_figures, draw_comparisons, log_pictures
 from lightning_quant.deploy.bundle import Bundle
@@ -80,29 +79,6 @@ def write_callback_report(
     return path
 
 
-def _reproduce(callback: QuantizationCallback | None) -> str:
-    """The quantization callback as Python, with what was not left at its default."""
-    if callback is None:
-        return ""
-    recipe = callback.recipe
-    given: dict[str, Any] = {
-        "network": callback.network_name,
-        "hardware": recipe.hardware,
-        "calibration_samples": recipe.calibration_samples,
-        "range_estimator": recipe.range_estimator.spec,
-        "overrides": {glob: str(precision) for glob, precision in recipe.overrides.items()} or None,
-        "strict": recipe.strict,
-    }
-    if isinstance(callback, QuantizationAwareTraining):
-        ladder = callback.result
-        given |= {"max_drop": ladder.max_drop, "monitor": ladder.monitor, "mode": ladder.mode}
-        given |= {"rungs": tuple(one.name for one in callback.techniques)}
-        given |= {"train_ranges": callback.train_ranges, "distillation": callback.distillation}
-    defaults = inspect.signature(type(callback)).parameters
-    changed = [f"{name}={value!r}" for name, value in given.items() if value != defaults[name].default]
-    return f"lq.{type(callback).__name__}({', '.join([repr(str(recipe.precision)), *changed])})"
-
-
 def _record(
     trainer: pl.Trainer,
     callback: QuantizationCallback | None,
@@ -126,7 +102,7 @@ def _record(
         device=list(devices),
         artifacts={"bundle": f"../{bundle.path.name}"},
         versions={name: importlib.metadata.version(name) for name in packages},
-        reproduce=_reproduce(callback),
+        reproduce="" if callback is None else reproduce(callback),
         config={
             "recipe": identity,
             "raised": {name: str(precision) for name, precision in manifest.promoted.items()},

@@ -93,6 +93,7 @@ def _resume(folder: Path) -> bool:
 
 def main() -> None:
     """Run the app; the exit status is 1 if a run failed."""
+    sys.path.append(str(Path.cwd()))  # rungs, estimators and networks of the user's own lie here, as for ``python -m``
     if sys.argv[1:2] == ["resume"]:
         logging.basicConfig(format="%(message)s")
         sys.exit(0 if _resume(Path(sys.argv[2] if len(sys.argv) > 2 else ".")) else 1)

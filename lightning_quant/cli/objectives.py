@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.report.record import RunRecord
+from lightning_quant.utilities.monitor import Monitor
 
 _OBJECTIVES: dict[str, Callable[[RunRecord], float]] = {
     "metric": lambda record: record.metric.get(record.exported or "", math.nan),
@@ -37,8 +38,8 @@ def objectives(config: DictConfig, record: RunRecord | None) -> float | tuple[fl
 
     def value(name: str) -> float:
         found = math.nan if record is None else _OBJECTIVES[name](record)
-        more_is_better = name == "metric" and config.mode == "max"
-        return found if math.isfinite(found) else -math.inf if more_is_better else math.inf
+        worst = Monitor(config.monitor, config.mode).worst if name == "metric" else math.inf
+        return found if math.isfinite(found) else worst
 
     values = tuple(value(name) for name in config.objectives)
     return values[0] if len(values) == 1 else values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning_quant.deploy import parity
 from lightning_quant.deploy.bundle import Bundle, load_bundle
@@ -21,6 +21,7 @@ from lightning_quant.errors import (
     DeviceError,
     DeviceUnavailableError,
 )
+from lightning_quant.utilities.monitor import Monitor
 from lightning_quant.utilities.registry import Spec
 
 SAMPLES_NAME = "samples.npz"
@@ -218,7 +219,10 @@ def _agreement(reference: Sequence[Tensors], outputs: Sequence[Tensors]) -> pari
 
 
 def check_bounds(
-    reports: Sequence[DeviceReport], min_psnr: float | None, max_metric_drop: float | None, mode: str = "max"
+    reports: Sequence[DeviceReport],
+    min_psnr: float | None,
+    max_metric_drop: float | None,
+    mode: Literal["max", "min"] = "max",
 ) -> None:
     """Fail when a device falls below what the user asked for.
 
@@ -247,7 +251,7 @@ def check_bounds(
                     "or a ladder with more rungs."
                 )
         if max_metric_drop is not None and {"float", "device"} <= report.metric.keys():
-            drop = (report.metric["float"] - report.metric["device"]) * (1 if mode == "max" else -1)
+            drop = Monitor("", mode).drop(report.metric["device"], report.metric["float"])
             if drop > max_metric_drop:
                 raise DeviceBoundError(
                     f"{where}: the metric drops by {drop:.4f} to {report.metric['device']:.4f}, expected at most "

@@ -44,7 +44,7 @@ def ladder(record: RunRecord) -> figure | None:
     chart = _figure("Accuracy ladder", x_range=FactorRange(*names), height=300)
     reference = found.reference
     if found.max_drop is not None:
-        end = reference - found.max_drop if found.mode == "max" else reference + found.max_drop
+        end = found.comparison.lowered(reference, found.max_drop)
         chart.add_layout(
             BoxAnnotation(bottom=min(reference, end), top=max(reference, end), fill_color=GREEN, fill_alpha=0.15)
         )

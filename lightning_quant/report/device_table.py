@@ -115,7 +115,7 @@ def _candidate(record: RunRecord, report: DeviceReport) -> Candidate | None:
     latency = report.median_latency_us
     return Candidate(
         str(record.precision),
-        metric if record.mode == "max" else -metric,
+        record.comparison.score(metric),
         report.bytes["quantized"] / 1e6,
         None if latency is None else latency / 1000,
     )

@@ -209,18 +209,17 @@ def _tradeoff(what: str, label: str, pairs: Sequence[tuple[RunRecord, Candidate]
     """The metric against one thing of which less is better."""
     measured = [(record, one) for record, one in pairs if record.exported in record.metric]
     several = len({record.model for record, _ in measured}) > 1
-    sign = {"max": 1.0, "min": -1.0}
     candidates = [
         dataclasses.replace(
             one,
             name=f"{record.model} {one.name}" if several else one.name,
-            metric=sign[record.mode] * record.metric[str(record.exported)],
+            metric=record.comparison.score(record.metric[str(record.exported)]),
         )
         for record, one in measured
     ]
     beaten = dominated(candidates)
     points = [
-        (one.name, one.megabytes or one.latency_ms or 0.0, sign[record.mode] * one.metric, one not in beaten)
+        (one.name, one.megabytes or one.latency_ms or 0.0, record.comparison.score(one.metric), one not in beaten)
         for (record, _), one in zip(measured, candidates, strict=True)
     ]
     metric = next((record.monitor for record, _ in measured if record.monitor), "metric")

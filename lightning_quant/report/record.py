@@ -16,6 +16,7 @@ from lightning_quant.ladder.gate import Ladder
 from lightning_quant.precision import Precision
 from lightning_quant.utilities.files import atomic_write
 from lightning_quant.utilities.hashing import short_hash
+from lightning_quant.utilities.monitor import Monitor
 from lightning_quant.utilities.parsing import check, check_version, parse_as, read_json
 
 RECORD_NAME = "results.json"
@@ -59,7 +60,7 @@ class RunRecord:
     precision: Precision
     config_hash: str
     monitor: str = ""
-    mode: str = "max"
+    mode: Literal["max", "min"] = "max"
     metric: dict[str, float] = field(default_factory=dict)
     exported: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -76,12 +77,16 @@ class RunRecord:
     reproduce: str = ""
 
     @property
+    def comparison(self) -> Monitor:
+        """The metric with its direction."""
+        return Monitor(self.monitor, self.mode)
+
+    @property
     def drop(self) -> float | None:
         """The drop: how much worse what was exported is than float, in units of the metric; negative if better."""
         if self.exported is None or "float" not in self.metric:
             return None
-        lost = self.metric["float"] - self.metric[self.exported]
-        return lost if self.mode == "max" else -lost
+        return self.comparison.drop(self.metric[self.exported], self.metric["float"])
 
     def write(self, folder: str | Path) -> Path:
         """Write ``results.json`` into ``folder``, whole or not at all."""
@@ -119,7 +124,6 @@ class RunRecord:
 
     def _check(self) -> None:
         """Refuse what the tables and charts could not show."""
-        check(self.mode in ("max", "min"), "mode", self.mode, "max or min")
         measured = self.exported is None or "float" not in self.metric or self.exported in self.metric
         check(measured, "exported", self.exported, "one of those in metric")
         sizes = not self.bytes or {"float", "quantized"} <= self.bytes.keys()
@@ -129,13 +133,12 @@ class RunRecord:
         if self.ladder is not None:
             names = [rung.rung for rung in self.ladder.rungs]
             check(len({"float", *names}) == len(names) + 1, "ladder.rungs", names, "each rung once")
-            check(self.ladder.mode in ("max", "min"), "ladder.mode", self.ladder.mode, "max or min")
         for name, color in self.legend.items():
             check(_COLOR.fullmatch(color) is not None, f"legend.{name}", color, "#rrggbb")
 
 
 def _from_version_2(values: Any) -> Any:
-    """The values of a record; version 2 knew of one kind of figures only."""
+    """Return the values of a record; version 2 knew of one kind of figures only."""
     if not isinstance(values, dict) or values.get("format_version") != 2:
         return values
     iou = parse_as(values.pop("per_class_iou", {}), dict[str, dict[str, float]], "per_class_iou")

@@ -76,8 +76,7 @@ def _after(record: RunRecord) -> str:
 
 def _losses(record: RunRecord) -> str:
     def lost(rung: str) -> str:
-        sign = 1 if record.mode == "max" else -1
-        return amount(record, sign * (record.metric["float"] - record.metric[rung]))
+        return amount(record, record.comparison.drop(record.metric[rung], record.metric["float"]))
 
     exported = str(record.exported)
     if exported == "ptq" or "ptq" not in record.metric:

@@ -24,14 +24,23 @@ class Registry(Generic[T]):
         base: the base class, which is public as ``lightning_quant.<its name>``.
         homes: the classes of this package by name, as dotted paths: each is imported when it is asked for.
         keywords: words that are given instead of a name and mean something else; no class may be called so.
+        reserved: other words that no class may be called.
     """
 
-    def __init__(self, noun: str, base: type[T], homes: Mapping[str, str], keywords: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        noun: str,
+        base: type[T],
+        homes: Mapping[str, str],
+        keywords: Sequence[str] = (),
+        reserved: Sequence[str] = (),
+    ) -> None:
         self.noun = noun
         self._start = noun.capitalize()  # of a sentence
         self.base = base
         self.homes = dict(homes)
         self.keywords = tuple(keywords)
+        self.reserved = {*keywords, *reserved}
         self._registered: dict[str, type[T]] = {}
 
     @property
@@ -55,7 +64,7 @@ class Registry(Generic[T]):
         known = self._registered.get(name)
         # by another file or the same one again: as a script and imported, or a cell of a notebook
         redefined = known is not None and known.__qualname__ == kind.__qualname__
-        taken = self.homes.get(name) or (known and _path(known)) or (name in self.keywords and "a keyword")
+        taken = self.homes.get(name) or (known and _path(known)) or (name in self.reserved and "a keyword")
         if taken and not redefined:
             raise ConfigurationError(
                 f"{kind.__qualname__} is named {name!r}, as {taken} is: expected a name of its own."
@@ -109,6 +118,11 @@ class Registry(Generic[T]):
             f"Unknown {self.noun} {name!r}: expected one of {', '.join((*self.keywords, *self.names))}, or the dotted "
             f"path of a class of your own.{hint}"
         )
+
+    def reference(self, kind: type[T]) -> str:
+        """Return the name of a class of this package and the dotted path of any other: it is found in every process."""
+        path = _path(kind)
+        return next((name for name, home in self.homes.items() if home == path), path)
 
     def _imported(self, name: str, path: str) -> type[T]:
         try:

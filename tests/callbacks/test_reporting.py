@@ -53,6 +53,7 @@ def test_a_fit_ends_with_a_report_and_curves_in_the_loggers(trainer: MakeTrainer
     assert "W4A8 falls short of" in page
     assert "Drift of ranges in training" in page
     assert record.reproduce == (
+        "import lightning_quant as lq\n\n"
         "lq.QuantizationAwareTraining('w4a8', max_drop=-1.0, monitor='val_loss', mode='min', rungs=('ptq', 'cle'))"
     )
 

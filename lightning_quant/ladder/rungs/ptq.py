@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from typing_extensions import override
 
-from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.range_estimators import (
     MinMax,
@@ -17,7 +17,7 @@ from lightning_quant.simulation.range_estimators import (
 from lightning_quant.utilities.registry import Spec
 
 
-class CalibratedRanges(Technique):
+class CalibratedRanges(Rung):
     """Float weights, ranges from the calibration data: what plain post-training quantization is.
 
     Args:
@@ -35,10 +35,10 @@ class CalibratedRanges(Technique):
             self.name = self.estimator.name  # type: ignore[misc]  # one rung for each estimator
 
     @override
-    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+    def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
         estimator = self.estimator or network.recipe.range_estimator
         network.set_range_estimator(estimator)
-        samples = bench.calibrate(network)
+        samples = context.calibrate(network)
         return f"{estimator} ranges from {samples} samples"
 
 
