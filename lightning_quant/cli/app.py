@@ -69,7 +69,7 @@ def _resume(folder: Path) -> bool:
         log.error("Nothing below %s was sent to a device: expected the folder of a run or of a bundle.", folder)
     whole = bool(requests)
     for request in requests:
-        bundle = request.parent.with_suffix("")  # <name>.device beside <name>
+        bundle = request.parent.with_suffix("")  # <name>.device is next to <name>
         if finished(request.parent):
             print(f"{bundle.name}: finished already, see {request.parent}")
             continue
@@ -97,7 +97,7 @@ def main() -> None:
     if sys.argv[1:2] == ["resume"]:
         logging.basicConfig(format="%(message)s")
         sys.exit(0 if _resume(Path(sys.argv[2] if len(sys.argv) > 2 else ".")) else 1)
-    if "sensitivity" in sys.argv[1:]:  # a word of its own is no override to Hydra
+    if "sensitivity" in sys.argv[1:]:  # Hydra takes key=value only
         sys.argv[sys.argv.index("sensitivity", 1)] = "job=sensitivity"
     _job()
 

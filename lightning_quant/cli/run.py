@@ -1,4 +1,4 @@
-"""One job of the command line: its folder, its record, and what becomes of both when it fails or is stopped."""
+"""One job of the command line: its folder, its record, and both when it fails or is stopped."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def run(config: DictConfig) -> RunRecord:
 
 def _run(config: DictConfig, folder: Path, record: RunRecord) -> RunRecord:
     earlier = _earlier(folder, record.config_hash) if config.skip_finished else None
-    if earlier is not None:  # what was measured stays measured
+    if earlier is not None:  # what was measured is not measured again
         _keep_logs(folder)
         record.metric, record.class_figures, record.seconds = earlier.metric, earlier.class_figures, earlier.seconds
     record.write(folder)
@@ -78,7 +78,7 @@ def _run(config: DictConfig, folder: Path, record: RunRecord) -> RunRecord:
     except SIGTERMException:
         log.warning("Stopped by SIGTERM. With hydra.run.dir=%s skip_finished=true the same command resumes.", folder)
         sys.exit(128 + signal.SIGTERM)
-    except LightningQuantError as error:  # what was measured until then stays known
+    except LightningQuantError as error:  # what was measured until then is kept
         record.status, record.error = "failed", f"{type(error).__name__}: {error}"
         record.write(folder)
         if config.job == "quantize":
@@ -151,7 +151,7 @@ def _new_record(config: DictConfig) -> RunRecord:
 
 
 def _earlier(folder: Path, wanted: str, status: str | None = None) -> RunRecord | None:
-    """The record that an earlier run of the same configuration left, with this status if one is given."""
+    """Return the record that an earlier run of the same configuration left, with this status if one is given."""
     if not (folder / RECORD_NAME).is_file():
         return None
     try:

@@ -35,7 +35,7 @@ def normalize_images(size: tuple[int, int] | None = None) -> v2.Transform:
 
     Args:
         size: (height, width) in pixels, or ``None`` to keep the size. Images are resized bilinearly with
-            antialiasing; a ``tv_tensors.Mask`` beside them takes the nearest label and is not normalized.
+            antialiasing; a ``tv_tensors.Mask`` with them takes the nearest label and is not normalized.
     """
     resize = [] if size is None else [v2.Resize(list(size), antialias=True)]
     return v2.Compose([*resize, v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGE_MEAN, IMAGE_STD)])

@@ -1,4 +1,4 @@
-"""What a segmentation network sees: the colors of the classes over the photograph, float beside quantized.
+"""What a segmentation network sees: the colors of the classes over the photograph, float and quantized.
 
 Pictures are uint8 RGB arrays ``(H, W, 3)``; class maps are whole numbers ``(H, W)``, the train ids of Cityscapes or 255
 for pixels without a class.

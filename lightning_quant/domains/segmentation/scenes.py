@@ -7,7 +7,6 @@ not to perfection: thin things, colors shared between classes, things in front o
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -20,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from lightning_quant.domains.segmentation import scene_objects as things
 from lightning_quant.domains.segmentation.scene_objects import LABEL, Canvas, Color, shade, vary
 from lightning_quant.errors import ConfigurationError, DataError
+from lightning_quant.utilities.files import atomic_write
 from lightning_quant.utilities.parsing import read_json
 
 GENERATOR_VERSION = 1
@@ -92,16 +92,18 @@ def generate_scenes(
     _claim(root, {"generator": GENERATOR_VERSION, **counts, "height": height, "width": width, "seed": seed})
     for split, count in counts.items():
         photos, labels = (root / kind / split / "synthetic" for kind in ("leftImg8bit", "gtFine"))
-        photos.mkdir(parents=True, exist_ok=True)
-        labels.mkdir(parents=True, exist_ok=True)
         for index in range(count):
             photo_path = photos / f"synthetic_{index:06d}_leftImg8bit.png"
             if photo_path.exists():
                 continue
             photo, label_ids = draw_scene(height, width, seed, split, index)
             # The photo comes last: once it exists, its labels do too.
-            _save(label_ids, labels / f"synthetic_{index:06d}_gtFine_labelIds.png")
-            _save(photo, photo_path)
+            for picture, path in (
+                (label_ids, labels / f"synthetic_{index:06d}_gtFine_labelIds.png"),
+                (photo, photo_path),
+            ):
+                with atomic_write(path) as partial:
+                    picture.save(partial, compress_level=1)
     return root
 
 
@@ -302,10 +304,8 @@ def _claim(root: Path, parameters: dict[str, int]) -> None:
             raise DataError(
                 f"{root} holds files but no {MANIFEST}: this generator did not make it. Pass an empty folder."
             )
-        root.mkdir(parents=True, exist_ok=True)
-        temporary = root / f".{MANIFEST}.{os.getpid()}"
-        temporary.write_text(json.dumps(parameters, indent=2) + "\n")
-        temporary.replace(manifest)
+        with atomic_write(manifest) as partial:
+            partial.write_text(json.dumps(parameters, indent=2) + "\n")
         return
     try:
         recorded = read_json(manifest)
@@ -316,10 +316,3 @@ def _claim(root: Path, parameters: dict[str, int]) -> None:
             f"{root} holds scenes drawn with {recorded}, but {parameters} is asked for. "
             "Pass another folder, or delete this one to draw the scenes again."
         )
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    # Written beside and renamed: a process that is killed leaves no half-written image under the final name.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    image.save(temporary, format="PNG", compress_level=1)
-    temporary.replace(path)
