@@ -13,7 +13,7 @@ import torch
 from benchmarks.measure import float_and_simulated, photographs, publish, table
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.calibration_cache import StatisticsCache
-from lightning_quant.simulation.fast.layers import slow_down
+from lightning_quant.simulation.fast.short_path import slow_down
 from lightning_quant.simulation.inputs import NetworkInputs, Passes
 
 BATCH = 8

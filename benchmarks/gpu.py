@@ -155,7 +155,7 @@ class InPlace(nn.Module):
         self.compiled = compiled
 
     def forward(self, images: Tensor) -> Any:
-        with self.compiled.in_place():
+        with self.compiled.active():
             output = self.compiled.network(images)
         if self.compiled.why_not is not None:
             raise self.compiled.why_not
@@ -188,7 +188,7 @@ def variants(case: Case, images: Tensor, compiled: bool) -> dict[str, Callable[[
         return Variant(made.network, made.network, made.cached_weights)
 
     def stock() -> Variant:
-        from lightning_quant.simulation.fast.layers import slow_down
+        from lightning_quant.simulation.fast.short_path import slow_down
 
         made = ours(True)
         slow_down(made.learner)

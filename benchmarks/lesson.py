@@ -30,7 +30,7 @@ def alone(who: str, estimator: str, images: int, camvid: str) -> dict[str, Any]:
     network, simulated = float_and_simulated("ffnet_40s", "w8a8", few[:1], range_estimator=estimator)
     simulated.recipe = simulated.recipe.__class__(**{**vars(simulated.recipe), "calibration_samples": images})
     if who == "stock":
-        from lightning_quant.simulation.fast.layers import slow_down
+        from lightning_quant.simulation.fast.short_path import slow_down
 
         slow_down(simulated)
     with PeakMemory() as memory:

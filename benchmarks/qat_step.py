@@ -82,7 +82,7 @@ def peak_bytes(step: Callable[[], None]) -> int:
 
 def measure(name: str, precision: str, learned: bool, images: Tensor, rounds: int = 7) -> dict[str, Any]:
     """Float, stock and ours in turns."""
-    from lightning_quant.simulation.fast.layers import slow_down
+    from lightning_quant.simulation.fast.short_path import slow_down
 
     float_network, ours = float_and_simulated(name, precision, images)
     calibrate(ours, [NetworkInputs((images,))])

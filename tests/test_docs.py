@@ -153,6 +153,18 @@ def test_every_file_of_the_package_has_its_place_in_the_table() -> None:
         assert "/" not in name or list(ROOT.glob(name)) or list((ROOT / "lightning_quant").glob(name)), name
 
 
+def test_the_tree_of_folders_is_the_package() -> None:
+    tree = re.findall(r"^( *)(\w+)/  ", (DOCS / "inside.md").read_text(), re.MULTILINE)
+    found, path = set(), []
+    for indent, name in tree:
+        path[len(indent) // 2 - 1 :] = [name]
+        if indent:
+            found.add("/".join(path))
+    package = ROOT / "lightning_quant"
+    folders = {one.relative_to(package).as_posix() for one in package.rglob("*/") if one.name != "__pycache__"}
+    assert found == folders
+
+
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda path: path.stem)
 def test_python_in_the_guides_is_python(page: Path) -> None:
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):

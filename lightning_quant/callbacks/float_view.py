@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.callsites.sites import is_at_call_site
+from lightning_quant.simulation.callsites.attributes import is_at_call_site
 
 _CONTAINERS = ("input_quantizers", "output_quantizers", "param_quantizers")
 

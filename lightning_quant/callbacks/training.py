@@ -261,7 +261,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._teacher.attach(self.quantized_network(pl_module).network)
         if self.compile is not None:
             compiled = Compiled(self.quantized_network(pl_module).network, self.compile)
-            self._compiled.enter_context(compiled.in_place())
+            self._compiled.enter_context(compiled.active())
             rank_zero_log(f"{self.network_name} is compiled in the first step, which takes a while.")
 
     @override

@@ -59,7 +59,7 @@ def find_axes(two: Any, three: Any) -> Axes:
     """Find the batch axes of a structure by comparing batches of two and of three times the same sample.
 
     Raises:
-        NoBatchAxisError: when they do not tell.
+        NoBatchAxisError: if nothing depends on the number of samples, or it cannot be told apart from another size.
     """
     found = _compare(two, three)
     each = math.gcd(*(leaf.each for leaf in _batched(found)))

@@ -13,8 +13,10 @@ from torch import nn
 from lightning_quant.errors import PreflightError
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet, preflight
-from lightning_quant.simulation.callsites import quantizers, running
-from lightning_quant.simulation.callsites.lending import layers_kept, shapes_of_traces, weights_lent
+from lightning_quant.simulation.callsites import quantizers
+from lightning_quant.simulation.callsites.aimet_views import converted_in_place, shapes_from_traces, weights_attached
+from lightning_quant.simulation.callsites.attributes import BUFFERS
+from lightning_quant.simulation.callsites.watching import written_buffers
 from lightning_quant.simulation.exportable import not_in_onnx
 from lightning_quant.simulation.inplace import copied, state_kept, undone_on_error
 from lightning_quant.simulation.inputs import NetworkInputs
@@ -82,7 +84,7 @@ def quantize(
             preflight.refuse(narrow)
     findings += narrow
     quantized.remember_bitwidths()
-    network.__dict__[running.BUFFERS] = running.written_buffers(network)
+    network.__dict__[BUFFERS] = written_buffers(network)
     _accelerate(network)
     if findings:
         log.warning("Preflight of %s:\n%s", type(network).__name__, preflight.table(findings))
@@ -93,13 +95,13 @@ def quantize(
 
 
 def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> aimet.Simulation:
-    """AIMET's QuantizationSimModel around the flat form of ``network``, whose modules it changes in place."""
+    """Return AIMET's QuantizationSimModel around the flat form of ``network``, whose modules it changes in place."""
     estimator = recipe.range_estimator
     ignored_before = aimet.QuantizationMixin._ignore_unknown_modules
     try:
         # A class AIMET does not know is the user's own, whose operations are call sites.
         aimet.QuantizationMixin.ignore_unknown_modules(True)
-        with state_kept(network), layers_kept(), shapes_of_traces(), weights_lent(network):
+        with state_kept(network), converted_in_place(), shapes_from_traces(), weights_attached(network):
             sim = aimet.QuantizationSimModel(
                 FlatNetwork(network, inputs).eval(),
                 tuple(inputs.tensors),
@@ -128,7 +130,7 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
 
 def _accelerate(network: nn.Module) -> None:
     """Put a simulation on the short path, see :mod:`lightning_quant.simulation.fast`."""
-    from lightning_quant.simulation.fast.layers import accelerate
+    from lightning_quant.simulation.fast.short_path import accelerate
 
     if left := accelerate(network):
         log.info("%d quantizers, e.g. %s, run on AIMET's own kernels: block sizes or other kinds.", len(left), left[0])

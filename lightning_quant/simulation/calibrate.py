@@ -11,7 +11,8 @@ import torch
 from lightning_quant.errors import CalibrationError
 from lightning_quant.simulation import aimet, calibration_cache
 from lightning_quant.simulation.calibration_cache import DataHash, Statistics, StatisticsCache
-from lightning_quant.simulation.callsites.running import IN_TRACES_ONLY, noting
+from lightning_quant.simulation.callsites.attributes import IN_TRACES_ONLY
+from lightning_quant.simulation.callsites.passes import noting
 from lightning_quant.simulation.inputs import NetworkInputs, counted, take_samples
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers

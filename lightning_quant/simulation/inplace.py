@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.simulation.callsites.running import FOLDED, OF_A_LIST, SEEN, SITES
+from lightning_quant.simulation.callsites.attributes import FOLDED, LIST_SITES, SEEN, SITES
 
 
 def copied(network: nn.Module) -> nn.Module:
-    """A deep copy; tensors that a pass left behind in attributes come along without their graph."""
+    """Return a deep copy; tensors that a pass left in attributes are copied without their graph."""
     memo: dict[int, Any] = {}
     for module in network.modules():
         for value in vars(module).values():
@@ -26,7 +26,7 @@ def copied(network: nn.Module) -> nn.Module:
         return copy.deepcopy(network, memo)
 
 
-def part_shared_activations(network: nn.Module) -> None:
+def separate_shared_activations(network: nn.Module) -> None:
     """Give each place its own module where several, or several networks, share one without weights.
 
     Libraries keep one activation for all layers, often as an attribute of the layer's class: what is changed in it
@@ -48,16 +48,16 @@ def part_shared_activations(network: nn.Module) -> None:
             continue
         shared = counts[child] > 1 or id(child) in of_classes
         if shared and next(chain(child.parameters(), child.buffers()), None) is None:
-            parent._modules[name] = _one_more(child)
+            parent._modules[name] = _separate_copy(child)
 
 
-def _one_more(module: nn.Module) -> nn.Module:
-    """A module of its own that is called as the other is: hooks and what it keeps stay those of the one."""
+def _separate_copy(module: nn.Module) -> nn.Module:
+    """Return a module with children of its own that shares the hooks and the state of the other."""
     made = copy.copy(module)
     for part in ("_parameters", "_buffers"):
         made.__dict__[part] = dict(module.__dict__[part])
     made.__dict__["_modules"] = {
-        name: None if child is None else _one_more(child) for name, child in module._modules.items()
+        name: None if child is None else _separate_copy(child) for name, child in module._modules.items()
     }
     return made
 
@@ -78,7 +78,7 @@ def state_kept(network: nn.Module) -> Iterator[None]:
         for module, (before, held) in plain.items():
             if _is_aimets(module):  # it became one meanwhile
                 continue
-            _filled(module._buffers, held)  # a buffer can be assigned anew: self.mean = ...
+            _filled(module._buffers, held)  # a buffer can be reassigned: self.mean = ...
             own = vars(module)
             for name in _plain_state(module).keys() - before.keys():
                 del own[name]
@@ -94,11 +94,11 @@ def _is_aimets(module: nn.Module) -> bool:
 
 
 def _plain_state(module: nn.Module) -> dict[str, Any]:
-    """Attributes of the user's own: neither PyTorch's nor this package's."""
+    """Return attributes of the user's own: neither PyTorch's nor this package's."""
     return {name: v for name, v in vars(module).items() if name not in _NOT_THE_USERS and not isinstance(v, nn.Module)}
 
 
-_NOT_THE_USERS = {*vars(nn.Module()), SITES, SEEN, FOLDED, OF_A_LIST}
+_NOT_THE_USERS = {*vars(nn.Module()), SITES, SEEN, FOLDED, LIST_SITES}
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def undone_on_error(network: nn.Module) -> Iterator[None]:
 
 
 def _filled(now: Any, before: Any) -> Any:
-    """The collection that is there now with the contents of before, or what was there before if it is no collection."""
+    """Return the current collection with its former contents, or the former value if it is not a collection."""
     if isinstance(now, list) and isinstance(before, list):
         now[:] = before
         return now

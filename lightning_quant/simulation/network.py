@@ -16,8 +16,8 @@ from lightning_quant.errors import CheckpointError
 from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.callsites.inlining import functions_inlined
-from lightning_quant.simulation.callsites.running import watched_class
+from lightning_quant.simulation.callsites.traces import functions_inlined, tracing_state
+from lightning_quant.simulation.callsites.watching import watched_class
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
 from lightning_quant.simulation.manifest import Manifest
 from lightning_quant.simulation.preflight import Finding
@@ -46,7 +46,7 @@ class FlatNetwork(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the network on the flat ``tensors`` and return every tensor of its output, in order."""
         args, kwargs = with_tensors((self._structure.args, self._structure.kwargs), tensors)
-        with functions_inlined() if torch._C._get_tracing_state() is not None else nullcontext():
+        with functions_inlined() if tracing_state() is not None else nullcontext():
             return tuple(tensors_in(self.network(*args, **kwargs)))
 
 

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_quant.errors import PreflightError
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.aimet import QuantizedLayer
-from lightning_quant.simulation.callsites.running import FOLDED
+from lightning_quant.simulation.callsites.attributes import FOLDED
 
 
 class FindingKind(Enum):

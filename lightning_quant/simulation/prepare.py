@@ -13,17 +13,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.errors import PreflightError
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.callsites.lending import shapes_of_traces
-from lightning_quant.simulation.callsites.recording import instrument
-from lightning_quant.simulation.callsites.running import FOLDED
-from lightning_quant.simulation.inplace import copied, part_shared_activations, state_kept, undone_on_error
+from lightning_quant.simulation.callsites.aimet_views import shapes_from_traces
+from lightning_quant.simulation.callsites.attributes import FOLDED
+from lightning_quant.simulation.callsites.instrument import instrument
+from lightning_quant.simulation.inplace import copied, separate_shared_activations, state_kept, undone_on_error
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import FlatNetwork
 from lightning_quant.simulation.normalize import use_torch_classes
 from lightning_quant.simulation.preflight import Finding, FindingKind
 
 # Largest change, relative to the largest output, that rewriting in float32 may cause: folding a batch norm
-# or taking attention apart reorders sums, which moves results by some 1e-6; a wrong fold moves them by 1e-1.
+# or decomposing attention reorders sums, which moves results by some 1e-6; a wrong fold moves them by 1e-1.
 TOLERANCE = 1e-3
 
 
@@ -79,7 +79,7 @@ def prepare_in_place(
         undone_on_error(network),
     ):
         network.eval()
-        part_shared_activations(network)
+        separate_shared_activations(network)
         twin = copied(network)
         outputs = []
         for call in calls:
@@ -141,12 +141,12 @@ def _fold_batch_norms(
             module.affine = True
     expected = [_drawing_the_same(call, twin) for call in calls]
     try:
-        with shapes_of_traces():
+        with shapes_from_traces():
             pairs = aimet.fold_all_batch_norms(
                 FlatNetwork(twin, inputs).eval(), None, dummy_input=tuple(inputs.tensors)
             )
         for layer, _ in pairs:
-            if layer in owners and owners[layer].bias is None:  # what is lent is changed where it lies
+            if layer in owners and owners[layer].bias is None:  # of the module that owns the weight
                 owners[layer].bias = layer._parameters["bias"]
         actual = [_drawing_the_same(call, twin) for call in calls]
         difference = max(map(relative_difference, expected, actual))
@@ -171,17 +171,17 @@ def _fold_batch_norms(
 
 
 def _owners(twin: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Return the modules whose own weights are lent to a call site as they are, by the layer there.
+    """Return the modules whose own weights a call site is passed unchanged, by the layer there.
 
     Nothing can be folded into weights that are computed again in each pass, and a batch norm that is called as a
     function belongs to a module that does more; such a layer is made one that AIMET does not know.
     """
-    lenders = {module._parameters["weight"]: module for module in twin.modules() if "weight" in module._parameters}
+    owning = {module._parameters["weight"]: module for module in twin.modules() if "weight" in module._parameters}
     found = {}
     for layer in list(twin.modules()):
-        if "_lent" not in vars(layer):
+        if "_takes_weights" not in vars(layer):
             continue
-        owner = lenders.get(vars(layer).get("_weight_of"))
+        owner = owning.get(vars(layer).get("_weight_of"))
         if owner is not None and not isinstance(layer, _BatchNorm):
             found[layer] = owner
         else:

@@ -328,7 +328,7 @@ def test_nothing_of_the_file_is_imported(checkpoint: tuple[Path, SmallModule]) -
     def name_a_class(content: dict[str, Any]) -> None:
         manifest_in(content)["inputs"] = {"args": [{"object": "antigravity.fly"}], "kwargs": {}}
 
-    with pytest.raises(CheckpointError, match=r"cannot be made up.*example_inputs"):
+    with pytest.raises(CheckpointError, match=r"cannot be created.*example_inputs"):
         lq.load_quantized(SmallModule, edited(checkpoint[0], name_a_class))
     assert "antigravity" not in sys.modules
 

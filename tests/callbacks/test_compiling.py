@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_quant import QuantizationAwareTraining
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.simulation.callsites import running
+from lightning_quant.simulation.callsites.attributes import is_range
+from lightning_quant.simulation.callsites.watching import COMPILED
 from tests.helpers.small import SmallModule, SmallNet, small_loader
 
 pytestmark = pytest.mark.slow
@@ -36,7 +37,7 @@ class Watches(Callback):
         self.note("sanity" if trainer.sanity_checking else "validation", pl_module)
 
     def note(self, where: str, pl_module: Any) -> None:
-        compiled: Any = running.COMPILED.get(pl_module.model)
+        compiled: Any = COMPILED.get(pl_module.model)
         self.seen.append((where, compiled is not None, compiled is not None and compiled.why_not is None))
 
 
@@ -56,11 +57,11 @@ def test_it_ends_as_without(trainer: MakeTrainer, precision: str) -> None:
     assert ("train", True, True) in watches.seen
     assert ("validation", True, True) in watches.seen
     assert all(works for where, there, works in watches.seen if where != "sanity")
-    assert not running.COMPILED
+    assert not COMPILED
     ours, theirs = compiled.state_dict(), plain.state_dict()
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():  # the optimizer gives a range whose gradient is nearly zero a whole step
-        if isinstance(value, Tensor) and not running.is_range(key):
+        if isinstance(value, Tensor) and not is_range(key):
             torch.testing.assert_close(ours[key], value, rtol=2e-2, atol=2e-3)
 
 
@@ -71,7 +72,7 @@ def test_rungs_run_as_they_are_and_the_best_is_kept(trainer: MakeTrainer) -> Non
     )
     trainer(callback, max_epochs=2).fit(module, small_loader(), small_loader())
     assert [rung.rung for rung in callback.result.rungs] == ["ptq", "bias_correction", "qat"]
-    assert not running.COMPILED
+    assert not COMPILED
 
 
 class Fails(SmallNet):
@@ -85,7 +86,7 @@ def test_an_error_of_the_network_is_the_users_own(trainer: MakeTrainer) -> None:
     module = SmallModule(Fails())
     with pytest.raises(RuntimeError, match="of the user's own"):
         trainer(QuantizationAwareTraining(compile=QUICK), max_epochs=1).fit(module, small_loader())
-    assert not running.COMPILED
+    assert not COMPILED
 
 
 class Remembers(SmallNet):
@@ -109,7 +110,7 @@ def test_what_cannot_be_compiled_trains_as_it_is(trainer: MakeTrainer, caplog: p
     [
         ("yes", r"expected True, False or a mapping of torch\.compile's options"),
         (None, r"expected True, False or a mapping of torch\.compile's options"),
-        ({"dynamic": True}, r"expected backend, mode, options\. Leave 'dynamic' away"),
+        ({"dynamic": True}, r"expected backend, mode, options\. Remove 'dynamic'"),
         ({"mode": "fastest"}, r"torch\.compile does not take it"),
         ({"backend": "none such"}, r"torch\.compile does not take it"),
     ],

@@ -251,7 +251,7 @@ def test_compiled_it_computes_the_same(options: dict[str, str]) -> None:
     batch = images().cuda().to(memory_format=torch.channels_last)
     compiled = Compiled(network, options)
     optimizers = [torch.optim.SGD(one.parameters(), 1e-4) for one in (network, twin)]
-    with compiled.in_place():
+    with compiled.active():
         for _ in range(4):
             losses, gradients = [], []
             for one, optimizer in zip((network, twin), optimizers, strict=True):

@@ -100,7 +100,7 @@ def test_a_step_is_the_same(name: str, learned: bool) -> None:
     network = known.network.train()
     twin = copy.deepcopy(network)
     compiled = Compiled(network, QUICK)
-    with compiled.in_place():
+    with compiled.active():
         for count in (2, 3):  # the last batch of an epoch is smaller
             assert_alike(step(network, batch(count)), step(twin, batch(count)))
         network.eval(), twin.eval()
@@ -126,7 +126,7 @@ def test_a_step_that_saves_codes_is_the_same(
     twin = copy.deepcopy(network)
     batch = images(2, 12).to(memory_format=layout)
     compiled = Compiled(network, QUICK)
-    with compiled.in_place():
+    with compiled.active():
         assert_alike(step(network, batch), step(twin, batch))
     assert compiled.why_not is None
 
@@ -137,7 +137,7 @@ def test_other_precisions(precision: str) -> None:
     network = known.network.train()
     twin = copy.deepcopy(network)
     compiled = Compiled(network, QUICK)
-    with compiled.in_place():
+    with compiled.active():
         assert_alike(step(network, batch(2)), step(twin, batch(2)))
     assert compiled.why_not is None
 
@@ -146,7 +146,7 @@ def test_autocast_is_the_users() -> None:
     known, batch = made("body")
     network = known.network.train()
     compiled = Compiled(network, QUICK)
-    with compiled.in_place():
+    with compiled.active():
         types = []
         for enabled in (True, False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -155,14 +155,14 @@ def test_autocast_is_the_users() -> None:
     assert compiled.why_not is None
 
 
-def test_training_goes_on_from_step_to_step() -> None:
+def test_training_over_several_steps() -> None:
     """Weights and ranges are inputs of the graph: what an optimizer changes, a state that is loaded, is seen."""
     known, batch = made("body")
     network = known.network.train()
     twin = copy.deepcopy(network)
     compiled = Compiled(network, QUICK)
     optimizers = [torch.optim.SGD(one.parameters(), 0.05) for one in (network, twin)]
-    with compiled.in_place():
+    with compiled.active():
         for _ in range(3):
             losses = [step(one, batch(2))[0].item() for one in (network, twin)]
             assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -178,7 +178,7 @@ def test_frozen_layers_and_ranges_stay_frozen() -> None:
     known, batch = made("body")
     network = known.network.train()
     compiled = Compiled(network, QUICK)
-    with compiled.in_place():
+    with compiled.active():
         step(network, batch(2))
         network.conv.weight.requires_grad_(False)
         known.learn_ranges(False)
@@ -193,7 +193,7 @@ def test_hooks_on_the_network_itself_are_called() -> None:
     seen: list[Tensor] = []
     known.network.register_forward_hook(lambda _, __, output: seen.append(output))
     compiled = Compiled(known.network, QUICK)
-    with compiled.in_place():
+    with compiled.active():
         output = known.network(batch(2))
     assert compiled.why_not is None
     assert seen[0] is output
@@ -201,7 +201,7 @@ def test_hooks_on_the_network_itself_are_called() -> None:
 
 def test_a_copy_runs_its_own_weights() -> None:
     known, batch = made("body")
-    with Compiled(known.network, QUICK).in_place():
+    with Compiled(known.network, QUICK).active():
         before = known.network(batch(2))
         twin = copy.deepcopy(known.network)
         with torch.no_grad():
@@ -303,7 +303,7 @@ def test_a_tensor_made_in_forward_is_compiled() -> None:
     network = calibrated(Makes().eval(), call(images(size=8))).network
     twin = copy.deepcopy(network)
     compiled = Compiled(network, QUICK)
-    with compiled.in_place():
+    with compiled.active():
         assert_alike(step(network, images(size=8)), step(twin, images(size=8)))
     assert compiled.why_not is None
 
@@ -317,21 +317,21 @@ def test_a_tensor_made_in_forward_is_compiled() -> None:
         (Draws, Why.RANDOM, "Python"),
         (Depends, Why.COMPILER, ""),
         (Holds, Why.TENSOR, "factor"),
-        (HoldsInList, Why.STRANGER, "shape ()"),
-        (HoldsInObject, Why.STRANGER, "shape ()"),
-        (Hides, Why.STRANGER, "shape (4, 4, 1, 1)"),
-        (ReadsGlobal, Why.STRANGER, "shape ()"),
+        (HoldsInList, Why.FOREIGN_TENSOR, "shape ()"),
+        (HoldsInObject, Why.FOREIGN_TENSOR, "shape ()"),
+        (Hides, Why.FOREIGN_TENSOR, "shape (4, 4, 1, 1)"),
+        (ReadsGlobal, Why.FOREIGN_TENSOR, "shape ()"),
     ],
 )
-def test_what_a_graph_would_lose_is_not_compiled(
+def test_side_effects_are_not_compiled(
     network: type[Body], why: Why, named: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It goes on as it is, once warned of, and what it leaves behind is what it leaves behind otherwise."""
+    """The network runs uncompiled, with one warning, and with the side effects that it has otherwise."""
     torch.manual_seed(0)
     known = calibrated(network().eval(), call(images(size=8)))
     twin = copy.deepcopy(known.network)
     compiled = Compiled(known.network, QUICK)
-    with compiled.in_place():
+    with compiled.active():
         for _ in range(2):
             random.seed(0)
             ours = step(known.network, images(size=8))
@@ -355,7 +355,7 @@ def test_hooks_that_are_quantized_stay_quantized() -> None:
     known = calibrated(network, call(images(size=8)))
     twin = copy.deepcopy(known.network)
     compiled = Compiled(known.network, QUICK)
-    with compiled.in_place(), torch.no_grad():
+    with compiled.active(), torch.no_grad():
         assert torch.equal(known.network(images(size=8)), twin(images(size=8)))
     assert compiled.why_not is not None
     assert compiled.why_not.why is Why.QUANTIZED_HOOK
@@ -365,7 +365,7 @@ def test_hooks_inside_are_called() -> None:
     known, batch = made("body")
     compiled = Compiled(known.network, QUICK)
     seen: list[Tensor] = []
-    with compiled.in_place():
+    with compiled.active():
         known.network(batch(2))
         known.network.branch.register_forward_hook(lambda _, __, output: seen.append(output))
         known.network(batch(2))
@@ -389,7 +389,7 @@ def test_numbers_that_others_set_are_read() -> None:
     torch.manual_seed(0)
     known = calibrated(Scheduled().eval(), call(images(size=8)))
     compiled = Compiled(known.network, QUICK)
-    with compiled.in_place(), torch.no_grad():
+    with compiled.active(), torch.no_grad():
         once = known.network(images(size=8))
         known.network.strength = 0.0
         assert known.network(images(size=8)).abs().max() < once.abs().max() / 10
@@ -424,13 +424,13 @@ class Boxed(Body):
         return y, Box(y)
 
 
-def test_answers_of_any_structure() -> None:
+def test_outputs_of_any_structure() -> None:
     torch.manual_seed(0)
     known = calibrated(Answers().eval(), call(images(size=8)))
     twin = copy.deepcopy(known.network)
     compiled = Compiled(known.network, QUICK)
     for both in (False, True, False):
-        with compiled.in_place():
+        with compiled.active():
             ours = known.network(images(size=8), both)
         theirs = twin(images(size=8), both)
         assert type(ours) is Answer
@@ -448,7 +448,7 @@ class Settings:
 
 
 class Configured(Body):
-    """Looks into an object, and drops numbers with a probability that somebody may set."""
+    """Reads an object, and drops values with a probability that others may set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -459,11 +459,11 @@ class Configured(Body):
         return self.dropout(self.scores(x)) * self.settings.strength
 
 
-def test_an_answer_that_nobody_can_look_into_is_not_compiled() -> None:
+def test_an_output_of_unknown_content_is_not_compiled() -> None:
     torch.manual_seed(0)
     known = calibrated(Boxed().eval(), call(images(size=8)))
     compiled = Compiled(known.network, QUICK)
-    with compiled.in_place(), torch.no_grad():
+    with compiled.active(), torch.no_grad():
         ours = known.network(images(size=8))
     assert type(ours[1].scores) is Tensor
     assert compiled.why_not is not None
@@ -477,7 +477,7 @@ def test_what_others_set_elsewhere_is_read() -> None:
     known = calibrated(Configured().eval(), call(images(size=8)))
     network: Any = known.network.train()
     compiled = Compiled(network, QUICK)
-    with compiled.in_place(), torch.no_grad():
+    with compiled.active(), torch.no_grad():
         once = network(images(size=8))
         network.settings.strength = 0.0
         network.settings.strength = 0.0
@@ -508,12 +508,12 @@ class Late(Body):
 
 
 @pytest.mark.parametrize(("count", "why"), [(3, Why.ATTRIBUTE), (4, Why.COMPILER)])
-def test_a_later_call_that_has_no_graph_runs_as_it_is(count: int, why: Why) -> None:
+def test_a_later_call_without_a_graph_runs_uncompiled(count: int, why: Why) -> None:
     torch.manual_seed(0)
     known = calibrated(Late().eval(), call(images(2, 8)))
     twin = copy.deepcopy(known.network)
     compiled = Compiled(known.network, QUICK)
-    with compiled.in_place():
+    with compiled.active():
         for size in (2, count, 2):
             assert_alike(step(known.network, images(size, 8)), step(twin, images(size, 8)))
     assert compiled.why_not is not None
@@ -521,23 +521,23 @@ def test_a_later_call_that_has_no_graph_runs_as_it_is(count: int, why: Why) -> N
     assert type(getattr(known.network, "kept", torch.empty(0))) is Tensor
 
 
-def test_batches_of_many_sizes_are_no_error() -> None:
+def test_batches_of_many_sizes_are_not_an_error() -> None:
     torch.manual_seed(0)
     known = calibrated(Scheduled().eval(), call(images(size=8)))
     twin = copy.deepcopy(known.network)
     compiled = Compiled(known.network, QUICK)
-    with compiled.in_place(), torch.no_grad():
+    with compiled.active(), torch.no_grad():
         for count in range(1, 21):
             assert torch.equal(known.network(images(count, 8)), twin(images(count, 8)))
     assert compiled.why_not is not None
     assert compiled.why_not.why is Why.GRAPHS
 
 
-def test_graphs_without_end_are_not_made() -> None:
+def test_the_number_of_graphs_is_limited() -> None:
     torch.manual_seed(0)
     known = calibrated(Scheduled().eval(), call(images(size=8)))
     compiled = Compiled(known.network, {"backend": "eager"})
-    with compiled.in_place(), torch.no_grad():
+    with compiled.active(), torch.no_grad():
         for strength in range(20):
             known.network.strength = float(strength)
             known.network(images(size=8))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.simulation.callsites.running import is_range
+from lightning_quant.simulation.callsites.attributes import is_range
 from lightning_quant.simulation.compiled import Compiled, Why
 from tests.simulation.callsites.patterns import PATTERNS
 from tests.simulation.callsites.test_patterns import made, quantized, run
@@ -55,7 +55,7 @@ def test_compiled(name: str) -> None:
     network.train()
     twin.train()
     compiled = Compiled(network, {"backend": "aot_eager"})
-    with compiled.in_place():
+    with compiled.active():
         for turn in range(2):
             for call in calls:
                 actual, gradients, state = run(network, call)

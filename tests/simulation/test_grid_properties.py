@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.fast.layers import accelerate
+from lightning_quant.simulation.fast.short_path import accelerate
 
 aimet.load()
 from aimet_torch.quantization.affine import Quantize, QuantizeDequantize  # noqa: E402

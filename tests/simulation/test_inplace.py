@@ -33,7 +33,7 @@ class Keeping(nn.Module):
         return x - self.mean
 
 
-def test_buffers_that_are_assigned_anew() -> None:
+def test_reassigned_buffers_are_restored() -> None:
     network = nn.Sequential(Keeping(), nn.BatchNorm1d(3))
     kept = network[0]
     assert isinstance(kept, Keeping)
@@ -47,7 +47,7 @@ def test_buffers_that_are_assigned_anew() -> None:
     assert network[1].num_batches_tracked == 0
 
 
-def test_hooks_can_be_removed_after_a_change_that_failed() -> None:
+def test_hooks_can_be_removed_after_a_failed_change() -> None:
     network = nn.Sequential(nn.Linear(3, 3))
     calls: list[int] = []
     handle = network[0].register_forward_hook(lambda *_: calls.append(1))
@@ -82,7 +82,7 @@ class Convolution(nn.Module):
         return self.act(self.conv(x))  # type: ignore[no-any-return]
 
 
-def test_networks_that_share_an_activation_are_two() -> None:
+def test_networks_that_share_an_activation_are_independent() -> None:
     torch.manual_seed(0)
     teacher, student = (nn.Sequential(Convolution(), Convolution()) for _ in range(2))
     images = torch.randn(4, 3, 8, 8)
@@ -103,7 +103,7 @@ class Listener:
         self.heard.append(output.shape[1])
 
 
-def test_hooks_on_a_shared_module_are_heard_where_they_were() -> None:
+def test_hooks_on_a_shared_module_are_still_called() -> None:
     act, listener = nn.ReLU(), Listener()
     network = nn.Sequential(nn.Linear(4, 3), act, nn.Linear(3, 2), act)
     handle = act.register_forward_hook(listener.hear)

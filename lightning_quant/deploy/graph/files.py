@@ -19,8 +19,8 @@ from lightning_quant.deploy.graph.many_axes import leave_out_ones
 from lightning_quant.deploy.graph.passed_inputs import Grid, encode_passed_inputs, round_passed_inputs
 from lightning_quant.errors import ExportError
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.callsites.lending import weights_lent
-from lightning_quant.simulation.callsites.running import noting
+from lightning_quant.simulation.callsites.aimet_views import weights_attached
+from lightning_quant.simulation.callsites.passes import noting
 from lightning_quant.simulation.exportable import FLOAT_OPSET
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -73,7 +73,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
     names = dict(zip(("input_names", "output_names"), name_tensors(network, example, given), strict=True))
     sizes = [tuple(tensor.shape) for tensor in tensors_in(given)]
     tensors = tuple(example.tensors)
-    with aimet.quiet(), weights_lent(network.network), noting() as noted:
+    with aimet.quiet(), weights_attached(network.network), noting() as noted:
         try:
             network.sim.onnx.export(
                 tensors,

@@ -1,4 +1,4 @@
-"""PyTorch's functions by what they do to values: move them, compute with them, or judge them."""
+"""PyTorch's functions by what they do to values: move them, compute with them, or make a loss of them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-# Functions that hand values on as they are: what was rounded before stays rounded.
+# Functions that keep values as they are: what was rounded before stays rounded.
 MOVES = frozenset(
     """
     adjoint alpha_dropout apply argmax argmin as_strided as_subclass atleast_1d atleast_2d atleast_3d bernoulli
@@ -26,7 +26,7 @@ MOVES = frozenset(
     view view_as vsplit zero zeros_like
     """.split()  # noqa: SIM905
 )
-# What a loss is made of stays as it is: the device computes none.
+# Losses stay in float: the device computes none.
 LOSSES = frozenset(
     """
     binary_cross_entropy binary_cross_entropy_with_logits cosine_embedding_loss cross_entropy ctc_loss
@@ -62,33 +62,33 @@ AUGMENTED = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ip
 
 @functools.lru_cache(4096)
 def base_name(func: Any) -> str:
-    """The name of a function without underscores, of ``__radd__`` as of ``add_``: radd, add."""
+    """Return the name of a function without underscores, of ``__radd__`` as of ``add_``: radd, add."""
     return str(getattr(func, "__name__", "")).strip("_")
 
 
 @functools.lru_cache(4096)
 def in_place(func: Any, name: str) -> bool:
-    """Whether a function changes its first argument by its very name."""
+    """Return whether a function changes its first argument by its very name."""
     own = str(getattr(func, "__name__", ""))
     return (own.endswith("_") and not own.endswith("__")) or name in AUGMENTED or own == "__setitem__"
 
 
 def computes(name: str, given: list[Tensor], result: Any) -> bool:
-    """Whether a function made floating-point values that the hardware would round anew."""
+    """Return whether a function computed floating-point values that the hardware would round again."""
     if name in MOVES or name in LOSSES or not (isinstance(result, Tensor) and result.is_floating_point()):
         return False
     return any(tensor.is_floating_point() and tensor.dim() for tensor in given)  # without axes: sizes, in a trace
 
 
 def values_taken(name: str, given: list[Tensor]) -> list[Tensor]:
-    """Those of a function's arguments whose values it computes with; of others it takes the size or type alone."""
+    """Return the arguments of a function whose values it computes with; of others it takes the size or type."""
     if name in MADE_LIKE:
         return []
     return given[:1] if name in LIKE_ANOTHER else given
 
 
 def tensors_among(data: Any) -> list[Tensor]:
-    """Tensors among the arguments of a function, in order."""
+    """Return the tensors among the arguments of a function, in order."""
     if isinstance(data, Tensor):
         return [data]
     if isinstance(data, (list, tuple)):

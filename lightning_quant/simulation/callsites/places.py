@@ -6,25 +6,22 @@ import itertools
 import sys
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
-
-if TYPE_CHECKING:
-    from lightning_quant.simulation.callsites.sites import ApartSite, Site
 
 _T = TypeVar("_T")
 
 # The code that stands where an operation is called: name, first line and position of each frame from the operation up
 # to the module's forward, and the function's name.
 Spot = tuple[Any, ...]
-# A spot, and the how-manieth time in this pass.
+# A spot, and how many times it was reached before in this pass.
 Place = tuple[Spot, int]
 
-# Frames that hand an operation on, and those at which a module's own code begins.
-_HANDING_ON: Any = (
+# Frames that pass an operation on, and those at which a module's own code begins.
+_PASSING_ON: Any = (
     torch.overrides,
     torch.functional,
     nn.functional,
@@ -33,16 +30,16 @@ _HANDING_ON: Any = (
     torch.autograd.function,
 )
 _HERE = Path(__file__).parent
-_RUNNING = str(_HERE / "running.py")
-_HANDS_ON = frozenset(
-    [str(_HERE / name) for name in ("recording.py", "sites.py", "inlining.py")] + [m.__file__ for m in _HANDING_ON]
-)
+# All files here pass operations on, except for decompositions, which call their own.
+_OURS, _DECOMPOSITIONS = str(_HERE), str(_HERE / "decompositions")
+_INTERCEPTING = frozenset(str(_HERE / name) for name in ("interception.py", "watching.py", "checkpointing.py"))
+_PASSES_ON = frozenset(m.__file__ for m in _PASSING_ON)
 _BEGINS = frozenset((sys.modules[nn.Module.__module__].__file__, torch.utils.checkpoint.__file__))
 
 
 # What a frame has to do with the place of an operation: it is part of it, the last part (what wraps a forward may take
-# other ways in a trace), hands it on, has a module's own code begin above it, or both, as what intercepts it has.
-_PART, _LAST, _HANDS, _BEGIN, _BOTH = range(1, 6)
+# other ways in a trace), passes it on, has a module's own code begin above it, or both, as what intercepts it has.
+_PART, _LAST, _PASSES, _BEGIN, _BOTH = range(1, 6)
 
 # By the numbers of objects, since code compares and hashes by its contents; what is kept keeps its number.
 _KINDS: dict[int, int] = {}
@@ -51,16 +48,16 @@ _KEPT: dict[int, Any] = {}
 _SAME: dict[Any, Any] = {}
 
 
-def spot(within: Place | tuple[()], name: str) -> Spot:
-    """Where the operation stands that ``running.py`` handles now: for the same spot the same object.
+def spot(parent: Place | tuple[()], name: str) -> Spot:
+    """Return where the operation stands that is intercepted now: for the same spot the same object.
 
     Args:
-        within: the place of the operation that is being taken apart.
+        parent: the place of the operation whose decomposition runs.
         name: the function's base name. It is part of the spot: one call can be of several functions, as in
             ``for act in (relu, sigmoid): act(x)``.
     """
     frame: FrameType | None = sys._getframe(2)
-    key: tuple[Any, ...] = (name, id(within))
+    key: tuple[Any, ...] = (name, id(parent))
     while frame is not None:
         code = frame.f_code
         kind = _KINDS.get(id(code)) or _kind(code)
@@ -72,17 +69,17 @@ def spot(within: Place | tuple[()], name: str) -> Spot:
             break
         frame = frame.f_back
     found = _SPOTS.get(key)
-    return _new(key, within) if found is None else found
+    return _new(key, parent) if found is None else found
 
 
 def _kind(code: CodeType) -> int:
     file = code.co_filename
-    if file == _RUNNING:
+    if file in _INTERCEPTING:
         kind = _BOTH
     elif file in _BEGINS:
         kind = _BEGIN
-    elif file in _HANDS_ON:
-        kind = _HANDS
+    elif file in _PASSES_ON or (file.startswith(_OURS) and not file.startswith(_DECOMPOSITIONS)):
+        kind = _PASSES
     else:
         kind = _LAST if code.co_name == "forward" and code.co_varnames[:1] == ("self",) else _PART
     _KEPT[id(code)] = code
@@ -90,48 +87,55 @@ def _kind(code: CodeType) -> int:
     return kind
 
 
-def _new(key: tuple[Any, ...], within: Place | tuple[()]) -> Spot:
+def _new(key: tuple[Any, ...], parent: Place | tuple[()]) -> Spot:
     name, _, *frames = key
     stable = (_stable(_KEPT[code], at) for code, at in zip(frames[::2], frames[1::2], strict=True))
-    found = same((*within, *stable, name))
-    _KEPT[id(within)] = within
+    found = same((*parent, *stable, name))
+    _KEPT[id(parent)] = parent
     _SPOTS[key] = found
     return found
 
 
 def same(value: _T) -> _T:
-    """The first spot or place that was equal to this one; it is never freed, so that its number is its own."""
+    """Return the first spot or place that was equal to this one; it is never freed, so that its number is its own."""
     found: _T = _SAME.setdefault(value, value)
     return found
 
 
 def _stable(code: CodeType, at: int) -> tuple[Any, ...]:
-    """A frame in a form that can be pickled: name and first line of the code, and which part of its text is run."""
+    """Return a frame in a form that can be pickled: name and first line of its code, and the position in the text."""
     return (code.co_qualname, code.co_firstlineno, *_position(code, at))
 
 
 def _position(code: CodeType, at: int) -> tuple[int | None, ...]:
-    """Lines and columns of an instruction; its number differs by whether Python or C is called there."""
+    """Return lines and columns of an instruction; its number differs by whether Python or C is called there."""
     position = next(itertools.islice(code.co_positions(), at // 2, None))
     return position if None not in position else (at,)
 
 
-class Sites(dict[Place, "Site | ApartSite"]):
+class CallSite(Protocol):
+    """What stands at a place: it computes the operation that is called there."""
+
+    def compute(self, running: Any, func: Any, args: Any, kwargs: Any) -> Any:
+        """Compute what was called, or return ``NotImplemented`` to let the function do it."""
+
+
+class Sites(dict[Place, CallSite]):
     """The call sites of a module, by place."""
 
     __slots__ = ("by_name",)
 
-    by_name: dict[str, dict[tuple[int, int], Site | ApartSite]]
+    by_name: dict[str, dict[tuple[int, int], CallSite]]
 
-    def index(self) -> dict[str, dict[tuple[int, int], Site | ApartSite]]:
-        """The sites by the function's name first, which few operations have in common with any; then by number."""
-        made: dict[str, dict[tuple[int, int], Site | ApartSite]] = {}
+    def index(self) -> dict[str, dict[tuple[int, int], CallSite]]:
+        """Return the sites by the function's name, which rules out most operations; then by ids of spots and counts."""
+        made: dict[str, dict[tuple[int, int], CallSite]] = {}
         for (found, count), site in self.items():
             made.setdefault(found[-1], {})[id(same(found)), count] = site
         self.by_name = made
         return made
 
-    def __setitem__(self, at: Place, site: Site | ApartSite) -> None:
+    def __setitem__(self, at: Place, site: CallSite) -> None:
         self._forget()
         super().__setitem__(at, site)
 

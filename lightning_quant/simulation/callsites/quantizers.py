@@ -1,4 +1,4 @@
-"""Quantizers that AIMET leaves out or makes twice, put right once the simulation is built."""
+"""Quantizers that AIMET leaves out or makes twice, corrected once the simulation is built."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.simulation.callsites.running import OWNER
-from lightning_quant.simulation.callsites.sites import is_at_call_site
+from lightning_quant.simulation.callsites.attributes import OWNER, is_at_call_site
 
 
 def complete(sim: Any) -> None:
@@ -23,15 +22,15 @@ def complete(sim: Any) -> None:
         if module.__dict__["_moves"]:  # values that were rounded stay rounded
             for index in range(len(module.output_quantizers)):
                 module.output_quantizers[index] = None
-        if "_made_up" in vars(module):  # weights of one: their range is known
+        if "_has_default_weights" in vars(module):  # weights of one: their range is known
             for parameter in module.param_quantizers.parameters():
                 parameter.requires_grad_(False)
     _share_weights(sim)
-    _share_steps(sim)
+    _share_over_steps(sim)
     _fuse_activations(sim)
-    _part_activations(sim)
+    _round_before_activations(sim)
     _quantize_constants(sim)
-    _bound_divisions(sim)
+    _guard_divisions(sim)
 
 
 def _sites(sim: Any) -> list[Any]:
@@ -56,13 +55,13 @@ def _share_weights(sim: Any) -> None:
 
 
 def _is_same_value(a: Tensor, b: Tensor) -> bool:
-    """Whether two weights that were computed are one: of a layer that is called twice."""
+    """Return whether two weights that were computed are one: of a layer that is called twice."""
     computed = not (isinstance(a, nn.Parameter) or isinstance(b, nn.Parameter))
     return computed and a.shape == b.shape and torch.equal(a, b)
 
 
-def _share_steps(sim: Any) -> None:
-    """One range for each tensor of a recurrent layer over all steps, as the layer has one of each."""
+def _share_over_steps(sim: Any) -> None:
+    """Share the range of each tensor of a recurrent layer over all steps, as the layer has one of each."""
     first: dict[Any, Any] = {}
     for module in _sites(sim):
         key = module.__dict__["_repeats"]
@@ -81,8 +80,8 @@ def _share_steps(sim: Any) -> None:
 def _fuse_activations(sim: Any) -> None:
     """Round once behind a ReLU, not before it as well, where one range was tied to both sides.
 
-    AIMET gives what a concatenation takes one range, and hands it on to what stands before a ReLU there. The range then
-    covers values that the ReLU takes away, and the NPU does not fuse a ReLU whose zero is not the least integer.
+    AIMET gives the inputs of a concatenation one range, and gives it to the operation before a ReLU there too. It then
+    covers values that the ReLU removes, and the NPU does not fuse a ReLU whose zero is not the least integer.
     """
     modules = (sim._get_qmodule(op) for op in sim.connected_graph.ordered_ops)
     users = Counter(one for module in modules for one in getattr(module, "output_quantizers", ()) if one is not None)
@@ -100,7 +99,7 @@ def _fuse_activations(sim: Any) -> None:
             before.output_quantizers[0] = None
 
 
-def _part_activations(sim: Any) -> None:
+def _round_before_activations(sim: Any) -> None:
     """Round what goes into LeakyReLU, PReLU and Hardswish: the NPU's compiler fuses ReLU and Clip only."""
     for op in sim.connected_graph.ordered_ops:
         if op.type not in ("LeakyRelu", "PRelu", "HardSwish"):
@@ -114,7 +113,7 @@ def _part_activations(sim: Any) -> None:
 
 
 def _quantize_constants(sim: Any) -> None:
-    """Round the parameters and buffers that operations take beside activations."""
+    """Round the parameters and buffers that operations take in addition to activations."""
     for module in _sites(sim):
         places = module.__dict__.get("_constant_inputs", ())
         if not places or not hasattr(module, "input_quantizers"):
@@ -128,27 +127,28 @@ def _quantize_constants(sim: Any) -> None:
                 module.input_quantizers[index] = copy.deepcopy(like)
 
 
-def _bound_divisions(sim: Any) -> None:
-    """Let divisions and square roots keep clear of a zero that rounding made."""
+def _guard_divisions(sim: Any) -> None:
+    """Guard divisions and square roots against a zero that rounding produced."""
     from lightning_quant.simulation.aimet import QuantizationMixin, custom
-    from lightning_quant.simulation.callsites.bounded import Quotient, Root  # imports AIMET
+    from lightning_quant.simulation.callsites.safe_division import SafeDivide, SafeSqrt  # imports AIMET
 
-    QuantizationMixin.qcls_to_cls |= {Quotient: custom.Divide, Root: custom.Sqrt}  # where it looks for the way back
+    # where AIMET looks up the float class
+    QuantizationMixin.qcls_to_cls |= {SafeDivide: custom.Divide, SafeSqrt: custom.Sqrt}
     for op in sim.connected_graph.ordered_ops:
         module = sim._get_qmodule(op)
         kind: Any = type(module)
         if kind is custom.QuantizedSqrt:
-            module.__class__ = Root
+            module.__class__ = SafeSqrt
         elif kind is custom.QuantizedDivide and len(op.inputs) == 2:
             quantizers: Any = module.input_quantizers
             quantizer = rounding(sim, op.inputs[1].producer)
             if quantizers[1] is None and quantizer is not None:
-                module.__class__ = Quotient
+                module.__class__ = SafeDivide
                 quantizers[1] = quantizer
 
 
 def rounding(sim: Any, source: Any) -> Any:
-    """The quantizer behind an operation, or behind the one whose values it hands on."""
+    """Return the quantizer of an operation's output, or of the one whose values it only moves."""
     while source is not None:
         producer = sim._get_qmodule(source)
         quantizers: Any = getattr(producer, "output_quantizers", ())

@@ -30,13 +30,13 @@ class Kept(IntEnum):
 
     NOTHING = 0
     INPUT = 1  # kept anyway, or more than a mask is needed
-    CODES = 2  # a byte a number: its rounding error, or on which side of the range it is
-    BITS = 3  # a bit a number: whether its gradient passes
+    CODES = 2  # a byte per value: its rounding error, or on which side of the range it is
+    BITS = 3  # a bit per value: whether its gradient passes
 
 
 @functools.cache
 def unavailable() -> str | None:
-    """Load the kernels, once a process; the reason why there are none, or ``None``.
+    """Load the kernels, once per process, and return why there are none, or ``None``.
 
     Called where a tensor on a GPU is to be quantized.
     """
@@ -103,7 +103,7 @@ def fake_quantize(
 
 
 def _axis(x: Tensor, low: Tensor) -> int | None:
-    """The axis of ``x`` that has a range for each place; ``None`` with one range."""
+    """Return the axis of ``x`` that has a range per index; ``None`` with one range."""
     if low.numel() == 1:
         return None
     missing = x.dim() - low.dim()
@@ -117,7 +117,7 @@ def _axis(x: Tensor, low: Tensor) -> int | None:
 
 
 def _is_dense(x: Tensor) -> bool:
-    """Whether its numbers fill a stretch of memory, in whatever order."""
+    """Return whether a tensor is dense in memory, in any order of its axes."""
     if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return True
     expected = 1
@@ -173,7 +173,7 @@ class _Whole(torch.autograd.Function):
 
 
 class _Rows(torch.autograd.Function):
-    """A range for each place on the first axis."""
+    """A range for each index of the first axis."""
 
     @staticmethod
     def forward(
@@ -197,7 +197,7 @@ def _forward(
     x: Tensor, low: Tensor, high: Tensor, grid: tuple[Any, ...], activation: int, learned: bool, kept: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The result, and what is kept beside the input."""
+    """Return the result, and what is saved for the backward pass other than the input."""
     y, n = torch.empty_like(x, dtype=dtype), x.numel()
     keep = None
     if kept == Kept.CODES:
@@ -217,7 +217,7 @@ def _backward(
     grad: Tensor, keep: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype, grid: tuple[Any, ...], activation: int,
     learned: bool, kept: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of the numbers and of both ends of the range."""
+    """Return the gradients of the values and of both ends of the range."""
     out, n, kernels = torch.empty_like(grad, dtype=dtype), grad.numel(), _kernels()
     if not learned and kept == Kept.BITS:
         if n:
@@ -276,7 +276,7 @@ def _row_block(length: int) -> int:
 
 @functools.cache
 def _programs(device: torch.device) -> int:
-    """How many programs keep a device busy."""
+    """Return how many programs keep a device busy."""
     if device.type != "cuda":
         return 3
     return min(8 * torch.cuda.get_device_properties(device).multi_processor_count, MOST_PROGRAMS)
@@ -285,7 +285,7 @@ def _programs(device: torch.device) -> int:
 class _Launcher:
     """A kernel with what was compiled of it, found by what decides about its code.
 
-    Triton's own launcher finds that out by looking at every argument on every call, which takes longer than small
+    Triton's own launcher finds that out by inspecting every argument on every call, which takes longer than small
     tensors take on the device.
     """
 

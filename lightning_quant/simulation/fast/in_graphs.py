@@ -1,9 +1,9 @@
 """Fake quantization in PyTorch's own operations, for graphs that are compiled.
 
-A compiler joins them with the bias before and the operation behind; a kernel of ours it could not look into. While a
-graph is made (:mod:`lightning_quant.simulation.compiled`), quantizers on the short path come here.
+A compiler fuses them with the bias before and the operation after; it could not fuse a kernel of ours. While a
+graph is traced (:mod:`lightning_quant.simulation.compiled`), quantizers on the short path come here.
 
-The arithmetic is that of ``kernels.cpp``, in float32 whatever comes in.
+The arithmetic is that of ``fake_quantize.cpp``, in float32 whatever comes in.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightning_quant.simulation.inputs import tensors_in
 class _Local(threading.local):
     def __init__(self) -> None:
         self.calibrated: set[Any] | None = None
-        self.strangers: list[Tensor] = []
+        self.foreign: list[Tensor] = []
 
 
 _local = _Local()
@@ -38,41 +38,44 @@ _ACTIVATIONS = {
 
 
 @contextmanager
-def made(calibrated: Iterable[Any]) -> Iterator[list[Tensor]]:
-    """Make a graph in a block; ``calibrated``: the quantizers whose ranges are known.
+def tracing(calibrated: Iterable[Any]) -> Iterator[list[Tensor]]:
+    """Trace a graph in a block.
+
+    Args:
+        calibrated: the quantizers whose ranges are set.
 
     Yields:
-        The tensors that something is computed with and that are no inputs of the graph, nor computed of any: it would
-        keep them as they are, and hand no gradient on to them.
+        The tensors that something is computed with and that are neither inputs of the graph nor computed from any: it
+        would keep their values, and give them no gradient.
     """
-    _local.calibrated, _local.strangers = set(calibrated), []
+    _local.calibrated, _local.foreign = set(calibrated), []
     try:
-        with _Watch():
-            yield _local.strangers
+        with _NoteForeign():
+            yield _local.foreign
     finally:
         _local.calibrated = None
 
 
-class _Watch(TorchFunctionMode):
-    """Looks at what operations are given while a graph is made, where inputs and results have types of their own."""
+class _NoteForeign(TorchFunctionMode):
+    """Sees the arguments of operations while a graph is traced, where inputs and results have types of their own."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        look(args)
+        note_foreign(args)
         return func(*args, **(kwargs or {}))
 
 
-def look(given: Any) -> None:
-    """Note the tensors among the arguments of an operation, or of a layer, that the graph knows nothing of."""
-    _local.strangers += [tensor for tensor in tensors_in(given) if type(tensor) in (Tensor, nn.Parameter)]
+def note_foreign(given: Any) -> None:
+    """Note the tensors among the arguments of an operation, or of a layer, that are foreign to the graph."""
+    _local.foreign += [tensor for tensor in tensors_in(given) if type(tensor) in (Tensor, nn.Parameter)]
 
 
-def is_made() -> bool:
-    """Whether a graph is being made in this thread."""
+def is_tracing() -> bool:
+    """Return whether a graph is traced in this thread."""
     return _local.calibrated is not None
 
 
 def is_calibrated(quantizer: Any) -> bool:
-    """Whether the range of a quantizer was known when the graph was begun: in it, a stand-in is in its place."""
+    """Return whether a quantizer's range was set when the trace began, in which the compiler's tensors replace it."""
     return _local.calibrated is not None and quantizer in _local.calibrated
 
 
@@ -89,12 +92,12 @@ def fake_quantize(
 
 
 def _saves_codes(x: Tensor) -> bool:
-    """Whether a byte per value is saved and not the value: on a GPU, whose memory it is about."""
+    """Return whether a byte per value is saved instead of the value: on a GPU, whose memory is scarce."""
     return x.is_cuda
 
 
 def _grid_of(low: Tensor, high: Tensor, grid: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scale and offset, and both before their bounds."""
+    """Return scale and offset, and both before they are clamped."""
     qmin, qmax, symmetric, smallest = grid
     raw = (high - low) / (qmax - qmin)
     scale = raw.abs().clamp_min(smallest)
@@ -106,7 +109,7 @@ def _grid_of(low: Tensor, high: Tensor, grid: tuple[Any, ...]) -> tuple[Tensor, 
 def _rounded(
     x: Tensor, scale: Tensor, offset: Tensor, grid: tuple[Any, ...], learned: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The integer with its offset, clipped; how far it is from the number, in steps; and whether it was inside."""
+    """Return the clipped integer plus offset, its rounding error in units of the scale, and whether it was inside."""
     scaled = x / scale if learned else x * (1 / scale)
     rounded = torch.round(scaled)
     exact = rounded - offset
@@ -114,7 +117,7 @@ def _rounded(
     return q + offset, rounded - scaled, q == exact
 
 
-# Activations that hand a gradient on as it is or not at all, and where they do.
+# Activations that pass a gradient unchanged or not at all, and where they do.
 _CUTS: dict[Activation, Callable[[Tensor], Tensor] | None] = {
     Activation.NONE: None,
     Activation.RELU: lambda x: x > 0,

@@ -1,4 +1,4 @@
-"""The compiled fake quantization, built once a machine with the C++ compiler that is there."""
+"""The kernels for CPUs, built once per machine with the C++ compiler that is there."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from filelock import FileLock
 
 log = logging.getLogger(__name__)
 
-# by the start of the name that PyTorch gives what a processor can do; a folder that several machines share has a build
-# for each
+_FOLDER = Path(__file__).parent
+_SOURCES = [_FOLDER / name for name in ("fake_quantize.cpp", "calibration.cpp")]
+_HEADER = _FOLDER / "layout.h"
+# By the start of PyTorch's name for what the processor can do; a folder that several machines share has a build for
+# each.
 _INSTRUCTIONS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
     "AVX2": ["-mavx2", "-mfma"],
@@ -40,7 +43,7 @@ class Activation(IntEnum):
 
 @functools.cache
 def unavailable() -> str | None:
-    """Build and load the kernels, once a process; the reason why there are none, or ``None``.
+    """Build and load the kernels, once per process, and return why there are none, or ``None``.
 
     Called where a tensor on the CPU is to be quantized, so that a machine that only uses its GPU builds nothing.
     The build takes some 20 seconds and is kept below ``TORCH_EXTENSIONS_DIR`` or the user's cache folder, by version
@@ -66,14 +69,14 @@ def _reason() -> str | None:
 
 def _load() -> None:
     capability = torch.backends.cpu.get_cpu_capability()
-    source = Path(__file__).with_name("kernels.cpp")
-    version = hashlib.sha256(source.read_bytes()).hexdigest()[:8]  # another version of this package has its own
+    sources = b"".join(path.read_bytes() for path in (*_SOURCES, _HEADER))
+    version = hashlib.sha256(sources).hexdigest()[:8]  # another version of this package has its own
     name = re.sub(r"\W", "_", f"lightning_quant_{torch.__version__}_{capability}_{version}").lower()
     cache = os.environ.get("TORCH_EXTENSIONS_DIR") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(cache) / "lightning_quant" / name
     folder.mkdir(parents=True, exist_ok=True)
     instructions = [flag for key, flags in _INSTRUCTIONS.items() if capability.startswith(key) for flag in flags]
-    # PyTorch waits for ever for a lock file that a killed process left; under this one, it is a left one
+    # PyTorch waits forever for a lock file that a killed process left; whoever holds this lock may remove it
     with FileLock(folder.with_suffix(".lock")), _silent("torch.utils.cpp_extension"), _on_path(ninja.BIN_DIR):
         (folder / "lock").unlink(missing_ok=True)
         if not list(folder.glob("*.so")):
@@ -82,7 +85,7 @@ def _load() -> None:
 
         cpp_extension.load(
             name,
-            [str(source)],
+            [str(path) for path in _SOURCES],
             extra_cflags=_FLAGS + instructions,
             extra_ldflags=["-fopenmp"],
             build_directory=str(folder),
@@ -92,7 +95,7 @@ def _load() -> None:
 
 @contextmanager
 def _silent(logger: str) -> Iterator[None]:
-    """PyTorch warns there that a machine without a GPU has none."""
+    """Silence a logger: PyTorch warns there that a machine without a GPU has none."""
     level = logging.getLogger(logger).level
     logging.getLogger(logger).setLevel(logging.ERROR)
     try:
@@ -103,7 +106,7 @@ def _silent(logger: str) -> Iterator[None]:
 
 @contextmanager
 def _on_path(folder: str) -> Iterator[None]:
-    """A virtual environment that was not activated has its programs off the path."""
+    """Prepend a folder to the path: a virtual environment that was not activated has its programs elsewhere."""
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = f"{folder}{os.pathsep}{before}"
     try:

@@ -1,4 +1,4 @@
-"""What calibration sees and how it chooses ranges: AIMET's analyzers, their histograms in one pass.
+"""What calibration observes and how it chooses ranges: AIMET's analyzers, their histograms in one pass.
 
 Importing this module imports AIMET.
 """
@@ -20,7 +20,7 @@ from lightning_quant.simulation.aimet import (
 )
 from lightning_quant.simulation.fast import kernels
 
-# Numbers that are worked on at a time, where that takes several copies of them.
+# Values processed at a time where that takes several copies of them.
 _AT_A_TIME = 2**24
 
 
@@ -35,7 +35,7 @@ class FastHistogramObserver(_HistogramObserver):
 
     @torch.no_grad()
     def collect_stats(self, input_tensor: Tensor) -> Any:
-        """Range of the batch by channel; with its histogram if it is the first one, which decides on the bins."""
+        """Return the range of the batch per channel; for the first batch, which sets the bins, its histogram too."""
         if not _is_covered(self, input_tensor):
             return super().collect_stats(input_tensor)
         low, high = _range(input_tensor, self.shape)
@@ -53,7 +53,7 @@ class FastHistogramObserver(_HistogramObserver):
 
     @torch.no_grad()
     def merge_stats(self, new_stats_list: Any, input_tensor: Tensor) -> None:
-        """Add a batch; numbers beyond the bins count for the outermost ones."""
+        """Add a batch; values beyond the bins count for the outermost ones."""
         (*others, new) = new_stats_list
         if self.stats[0].histogram is None or others or new.histogram is not None:
             super().merge_stats(new_stats_list, input_tensor)
@@ -78,9 +78,9 @@ class FastTfEnhancedEncodingAnalyzer(TfEnhancedEncodingAnalyzer):
             return super()._select_best_candidates(test_deltas, test_offsets, stats, num_steps)
         edges = torch.stack([one.bin_edges for one in stats])
         width = edges[:, 1:2] - edges[:, :1]
-        centres = edges[:, :1] + width / 2 + width * torch.arange(counts.shape[1], device=counts.device)
+        centers = edges[:, :1] + width / 2 + width * torch.arange(counts.shape[1], device=counts.device)
         scales, offsets = test_deltas.flatten(1), test_offsets.expand(test_deltas.shape).flatten(1).contiguous()
-        noise = quantization_noise(counts, centres, scales.contiguous(), offsets, num_steps, self.gamma)
+        noise = quantization_noise(counts, centers, scales.contiguous(), offsets, num_steps, self.gamma)
         best = noise.argmin(dim=1, keepdim=True)
         if test_offsets.numel() == 1:
             return scales.gather(1, best), test_offsets
@@ -92,7 +92,7 @@ class FastPercentileEncodingAnalyzer(PercentileEncodingAnalyzer):
 
     @torch.no_grad()
     def compute_encodings_from_stats(self, stats: Any, num_steps: int, is_symmetric: bool) -> Any:
-        """Lowest and highest number of each channel's range."""
+        """Return the least and the greatest value of each channel's range."""
         if stats[0].histogram is None or num_steps <= 0 or len(stats) == 1:
             return super().compute_encodings_from_stats(stats, num_steps, is_symmetric)
         sums = torch.stack([one.histogram for one in stats]).cumsum(dim=1)
@@ -109,7 +109,7 @@ class FastPercentileEncodingAnalyzer(PercentileEncodingAnalyzer):
 
 
 def _with_zero(low: Tensor, high: Tensor, steps: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """AIMET's ``adjust_min_max`` for many ranges: with zero inside, finite, not too narrow, symmetric if asked for."""
+    """Adjust many ranges as AIMET's ``adjust_min_max``: with zero inside, finite, not too narrow, symmetric or not."""
     limit = torch.finfo(low.dtype).max
     low, high = low.clamp(-limit, 0), high.clamp(0, limit)
     below, above = math.ceil(steps / 2), math.floor(steps / 2)
@@ -130,7 +130,7 @@ _FAST = {
 
 
 def accelerate_analyzer(analyzer: Any) -> None:
-    """Let an analyzer of AIMET's use these classes, in place."""
+    """Let one of AIMET's analyzers use these classes, in place."""
     analyzer.__class__ = _FAST.get(type(analyzer), type(analyzer))
     if type(getattr(analyzer, "observer", None)) is _HistogramObserver:
         analyzer.observer.__class__ = FastHistogramObserver
@@ -156,14 +156,14 @@ def _has_kernel(tensor: Tensor) -> bool:
 
 
 def histograms(tensor: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
-    """Counts in equal bins between ``low`` and ``high``, float32 [ranges, bins]: see ``kernels.cpp``."""
+    """Count values in equal bins between ``low`` and ``high``, float32 [ranges, bins]: see ``calibration.cpp``."""
     if tensor.is_cpu:
         return torch.ops.lightning_quant.histograms(tensor, low, high, bins)
     return counted_by_bin(tensor, low, high, bins)
 
 
 def counted_by_bin(tensor: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
-    """The same in PyTorch's own operations, for all ranges at once."""
+    """Compute :func:`histograms` in PyTorch's own operations, for all ranges at once."""
     ranges = low.numel()
     missing = tensor.dim() - low.dim()
     axis = next((missing + at for at, size in enumerate(low.shape) if size != 1), None)
@@ -179,33 +179,33 @@ def counted_by_bin(tensor: Tensor, low: Tensor, high: Tensor, bins: int) -> Tens
 
 
 def quantization_noise(
-    counts: Tensor, centres: Tensor, scales: Tensor, offsets: Tensor, steps: int, gamma: float
+    counts: Tensor, centers: Tensor, scales: Tensor, offsets: Tensor, steps: int, gamma: float
 ) -> Tensor:
-    """The error of quantizing histograms to each of the grids, [ranges, grids]: see ``kernels.cpp``."""
+    """Return the error of quantizing histograms to each of the grids, [ranges, grids]: see ``calibration.cpp``."""
     if counts.is_cpu:
-        return torch.ops.lightning_quant.quantization_noise(counts, centres, scales, offsets, steps, gamma)
-    return noise_of_all_grids(counts, centres, scales, offsets, steps, gamma)
+        return torch.ops.lightning_quant.quantization_noise(counts, centers, scales, offsets, steps, gamma)
+    return noise_of_all_grids(counts, centers, scales, offsets, steps, gamma)
 
 
 def noise_of_all_grids(
-    counts: Tensor, centres: Tensor, scales: Tensor, offsets: Tensor, steps: int, gamma: float
+    counts: Tensor, centers: Tensor, scales: Tensor, offsets: Tensor, steps: int, gamma: float
 ) -> Tensor:
-    """The same in PyTorch's own operations."""
+    """Compute :func:`quantization_noise` in PyTorch's own operations."""
     at_a_time = max(1, _AT_A_TIME // (counts.shape[1] * scales.shape[1]))
     parts = []
-    for count, centre, scale, offset in zip(
-        *(one.split(at_a_time) for one in (counts, centres, scales, offsets)), strict=True
+    for count, center, scale, offset in zip(
+        *(one.split(at_a_time) for one in (counts, centers, scales, offsets)), strict=True
     ):
-        scale, offset, centre, count = scale[:, :, None], offset[:, :, None], centre[:, None], count[:, None]
-        exact = torch.round(centre / scale - offset)
+        scale, offset, center, count = scale[:, :, None], offset[:, :, None], center[:, None], count[:, None]
+        exact = torch.round(center / scale - offset)
         clipped = exact.clamp(0, steps)
-        errors = ((clipped + offset) * scale - centre).square() * count
+        errors = ((clipped + offset) * scale - center).square() * count
         parts.append(torch.where(clipped == exact, errors, errors * gamma).sum(dim=2))
     return torch.cat(parts)
 
 
 def _range(tensor: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Lowest and highest number of each channel, in the shape of the ranges."""
+    """Return the least and the greatest value of each channel, in the shape of the ranges."""
     missing = tensor.dim() - len(shape)
     axes = [axis for axis in range(tensor.dim()) if axis < missing or shape[axis - missing] == 1]
     if len(axes) == tensor.dim():

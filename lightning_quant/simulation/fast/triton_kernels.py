@@ -1,4 +1,4 @@
-"""Fake quantization for GPUs, in Triton: what ``kernels.cpp`` computes, in one launch a direction.
+"""Fake quantization for GPUs, in Triton: what ``fake_quantize.cpp`` computes, in one launch per direction.
 
 Numbers come in and go out in the tensor's own type, and are computed with in float32: the same bits as on the CPU where
 the type is float32. Every sum is taken in a fixed order, so that a run can be repeated.
@@ -13,7 +13,7 @@ the CPU, for tests.
 import triton
 import triton.language as tl
 
-# What a forward pass keeps for its backward pass, see `gpu.Kept`.
+# What a forward pass saves for its backward pass, see `gpu.Kept`.
 NOTHING = tl.constexpr(0)
 INPUT = tl.constexpr(1)
 CODES = tl.constexpr(2)
@@ -25,7 +25,7 @@ HARDSWISH = tl.constexpr(2)
 RELU6 = tl.constexpr(3)
 SILU = tl.constexpr(4)
 
-# Codes of numbers outside of the range, and of one inside to which the activation gives no gradient. Those of the
+# Codes of values outside of the range, and of one inside to which the activation gives no gradient. Those of the
 # others are their rounding error times CODE_SCALE: half a step, and a little more where 16 bits leave a float no room.
 ABOVE = tl.constexpr(127)
 BELOW = tl.constexpr(-128)
@@ -51,7 +51,7 @@ def nearest(x):
 
 @triton.jit
 def quotient(x, by, inverse):
-    """x / by, rounded as IEEE 754 says, for which Triton's own division takes longer than memory does.
+    """Compute x / by, rounded as in IEEE 754; Triton's own correct division takes longer than memory does.
 
     Two corrections of the product with the rounded reciprocal are exact but for results without a normal number's
     precision (Markstein 1990, "Computation of elementary functions on the IBM RISC System/6000 processor").
@@ -68,7 +68,7 @@ def quotient(x, by, inverse):
 
 @triton.jit
 def grid_of(low, high, qmin, qmax, smallest, SYMMETRIC: tl.constexpr):
-    """Scale and offset of a range, and before their bounds: see ``Encoding`` in ``kernels.cpp``."""
+    """Return scale and offset of a range, and both before clamping: see ``Encoding`` in ``fake_quantize.cpp``."""
     raw = tl.div_rn(high - low, qmax - qmin)
     scale = tl.where(tl.abs(raw) < smallest, smallest, tl.abs(raw))
     free = nearest(tl.div_rn(low, scale)) - qmin
@@ -82,13 +82,13 @@ def grid_of(low, high, qmin, qmax, smallest, SYMMETRIC: tl.constexpr):
 
 @triton.jit
 def clipped(x, lowest, highest):
-    """Between two bounds; NaN stays NaN."""
+    """Clamp between two bounds; NaN stays NaN."""
     return tl.minimum(tl.maximum(x, lowest, propagate_nan=NAN_STAYS), highest, propagate_nan=NAN_STAYS)
 
 
 @triton.jit
 def activated(x, ACTIVATION: tl.constexpr):
-    """What is computed in the same pass before the rounding."""
+    """Compute the activation in front of the rounding."""
     if ACTIVATION == RELU:
         x = tl.maximum(x, 0.0, propagate_nan=NAN_STAYS)
     if ACTIVATION == RELU6:
@@ -102,7 +102,7 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def passes(x, ACTIVATION: tl.constexpr):
-    """Where an activation hands its gradient on as it is; elsewhere it is zero. Not for hardswish and SiLU."""
+    """Return where an activation passes its gradient unchanged; elsewhere it is zero. Not for hardswish and SiLU."""
     through = x == x
     if ACTIVATION == RELU:
         through = x > 0
@@ -128,7 +128,7 @@ def activation_gradient(grad, x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def on_grid(value, scale, inverse, offset, qmin, qmax, LEARNED: tl.constexpr):
-    """The integer a number is rounded to, the same before clipping and the offset, and where the number is."""
+    """Return the clipped integer, the rounded one without offset, and whether the value is above or inside."""
     if LEARNED:
         rounded = nearest(quotient(value, scale, inverse))
     else:
@@ -143,7 +143,7 @@ def forward_kernel(
     x_ptr, y_ptr, kept_ptr, low_ptr, high_ptr, n, qmin, qmax, smallest,
     SYMMETRIC: tl.constexpr, LEARNED: tl.constexpr, ACTIVATION: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One range: y = the fake-quantized activation of x, along the memory of both."""
+    """Fake-quantize the activation of x into y with one range, along the memory of both."""
     scale, offset, raw, free = grid_of(tl.load(low_ptr), tl.load(high_ptr), qmin, qmax, smallest, SYMMETRIC)
     inverse = tl.div_rn(1.0, scale)
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -169,7 +169,7 @@ def forward_kernel(
 
 @triton.jit
 def backward_bits_kernel(grad_ptr, bits_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    """Frozen ranges: the gradient where the bit is set."""
+    """Compute the gradient of x with frozen ranges: that of y where the bit is set."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     here = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
     left = tl.minimum(n - start, BLOCK).to(tl.int32)
@@ -184,9 +184,9 @@ def backward_codes_kernel(
     grad_ptr, codes_ptr, out_ptr, sums_ptr, low_ptr, high_ptr, n, turns, qmin, qmax, smallest,
     SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Learned ranges: the gradient of x, and this program's share of the sums that the range's gradient is made of.
+    """Compute the gradient of x with learned ranges, and this program's part of the sums for the range's gradient.
 
-    A program takes every so-manieth block, ``turns`` times.
+    A program takes ``turns`` blocks, as many apart as there are programs.
     """
     scale, offset, raw, free = grid_of(tl.load(low_ptr), tl.load(high_ptr), qmin, qmax, smallest, SYMMETRIC)
     lowest, highest = qmin + offset, qmax + offset
@@ -215,7 +215,7 @@ def backward_input_kernel(
     grad_ptr, x_ptr, out_ptr, sums_ptr, low_ptr, high_ptr, n, turns, qmin, qmax, smallest,
     SYMMETRIC: tl.constexpr, LEARNED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The same where the input itself was kept."""
+    """Compute the same where the input itself was saved."""
     scale, offset, raw, free = grid_of(tl.load(low_ptr), tl.load(high_ptr), qmin, qmax, smallest, SYMMETRIC)
     inverse = tl.div_rn(1.0, scale)
     by_scale = tl.zeros([BLOCK], tl.float32)
@@ -241,7 +241,10 @@ def backward_input_kernel(
 
 @triton.jit
 def range_gradients(by_scale, by_offset, low, high, qmin, qmax, smallest, SYMMETRIC: tl.constexpr):
-    """Gradients of both ends: scale = |max - min| / steps, offset = round(min / scale) - qmin, straight through."""
+    """Return the gradients of both ends: scale = |max - min| / steps, offset = round(min / scale) - qmin.
+
+    Rounding passes the gradient straight through.
+    """
     scale, offset, raw, free = grid_of(low, high, qmin, qmax, smallest, SYMMETRIC)
     sign = tl.where(tl.abs(raw) > smallest, tl.where(raw > 0, 1.0, -1.0), 0.0)
     if SYMMETRIC:
@@ -258,7 +261,7 @@ def finish_kernel(
     sums_ptr, low_ptr, high_ptr, low_grad_ptr, high_grad_ptr, count, qmin, qmax, smallest,
     SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The programs' sums, added up, to the gradients of the ends of a range."""
+    """Add up the sums of the programs, and compute the gradients of the ends of the range."""
     here = tl.arange(0, BLOCK)
     by_scale = tl.sum(tl.load(sums_ptr + 2 * here, mask=here < count, other=0.0).to(tl.float64), axis=0)
     by_offset = tl.sum(tl.load(sums_ptr + 2 * here + 1, mask=here < count, other=0.0).to(tl.float64), axis=0)
@@ -273,7 +276,7 @@ def forward_rows_kernel(
     x_ptr, y_ptr, low_ptr, high_ptr, length, qmin, qmax, smallest,
     SYMMETRIC: tl.constexpr, LEARNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A range for each row of x [rows, length]: one program a row."""
+    """Fake-quantize x [rows, length] with a range per row: one program per row."""
     row = tl.program_id(0)
     scale, offset, raw, free = grid_of(tl.load(low_ptr + row), tl.load(high_ptr + row), qmin, qmax, smallest, SYMMETRIC)
     inverse = tl.div_rn(1.0, scale)
@@ -290,7 +293,7 @@ def backward_rows_kernel(
     grad_ptr, x_ptr, out_ptr, low_ptr, high_ptr, low_grad_ptr, high_grad_ptr, length, qmin, qmax, smallest,
     SYMMETRIC: tl.constexpr, LEARNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a row and of the ends of its range."""
+    """Compute the gradients of a row and of the ends of its range."""
     row = tl.program_id(0)
     low, high = tl.load(low_ptr + row), tl.load(high_ptr + row)
     scale, offset, raw, free = grid_of(low, high, qmin, qmax, smallest, SYMMETRIC)

@@ -21,7 +21,7 @@ def test_loads_plain_nested_and_prefixed_state_dicts(tmp_path: Path, prefix: str
     state = ffnet_nano().state_dict()
     content: dict[str, object] = {prefix + key: value for key, value in state.items()}
     if prefix:
-        # Neighbours of the network in its LightningModule.
+        # Neighbors of the network in its LightningModule.
         content |= {"criterion.weight": torch.ones(19), "metric._extra_state": {"seen": 3}}
     torch.save({"state_dict": content, "epoch": 3} if nested else content, tmp_path / "weights.pt")
     assert same(ffnet_nano(weights=tmp_path / "weights.pt").state_dict(), state)

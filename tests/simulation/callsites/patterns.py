@@ -24,12 +24,12 @@ class Pattern(NamedTuple):
     Args:
         network: makes it.
         calls: what it is called with, with 3 samples.
-        apart: whether an operation is taken apart, which reorders sums.
+        split: whether an operation is decomposed, which reorders sums.
     """
 
     network: Callable[[], nn.Module]
     calls: Callable[[], list[NetworkInputs]]
-    apart: bool = False
+    split: bool = False
 
 
 def image(*shape: int, seed: int = 0) -> Tensor:
@@ -278,7 +278,7 @@ class ReadsKept(nn.Module):
 
 
 class InPlaceSkip(nn.Module):
-    """The first ReLU of the block changes what the shortcut hands on."""
+    """The first ReLU of the block changes what the shortcut passes on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -454,7 +454,7 @@ class Mixed(nn.Module):
 
 
 class Features(nn.Module):
-    """A hook of the network's own changes what a block hands on."""
+    """A hook of the network's own changes what a block returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -489,11 +489,11 @@ def mixed() -> list[NetworkInputs]:
     ]
 
 
-def between(function: Callable[..., Any], apart: bool = False, linear: bool = False, **parts: Any) -> Pattern:
+def between(function: Callable[..., Any], split: bool = False, linear: bool = False, **parts: Any) -> Pattern:
     return Pattern(
         lambda: Of(function, linear, **{name: make() for name, make in parts.items()}),
         sequence if linear else one_image,
-        apart,
+        split,
     )
 
 
@@ -535,19 +535,19 @@ PATTERNS: dict[str, Pattern] = {
     "alpha dropout": between(lambda m, x: m.drop(F.selu(x)), drop=lambda: nn.AlphaDropout(0.3)),
     "stochastic depth": between(lambda m, x: x + m.drop(torch.tanh(x)), drop=lambda: StochasticDepth(0.5, "row")),
     "noise in training": between(lambda m, x: x + 0.1 * torch.randn_like(x) if m.training else x),
-    "two modes": Pattern(TwoModes, one_image, apart=True),
+    "two modes": Pattern(TwoModes, one_image, split=True),
     "head for training alone": between(lambda m, x: x + m.aux(x) if m.training else x, aux=lambda: nn.Conv2d(8, 8, 1)),
     # what depends on the call
     "loss inside": Pattern(
         LossInside, lambda: [*one_image(), NetworkInputs((image(),), {"targets": torch.arange(3)})]
     ),
-    "masks": Pattern(Attend, kept, apart=True),
-    "padding": Pattern(WholeAttention, padded, apart=True),
+    "masks": Pattern(Attend, kept, split=True),
+    "padding": Pattern(WholeAttention, padded, split=True),
     "arguments of every kind": Pattern(Mixed, mixed),
     "sizes": Pattern(ByShape, lambda: [*one_image(), NetworkInputs((image(3, 3, 8, 7),))]),
     "values": Pattern(ByValue, one_image),
     "state that is None at first": Pattern(
-        Stepwise, lambda: [NetworkInputs((image(3, 2, 8), image(3, 6))), NetworkInputs((image(3, 2, 8),))], apart=True
+        Stepwise, lambda: [NetworkInputs((image(3, 2, 8), image(3, 6))), NetworkInputs((image(3, 2, 8),))], split=True
     ),
     # what autograd sees
     "no gradient": Pattern(WithoutGradient, one_image),
@@ -589,26 +589,26 @@ PATTERNS: dict[str, Pattern] = {
     "stack": between(lambda m, x: torch.stack((x, x * 2), 1).sum(1)),
     "interpolation": between(lambda m, x: F.interpolate(F.max_pool2d(x, 2), scale_factor=2.0, mode="bilinear")),
     "activations": between(lambda m, x: F.hardswish(x) + F.gelu(x) + F.elu(x, 0.5) + x.clamp(-1, 1) + F.softplus(x)),
-    "activations taken apart": between(lambda m, x: F.silu(x) + F.mish(x) + F.glu(torch.cat([x, x], 1), 1), apart=True),
-    "norms": between(lambda m, x: m.group(x) + m.instance(x) + F.layer_norm(x, x.shape[-1:]), apart=True,
+    "decomposed activations": between(lambda m, x: F.silu(x) + F.mish(x) + F.glu(torch.cat([x, x], 1), 1), split=True),
+    "norms": between(lambda m, x: m.group(x) + m.instance(x) + F.layer_norm(x, x.shape[-1:]), split=True,
                      group=lambda: nn.GroupNorm(2, 8), instance=lambda: nn.InstanceNorm2d(8, affine=True)),
-    "root mean square norms": Pattern(Normed, sequence, apart=True),
-    "normalize": between(lambda m, x: F.normalize(x, dim=1), apart=True),
-    "powers": between(lambda m, x: x.pow(2) + 0.1 * x**3 - torch.square(x) * 0.5, apart=True),
-    "root": between(lambda m, x: torch.sqrt(x.abs() + 0.1) + (x * x + 0.1) ** 0.5, apart=True),
-    "inverse root": between(lambda m, x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6), apart=True),
-    "inverse": between(lambda m, x: torch.reciprocal(1 + x * x) + (2 + torch.tanh(x)) ** -1, apart=True),
-    "length": between(lambda m, x: x / (x.norm(dim=1, keepdim=True) + 1e-6), apart=True),
-    "length of all": between(lambda m, x: x / x.norm(keepdim=True), apart=True),
-    "length of linalg": between(lambda m, x: x / torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True), apart=True),
+    "root mean square norms": Pattern(Normed, sequence, split=True),
+    "normalize": between(lambda m, x: F.normalize(x, dim=1), split=True),
+    "powers": between(lambda m, x: x.pow(2) + 0.1 * x**3 - torch.square(x) * 0.5, split=True),
+    "root": between(lambda m, x: torch.sqrt(x.abs() + 0.1) + (x * x + 0.1) ** 0.5, split=True),
+    "inverse root": between(lambda m, x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6), split=True),
+    "inverse": between(lambda m, x: torch.reciprocal(1 + x * x) + (2 + torch.tanh(x)) ** -1, split=True),
+    "length": between(lambda m, x: x / (x.norm(dim=1, keepdim=True) + 1e-6), split=True),
+    "length of all": between(lambda m, x: x / x.norm(keepdim=True), split=True),
+    "length of linalg": between(lambda m, x: x / torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True), split=True),
     "quotient": between(lambda m, x: torch.tanh(x) / (x.abs() + 0.1)),
     "mask made of a size": between(masked_by_size),
     "batch norm of a library": between(lambda m, x: m.norm(torch.tanh(x)), norm=lambda: NormAndActivation(8)),
-    "one activation for all": Pattern(OneActivation, one_image, apart=True),
-    "einsum": between(lambda m, x: x + torch.einsum("bchw,bdhw->bcd", x, x)[..., None], apart=True),
-    "attention": Pattern(partial(Attend, causal=True, dropout=0.4), sequence, apart=True),
-    "attention by hand": Pattern(AttendByHand, sequence, apart=True),
-    "multi-head attention": Pattern(partial(WholeAttention, dropout=0.2), sequence, apart=True),
+    "one activation for all": Pattern(OneActivation, one_image, split=True),
+    "einsum": between(lambda m, x: x + torch.einsum("bchw,bdhw->bcd", x, x)[..., None], split=True),
+    "attention": Pattern(partial(Attend, causal=True, dropout=0.4), sequence, split=True),
+    "attention by hand": Pattern(AttendByHand, sequence, split=True),
+    "multi-head attention": Pattern(partial(WholeAttention, dropout=0.2), sequence, split=True),
     "transformer": Pattern(
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True), 2),
         padded_named,

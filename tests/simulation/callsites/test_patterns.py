@@ -15,7 +15,7 @@ from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate
-from lightning_quant.simulation.callsites.running import is_range
+from lightning_quant.simulation.callsites.attributes import is_range
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.simulation.callsites.patterns import PATTERNS, Pattern
@@ -77,11 +77,11 @@ def test_nothing_rounded(name: str, training: bool) -> None:
             actual, gradients, state = run(network, call)
             assert len(actual) == len(expected)
             for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
-                assert_same(a, b, not pattern.apart, f"output {index}")
+                assert_same(a, b, not pattern.split, f"output {index}")
             assert expected_gradients.keys() <= gradients.keys()
             assert not {key for key in gradients if key in names} - expected_gradients.keys()
             for key, gradient in expected_gradients.items():
-                assert_same(gradients[key], gradient, not pattern.apart, key)
+                assert_same(gradients[key], gradient, not pattern.split, key)
             assert torch.equal(state, expected_state)
 
 

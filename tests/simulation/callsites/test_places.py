@@ -16,7 +16,7 @@ from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate
-from lightning_quant.simulation.callsites.running import sites_of
+from lightning_quant.simulation.callsites.sites import sites_of
 from lightning_quant.simulation.inplace import undone_on_error
 from tests.helpers.networks import call
 
@@ -38,7 +38,7 @@ class Each(nn.Module):
 
 
 class Parted(nn.Module):
-    """Two operations that are taken apart, of which the first can be left out."""
+    """Two operations that are decomposed, of which the first can be left out."""
 
     first = True
 
@@ -98,7 +98,7 @@ def test_copies_find_their_own_sites() -> None:
     assert answering(network) == expected
 
 
-def test_sites_of_a_change_that_failed_answer_no_more() -> None:
+def test_sites_of_a_failed_change_are_removed() -> None:
     network = quantized(Each(torch.relu))
 
     @undone_on_error(network)

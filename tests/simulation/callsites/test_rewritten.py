@@ -217,7 +217,7 @@ def dilated_patches(m: Rewritten, y: Tensor) -> Tensor:  # the NPU has no dilate
 
 
 @pytest.mark.parametrize("function", [dilated_patches, seen_by_another, written_through, where_negative, windows])
-def test_what_is_left_as_it_is_computes_the_same(function: Callable[[Rewritten, Tensor], Tensor]) -> None:
+def test_writes_that_are_not_rewritten_compute_the_same(function: Callable[[Rewritten, Tensor], Tensor]) -> None:
     network = Rewritten(function).eval()
     float_network = copy.deepcopy(network)
     known = calibrated(network, call(IMAGES))
@@ -225,7 +225,7 @@ def test_what_is_left_as_it_is_computes_the_same(function: Callable[[Rewritten, 
         torch.testing.assert_close(known.network(IMAGES), float_network(IMAGES), rtol=0, atol=1e-5)
 
 
-def test_what_is_kept_in_attributes_is_what_it_was_changed_into() -> None:
+def test_attributes_hold_tensors_as_changed_in_place() -> None:
     network = ReadsKept().eval()
     float_network = copy.deepcopy(network)
     known = calibrated(network, call(IMAGES))
@@ -236,7 +236,7 @@ def test_what_is_kept_in_attributes_is_what_it_was_changed_into() -> None:
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
-def test_hooks_are_given_what_it_was_changed_into() -> None:
+def test_hooks_receive_tensors_as_changed_in_place() -> None:
     network = ReadsKept().eval()
     float_network = copy.deepcopy(network)
     seen: list[Tensor] = []

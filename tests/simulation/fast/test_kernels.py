@@ -23,7 +23,7 @@ aimet.load()
 
 from aimet_torch.quantization.affine import QuantizeDequantize  # noqa: E402
 
-from lightning_quant.simulation.fast.layers import accelerate, slow_down  # noqa: E402
+from lightning_quant.simulation.fast.short_path import accelerate, slow_down  # noqa: E402
 
 pytestmark = pytest.mark.skipif(kernels.unavailable() is not None, reason=str(kernels.unavailable()))
 SETTINGS = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -133,7 +133,7 @@ def _smallest(quantizer: QuantizeDequantize) -> float:
     return torch.tensor(_get_minimum_scale(quantizer.qmax - quantizer.qmin), dtype=torch.float32).item()
 
 
-def test_what_is_kept_for_the_backward_pass() -> None:
+def test_saved_activations() -> None:
     """Two bytes a number, or a bit where the range does not learn; nothing for a weight."""
     quantizer = QuantizeDequantize((), 8, False)
     quantizer.set_range(torch.tensor(-1.0), torch.tensor(1.0))
@@ -156,7 +156,7 @@ def test_what_is_kept_for_the_backward_pass() -> None:
 
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize("module", [nn.ReLU(), nn.Hardswish()])
-def test_activations_in_the_same_pass(module: nn.Module, learned: bool) -> None:
+def test_fused_activations(module: nn.Module, learned: bool) -> None:
     quantizer = QuantizeDequantize((), 8, False)
     quantizer.set_range(torch.tensor(-0.4), torch.tensor(2.5))
     accelerate(quantizer)
@@ -214,7 +214,7 @@ def test_second_derivatives_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_a_build_that_was_killed_is_done_again(tmp_path: Path) -> None:
+def test_a_killed_build_is_repeated(tmp_path: Path) -> None:
     """PyTorch would wait for ever for the process that held its lock file."""
     code = "from lightning_quant.simulation.fast import kernels; print(kernels.unavailable())"
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
@@ -232,7 +232,7 @@ def test_a_build_that_was_killed_is_done_again(tmp_path: Path) -> None:
     assert done.stdout.strip() == "None"
 
 
-def test_without_a_compiler_the_reason_is_told(tmp_path: Path) -> None:
+def test_without_a_compiler_the_reason_is_reported(tmp_path: Path) -> None:
     code = "from lightning_quant.simulation.fast import kernels; print(kernels.unavailable())"
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "no-such-compiler"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -294,4 +294,4 @@ def test_without_the_kernels_aimet_does_the_work() -> None:
         )
         said.append((done.stdout.rpartition("sum")[2], "on AIMET's own kernels" in done.stderr))
     assert said[0][0] == said[1][0]
-    assert [told for _, told in said] == [True, False]
+    assert [reported for _, reported in said] == [True, False]

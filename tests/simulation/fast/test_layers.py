@@ -25,7 +25,7 @@ from tests.helpers.small import SmallModule, small_loader
 
 aimet.load()
 
-from lightning_quant.simulation.fast.layers import accelerate, slow_down  # noqa: E402
+from lightning_quant.simulation.fast.short_path import accelerate, slow_down  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -111,7 +111,7 @@ def test_calibration_is_that_of_aimet(name: str, estimator: str) -> None:
         assert torch.equal(fast[key], value), key
 
 
-def test_training_with_aimet_own_and_other_classes_ends_alike() -> None:
+def test_training_gives_the_same_as_with_aimets_classes() -> None:
     """Ten steps of Adam: the differences in the last digits of the ranges' gradients stay there."""
     ends = []
     for turn in (slow_down, accelerate):
@@ -132,7 +132,7 @@ def ranges(network: nn.Module) -> dict[str, Tensor]:
     return {key: p.detach().clone() for key, p in network.named_parameters() if key.endswith((".min", ".max"))}
 
 
-def test_the_way_back() -> None:
+def test_slow_down_restores_the_classes() -> None:
     network = calibrated(Body())
     before = [type(module) for module in network.modules()]
     slow_down(network)
@@ -197,7 +197,7 @@ def test_under_autocast_it_is_aimet() -> None:
     assert torch.equal(*results)
 
 
-def test_held_weights_are_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_weights_are_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
     network = calibrated(Body())
     expected = network(images()).detach()
     quantizer = network.network.get_submodule("conv.param_quantizers.weight")
@@ -214,7 +214,7 @@ def test_held_weights_are_quantized_once(monkeypatch: pytest.MonkeyPatch) -> Non
             assert torch.equal(network(images()), expected)
             assert torch.equal(network(images()), expected)
             assert count == 1
-            weight.mul_(1.5)  # a weight that changes is quantized anew
+            weight.mul_(1.5)  # a weight that changes is quantized again
             changed = network(images())
             assert count == 2
         network(images())  # with gradients nothing is held
@@ -225,7 +225,7 @@ def test_held_weights_are_quantized_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
-def test_loops_without_gradients_hold_the_weights(trainer: MakeTrainer, stage: str) -> None:
+def test_loops_without_gradients_cache_the_weights(trainer: MakeTrainer, stage: str) -> None:
     """The numbers are AIMET's, and nothing is held any more when the loop is over or has failed."""
     held: list[int] = []
 

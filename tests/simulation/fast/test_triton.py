@@ -37,7 +37,7 @@ def test_one_range(shape: tuple[int, ...], grid: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_range_that_is_no_number_is_seen(bad: float) -> None:
+def test_nan_and_infinite_ranges_propagate(bad: float) -> None:
     x, _ = numbers((20,))
     for low, high in ((-1.0, bad), (-bad, 1.0)):
         made = gpu.fake_quantize(x, torch.tensor(low), torch.tensor(high), 0, 255, False, 1e-8)
@@ -48,7 +48,7 @@ def test_a_range_that_is_no_number_is_seen(bad: float) -> None:
 @pytest.mark.parametrize("axis", [0, 1, 3])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("learned", [True, False], ids=["learned", "frozen"])
-def test_a_range_for_each_place_on_an_axis(axis: int, memory_format: torch.memory_format, learned: bool) -> None:
+def test_a_range_per_channel(axis: int, memory_format: torch.memory_format, learned: bool) -> None:
     x, grad = numbers((6, 5, 3, 4))
     x = x.nan_to_num(0.5, 1.0, -1.0).to(memory_format=memory_format)
     high = x.abs().amax([one for one in range(4) if one != axis], keepdim=True) * 0.9
@@ -139,7 +139,7 @@ def test_silu() -> None:
         torch.testing.assert_close(ours.x, theirs.x, rtol=1e-4, atol=1e-5)
 
 
-def test_no_more_is_kept_than_is_needed() -> None:
+def test_no_more_is_saved_than_needed() -> None:
     """A byte a number where the range learns, a bit where it does not."""
     sizes = []
     for learned in (True, False):

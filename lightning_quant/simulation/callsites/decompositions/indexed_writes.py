@@ -17,7 +17,7 @@ _WHOLE = slice(None)
 
 
 def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
-    """``tensor[index] = value``, out of place."""
+    """Compute ``tensor[index] = value``, out of place."""
     key = _per_axis(index, tensor.dim())
     if not isinstance(value, Tensor):
         value = tensor.new_full((), value)
@@ -40,7 +40,7 @@ def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
 
 
 def _between(tensor: Tensor, spans: Sequence[Any], value: Tensor, axis: int = 0) -> Tensor:
-    """What is before a value, the value, and what is behind it, along each axis from one on."""
+    """Return a tensor with a value in the middle: a concatenation along each axis from ``axis`` on."""
     while axis < tensor.dim() and spans[axis] == (0, tensor.shape[axis]):
         axis += 1
     if axis == tensor.dim():
@@ -55,45 +55,45 @@ def _between(tensor: Tensor, spans: Sequence[Any], value: Tensor, axis: int = 0)
 
 
 def _picked(tensor: Tensor, value: Tensor, places: Tensor, axis: int) -> Tensor:
-    """Rows of two tensors by their places, those of the second behind those of the first.
+    """Return rows of two tensors by index, those of the second numbered after those of the first.
 
-    The NPU's compiler reads zeros for the last row of a tensor, so one more follows that nobody takes.
+    The NPU's compiler reads zeros for the last row of a tensor, so an unused one is appended.
     """
     return torch.cat([tensor, value, tensor.narrow(axis, 0, 1)], axis).index_select(axis, places)
 
 
-def takes_set_item(tensor: Tensor, index: Any, value: Any) -> bool:
-    """Whether the places do not depend on values."""
+def supports_set_item(tensor: Tensor, index: Any, value: Any) -> bool:
+    """Return whether the places do not depend on values."""
     return _is_fixed(index, tensor) and _is_written(value, tensor)
 
 
 def index_put(tensor: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:
-    """``torch.index_put``."""
+    """Compute ``torch.index_put``."""
     return set_item(tensor, tuple(indices), values)
 
 
-def takes_index_put(tensor: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> bool:
-    """Whether values are written, not added, and the places do not depend on values."""
+def supports_index_put(tensor: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> bool:
+    """Return whether values are written, not added, and the places do not depend on values."""
     return not accumulate and _is_fixed(tuple(indices), tensor) and _is_written(values, tensor)
 
 
 def index_copy(tensor: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
-    """``torch.index_copy``."""
+    """Compute ``torch.index_copy``."""
     return set_item(tensor, (*[_WHOLE] * (dim % tensor.dim()), index), source)
 
 
 def index_fill(tensor: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
-    """``torch.index_fill``."""
+    """Compute ``torch.index_fill``."""
     return index_copy(tensor, dim, index, value)
 
 
-def takes_index(tensor: Tensor, dim: int, index: Tensor, source: Any) -> bool:
-    """Whether it writes finite floating-point values."""
+def supports_index(tensor: Tensor, dim: int, index: Tensor, source: Any) -> bool:
+    """Return whether it writes finite floating-point values."""
     return _is_written(source, tensor)
 
 
 def scatter(tensor: Tensor, dim: int, index: Tensor, src: Any = None, *, value: Any = None) -> Tensor:
-    """``torch.scatter``."""
+    """Compute ``torch.scatter``."""
     source = value if src is None else src
     if not isinstance(source, Tensor):
         source = tensor.new_full((), source).expand(index.shape)
@@ -105,14 +105,14 @@ def scatter(tensor: Tensor, dim: int, index: Tensor, src: Any = None, *, value: 
     return _shaped(flat, tensor.shape)
 
 
-def takes_scatter(tensor: Tensor, dim: int, index: Tensor, src: Any = None, **kwargs: Any) -> bool:
-    """Whether values are written, not added or multiplied."""
+def supports_scatter(tensor: Tensor, dim: int, index: Tensor, src: Any = None, **kwargs: Any) -> bool:
+    """Return whether values are written, not added or multiplied."""
     source = kwargs.get("value") if src is None else src
     return not kwargs.keys() - {"value"} and source is not None and _is_written(source, tensor)
 
 
 def _shaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """Repeated or reshaped, where it is of another shape; axes of one in front may be too many."""
+    """Return a tensor repeated or reshaped to a shape; leading axes of size one may be dropped."""
     if list(tensor.shape) == list(shape):
         return tensor
     if tensor.numel() == math.prod(shape):
@@ -127,7 +127,7 @@ def _is_written(value: Any, into: Tensor) -> bool:
 
 
 def _per_axis(index: Any, axes: int) -> list[Any]:
-    """An index without an ellipsis: one part for each axis."""
+    """Return an index without an ellipsis: one part for each axis."""
     parts = list(index) if isinstance(index, tuple) else [index]
     at = next((place for place, part in enumerate(parts) if part is ...), len(parts))
     behind = parts[at + 1 :]
@@ -135,7 +135,7 @@ def _per_axis(index: Any, axes: int) -> list[Any]:
 
 
 def _span(part: Any, size: int) -> tuple[int, int] | None:
-    """Where a part of an index begins and ends, if it leaves nothing out in between."""
+    """Return where a part of an index begins and ends, if it is contiguous."""
     if isinstance(part, int):
         return part % size, part % size + 1
     if not isinstance(part, slice):
@@ -149,7 +149,7 @@ def _is_whole(part: Any) -> bool:
 
 
 def _is_fixed(index: Any, tensor: Tensor) -> bool:
-    """Whether an index has one part for an axis, numbers all, and lists of them side by side."""
+    """Return whether an index has one part for an axis, numbers all, and lists of them side by side."""
     parts = index if isinstance(index, tuple) else (index,)
     if any(part is None or isinstance(part, bool) or _is_mask(part) for part in parts):
         return False

@@ -1,7 +1,7 @@
-"""Division and square root where rounding made a zero of what was none.
+"""Division and square root where rounding produced a zero.
 
-Eight bits hold nothing between zero and 1/255 of the largest value. A length or a variance that is small beside others
-becomes zero, what is divided by it infinite, and a network that trained without trouble does not train any more.
+Eight bits hold nothing between zero and 1/255 of the largest value. A length or a variance that is small compared to
+others becomes zero, what is divided by it infinite, and a network that trained without trouble no longer trains.
 
 Importing this module imports AIMET.
 """
@@ -15,9 +15,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_quant.simulation.aimet import custom
+from lightning_quant.simulation.callsites.traces import tracing_state
 
 
-class Quotient(custom.QuantizedDivide):
+class SafeDivide(custom.QuantizedDivide):
     """A division by at least one step of the grid that its divisor was rounded to, where no divisor is negative.
 
     The second input quantizer is the one that the divisor was rounded by.
@@ -29,14 +30,14 @@ class Quotient(custom.QuantizedDivide):
         if quantizer is not None and isinstance(y, Tensor) and quantizer.is_initialized():
             with torch.no_grad():
                 step, is_signed = quantizer.get_scale().max().to(y.dtype), quantizer.get_min().min() < 0
-            if torch._C._get_tracing_state() is None:
+            if tracing_state() is None:
                 y = torch.where(is_signed, y, torch.maximum(y, step))  # the numbers stay on the device
             elif not is_signed:  # in a file Max: a Clip of one limit is not safe with the NPU
                 y = torch.maximum(y, y.new_tensor(float(step)))
         return super().forward(x, y)
 
 
-class Root(custom.QuantizedSqrt):
+class SafeSqrt(custom.QuantizedSqrt):
     """A square root without a slope at zero, where the true one is infinite: as ``torch.norm`` has it."""
 
     @override

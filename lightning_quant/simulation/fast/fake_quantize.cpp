@@ -1,42 +1,36 @@
-// Fake quantization in one pass over memory, with its gradients in another; and the histograms of calibration.
+// Fake quantization in one pass over memory, with its gradients in another.
 //
 // The arithmetic is that of AIMET's `quantize_dequantize`, operation by operation, so that losses and gradients of the
 // weights come out bit for bit the same: it divides by the scale where ranges are learned, and multiplies with its
 // reciprocal where they are not, as PyTorch's `fake_quantize_per_*_affine` does, which AIMET calls there.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
-#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <mutex>
 #include <utility>
 #include <vector>
 
-namespace {
+#include "layout.h"
 
-using at::Tensor;
+namespace lightning_quant {
+namespace {
 
 enum Activation : int64_t { NONE = 0, RELU = 1, HARDSWISH = 2, RELU6 = 3 };
 
-constexpr int64_t GRAIN = 32768;  // numbers a thread takes at least, as in ATen
-constexpr int64_t BLOCK = 2048;   // numbers summed in float before they are added to a double
-
-// What a forward pass keeps for its backward pass. Weights are kept anyway, and so is what goes into a hardswish; of
-// other activations two bytes a number say all that the gradients need, or one bit where the range does not learn.
+// What a forward pass saves for its backward pass. Weights are saved anyway, and so is the input of a hardswish; of
+// other activations the gradients need two bytes per value, or one bit if the range is not learned.
 enum Kept : int64_t { INPUT = 0, CODES = 1, BITS = 2 };
 
-constexpr int16_t ABOVE = 32767, BELOW = -32768;  // codes of numbers outside the range
-constexpr int16_t CUT_OFF = 32766;                // code of a number inside that a ReLU gives no gradient
-// Codes of the others: their rounding error, half a step and a little more at most, times this.
+constexpr int16_t ABOVE = 32767, BELOW = -32768;  // codes of values outside the range
+constexpr int16_t CUT_OFF = 32766;                // code of a value inside to which a ReLU gives no gradient
+// Codes of the others: their rounding error, at most a little more than half a step, times this.
 constexpr float CODE_SCALE = 64000.f;
 
 struct Grid {
@@ -92,7 +86,7 @@ inline float activation_gradient(float grad, float x, Activation activation) {
   }
 }
 
-// Whether an activation gives no gradient to a number, and to all others theirs.
+// Whether an activation gives no gradient to a value; to all others it passes theirs unchanged.
 inline bool cuts_off(float x, Activation activation) {
   return (activation == RELU || activation == RELU6) && (x <= 0.f || (activation == RELU6 && x >= 6.f));
 }
@@ -114,8 +108,8 @@ inline void unpack(const uint8_t* __restrict bits, uint8_t* __restrict passes, i
   }
 }
 
-// How far rounding went, in steps. The 65,535 steps of 16 bits leave the difference of two floats three digits; the
-// product in full precision keeps them all, where the processor has it.
+// The rounding error, in units of the scale. With 65,535 steps the difference of two floats has three digits left; a
+// fused product, where the processor has one, keeps them all.
 inline float rounding_error(float rounded, [[maybe_unused]] float scaled, [[maybe_unused]] float value,
                             [[maybe_unused]] float scale, [[maybe_unused]] float inverse) {
 #if defined(__FMA__) || defined(__aarch64__)
@@ -226,30 +220,6 @@ void backward_of_bits(const float* __restrict grad, const uint8_t* __restrict bi
   }
 }
 
-// A tensor as [outer, channels, inner]: channel c holds the numbers [o, c, :].
-struct Layout {
-  int64_t outer = 1, channels = 1, inner = 1;
-
-  Layout(const Tensor& x, const Tensor& low) {
-    inner = x.numel();
-    if (low.numel() == 1) return;
-    inner = 1;
-    const int64_t missing = x.dim() - low.dim();
-    bool found = false;
-    for (int64_t axis = 0; axis < x.dim(); ++axis) {
-      const bool is_channel = axis >= missing && low.size(axis - missing) != 1;
-      if (is_channel) {
-        TORCH_CHECK(!found && low.size(axis - missing) == x.size(axis), "ranges of shape ", low.sizes(),
-                    " do not fit a tensor of shape ", x.sizes(), ": expected one range, or one for each channel");
-        channels = x.size(axis);
-        found = true;
-      } else {
-        (found ? inner : outer) *= x.size(axis);
-      }
-    }
-  }
-};
-
 std::vector<Encoding> encodings(const Tensor& low, const Tensor& high, const Grid& grid, double smallest) {
   const Tensor lows = low.contiguous(), highs = high.contiguous();
   std::vector<Encoding> result;
@@ -257,28 +227,6 @@ std::vector<Encoding> encodings(const Tensor& low, const Tensor& high, const Gri
   for (int64_t i = 0; i < low.numel(); ++i)
     result.emplace_back(lows.const_data_ptr<float>()[i], highs.const_data_ptr<float>()[i], grid, float(smallest));
   return result;
-}
-
-// Calls run(channel, start, length) for every stretch of memory with one range, on all threads, and adds up what it
-// returns by channel; in an order that does not depend on the threads, so that the sums are the same every time.
-template <typename Run>
-std::vector<Sums> for_each_stretch(const Layout& layout, const Run& run) {
-  std::vector<Sums> sums(layout.channels);
-  if (layout.channels == 1) {
-    std::vector<Sums> parts((layout.inner + GRAIN - 1) / GRAIN);
-    at::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part)
-        parts[part] = run(0, part * GRAIN, std::min(GRAIN, layout.inner - part * GRAIN));
-    });
-    for (const Sums& part : parts) sums[0] += part;
-    return sums;
-  }
-  const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, layout.outer * layout.inner));
-  at::parallel_for(0, layout.channels, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t o = 0; o < layout.outer; ++o)
-      for (int64_t c = begin; c < end; ++c) sums[c] += run(c, (o * layout.channels + c) * layout.inner, layout.inner);
-  });
-  return sums;
 }
 
 template <typename Call>
@@ -297,11 +245,6 @@ void with_activation(int64_t activation, bool learned, const Call& call) {
   }
 }
 
-// Memory in any dense order will do for one range; several need the order of the dimensions.
-Tensor readable(const Tensor& x, const Tensor& low) {
-  return low.numel() == 1 && x.is_non_overlapping_and_dense() ? x : x.contiguous();
-}
-
 // The output, and what its backward pass needs if `kept` says that it is not the input.
 std::pair<Tensor, Tensor> forward_pass(const Tensor& x, const Tensor& low, const Tensor& high, const Grid& grid,
                                        double smallest, int64_t activation, bool learned, Kept kept) {
@@ -318,7 +261,7 @@ std::pair<Tensor, Tensor> forward_pass(const Tensor& x, const Tensor& low, const
       // stretches of a tensor with one range start at multiples of 8
       char* own = keeps.value == CODES ? kept_at + 2 * start : keeps.value == BITS ? kept_at + start / 8 : nullptr;
       forward_run<kind.value, learns.value, keeps.value>(from + start, to + start, own, length, all[channel], grid);
-      return Sums();
+      return Nothing();
     });
   };
   with_activation(activation, learned, [&](auto kind, auto learns) {
@@ -387,7 +330,7 @@ class FakeQuantize : public torch::autograd::Function<FakeQuantize> {
       const uint8_t* bits = keep.const_data_ptr<uint8_t>();
       for_each_stretch(layout, [&](int64_t, int64_t start, int64_t length) {
         backward_of_bits(given + start, bits + start / 8, to + start, length);
-        return Sums();
+        return Nothing();
       });
     } else {
       const float* from = keep.const_data_ptr<float>();
@@ -430,89 +373,12 @@ Tensor fake_quantize(const Tensor& given, const Tensor& low, const Tensor& high,
   return forward_pass(x, low, high, {float(qmin), float(qmax), symmetric}, smallest, activation, learned, INPUT).first;
 }
 
-// Counts of x in equal bins between low and high, one row for each range; what lies outside counts for the bin at that
-// end, as in AIMET, and NaN for none. The bin of a number is computed as in torch.histc.
-Tensor histograms(const Tensor& given, const Tensor& low, const Tensor& high, int64_t bins) {
-  const Tensor x = readable(given, low), lows = low.contiguous(), highs = high.contiguous();
-  const Layout layout(x, low);
-  Tensor counts = at::zeros({layout.channels, bins}, x.options());
-  const float* from = x.const_data_ptr<float>();
-  float* to = counts.mutable_data_ptr<float>();
-  std::mutex lock;
-  for_each_stretch(layout, [&](int64_t channel, int64_t start, int64_t length) {
-    const float left = lows.const_data_ptr<float>()[channel], right = highs.const_data_ptr<float>()[channel];
-    const float per_width = right - left, last = float(bins - 1);
-    // neighbours are often alike: four tables keep their increments from waiting for each other
-    std::vector<int32_t> tables(4 * (bins + 1));
-    int32_t places[BLOCK];
-    for (int64_t block = 0; block < length; block += BLOCK) {
-      const int64_t n = std::min(BLOCK, length - block);
-      const float* numbers = from + start + block;
-      for (int64_t i = 0; i < n; ++i) {
-        float place = (numbers[i] - left) * float(bins) / per_width;
-        place = place < 0.f ? 0.f : place;
-        place = place > last ? last : place;
-        places[i] = numbers[i] == numbers[i] ? int32_t(place) : int32_t(bins);
-      }
-      for (int64_t i = 0; i < n; ++i) ++tables[(i & 3) * (bins + 1) + places[i]];
-    }
-    const std::lock_guard<std::mutex> held(lock);  // whole numbers: any order gives the same sums
-    for (int64_t table = 0; table < 4; ++table)
-      for (int64_t bin = 0; bin < bins; ++bin) to[channel * bins + bin] += tables[table * (bins + 1) + bin];
-    return Sums();
-  });
-  return counts;
-}
-
-// The error of quantizing histograms [N, bins], whose bins have the given centres [N, bins], to each of the grids with
-// scales [N, M] and offsets [N, M]: the sum of squared errors, those of clipped numbers times gamma; see AIMET's
-// `_estimate_clip_and_quant_noise`.
-Tensor quantization_noise(const Tensor& counts, const Tensor& centres, const Tensor& scales, const Tensor& offsets,
-                          double steps, double gamma) {
-  TORCH_CHECK(counts.is_contiguous() && centres.is_contiguous() && scales.is_contiguous() && offsets.is_contiguous(),
-              "expected contiguous tensors");
-  const int64_t bins = counts.size(1), grids = scales.size(1);
-  Tensor noise = at::empty_like(scales);
-  const float highest = float(steps), weight = float(gamma);
-  at::parallel_for(0, counts.size(0), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> count(bins), centre(bins);
-    for (int64_t row = begin; row < end; ++row) {
-      int64_t filled = 0;  // a channel of a depthwise convolution has nine weights in its 512 bins
-      for (int64_t bin = 0; bin < bins; ++bin) {
-        const float n = counts.const_data_ptr<float>()[row * bins + bin];
-        if (n == 0.f) continue;
-        count[filled] = n;
-        centre[filled++] = centres.const_data_ptr<float>()[row * bins + bin];
-      }
-      for (int64_t grid = 0; grid < grids; ++grid) {
-        const float scale = scales.const_data_ptr<float>()[row * grids + grid];
-        const float offset = offsets.const_data_ptr<float>()[row * grids + grid];
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t bin = 0; bin < filled; ++bin) {
-          const float exact = std::nearbyint(centre[bin] / scale - offset);
-          float q = exact < 0.f ? 0.f : exact;
-          q = q > highest ? highest : q;
-          const float error = (q + offset) * scale - centre[bin];
-          sum += error * error * count[bin] * (q == exact ? 1.f : weight);
-        }
-        noise.mutable_data_ptr<float>()[row * grids + grid] = sum;
-      }
-    }
-  });
-  return noise;
-}
-
 }  // namespace
+}  // namespace lightning_quant
 
-TORCH_LIBRARY(lightning_quant, library) {
+TORCH_LIBRARY_FRAGMENT(lightning_quant, library) {
   library.def(
       "fake_quantize(Tensor x, Tensor min, Tensor max, int qmin, int qmax, bool symmetric, float smallest_scale,"
       " int activation=0) -> Tensor",
-      fake_quantize);
-  library.def("histograms(Tensor x, Tensor low, Tensor high, int bins) -> Tensor", histograms);
-  library.def(
-      "quantization_noise(Tensor counts, Tensor centres, Tensor scales, Tensor offsets, float steps, float gamma)"
-      " -> Tensor",
-      quantization_noise);
+      lightning_quant::fake_quantize);
 }

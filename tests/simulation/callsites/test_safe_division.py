@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.deploy.export import export_bundle
-from lightning_quant.simulation.callsites.bounded import Quotient
+from lightning_quant.simulation.callsites.safe_division import SafeDivide
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.helpers.networks import calibrated, call
 
 
 class Divided(nn.Module):
-    """Each row divided by a number of its own, which is tiny beside others: less than a step of 8 bits."""
+    """Each row divided by a number of its own, which is tiny compared to others: less than a step of 8 bits."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ ROWS = torch.tensor([[1.0, 2.0, -3.0, 4.0], [1e-3, 2e-3, 1e-3, -1e-3], [0.5, -0.
 def test_it_trains_and_its_file_computes_the_same(tmp_path: Path, way: str) -> None:
     known = calibrated(Divided(way), call(ROWS))
     network = known.network
-    assert any(isinstance(module, Quotient) for module in network.modules())
+    assert any(isinstance(module, SafeDivide) for module in network.modules())
     network.train()
     output = network(ROWS)
     assert output.isfinite().all()
@@ -52,13 +52,13 @@ def test_it_trains_and_its_file_computes_the_same(tmp_path: Path, way: str) -> N
     assert bundle.manifest.parity.psnr_db > 60
 
 
-def test_a_divisor_of_either_sign_is_left_as_it_is() -> None:
+def test_a_divisor_of_either_sign_is_unchanged() -> None:
     class Signed(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x / (x + 10.0).sub(9.0)
 
     known = calibrated(Signed(), call(torch.linspace(-3, 3, 32).reshape(8, 4)))
-    (division,) = (module for module in known.network.modules() if isinstance(module, Quotient))
+    (division,) = (module for module in known.network.modules() if isinstance(module, SafeDivide))
     y = torch.tensor([[-2.0, -1.0, 1.0, 2.0]])
     rounded = division.input_quantizers[1](y)
     assert rounded.min() < -1.9
@@ -67,12 +67,12 @@ def test_a_divisor_of_either_sign_is_left_as_it_is() -> None:
 
 def test_a_divisor_of_another_precision_has_one_grid() -> None:
     known = calibrated(Divided("sum"), call(ROWS), overrides={"add": "w8a16", "div": "w8a16"})
-    (division,) = (module for module in known.network.modules() if isinstance(module, Quotient))
+    (division,) = (module for module in known.network.modules() if isinstance(module, SafeDivide))
     (before,) = known.network.get_submodule("add").output_quantizers
     assert division.input_quantizers[1] is before
 
 
-def test_zero_has_a_length_without_a_slope() -> None:
+def test_the_length_of_zero_has_a_zero_gradient() -> None:
     known = calibrated(Divided("length"), call(ROWS))
     x = torch.zeros(1, 4, requires_grad=True)
     known.network(x).sum().backward()

@@ -1,4 +1,4 @@
-"""Ways to another size that ONNX does not have, as products with matrices of numbers and convolutions."""
+"""Resampling that ONNX does not have, as products with constant matrices and convolutions."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_quant.simulation.callsites.running import paused, untraced
+from lightning_quant.simulation.callsites.passes import paused
+from lightning_quant.simulation.callsites.traces import untraced
 
 
 def interpolate(input: Tensor, size: Any = None, scale_factor: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-    """``F.interpolate``; with antialiasing it is linear along each axis: (N, C, H, W) between two matrices."""
-    if not takes_interpolate(input, size, scale_factor, *args, **kwargs):
+    """Compute ``F.interpolate``; with antialiasing it is linear along each axis: (N, C, H, W) between two matrices."""
+    if not supports_interpolate(input, size, scale_factor, *args, **kwargs):
         return F.interpolate(input, size, scale_factor, *args, **kwargs)
     rows, columns = (
         _along(input, axis, _of(size, axis), _of(scale_factor, axis), *args, **kwargs).to(input) for axis in (0, 1)
@@ -22,8 +23,8 @@ def interpolate(input: Tensor, size: Any = None, scale_factor: Any = None, *args
     return torch.matmul(rows, torch.matmul(input, columns.T))
 
 
-def takes_interpolate(input: Tensor, *args: Any, **kwargs: Any) -> bool:
-    """Whether it is one of images with antialiasing, which is the seventh argument."""
+def supports_interpolate(input: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Return whether it is one of images with antialiasing, which is the seventh argument."""
     return input.dim() == 4 and bool(kwargs.get("antialias", args[5] if len(args) > 5 else False))
 
 
@@ -32,7 +33,7 @@ def _of(value: Any, axis: int) -> Any:
 
 
 def _along(input: Tensor, axis: int, size: Any, scale: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """What each value along an axis is made of: (new size, old size)."""
+    """Return the matrix that resizes an axis: (new size, old size)."""
     with paused(), untraced(), torch.no_grad():
         old = int(input.shape[2 + axis])
         each = torch.eye(old)[None, None]
@@ -41,14 +42,14 @@ def _along(input: Tensor, axis: int, size: Any, scale: Any, *args: Any, **kwargs
 
 
 def unfold(input: Tensor, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1) -> Tensor:
-    """``F.unfold``, (N, C, H, W) to (N, C * kernel, blocks): a convolution that picks values."""
+    """Compute ``F.unfold``, (N, C, H, W) to (N, C * kernel, blocks): a convolution that picks values."""
     channels = input.shape[1]
     weight = _picking(input, _pair(kernel_size)).repeat(channels, 1, 1, 1)
     return F.conv2d(input, weight, None, stride, padding, dilation, channels).flatten(2)
 
 
-def takes_unfold(input: Tensor, *args: Any, **kwargs: Any) -> bool:
-    """Whether it is that of images, not ``Tensor.unfold(dimension, size, step)``."""
+def supports_unfold(input: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Return whether it is that of images, not ``Tensor.unfold(dimension, size, step)``."""
     return input.dim() == 4 and len(args) != 3 and not kwargs.keys() & {"dimension", "size", "step"}
 
 
@@ -60,7 +61,7 @@ def _picking(like: Tensor, kernel: tuple[int, int]) -> Tensor:
 def fold(
     input: Tensor, output_size: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
 ) -> Tensor:
-    """``F.fold``, (N, C * kernel, blocks) to (N, C, *output_size): a transposed convolution that adds up the blocks."""
+    """Compute ``F.fold``, (N, C * kernel, blocks) to (N, C, *output_size): a transposed convolution sums them."""
     if input.dim() == 2:
         return fold(input[None], output_size, kernel_size, dilation, padding, stride)[0]
     kernel, dilation, padding, stride = map(_pair, (kernel_size, dilation, padding, stride))

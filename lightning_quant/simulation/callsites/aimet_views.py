@@ -1,4 +1,4 @@
-"""AIMET's view of a network: every layer the object it was, every weight where AIMET looks for it."""
+"""AIMET's view of a network: every layer stays the same object, every weight is where AIMET expects it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def layers_kept() -> Iterator[None]:
+def converted_in_place() -> Iterator[None]:
     """Let AIMET quantize layers in place.
 
     It makes a new module for each and copies what the old one holds. The old one becomes the new one here, so that
@@ -26,7 +26,7 @@ def layers_kept() -> Iterator[None]:
     def from_module(cls: Any, module: nn.Module) -> nn.Module:
         made = convert.__get__(None, cls)(module)
         if made is not module:
-            module.__class__ = _laid_out_alike(*map(type, (made, module)))
+            module.__class__ = _with_layout_of(*map(type, (made, module)))
             module.__dict__ = made.__dict__
         return module
 
@@ -37,20 +37,20 @@ def layers_kept() -> Iterator[None]:
         QuantizationMixin.from_module = convert
 
 
-class LaidOutAlike:
+class LayoutBase:
     """Decides how Python lays an object out; the same way for all classes of PyTorch."""
 
 
 @functools.cache
-def _laid_out_alike(quantized: Any, plain: Any) -> Any:
-    """AIMET's class, or one of it that Python lets a module change to: it looks at a class's first base only."""
+def _with_layout_of(quantized: Any, plain: Any) -> Any:
+    """Return AIMET's class, or a subclass that Python lets a module change to: it compares the first base only."""
     from lightning_quant.simulation.aimet import QuantizationMixin
 
     try:
         plain.__new__(plain).__class__ = quantized
     except TypeError:
-        body = {"__module__": __name__, "made_by": (_laid_out_alike, quantized, plain)}
-        made = type(quantized)(quantized.__name__, (LaidOutAlike, quantized), body)
+        body = {"__module__": __name__, "made_by": (_with_layout_of, quantized, plain)}
+        made = type(quantized)(quantized.__name__, (LayoutBase, quantized), body)
         QuantizationMixin.implements(plain)(made)  # AIMET looks classes up by type
         QuantizationMixin.cls_to_qcls[plain] = quantized
         return made
@@ -58,10 +58,10 @@ def _laid_out_alike(quantized: Any, plain: Any) -> Any:
 
 
 @contextmanager
-def weights_lent(network: nn.Module) -> Iterator[None]:
+def weights_attached(network: nn.Module) -> Iterator[None]:
     """Give the layers at call sites the weights they computed with last, for AIMET to find and to export."""
-    borrowers = [module for module in network.modules() if "_lent" in module.__dict__]
-    for layer in borrowers:
+    layers = [module for module in network.modules() if "_takes_weights" in module.__dict__]
+    for layer in layers:
         for part in ("weight", "bias"):
             value: Tensor | None = layer.__dict__.pop(part)
             # a parameter of its own: AIMET may move it, and the computed one is not a leaf
@@ -69,17 +69,17 @@ def weights_lent(network: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer in borrowers:
+        for layer in layers:
             for part in ("weight", "bias"):
-                lent = layer._parameters.pop(part)
-                layer.__dict__[part] = None if lent is None else lent.detach()
+                value = layer._parameters.pop(part)
+                layer.__dict__[part] = None if value is None else value.detach()
 
 
 @contextmanager
-def shapes_of_traces() -> Iterator[None]:
+def shapes_from_traces() -> Iterator[None]:
     """Let AIMET know the sizes in code that is run in a trace only, as some libraries have it for masks.
 
-    It looks them up in a pass without a trace, and takes a layer that it did not see there for a sign of a wrong graph.
+    It looks them up in a pass without a trace, and regards a layer that it did not see there as an error.
     """
     from lightning_quant.simulation.aimet import connectedgraph
 

@@ -1,0 +1,43 @@
+"""What this package keeps on the modules of a network: the names of attributes in a module's ``__dict__``.
+
+There they are no children and no parameters, and are copied and pickled along.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+# The call sites of a module, by place.
+SITES = "_call_sites"
+# The places that were seen, whether they needed a site or not.
+SEEN = "_places_seen"
+# A batch norm of another class than PyTorch's own that was folded into the layer before it.
+FOLDED = "_folded_away"
+# The module at a call site that is reached in a trace only.
+IN_TRACES_ONLY = "_in_traces_only"
+# The module at a call site: the id of the module in whose code the operation is called.
+OWNER = "_owner"
+# The names of the sites that a list of modules holds itself, and where those are while the list is read.
+LIST_SITES, HIDDEN_SITES = "_sites_of_a_list", "_hidden_sites"
+# The outermost module: which buffers a pass may write rounded values into, as modules and the names there.
+BUFFERS = "_written_buffers"
+# A tensor that a recurrent layer made as its first state, since none was passed.
+DEFAULT_STATE = "_is_default_state"
+
+# These are iterated over: no place for a child of ours, if there is another.
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+# The layers that make such a state.
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+# What AIMET's layers keep their quantizers in.
+QUANTIZERS = ("param_quantizers", "input_quantizers", "output_quantizers")
+
+
+def is_at_call_site(module: nn.Module) -> bool:
+    """Return whether a module was made for a call site."""
+    return OWNER in vars(module)
+
+
+def is_range(name: str) -> bool:
+    """Return whether a parameter of that name is an end of a quantizer's range."""
+    return name.endswith((".min", ".max")) and any(f"{part}." in name for part in QUANTIZERS)

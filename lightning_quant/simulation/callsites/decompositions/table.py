@@ -1,0 +1,99 @@
+"""Which functions are decomposed, and which are replaced in traces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_quant.simulation.callsites.decompositions import (
+    arithmetic,
+    attention,
+    einsum,
+    indexed_writes,
+    norms,
+    recurrent,
+    resampling,
+)
+
+
+class Decomposition(NamedTuple):
+    """How a function is computed with others.
+
+    Args:
+        compute: takes the function's arguments.
+        supports: returns whether ``compute`` computes the same for given arguments; ``None``: for all.
+    """
+
+    compute: Callable[..., Any]
+    supports: Callable[..., bool] | None = None
+
+
+DECOMPOSITIONS: dict[str, Decomposition] = {
+    "scaled_dot_product_attention": Decomposition(attention.attention),
+    "multi_head_attention_forward": Decomposition(
+        attention.multi_head_attention, attention.supports_multi_head_attention
+    ),
+    **{kind: Decomposition(recurrent.recurrent(kind), recurrent.supports_recurrent) for kind in recurrent.KINDS},
+    **{f"{kind}_cell": Decomposition(recurrent.cell(kind)) for kind in recurrent.KINDS},
+    "group_norm": Decomposition(norms.group_norm),
+    "rms_norm": Decomposition(norms.rms_norm),
+    "silu": Decomposition(arithmetic.silu),
+    "mish": Decomposition(arithmetic.mish),
+    **dict.fromkeys(("pow", "ipow"), Decomposition(arithmetic.power, arithmetic.supports_power)),
+    "rsqrt": Decomposition(arithmetic.rsqrt),
+    "reciprocal": Decomposition(arithmetic.reciprocal),
+    "glu": Decomposition(arithmetic.glu),
+    "normalize": Decomposition(norms.normalize, norms.supports_normalize),
+    "norm": Decomposition(norms.norm, norms.supports_norm),
+    "linalg_vector_norm": Decomposition(norms.vector_norm, norms.supports_vector_norm),
+    "vector_norm": Decomposition(norms.vector_norm, norms.supports_vector_norm),
+    "stack": Decomposition(arithmetic.stack),
+    "addcmul": Decomposition(arithmetic.addcmul),
+    "addcdiv": Decomposition(arithmetic.addcdiv),
+    "lerp": Decomposition(arithmetic.lerp),
+    "addmm": Decomposition(arithmetic.addmm, arithmetic.supports_addmm),
+    "baddbmm": Decomposition(arithmetic.baddbmm),
+    "masked_fill": Decomposition(arithmetic.masked_fill, arithmetic.supports_masked_fill),
+    "diff": Decomposition(arithmetic.diff),
+    "einsum": Decomposition(einsum.einsum, einsum.supports_einsum),
+    "interpolate": Decomposition(resampling.interpolate, resampling.supports_interpolate),
+    "fold": Decomposition(resampling.fold),
+    "unfold": Decomposition(resampling.unfold, resampling.supports_unfold),
+    "setitem": Decomposition(indexed_writes.set_item, indexed_writes.supports_set_item),
+    "index_put": Decomposition(indexed_writes.index_put, indexed_writes.supports_index_put),
+    "index_copy": Decomposition(indexed_writes.index_copy, indexed_writes.supports_index),
+    "index_fill": Decomposition(indexed_writes.index_fill, indexed_writes.supports_index),
+    "scatter": Decomposition(indexed_writes.scatter, indexed_writes.supports_scatter),
+}
+# Those that compute every step with the same layer: each tensor has one range over all steps.
+REPEATED_STEPS = frozenset(recurrent.KINDS)
+
+
+def _cumsum(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return torch.cumsum(input.long() if input.dtype == torch.bool else input, *args, **kwargs)
+
+
+def _clamp(input: Tensor, min: Any = None, max: Any = None, **kwargs: Any) -> Tensor:
+    """Compute ``clamp`` with one limit: AIMET's exporter cannot read a Clip that leaves the other out."""
+    if kwargs or (min is None) == (max is None):
+        return torch.clamp(input, min, max, **kwargs)
+    limit = min if max is None else max
+    limit = torch.as_tensor(limit, dtype=torch.result_type(input, limit), device=input.device)
+    return torch.maximum(input, limit) if max is None else torch.minimum(input, limit)
+
+
+# Functions that ONNX does not have, or AIMET's exporter not in this form, and what computes the same in a trace.
+TRACE_SUBSTITUTES: dict[Any, Callable[..., Any]] = {
+    # of positions and masks, which nothing rounds
+    torch.diff: arithmetic.diff,
+    torch.cumsum: _cumsum,
+    Tensor.cumsum: _cumsum,
+    torch.clamp: _clamp,
+    Tensor.clamp: _clamp,
+    # of positions that are learned
+    F.interpolate: resampling.interpolate,
+}
