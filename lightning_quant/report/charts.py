@@ -16,7 +16,7 @@ from lightning_quant.simulation.quantized_tensors import QuantizedTensor
 from lightning_quant.simulation.sensitivity import LayerSensitivity
 
 # Between light and dark enough to be seen on white and on black.
-BLUE, ORANGE, GREY, GREEN = "#3d8bd4", "#de7f26", "#8a8a8a", "#3fa35b"
+BLUE, ORANGE, GRAY, GREEN = "#3d8bd4", "#de7f26", "#8a8a8a", "#3fa35b"
 _HISTOGRAM = "histogram"
 _LABEL = 22
 # Curves of more quantizers than these cannot be distinguished.
@@ -34,8 +34,8 @@ def ladder(record: RunRecord) -> figure | None:
         {
             "rung": names,
             "metric": [found.float_metric, *(rung.metric for rung in rungs)],
-            "fill": [GREY, *(BLUE if rung.kept else "rgba(0,0,0,0)" for rung in rungs)],
-            "line": [GREY, *(BLUE for _ in rungs)],
+            "fill": [GRAY, *(BLUE if rung.kept else "rgba(0,0,0,0)" for rung in rungs)],
+            "line": [GRAY, *(BLUE for _ in rungs)],
             "seconds": ["", *(f"{rung.seconds:.0f} s" for rung in rungs)],
             "reason": ["the network as it was trained", *(rung.reason for rung in rungs)],
             "changed": ["", *(rung.changed for rung in rungs)],
@@ -48,7 +48,7 @@ def ladder(record: RunRecord) -> figure | None:
         chart.add_layout(
             BoxAnnotation(bottom=min(reference, end), top=max(reference, end), fill_color=GREEN, fill_alpha=0.15)
         )
-    chart.add_layout(Span(location=reference, dimension="width", line_color=GREY, line_dash="dashed"))
+    chart.add_layout(Span(location=reference, dimension="width", line_color=GRAY, line_dash="dashed"))
     chart.line("rung", "metric", source=source, line_color=BLUE, line_alpha=0.5)
     dots = chart.scatter("rung", "metric", source=source, size=13, fill_color="fill", line_color="line", line_width=2)
     tips = [
@@ -83,7 +83,7 @@ def _classes(kind: str, sides: Mapping[str, Mapping[str, float]]) -> figure:
         f"{kind} of each class", y_range=FactorRange(*reversed(names)), height=80 + 30 * len(names),
         **({"x_range": (0, 1)} if shares else {}),
     )  # fmt: skip
-    for side, place, color in (("float", 0.19, GREY), ("quantized", -0.19, BLUE)):
+    for side, place, color in (("float", 0.19, GRAY), ("quantized", -0.19, BLUE)):
         if side in columns:
             chart.hbar(
                 y=dodge("class", place, range=chart.y_range),
@@ -181,7 +181,7 @@ def drift(figures: LayerFigures) -> figure | None:
             "steps": [figures.drift_steps for _ in moved],
             "values": [values for _, values in moved],
             "name": [name for name, _ in moved],
-            "color": [BLUE, ORANGE, GREEN, "#b56bd0", "#c9a227", "#d9534f", "#35a7a7", GREY][: len(moved)],
+            "color": [BLUE, ORANGE, GREEN, "#b56bd0", "#c9a227", "#d9534f", "#35a7a7", GRAY][: len(moved)],
         }
     )
     chart = _figure("Drift of ranges in training", height=320)
@@ -208,7 +208,7 @@ def pareto(title: str, x_label: str, y_label: str, points: Sequence[tuple[str, f
             "name": [name for name, *_ in points],
             "x": [x for _, x, _, _ in points],
             "y": [y for _, _, y, _ in points],
-            "color": [BLUE if front else GREY for *_, front in points],
+            "color": [BLUE if front else GRAY for *_, front in points],
         }
     )
     chart = _figure(title, height=340)

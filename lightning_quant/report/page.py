@@ -155,7 +155,7 @@ def _data_url(path: Path) -> str:
         data = io.BytesIO()
         picture.convert("RGB").save(data, "WEBP", quality=85)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no picture: {error}. Run again to draw it anew.") from error
+        raise DataError(f"{path} is not a picture: {error}. Run again to draw it.") from error
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
