@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 
 from lightning_quant.callbacks.calibration import calibration_inputs
 from lightning_quant.callbacks.calls import InputCatcher
@@ -95,7 +94,7 @@ class Stages:
     def _stage(self, name: str) -> Iterator[None]:
         """Announce a stage and take its time."""
         log.info("%s · %s · %s", self.record.model, self.record.precision, name)
-        # for each stage again: what QAT draws must not depend on whether float was trained before it or reused
+        # in each stage: what QAT draws must not depend on whether float was trained before it or reused
         pl.seed_everything(self.config.seed, workers=True, verbose=False)
         start = time.perf_counter()
         yield
@@ -106,9 +105,9 @@ class Stages:
         self.parts.data.prepare_data()
         self.parts.data.setup("fit")
 
-    def _measure(self, name: str, task: pl.LightningModule, *callbacks: Callback) -> None:
+    def _measure(self, name: str, task: pl.LightningModule) -> None:
         """Run the user's validation; keep the monitored metric and the figures of the classes."""
-        trainer = self.parts.trainer(*callbacks, enable_progress_bar=False)
+        trainer = self.parts.trainer(enable_progress_bar=False)
         quantization = self.parts.training()
         if quantization.recipe.has_fine_grids or quantization.refines:  # what is compared is measured alike
             hook_measuring(trainer.precision_plugin, full_precision)
