@@ -46,7 +46,7 @@ bench: install  ## speed and memory of ours, float and stock AIMET, in one run o
 # Options of the benchmark on a GPU, e.g. GPU='--networks resnet50 --seconds 900'. See python -m benchmarks.gpu --help.
 GPU ?=
 
-bench-gpu: install  ## steps, validation, calibration and memory on a CUDA GPU, with three float networks (6 minutes)
+bench-gpu: install  ## steps, validation, calibration and memory on a CUDA GPU, with three float networks (most of an hour for all rows)
 	$(BIN)/python -m benchmarks.gpu $(GPU)
 
 bench-peers: install  ## the same steps with ModelOpt and NNCF, in environments of their own (5 minutes each to install)
