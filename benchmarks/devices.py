@@ -30,8 +30,8 @@ def measure(name: str, precision: str, camvid: str, device: str) -> None:
         return
     task = copy.deepcopy(float_task(name, "camvid", camvid))
     export = lq.DeviceExport(
-        "outputs/devices", "htp_emulator", device, samples=SAMPLES, name=f"{name}-{precision}", monitor="val_miou",
-        on_failure="raise",
+        "outputs/devices", target="htp_emulator", device=device, samples=SAMPLES, name=f"{name}-{precision}",
+        monitor="val_miou", on_failure="raise",
     )  # fmt: skip
     quantization = lq.PostTrainingQuantization(precision, calibration_samples=64)
     trainer(quantization, export, limit_val_batches=1).validate(task, datamodule=data("camvid", camvid), verbose=False)
