@@ -39,7 +39,7 @@ def test_nothing_but_a_configuration_leads_to_the_worked_domains() -> None:
         for one in _imported(path)
         if one.startswith("lightning_quant.domains") and not name.startswith("lightning_quant.domains")
     }
-    assert importing == set()
+    assert not importing
 
 
 def test_every_name_in_the_door_exists_and_is_used() -> None:
@@ -57,7 +57,7 @@ def test_no_two_files_import_each_other() -> None:
         for other in others - {name, "lightning_quant"}
         if name in imported[other]
     }
-    assert pairs == set()
+    assert not pairs
 
 
 def test_no_file_is_longer_than_400_lines() -> None:

@@ -50,7 +50,8 @@ class Parts:
         """Return the configured logger for a stage; ``None`` if there is none."""
         if "_target_" not in self.config.logger:
             return None
-        logger: Logger = instantiate(self.config.logger)(save_dir=str(self.folder), name="logs", version=stage)
+        # the progress bar would show the last letters of a version
+        logger: Logger = instantiate(self.config.logger)(save_dir=str(self.folder / "logs"), name=stage, version="")
         return logger
 
     def trainer(self, *callbacks: Callback, logger: Logger | None = None, **options: Any) -> pl.Trainer:

@@ -12,25 +12,25 @@ from lightning.pytorch.cli import LightningCLI
 
 import lightning_quant as lq
 from lightning_quant.errors import ConfigurationError
-from tests.helpers.rungs import WiderWeights
+from tests.helpers.rungs import ScaledWeights
 from tests.helpers.small import SmallModule, small_loader
 
 MakeTrainer = Callable[..., Trainer]
-PATH = "tests.helpers.rungs.WiderWeights"
+PATH = "tests.helpers.rungs.ScaledWeights"
 GIVEN: list[Any] = [PATH, {PATH: {"factor": 1.1}}]
 
 
 def made_by(callback: lq.QuantizationAwareTraining) -> tuple[type, float]:
     _, mine = callback.rungs
-    assert isinstance(mine, WiderWeights)
+    assert isinstance(mine, ScaledWeights)
     return type(mine), mine.factor
 
 
-@pytest.mark.parametrize("rung", [WiderWeights(1.1), {"wider_weights": {"factor": 1.1}}])
+@pytest.mark.parametrize("rung", [ScaledWeights(1.1), {"scaled_weights": {"factor": 1.1}}])
 def test_it_is_tried_and_judged(trainer: MakeTrainer, rung: Any) -> None:
     quantization = lq.QuantizationAwareTraining("w8a8", monitor="val_loss", mode="min", rungs=("ptq", rung))
     trainer(quantization, max_epochs=0).fit(SmallModule(), small_loader(), small_loader())
-    assert [result.rung for result in quantization.result.rungs] == ["ptq", "wider_weights"]
+    assert [result.rung for result in quantization.result.rungs] == ["ptq", "scaled_weights"]
     assert quantization.result.rungs[1].changed == "weight ranges 1.1 times as wide"
 
 
@@ -41,13 +41,13 @@ def test_from_lightnings_command_line(rung: Any) -> None:
     trainer = {"accelerator": "cpu", "logger": False, "callbacks": [callback]}
     cli = LightningCLI(SmallModule, args={"trainer": trainer}, run=False, save_config_callback=None)
     (made,) = [one for one in cli.trainer.callbacks if isinstance(one, lq.QuantizationAwareTraining)]
-    assert made_by(made) == (WiderWeights, 1.05 if rung == PATH else 1.1)
+    assert made_by(made) == (ScaledWeights, 1.05 if rung == PATH else 1.1)
 
 
 @pytest.mark.parametrize("rung", [*GIVEN, {"_target_": PATH, "factor": 1.1}])
 def test_from_hydra(rung: Any) -> None:
     made = instantiate({"_target_": "lightning_quant.QuantizationAwareTraining", "rungs": ["ptq", rung]})
-    assert made_by(made) == (WiderWeights, 1.05 if rung == PATH else 1.1)
+    assert made_by(made) == (ScaledWeights, 1.05 if rung == PATH else 1.1)
 
 
 def test_everything_after_precision_is_taken_by_keyword() -> None:

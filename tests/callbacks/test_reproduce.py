@@ -11,7 +11,7 @@ import pytest
 import lightning_quant as lq
 from lightning_quant.callbacks.reproduce import reproduce
 from tests.helpers.estimators import Deviations
-from tests.helpers.rungs import WiderWeights
+from tests.helpers.rungs import ScaledWeights
 
 
 def pasted(source: str) -> str:
@@ -26,7 +26,7 @@ def pasted(source: str) -> str:
 
 
 def test_options_and_classes_of_the_users_own_are_in_it() -> None:
-    rungs = ("ptq", {"mixed": {"budget": 0.05}}, {"ptq": {"range_estimator": Deviations(2.0)}}, WiderWeights(1.1))
+    rungs = ("ptq", {"mixed": {"budget": 0.05}}, {"ptq": {"range_estimator": Deviations(2.0)}}, ScaledWeights(1.1))
     callback = lq.QuantizationAwareTraining(
         "w4a8",
         range_estimator=Deviations(4.0),
@@ -37,7 +37,7 @@ def test_options_and_classes_of_the_users_own_are_in_it() -> None:
         compile={"backend": "eager"},
     )
     source = reproduce(callback)
-    assert "tests.helpers.rungs.WiderWeights" in source
+    assert "tests.helpers.rungs.ScaledWeights" in source
     assert "'budget': 0.05" in source
     assert "compile={'backend': 'eager'}" in source
     assert pasted(source) == source

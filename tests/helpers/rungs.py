@@ -8,14 +8,14 @@ import lightning_quant as lq
 from lightning_quant.simulation.calibrate import weight_quantizers
 
 
-class WiderWeights(lq.Rung):
+class ScaledWeights(lq.Rung):
     """Widen every range of weights.
 
     Args:
         factor: by how much.
     """
 
-    name = "wider_weights"
+    name = "scaled_weights"
 
     def __init__(self, factor: float = 1.05) -> None:
         self.factor = factor

@@ -15,7 +15,7 @@ from lightning_quant.ladder.rung import RUNGS, Rung, RungContext
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.range_estimators import Percentile
 from tests.helpers.estimators import Deviations
-from tests.helpers.rungs import WiderWeights
+from tests.helpers.rungs import ScaledWeights
 
 
 class Mine(Rung):
@@ -86,22 +86,27 @@ def test_each_call_makes_rungs_of_its_own() -> None:
 
 @pytest.mark.parametrize(
     "given",
-    ["wider_weights", "tests.helpers.rungs.WiderWeights", WiderWeights(), {"tests.helpers.rungs.WiderWeights": None}],
+    [
+        "scaled_weights",
+        "tests.helpers.rungs.ScaledWeights",
+        ScaledWeights(),
+        {"tests.helpers.rungs.ScaledWeights": None},
+    ],
 )
 def test_a_users_rung(given: Any) -> None:
     _, mine = parse_rungs(["ptq", given])
-    assert type(mine) is WiderWeights
+    assert type(mine) is ScaledWeights
     assert mine.factor == 1.05
-    assert rung_spec(mine) == "tests.helpers.rungs.WiderWeights"
+    assert rung_spec(mine) == "tests.helpers.rungs.ScaledWeights"
 
 
 @pytest.mark.parametrize(
     "given",
-    [{"wider_weights": {"factor": 2.0}}, {"tests.helpers.rungs.WiderWeights": {"factor": 2.0}}, WiderWeights(2.0)],
+    [{"scaled_weights": {"factor": 2.0}}, {"tests.helpers.rungs.ScaledWeights": {"factor": 2.0}}, ScaledWeights(2.0)],
 )
 def test_options_of_a_users_rung(given: Any) -> None:
     (mine,) = parse_rungs([given])
-    assert rung_spec(mine) == {"tests.helpers.rungs.WiderWeights": {"factor": 2.0}}
+    assert rung_spec(mine) == {"tests.helpers.rungs.ScaledWeights": {"factor": 2.0}}
     assert copy.deepcopy(mine).options == {"factor": 2.0}
 
 
