@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from lightning_quant.ladder.rung import Rung
     from lightning_quant.precision import Precision
     from lightning_quant.recipe import QuantRecipe
+    from lightning_quant.report.pictures import Comparison
     from lightning_quant.simulation.range_estimators import RangeEstimator
 
 _HOMES = {
+    "Comparison": "lightning_quant.report.pictures",
     "DeviceExport": "lightning_quant.callbacks.device_export",
     "PostTrainingQuantization": "lightning_quant.callbacks.post_training",
     "Precision": "lightning_quant.precision",
@@ -37,6 +39,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Comparison",
     "DeviceExport",
     "PostTrainingQuantization",
     "Precision",

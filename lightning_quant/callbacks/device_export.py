@@ -249,7 +249,7 @@ class DeviceExport(AnyCallback):
         try:
             with isolated_seed(), torch.inference_mode(False), torch.no_grad(), progress(trainer, "Writing the report"):
                 path = write_callback_report(
-                    trainer, exported.name, exported.network, exported.bundle, reports, exported.calls
+                    trainer, exported.module, exported.name, exported.network, exported.bundle, reports, exported.calls
                 )
             rank_zero_log(f"Report: {path}")
         except Exception as error:  # nor is a training run lost to a picture

@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 
 @hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")
 def _job(config: DictConfig) -> float | tuple[float, ...]:
-    """Run one job; return its objectives, for sweepers that search by them."""
-    from lightning_quant.cli.run import objectives, record_failure, run
+    """Run one job and return its objectives, for sweepers that search by them."""
+    from lightning_quant.cli.objectives import objectives
+    from lightning_quant.cli.run import record_failure, run
 
     try:
         return objectives(config, run(config))
@@ -40,7 +41,7 @@ def _job(config: DictConfig) -> float | tuple[float, ...]:
         place = error.filename2 or error.filename or Path.cwd()
         folder = HydraConfig.get().runtime.output_dir
         log.error(
-            "No space left for %s. Free some; with skip_finished=true and this folder, %s, the same command goes on.",
+            "No space left for %s. Free some; with skip_finished=true and this folder, %s, the same command resumes.",
             place,
             folder,
         )
@@ -49,7 +50,7 @@ def _job(config: DictConfig) -> float | tuple[float, ...]:
 
 def _failed(config: DictConfig) -> float | tuple[float, ...]:
     """End a single run with status 1; of a run in a sweep return the worst objectives, for the others are to run."""
-    from lightning_quant.cli.run import objectives
+    from lightning_quant.cli.objectives import objectives
 
     if HydraConfig.get().mode is RunMode.RUN:
         sys.exit(1)
@@ -57,18 +58,18 @@ def _failed(config: DictConfig) -> float | tuple[float, ...]:
 
 
 def _resume(folder: Path) -> bool:
-    """Fetch what became of the bundles below a folder whose jobs were queued or interrupted; return whether all was."""
+    """Fetch the results of the bundles below a folder whose jobs were interrupted; return whether all are there."""
     from lightning_quant.deploy.push import REQUEST_NAME, finished, resume
     from lightning_quant.report.page import write_report
     from lightning_quant.report.record import RECORD_NAME, RunRecord
 
-    own = folder.with_name(f"{folder.name}.device") / REQUEST_NAME  # of a bundle, what devices make lies beside it
+    own = folder.with_name(f"{folder.name}.device") / REQUEST_NAME  # if the folder is a bundle's
     requests = sorted(folder.rglob(REQUEST_NAME)) + ([own] if own.is_file() else [])
     if not requests:
         log.error("Nothing below %s was sent to a device: expected the folder of a run or of a bundle.", folder)
     whole = bool(requests)
     for request in requests:
-        bundle = request.parent.with_suffix("")  # <name>.device beside <name>
+        bundle = request.parent.with_suffix("")  # <name>.device is next to <name>
         if finished(request.parent):
             print(f"{bundle.name}: finished already, see {request.parent}")
             continue
@@ -96,7 +97,7 @@ def main() -> None:
     if sys.argv[1:2] == ["resume"]:
         logging.basicConfig(format="%(message)s")
         sys.exit(0 if _resume(Path(sys.argv[2] if len(sys.argv) > 2 else ".")) else 1)
-    if "sensitivity" in sys.argv[1:]:  # a word of its own is no override to Hydra
+    if "sensitivity" in sys.argv[1:]:  # Hydra takes key=value only
         sys.argv[sys.argv.index("sensitivity", 1)] = "job=sensitivity"
     _job()
 

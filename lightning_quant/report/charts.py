@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bokeh.models import BoxAnnotation, ColumnDataSource, FactorRange, HoverTool, LabelSet, Span
 from bokeh.plotting import figure
@@ -16,7 +16,7 @@ from lightning_quant.simulation.quantized_tensors import QuantizedTensor
 from lightning_quant.simulation.sensitivity import LayerSensitivity
 
 # Between light and dark enough to be seen on white and on black.
-BLUE, ORANGE, GREY, GREEN = "#3d8bd4", "#de7f26", "#8a8a8a", "#3fa35b"
+BLUE, ORANGE, GRAY, GREEN = "#3d8bd4", "#de7f26", "#8a8a8a", "#3fa35b"
 _HISTOGRAM = "histogram"
 _LABEL = 22
 # Curves of more quantizers than these cannot be distinguished.
@@ -34,8 +34,8 @@ def ladder(record: RunRecord) -> figure | None:
         {
             "rung": names,
             "metric": [found.float_metric, *(rung.metric for rung in rungs)],
-            "fill": [GREY, *(BLUE if rung.kept else "rgba(0,0,0,0)" for rung in rungs)],
-            "line": [GREY, *(BLUE for _ in rungs)],
+            "fill": [GRAY, *(BLUE if rung.kept else "rgba(0,0,0,0)" for rung in rungs)],
+            "line": [GRAY, *(BLUE for _ in rungs)],
             "seconds": ["", *(f"{rung.seconds:.0f} s" for rung in rungs)],
             "reason": ["the network as it was trained", *(rung.reason for rung in rungs)],
             "changed": ["", *(rung.changed for rung in rungs)],
@@ -48,7 +48,7 @@ def ladder(record: RunRecord) -> figure | None:
         chart.add_layout(
             BoxAnnotation(bottom=min(reference, end), top=max(reference, end), fill_color=GREEN, fill_alpha=0.15)
         )
-    chart.add_layout(Span(location=reference, dimension="width", line_color=GREY, line_dash="dashed"))
+    chart.add_layout(Span(location=reference, dimension="width", line_color=GRAY, line_dash="dashed"))
     chart.line("rung", "metric", source=source, line_color=BLUE, line_alpha=0.5)
     dots = chart.scatter("rung", "metric", source=source, size=13, fill_color="fill", line_color="line", line_width=2)
     tips = [
@@ -63,32 +63,38 @@ def ladder(record: RunRecord) -> figure | None:
     return chart
 
 
-def class_iou(record: RunRecord) -> figure | None:
-    """Draw the intersection over union of each class, float next to exported."""
-    exported = record.per_class_iou.get(record.exported or "")
-    before = record.per_class_iou.get("float")
-    if not before or not exported:
-        return None
-    names = [name for name in before if name in exported]
-    source = ColumnDataSource(
-        {"class": names, "float": [before[name] for name in names], "quantized": [exported[name] for name in names]}
-    )
+def classes(record: RunRecord) -> list[figure]:
+    """Draw a chart for each kind of figures of single classes, float beside exported where both were measured."""
+    sides = {"float": record.class_figures.get("float", {})}
+    sides["quantized"] = record.class_figures.get(record.exported or "", {})
+    return [
+        _classes(kind, {side: found[kind] for side, found in sides.items() if found.get(kind)})
+        for kind, figures in sides["quantized"].items()
+        if figures
+    ]
+
+
+def _classes(kind: str, sides: Mapping[str, Mapping[str, float]]) -> figure:
+    names = [name for name in sides["quantized"] if all(name in found for found in sides.values())]
+    columns = {side: [found[name] for name in names] for side, found in sides.items()}
+    source = ColumnDataSource({"class": names, **columns})
+    shares = all(0 <= value <= 1 for values in columns.values() for value in values)
     chart = _figure(
-        "IoU of each class", y_range=FactorRange(*reversed(names)), height=80 + 30 * len(names), x_range=(0, 1)
-    )
-    for name, place, color in (("float", 0.19, GREY), ("quantized", -0.19, BLUE)):
-        chart.hbar(
-            y=dodge("class", place, range=chart.y_range),
-            right=name,
-            height=0.34,
-            source=source,
-            color=color,
-            legend_label=name,
-        )
-    chart.add_tools(
-        HoverTool(tooltips=[("", "@class"), ("float", "@float{0.000}"), ("quantized", "@quantized{0.000}")])
-    )
-    chart.xaxis.axis_label = "IoU"
+        f"{kind} of each class", y_range=FactorRange(*reversed(names)), height=80 + 30 * len(names),
+        **({"x_range": (0, 1)} if shares else {}),
+    )  # fmt: skip
+    for side, place, color in (("float", 0.19, GRAY), ("quantized", -0.19, BLUE)):
+        if side in columns:
+            chart.hbar(
+                y=dodge("class", place, range=chart.y_range),
+                right=side,
+                height=0.34,
+                source=source,
+                color=color,
+                legend_label=side,
+            )
+    chart.add_tools(HoverTool(tooltips=[("", "@class"), *((side, f"@{side}{{0.000}}") for side in columns)]))
+    chart.xaxis.axis_label = kind
     _legend_above(chart)
     return chart
 
@@ -175,7 +181,7 @@ def drift(figures: LayerFigures) -> figure | None:
             "steps": [figures.drift_steps for _ in moved],
             "values": [values for _, values in moved],
             "name": [name for name, _ in moved],
-            "color": [BLUE, ORANGE, GREEN, "#b56bd0", "#c9a227", "#d9534f", "#35a7a7", GREY][: len(moved)],
+            "color": [BLUE, ORANGE, GREEN, "#b56bd0", "#c9a227", "#d9534f", "#35a7a7", GRAY][: len(moved)],
         }
     )
     chart = _figure("Drift of ranges in training", height=320)
@@ -202,7 +208,7 @@ def pareto(title: str, x_label: str, y_label: str, points: Sequence[tuple[str, f
             "name": [name for name, *_ in points],
             "x": [x for _, x, _, _ in points],
             "y": [y for _, _, y, _ in points],
-            "color": [BLUE if front else GREY for *_, front in points],
+            "color": [BLUE if front else GRAY for *_, front in points],
         }
     )
     chart = _figure(title, height=340)

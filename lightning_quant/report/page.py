@@ -13,23 +13,24 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lightning_quant.domains.segmentation.cityscapes import CLASSES
-from lightning_quant.domains.segmentation.images import open_image
-from lightning_quant.domains.segmentation.overlay import PANELS, overlay_folders
 from lightning_quant.errors import DataError
 from lightning_quant.report.device_table import Candidate, device_notes, device_table, dominated
 from lightning_quant.report.layers import LAYERS_NAME, LayerFigures
+from lightning_quant.report.pictures import read_comparisons
 from lightning_quant.report.record import RECORD_NAME, RunRecord
 from lightning_quant.report.summary import rung_table, table
 from lightning_quant.report.verdict import sweep_verdict, verdict
 from lightning_quant.simulation.quantized_tensors import QuantizedTensor
 from lightning_quant.utilities.files import atomic_write
+from lightning_quant.utilities.images import open_image
 
 with warnings.catch_warnings():  # Bokeh adds filters to a program's own
     from lightning_quant.report import charts
 
 REPORT_NAME = "report.html"
 
+# What a run's page need not repeat in every row.
+_IN_THE_TITLE = ("model", "precision")
 # Widest a picture is embedded: wider than a phone or a column of the page, and a few dozen kB.
 _WIDEST = 640
 # Of a model, counted over the process; of documents and elements, random.
@@ -48,10 +49,10 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     record = RunRecord.read(folder / RECORD_NAME)
     figures = LayerFigures.read(folder) if (folder / LAYERS_NAME).is_file() else LayerFigures()
-    header, (row,) = _filled(*table([record]))
+    header, (row,) = _shortened(*table([record]))
     drawn = {
         "ladder": charts.ladder(record),
-        "classes": charts.class_iou(record),
+        **{f"classes{index}": chart for index, chart in enumerate(charts.classes(record))},
         "sensitivity": charts.sensitivity(figures.sensitivity),
         "histogram": charts.histogram(figures.tensors),
         "drift": charts.drift(figures),
@@ -64,12 +65,13 @@ def write_report(folder: str | Path) -> Path:
         verdict=verdict(record),
         record=record,
         summary=list(zip(header, row, strict=True)),
-        rungs=rung_table([record]),
+        rungs=_shortened(*rung_table([record]), without=_IN_THE_TITLE),
         devices=record.device,
-        device_table=_filled(*device_table([record])),
+        device_table=_shortened(*device_table([record]), without=_IN_THE_TITLE),
         device_notes=device_notes([record]),
-        pictures=_pictures(folder),
-        legend=[(one.name, "#{:02x}{:02x}{:02x}".format(*one.colour)) for one in CLASSES],
+        pictures=[
+            {name: _data_url(path) for name, path in panels.items()} for panels in read_comparisons(folder / "overlays")
+        ],
         tensors=[_described(one) for one in figures.tensors],
         histograms=[_histogram(one) for one in figures.tensors],
         configuration=_yaml(record.config),
@@ -84,7 +86,7 @@ def write_sweep_report(folder: str | Path, runs: Mapping[Path, RunRecord]) -> Pa
         runs: the records by the folders of the runs, whose own reports are linked if they are there.
     """
     folder, records = Path(folder), list(runs.values())
-    header, rows = table(records)
+    header, rows = _shortened(*table(records))
     places = [run / REPORT_NAME for run in runs]
     links = [os.path.relpath(place, folder) if place.is_file() else "" for place in places]
     drawn: dict[str, Any] = {"size": _by_size(records)}
@@ -98,8 +100,8 @@ def write_sweep_report(folder: str | Path, runs: Mapping[Path, RunRecord]) -> Pa
         header=header,
         rows=list(zip(links, rows, strict=True)),
         verdicts=[verdict(record) for record in records],
-        rungs=rung_table(records),
-        device_table=_filled(*device_table(records)),
+        rungs=_shortened(*rung_table(records)),
+        device_table=_shortened(*device_table(records)),
         device_notes=device_notes(records),
     )
 
@@ -138,17 +140,12 @@ def _renumbered(script: str, places: dict[str, str]) -> tuple[str, dict[str, str
     return _BOKEH_ID.sub(number, script), {name: _BOKEH_ID.sub(number, place) for name, place in places.items()}
 
 
-def _filled(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """A table without the columns in which nothing stands."""
-    kept = [index for index in range(len(header)) if any(row[index] for row in rows)]
+def _shortened(
+    header: list[str], rows: list[list[str]], without: Sequence[str] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """Return a table without empty columns, and without some others."""
+    kept = [index for index, name in enumerate(header) if name not in without and any(row[index] for row in rows)]
     return [header[index] for index in kept], [[row[index] for index in kept] for row in rows]
-
-
-def _pictures(folder: Path) -> list[dict[str, str]]:
-    """For each sample the panels as data URLs, by name."""
-    return [
-        {panel: _data_url(place / f"{panel}.png") for panel in PANELS} for place in overlay_folders(folder / "overlays")
-    ]
 
 
 def _data_url(path: Path) -> str:
@@ -158,7 +155,7 @@ def _data_url(path: Path) -> str:
         data = io.BytesIO()
         picture.convert("RGB").save(data, "WEBP", quality=85)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no picture: {error}. Run again to draw it anew.") from error
+        raise DataError(f"{path} is not a picture: {error}. Run again to draw it.") from error
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,9 @@ from lightning_quant.utilities.monitor import Monitor
 from lightning_quant.utilities.parsing import check, check_version, parse_as, read_json
 
 RECORD_NAME = "results.json"
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
+# In a style attribute of the page.
+_COLOR = re.compile("#[0-9a-f]{6}")
 
 
 @dataclass
@@ -41,7 +44,9 @@ class RunRecord:
         bytes: size of the ``float`` and the ``quantized`` ONNX file.
         parity: agreement of the exported file, run by ONNX Runtime, with the simulation.
         device: what each device reported.
-        per_class_iou: intersection over union by class, of ``float`` and of what was exported.
+        class_figures: figures of single classes, of ``float`` and of what was exported: by their kind, such as
+            ``"IoU"``, and by class, see :mod:`lightning_quant.callbacks.visualizer`.
+        legend: what the colors in the pictures stand for: ``#rrggbb`` by name.
         artifacts: where things are, relative to the record.
         error: the message, if it failed.
         versions: packages the run used.
@@ -63,7 +68,8 @@ class RunRecord:
     bytes: dict[str, int] = field(default_factory=dict)
     parity: Parity | None = None
     device: list[DeviceReport] = field(default_factory=list)
-    per_class_iou: dict[str, dict[str, float]] = field(default_factory=dict)
+    class_figures: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    legend: dict[str, str] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -106,7 +112,7 @@ class RunRecord:
             DataError: when the file is missing, damaged or of another format.
         """
         try:
-            values = read_json(Path(path))
+            values = _from_version_2(read_json(Path(path)))
             check_version(values, _FORMAT_VERSION)
             given = {name: value for name, value in values.items() if name not in ("format_version", "drop")}
             given |= {name: None for name in ("ladder", "parity") if given.get(name) == {}}
@@ -127,6 +133,16 @@ class RunRecord:
         if self.ladder is not None:
             names = [rung.rung for rung in self.ladder.rungs]
             check(len({"float", *names}) == len(names) + 1, "ladder.rungs", names, "each rung once")
+        for name, color in self.legend.items():
+            check(_COLOR.fullmatch(color) is not None, f"legend.{name}", color, "#rrggbb")
+
+
+def _from_version_2(values: Any) -> Any:
+    """Return the values of a record; version 2 knew of one kind of figures only."""
+    if not isinstance(values, dict) or values.get("format_version") != 2:
+        return values
+    iou = parse_as(values.pop("per_class_iou", {}), dict[str, dict[str, float]], "per_class_iou")
+    return {**values, "format_version": 3, "class_figures": {rung: {"IoU": found} for rung, found in iou.items()}}
 
 
 def config_hash(config: dict[str, Any]) -> str:

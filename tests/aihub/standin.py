@@ -78,7 +78,7 @@ class StandIn:
     # --- life ---
 
     def start(self) -> StandIn:
-        """Listen, and go on with unfinished jobs."""
+        """Listen, and resume unfinished jobs."""
         with self._life:
             if self._stopping.is_set():  # faults.die may not have got to closing yet
                 self._close()
@@ -184,7 +184,7 @@ class StandIn:
         self._faults.clear()
 
     def hold(self, kind: str = "") -> None:
-        """Keep jobs of this type (``"compile"``, ``"inference"``; both by default) from going on, new ones queued."""
+        """Keep jobs of this type (``"compile"``, ``"inference"``; both by default) from running, new ones queued."""
         for each in [kind] if kind else TYPES:
             self._jobs.hold(each)
 

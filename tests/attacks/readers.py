@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import lightning_quant as lq
-from lightning_quant.cli.run import _load_float
+from lightning_quant.cli.float_network import load_float
 from lightning_quant.deploy.bundle import load_bundle
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.export import export_bundle
@@ -28,8 +28,6 @@ from lightning_quant.deploy.targets.aihub import target as aihub
 from lightning_quant.deploy.targets.aihub.job import Outcomes
 from lightning_quant.deploy.targets.aihub.journal import Journal
 from lightning_quant.domains.segmentation.cityscapes import read_labels
-from lightning_quant.domains.segmentation.images import open_image
-from lightning_quant.domains.segmentation.overlay import PANELS
 from lightning_quant.domains.segmentation.scenes import generate_scenes
 from lightning_quant.domains.segmentation.weights import load_weights
 from lightning_quant.errors import (
@@ -47,6 +45,7 @@ from lightning_quant.report.record import RunRecord
 from lightning_quant.simulation import calibration_cache as statistics_cache
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.calibration_cache import StatisticsCache
+from lightning_quant.utilities.images import open_image
 from tests.helpers.networks import Body, calibrated, call, images, quantized
 from tests.helpers.small import SmallModule, small_net
 from tests.report.folders import DEVICE, full_record
@@ -119,7 +118,7 @@ READERS = {
     "report of a run": Reader("run/results.json", lambda at: write_report(at / "run"), DataError, slow=True),
     "report of layers": Reader("run/layers.json", lambda at: write_report(at / "run"), DataError, slow=True),
     "picture in a report": Reader(
-        "run/overlays/overlay_0/photo.png", lambda at: write_report(at / "run"), DataError, True
+        "run/overlays/overlay_0/input.png", lambda at: write_report(at / "run"), DataError, True
     ),
     "device report": Reader(
         "device/report.json", lambda at: DeviceReport.read(at / "device/report.json").sentence(), DataError
@@ -138,7 +137,7 @@ READERS = {
     "AI Hub's outputs": Reader("fetched/samsung-galaxy-s24-qnn_dlc/outputs.npz", fetch, DeviceError, slow=True),
     "checkpoint": Reader("checkpoint/last.ckpt", load_checkpoint, CheckpointError, slow=True),
     "float checkpoint": Reader(
-        "float/float.ckpt", lambda at: _load_float(SmallModule(), at / "float/float.ckpt"), CheckpointError
+        "float/float.ckpt", lambda at: load_float(SmallModule(), at / "float/float.ckpt"), CheckpointError
     ),
     "weights": Reader(
         "float/float.ckpt", lambda at: load_weights(small_net(), at / "float/float.ckpt"), CheckpointError
@@ -161,7 +160,7 @@ def make_genuine(folder: Path) -> None:
     figures = LayerFigures.of(calibrated(Body(), precision="w4a16"), [call(images())] * 2, 1)
     figures.drift, figures.drift_steps = {"conv.weight": [0.0, 0.1]}, [0, 50]
     figures.write(folder / "run")
-    for panel in PANELS:
+    for panel in ("input", "float", "quantized", "difference"):
         place = folder / "run/overlays/overlay_0" / f"{panel}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), "red").save(place)

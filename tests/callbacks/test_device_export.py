@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import TensorDataset
 
 import lightning_quant as lq
-from lightning_quant.callbacks.device_metric import LabelledBatch, metrics_of
+from lightning_quant.callbacks.device_metric import LabeledBatch, metrics_of
 from lightning_quant.deploy.bundle import load_bundle
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.targets.htp.target import HtpEmulatorTarget
@@ -293,14 +293,14 @@ def test_the_metric_ends_where_the_outputs_end(trainer: MakeTrainer, tmp_path: P
     trainer(lq.PostTrainingQuantization("w8a8"), export).fit(module, small_loader(), small_loader())
     images, labels = small_data(8).tensors
     network = module.quantized.eval()
-    labelled, outputs = [], []
+    labeled, outputs = [], []
     for start, stop in ((0, 4), (4, 7), (7, 8)):
         calls = [NetworkInputs((images[i : i + 1],)) for i in range(start, stop)]
-        labelled.append(LabelledBatch((images[start:stop], labels[start:stop]), calls))
+        labeled.append(LabeledBatch((images[start:stop], labels[start:stop]), calls))
         with torch.no_grad():
             outputs += [{"output": network(*call.args).numpy()} for call in calls]
     for computed in (4, 5, 6, 7, 8):
-        found = metrics_of(module, "model", network, "val_loss", labelled, outputs[:computed])
+        found = metrics_of(module, "model", network, "val_loss", labeled, outputs[:computed])
         assert found["device"] == pytest.approx(found["simulation"], rel=1e-4), computed
 
 

@@ -288,7 +288,7 @@ def test_a_module_that_is_quantized_already(trainer: MakeTrainer, trained: Small
         fit(trainer, module, qat(max_drop=0.1))
 
 
-# Stopping anywhere and going on
+# Stopping anywhere and resuming
 
 
 class Shift(Rung):

@@ -248,7 +248,7 @@ def test_autocast_is_off_inside() -> None:
         assert (ones @ ones).dtype == torch.bfloat16
 
 
-# What the user is told
+# What is reported to the user
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,13 @@ from torch import nn
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.parity import Parity
 from lightning_quant.domains.segmentation.cityscapes import CLASS_NAMES
-from lightning_quant.domains.segmentation.images import normalise_images
-from lightning_quant.domains.segmentation.overlay import save_overlays
+from lightning_quant.domains.segmentation.images import normalize_images
+from lightning_quant.domains.segmentation.overlay import compare_class_maps
 from lightning_quant.domains.segmentation.scenes import draw_scene
 from lightning_quant.ladder.gate import Ladder
 from lightning_quant.precision import Precision
 from lightning_quant.report.layers import LayerFigures
+from lightning_quant.report.pictures import legend_of, write_comparisons
 from lightning_quant.report.record import RunRecord
 from lightning_quant.simulation.inputs import NetworkInputs
 from tests.helpers.networks import calibrated, call
@@ -69,9 +70,9 @@ def full_record(**values: Any) -> RunRecord:
         "bytes": {"float": 55_600_000, "quantized": 7_500_000},
         "parity": Parity(101.5, 1.0, 1.0, 8),
         "device": [DEVICE],
-        "per_class_iou": {
-            "float": dict.fromkeys(CLASS_NAMES[:5], 0.7),
-            "qat": dict.fromkeys(CLASS_NAMES[:5], 0.69),
+        "class_figures": {
+            "float": {"IoU": dict.fromkeys(CLASS_NAMES[:5], 0.7)},
+            "qat": {"IoU": dict.fromkeys(CLASS_NAMES[:5], 0.69)},
         },
         "versions": {"torch": "2.14.1"},
         "config": {"model": {"name": "<b>not bold</b> & </script>"}, "seed": 3},
@@ -84,7 +85,6 @@ def run_folder(
     folder: Path, network: nn.Module, image: torch.Tensor, size: tuple[int, int] = (64, 128), **values: Any
 ) -> Path:
     """Fill a folder: record, figures of the layers of ``network`` in W4A16, overlays of drawn scenes of that size."""
-    full_record(**values).write(folder)
     samples = [call(image)] * 2
     figures = LayerFigures.of(calibrated(network.eval(), NetworkInputs((image,)), precision="w4a16").eval(), samples, 1)
     figures.drift = {"a.weight": [0.0, 0.1, 0.3], "b.output": [0.0, -0.2, -0.1]}
@@ -92,8 +92,10 @@ def run_folder(
     figures.write(folder)
     scenes = [draw_scene(*size, seed=1, split="val", index=index)[0] for index in range(4)]
     photos = torch.stack([torch.from_numpy(np.asarray(scene).copy()).permute(2, 0, 1) for scene in scenes])
-    maps = torch.zeros(4, *size, dtype=torch.uint8)
-    other = maps.clone()
-    other[:, : size[0] // 4] = 13
-    save_overlays(folder / "overlays", normalise_images()(photos), maps, other)
+    road = torch.zeros(size, dtype=torch.uint8)
+    other = road.clone()
+    other[: size[0] // 4] = 13
+    comparisons = [compare_class_maps(photo, road, other) for photo in normalize_images()(photos)]
+    write_comparisons(folder / "overlays", comparisons)
+    full_record(legend=legend_of(comparisons), **values).write(folder)
     return folder

@@ -14,7 +14,7 @@ from tests.torture.runs import Outcome
 
 
 def journal(root: Path, kills: int, seed: int) -> Outcome:
-    """Kill pushes and go on with each until it is finished: nothing is made twice, all come to the same figures.
+    """Kill pushes and resume each until it is finished: nothing is made twice, all come to the same figures.
 
     The moments are those after the worker has written its journal, and those when the service has made something that
     the journal does not know of yet.

@@ -69,7 +69,10 @@ def test_a_constructor_gets_what_it_names_of_what_is_offered() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("te", r"Unknown hot drink 'te': expected one of any, tea, coffee, or the dotted path.*Did you mean 'tea'\?"),
+        (
+            "teaa",
+            r"Unknown hot drink 'teaa': expected one of any, tea, coffee, or the dotted path.*Did you mean 'tea'\?",
+        ),
         ("", "Unknown hot drink ''"),
         ("nowhere.Tea", "Hot drink 'nowhere.Tea' cannot be imported: No module named 'nowhere'"),
         (".mine.Tea", "Hot drink '.mine.Tea' cannot be imported"),

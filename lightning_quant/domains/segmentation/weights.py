@@ -1,5 +1,7 @@
 """Weights from a file into a network: strict, and without running code from the file."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,7 +26,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
         path: a file that ``torch.save`` wrote.
 
     Raises:
-        CheckpointError: the file is missing or is no checkpoint of tensors, or its names or shapes are not
+        CheckpointError: when the file is missing or is not a checkpoint of tensors, or its names or shapes are not
             those of ``network``.
     """
     path = Path(path)
@@ -41,7 +43,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     state = _network_state(content, path)
     try:
         network.load_state_dict(state, strict=True)
-    except Exception as error:  # PyTorch's own for names and shapes, others for names that are none
+    except Exception as error:  # PyTorch's own for names and shapes, others for what is not a name
         raise CheckpointError(
             f"The weights in '{path}' do not fit {type(network).__name__}."
             f"{_explain_misfit(state, network.state_dict())}"
