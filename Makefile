@@ -46,7 +46,7 @@ bench: install  ## speed and memory of ours, float and stock AIMET, in one run o
 # Options of the benchmark on a GPU, e.g. GPU='--networks resnet50 --seconds 900'. See python -m benchmarks.gpu --help.
 GPU ?=
 
-bench-gpu: install  ## steps, validation, calibration and memory on a CUDA GPU, with three float networks (6 minutes)
+bench-gpu: install  ## steps, validation, calibration and memory on a CUDA GPU, with three float networks (most of an hour for all rows)
 	$(BIN)/python -m benchmarks.gpu $(GPU)
 
 bench-peers: install  ## the same steps with ModelOpt and NNCF, in environments of their own (5 minutes each to install)
@@ -84,7 +84,7 @@ screenshots: demo  ## the pictures in README, of the demo's reports (needs Chrom
 
 check-gpu: install  ## on a CUDA GPU: the kernels and training there against the CPU's (2 minutes)
 	$(BIN)/python -m pytest -n 8 tests/gpu tests/callbacks/test_finiteness.py::test_on_a_gpu_it_reads_late_by_itself \
-		tests/deploy/test_bundle.py::test_network_is_back_on_its_device
+		tests/deploy/test_export.py::test_network_is_back_on_its_device
 
 # Each file's tests stay in one process, which makes their fixtures once; tests/conftest.py puts long files first.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -31,8 +30,8 @@ def measure(name: str, precision: str, camvid: str, device: str) -> None:
         return
     task = copy.deepcopy(float_task(name, "camvid", camvid))
     export = lq.DeviceExport(
-        "outputs/devices", "htp_emulator", device, samples=SAMPLES, name=f"{name}-{precision}", monitor="val_miou",
-        on_failure="raise",
+        "outputs/devices", target="htp_emulator", device=device, samples=SAMPLES, name=f"{name}-{precision}",
+        monitor="val_miou", on_failure="raise",
     )  # fmt: skip
     quantization = lq.PostTrainingQuantization(precision, calibration_samples=64)
     trainer(quantization, export, limit_val_batches=1).validate(task, datamodule=data("camvid", camvid), verbose=False)
@@ -58,12 +57,13 @@ def table() -> str:
             path = RESULTS / f"{name}-{precision}.json"
             if not path.is_file():
                 continue
-            report = DeviceReport.from_dict(json.loads(path.read_text()))
+            report = DeviceReport.read(path)
             assert report.against_simulation is not None
             assert report.against_float is not None
             assert report.layers is not None
-            figures = [f"{report.against_simulation['psnr_db']:.1f} dB", f"{report.against_float['psnr_db']:.1f} dB"]
-            figures.append(f"{100 * report.against_float['argmax_agreement']:.1f} %")
+            figures = [f"{report.against_simulation.psnr_db:.1f} dB", f"{report.against_float.psnr_db:.1f} dB"]
+            assert report.against_float.argmax_agreement is not None
+            figures.append(f"{100 * report.against_float.argmax_agreement:.1f} %")
             figures += [f"{100 * report.metric[what]:.1f}" for what in ("float", "simulation", "device")]
             figures += [str(len(names)) for names in (report.layers["NPU"], report.float_islands, report.fallen_back)]  # type: ignore[arg-type]
             figures += [f"{report.bytes[what] / 1e6:.2f}" for what in ("float", "quantized", "compiled")]

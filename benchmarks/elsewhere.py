@@ -233,11 +233,11 @@ def measured(name: str, camvid: Path, epochs: int, precision: str) -> dict[str, 
     (report,) = export.reports
     assert report.layers is not None
     result["export"] = {
-        "parity": export.bundle.manifest["parity"],
-        "bytes": export.bundle.manifest["bytes"],
+        "parity": export.bundle.manifest.to_dict()["parity"],
+        "bytes": export.bundle.manifest.bytes,
         "emulated_samples": EMULATED,
         "metric_on_these": report.metric,
-        "against_simulation": report.against_simulation,
+        "against_simulation": report.to_dict()["against_simulation"],
         "layers": {unit: len(names) for unit, names in report.layers.items()},
         "in_float": len(report.float_islands or []),
     }

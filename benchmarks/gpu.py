@@ -49,7 +49,7 @@ from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.compiled import Compiled
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.files import atomic_write
 
 # Image size, and a batch that fills a card of 80 GB.
 NETWORKS = {"ffnet_40s": ((512, 1024), 32), "resnet50": ((224, 224), 256), "lraspp": ((512, 512), 64)}
@@ -682,7 +682,7 @@ def write(path: Path, results: dict[str, Any]) -> None:
     """Write results, whole at any time, and their table."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for target, text in ((path, json.dumps(results, indent=1)), (path.with_suffix(".md"), rendered(results))):
-        with replacing(target) as partial:
+        with atomic_write(target) as partial:
             partial.write_text(text + "\n")
 
 

@@ -23,7 +23,7 @@ from lightning_quant.domains.segmentation.scenes import generate_scenes
 
 
 class SameClass(pl.LightningModule):
-    """The network, beside a copy that stays in float."""
+    """The network, and a copy that stays in float."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -14,12 +14,16 @@ if TYPE_CHECKING:
     from lightning_quant.callbacks.post_training import PostTrainingQuantization
     from lightning_quant.callbacks.resume_point import ResumePoint
     from lightning_quant.callbacks.training import QuantizationAwareTraining
-    from lightning_quant.deploy.bundle import export_bundle
+    from lightning_quant.deploy.export import export_bundle
+    from lightning_quant.deploy.targets.target import Target
+    from lightning_quant.ladder.rung import Rung
     from lightning_quant.precision import Precision
     from lightning_quant.recipe import QuantRecipe
+    from lightning_quant.report.pictures import Comparison
     from lightning_quant.simulation.range_estimators import RangeEstimator
 
 _HOMES = {
+    "Comparison": "lightning_quant.report.pictures",
     "DeviceExport": "lightning_quant.callbacks.device_export",
     "PostTrainingQuantization": "lightning_quant.callbacks.post_training",
     "Precision": "lightning_quant.precision",
@@ -27,12 +31,15 @@ _HOMES = {
     "QuantizationAwareTraining": "lightning_quant.callbacks.training",
     "RangeEstimator": "lightning_quant.simulation.range_estimators",
     "ResumePoint": "lightning_quant.callbacks.resume_point",
-    "export_bundle": "lightning_quant.deploy.bundle",
+    "Rung": "lightning_quant.ladder.rung",
+    "Target": "lightning_quant.deploy.targets.target",
+    "export_bundle": "lightning_quant.deploy.export",
     "load_quantized": "lightning_quant.callbacks.checkpoint",
     "read_manifest": "lightning_quant.callbacks.checkpoint",
 }
 
 __all__ = [
+    "Comparison",
     "DeviceExport",
     "PostTrainingQuantization",
     "Precision",
@@ -40,6 +47,8 @@ __all__ = [
     "QuantizationAwareTraining",
     "RangeEstimator",
     "ResumePoint",
+    "Rung",
+    "Target",
     "export_bundle",
     "load_quantized",
     "read_manifest",

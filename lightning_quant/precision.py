@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.utilities.parsing import check, parse_as
 
 _PATTERN = re.compile(r"w(\d+)a(\d+)")
 
@@ -48,6 +50,17 @@ class Precision:
         if match is None:
             raise _unknown(value)
         return cls(int(match[1]), int(match[2]))
+
+    @classmethod
+    def from_json(cls, value: Any, where: str = "") -> Precision:
+        """Read what a file holds.
+
+        Raises:
+            FieldError: for anything but the name of a precision.
+        """
+        parse_as(value, str, where)
+        check(value in PRECISIONS, where, value, f"one of {', '.join(PRECISIONS)}")
+        return cls.parse(value)
 
     def __str__(self) -> str:
         return f"w{self.weight_bits}a{self.activation_bits}"

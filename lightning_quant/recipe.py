@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.range_estimators import MinMax, RangeEstimator
-from lightning_quant.utilities.parsing import fitting, read_json
+from lightning_quant.utilities.hashing import file_sha256
+from lightning_quant.utilities.parsing import parse_as, read_json
 
 # AIMET's own aliases, spelled out so that a typo is caught without the seconds that importing AIMET takes.
 HARDWARE_CONFIGS = (
@@ -81,7 +81,7 @@ class QuantRecipe:
         hardware = self.hardware
         if hardware not in HARDWARE_CONFIGS:  # a file: its content counts, not where it lies
             file = Path(hardware)
-            hardware = f"{file.name} (sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:12]})"
+            hardware = f"{file.name} (sha256 {file_sha256(file)[:12]})"
         return {
             "precision": str(self.precision),
             "hardware": hardware,
@@ -94,7 +94,7 @@ def _check_hardware(hardware: str) -> None:
         return
     if str(hardware).endswith(".json") and Path(hardware).is_file():
         try:
-            fitting(read_json(Path(hardware)), dict[str, Any])
+            parse_as(read_json(Path(hardware)), dict[str, Any])
         except (OSError, ValueError) as error:
             raise ConfigurationError(
                 f"The hardware config {str(hardware)!r} cannot be read: {error}. Expected a JSON file in AIMET's "

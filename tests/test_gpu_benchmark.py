@@ -1,4 +1,4 @@
-"""The benchmark on a GPU loses nothing it has measured: what fails is written down, and the rest goes on."""
+"""The benchmark on a GPU loses nothing it has measured: what fails is written down, and the rest still runs."""
 
 import argparse
 import json

@@ -52,7 +52,7 @@ def test_pictures(lesson: NotebookNode) -> None:
     assert len(pictures) == 3  # calibration images, float prediction, comparison
     for encoded in pictures:
         with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
-            assert picture.convert("RGB").getcolors(maxcolors=1000) is None  # more colours than an empty plot has
+            assert picture.convert("RGB").getcolors(maxcolors=1000) is None  # more colors than an empty plot has
 
 
 def test_the_network_learned_and_8_bits_keep_it(text: str) -> None:

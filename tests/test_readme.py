@@ -73,7 +73,7 @@ def test_the_rung_of_the_docs_works(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     case = Case(lambda network: None, "w4a16", -100.0, ("ptq", "my_rungs.WiderWeights"))
     callback, _ = fit_case(case, tmp_path, max_epochs=0)
     assert [rung.rung for rung in callback.result.rungs] == ["ptq", "wider_weights"]
-    assert callback.result.rungs[1].changed == "weight ranges 5 % wider"
+    assert callback.result.rungs[1].changed == "weight ranges 1.05 times as wide"
 
 
 def test_readme_links_lead_to_files() -> None:

@@ -42,12 +42,12 @@ def kernels_are_built() -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_nobody_here_wrote_goes_all_the_way(name: str) -> None:
     line = measured(ours.measure, {"network": name, "by": OURS, "precision": PRECISION}, limit_s=LIMIT_S, limit_gb=8)
-    told = _told(line)
+    shown = _shown(line)
     if emulator.available():
-        assert all_the_way(line), told
-        assert not garbage(line), told
+        assert all_the_way(line), shown
+        assert not garbage(line), shown
     else:
-        assert reached(line) == "export", told
+        assert reached(line) == "export", shown
 
 
 def test_the_catalogue_holds_what_the_zoo_promises() -> None:
@@ -60,7 +60,7 @@ def test_the_catalogue_holds_what_the_zoo_promises() -> None:
     assert len(decoders) == 12
 
 
-def _told(line: dict[str, Any]) -> dict[str, Any]:
+def _shown(line: dict[str, Any]) -> dict[str, Any]:
     """What a failure shows of a network."""
     wanted = (
         "passed",

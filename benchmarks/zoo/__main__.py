@@ -12,7 +12,7 @@ from benchmarks.zoo import ours, plain_aimet, table
 from benchmarks.zoo.catalogue import chosen
 from benchmarks.zoo.limits import measured
 from benchmarks.zoo.record import FILES, OURS, PLAIN, all_the_way, append, emulated, read, stopped
-from lightning_quant.deploy.device_report import closeness
+from lightning_quant.deploy.parity import Parity
 
 PRECISIONS = ("w8a8", "w8a16", "w4a16")
 
@@ -58,7 +58,9 @@ def _sentence(line: dict[str, Any]) -> str:
         error = line["errors"][where]
         return f"{start}: stopped at {where}: {error['type']}: {error['message'][:120]} ({line['seconds']['all']} s)"
     placed = f"{line.get('npu')}/{line.get('cpu')}/{line.get('islands')} on NPU/CPU/in float" if "npu" in line else ""
-    close = " and ".join(f"{which} {closeness(line[which])}" for which in ("parity", "emulated") if which in line)
+    close = " and ".join(
+        f"{which} {Parity.from_json(line[which])}" for which in ("parity", "emulated") if which in line
+    )
     way = "all the way" if all_the_way(line) else "compiled" if emulated(line) else "exported"
     return f"{start}: {way}, {placed}, {close} ({line['seconds']['all']} s)"
 

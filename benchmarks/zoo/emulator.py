@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_quant.deploy.targets.htp.job import Compiled, Job
 from lightning_quant.deploy.targets.worker import run_worker
 
 SOC = "SM8650"
@@ -19,15 +20,13 @@ def available() -> bool:
     return importlib.util.find_spec("onnxruntime_qnn") is not None
 
 
-def emulate(
-    qdq: Path, samples: list[dict[str, np.ndarray]], folder: Path, timeout: float
-) -> tuple[dict[str, Any], Any]:
+def emulate(qdq: Path, samples: list[dict[str, np.ndarray]], folder: Path, timeout: float) -> tuple[Compiled, Any]:
     """Compile a QDQ file and compute samples; returns the placement and the outputs by name, sample by sample."""
     folder.mkdir()
     for index, sample in enumerate(samples):
         np.savez(folder / f"input-{index}.npz", **sample)  # type: ignore[arg-type]
-    job = {"model": str(qdq), "soc": SOC, "samples": len(samples), "memory_bytes": int(16e9)}
-    placement = run_worker("lightning_quant.deploy.targets.htp.worker", job, folder, timeout)
+    job = Job(str(qdq), SOC, len(samples), memory_bytes=int(16e9))
+    placement = run_worker("lightning_quant.deploy.targets.htp.worker", job, folder, timeout, Compiled)
     outputs = []
     for index in range(len(samples)):
         with np.load(folder / f"output-{index}.npz") as file:

@@ -155,7 +155,7 @@ def _export(module: ZooModule, precision: str, folder: Path, record: Record) -> 
         started = time.perf_counter()
         try:
             # random weights amplify a rounding: how close the file is, is a column, not a reason to stop
-            with mock.patch("lightning_quant.deploy.parity.check"):
+            with mock.patch("lightning_quant.deploy.parity.check_parity"):
                 trainer(folder, export).validate(module, verbose=False)
         except Exception as error:
             if export.bundle is None:
@@ -165,7 +165,7 @@ def _export(module: ZooModule, precision: str, folder: Path, record: Record) -> 
         whole = time.perf_counter() - started
         emulating = sum(report.seconds.get("all", 0.0) for report in export.reports)
         record.values["seconds"] |= {"export": round(whole - emulating, 2)}
-        parity = export.bundle.manifest["parity"]
+        parity = export.bundle.manifest.to_dict()["parity"]
         left = floats.left_in_float(export.bundle.qdq)
         record.values |= {"parity": parity, "left_in_float": len(left), "left_in_float_names": left[:8]}
     if target is None or not record.passed("export"):
@@ -176,7 +176,8 @@ def _export(module: ZooModule, precision: str, folder: Path, record: Record) -> 
         report = export.reports[0]
         assert report.layers is not None
         record.values |= emulator.placed(report.layers["NPU"], report.layers["CPU"], report.float_islands or [])
-        record.values |= {"emulated": report.against_simulation, "against_float": report.against_float}
+        values = report.to_dict()
+        record.values |= {"emulated": values["against_simulation"], "against_float": values.get("against_float")}
         record.values["seconds"]["emulator"] = emulating
 
 

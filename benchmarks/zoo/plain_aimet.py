@@ -121,7 +121,7 @@ def _export(sim: Any, example: tuple[Tensor, ...], samples: tuple[Tensor, ...], 
     expected = _expected(sim, samples)
     agreement = parity.compare(zip(expected, [session.run(None, feed) for feed in feeds], strict=True))
     left = floats.left_in_float(qdq)
-    record.values |= {"parity": agreement.as_dict(), "left_in_float": len(left), "left_in_float_names": left[:8]}
+    record.values |= {"parity": agreement.to_dict(), "left_in_float": len(left), "left_in_float_names": left[:8]}
 
 
 def _emulate(sim: Any, samples: tuple[Tensor, ...], qdq: Path, folder: Path, record: Record) -> None:
@@ -130,9 +130,9 @@ def _emulate(sim: Any, samples: tuple[Tensor, ...], qdq: Path, folder: Path, rec
     session = onnxruntime.InferenceSession(str(qdq), providers=["CPUExecutionProvider"])
     order = [value.name for value in session.get_outputs()]
     placement, outputs = emulator.emulate(qdq, _feeds(samples, session), folder, record.left_s)
-    record.values |= emulator.placed(placement["npu"], list(placement["fallen_back"]), placement["float_islands"])
+    record.values |= emulator.placed(placement.npu, list(placement.fallen_back), placement.float_islands)
     got = [[output[name] for name in order] for output in outputs]
-    record.values["emulated"] = parity.compare(zip(_expected(sim, samples), got, strict=True)).as_dict()
+    record.values["emulated"] = parity.compare(zip(_expected(sim, samples), got, strict=True)).to_dict()
 
 
 def _plain(output: Any) -> bool:

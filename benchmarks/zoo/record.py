@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.files import atomic_write
 
 RESULTS = Path(__file__).parents[1] / "results"
 OURS, PLAIN = "lightning_quant", "aimet"
@@ -69,7 +69,7 @@ class Record:
         return name in self.values["passed"]
 
     def _write(self) -> None:
-        with replacing(self.path) as partial:
+        with atomic_write(self.path) as partial:
             partial.write_text(json.dumps(self.values))
 
 

@@ -96,7 +96,7 @@ class InputCatcher:
         batch = self._to_device(batch, dataloader_idx)
         calls, failures = self._calls(batch, batch_idx, dataloader_idx)
         if not calls:
-            calls = self._unlabelled_calls(batch)
+            calls = self._unlabeled_calls(batch)
         if not calls:
             raise CalibrationError(
                 f"Could not get from batch {batch_idx} to the network {self._name!r}: {'; '.join(failures)}. Expected "
@@ -176,7 +176,7 @@ class InputCatcher:
             return run.calls[: run.done], []
         return [], failures
 
-    def _unlabelled_calls(self, batch: Any) -> list[NetworkInputs]:
+    def _unlabeled_calls(self, batch: Any) -> list[NetworkInputs]:
         """Return the calls for a batch of one tensor that no step takes: images without labels.
 
         The network can take it directly only if the steps, too, pass their images on unchanged. That is checked on the
@@ -186,10 +186,10 @@ class InputCatcher:
         if len(tensors) != 1:
             return []
         if self._plain is None:
-            labelled = next(batches(stage_loader(self._trainer)), None)
-            labelled = self._to_device(labelled, 0)
-            calls = self._calls(labelled, 0, 0)[0]
-            given = tensors_in(labelled)
+            labeled = next(batches(stage_loader(self._trainer)), None)
+            labeled = self._to_device(labeled, 0)
+            calls = self._calls(labeled, 0, 0)[0]
+            given = tensors_in(labeled)
             plain = [len(call.tensors) == 1 and any(_same(call.tensors[0], one) for one in given) for call in calls]
             self._plain = calls if all(plain) else []
         alike = [(call.tensors[0].dim(), call.tensors[0].dtype) for call in self._plain]

@@ -1,10 +1,10 @@
-"""Export at the end of a run, and what a device makes of it, as a Lightning callback."""
+"""Export at the end of a run, and measurement on a device, as a Lightning callback."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -31,12 +31,14 @@ from lightning_quant.callbacks.quantization import (
 )
 from lightning_quant.callbacks.reporting import write_callback_report
 from lightning_quant.callbacks.training import QuantizationAwareTraining
-from lightning_quant.deploy.bundle import Bundle, export_bundle, first_samples
+from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.push import Push, check_bounds, device_folder
 from lightning_quant.deploy.samples import Samples
-from lightning_quant.deploy.targets.target import REPORT_NAME
-from lightning_quant.errors import ConfigurationError, DeviceBoundError, LightningQuantError
+from lightning_quant.deploy.single_samples import first_samples
+from lightning_quant.deploy.targets.target import REPORT_NAME, Target
+from lightning_quant.errors import ConfigurationError, LightningQuantError
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 
@@ -45,8 +47,19 @@ _LOOKED_AT = 16
 POLICIES = ("warn", "raise")
 
 
+class _Exported(NamedTuple):
+    """One network of a stage that ended, and its bundle."""
+
+    trainer: pl.Trainer
+    module: pl.LightningModule
+    name: str
+    network: QuantizedNetwork
+    calls: list[NetworkInputs]
+    bundle: Bundle
+
+
 class DeviceExport(AnyCallback):
-    """Export the quantized network when a fit, validate or test ends, and see what a device makes of it.
+    """Export the quantized network when a fit, validate or test ends, and measure it on a device.
 
     Writes the bundle ``<dirpath>/<name>/``: ``<name>.aimet/`` (ONNX and encodings, for Qualcomm AI Hub),
     ``<name>.onnx`` (QuantizeLinear/DequantizeLinear with integer weights) and ``manifest.json``. The ONNX file
@@ -62,8 +75,9 @@ class DeviceExport(AnyCallback):
         target: ``"aihub"`` measures on a real phone in Qualcomm's device farm; ``"htp_emulator"`` compiles for the
             phone's chip and emulates its NPU, without latency; ``"onnxruntime"`` computes on the host's CPU;
             ``"auto"`` takes the first of these that is available, and says why not a better one; ``None`` only
-            exports.
-        device: name of the phone, or several of them for AI Hub.
+            exports. Or a ``lightning_quant.Target`` of your own: an instance, the dotted path of its class, its
+            name once it was imported, or one of these two with options, ``{"my_package.Board": {"port": 5555}}``.
+        device: name of the phone, or several of them for AI Hub. A target given as an instance has its own.
         samples: how many samples (not batches) to compare on: the stage's own validation data if there is any.
         name: name of the bundle. Default: class of the network and precision, e.g. ``FFNet-w8a8``. Where several
             networks are exported, each name ends with ``-`` and the attribute.
@@ -76,7 +90,7 @@ class DeviceExport(AnyCallback):
         profile: name of the client configuration in ``~/.qai_hub``; never a token.
         source: what AI Hub gets: ``"aimet"`` (ONNX and encodings) or ``"qdq"``.
         compare_float: let AI Hub measure the float network as well.
-        wait: wait for AI Hub's results; ``False`` submits and returns, ``lightning-quant resume`` goes on.
+        wait: wait for AI Hub's results; ``False`` submits and returns, ``lightning-quant resume`` fetches them later.
         timeout: seconds for the target, queues included.
         on_failure: ``"warn"`` when the target fails, so that no training run is lost to a service that is down, or
             ``"raise"``. The bundle is there in either case.
@@ -95,7 +109,7 @@ class DeviceExport(AnyCallback):
 
     Raises:
         ConfigurationError: for an unknown value, or without a quantization callback before it.
-        ExportError, ParityError: see :func:`~lightning_quant.deploy.bundle.export_bundle`.
+        ExportError, ParityError: see :func:`~lightning_quant.deploy.export.export_bundle`.
         DeviceError: with ``on_failure="raise"``.
         DeviceBoundError: when a bound is not kept.
     """
@@ -103,20 +117,21 @@ class DeviceExport(AnyCallback):
     def __init__(
         self,
         dirpath: str | Path | None = None,
-        target: str | None = "auto",
+        *,
+        target: str | Target | Mapping[str, Mapping[str, Any]] | None = "auto",
         device: str | Sequence[str] = "Samsung Galaxy S24",
         samples: int = 8,
         name: str | None = None,
         monitor: str | None = None,
-        mode: str = "max",
+        mode: Literal["max", "min"] = "max",
         runtime: str | Sequence[str] = "qnn_dlc",
         options: str = "",
         profile: str | None = None,
-        source: str = "aimet",
+        source: Literal["aimet", "qdq"] = "aimet",
         compare_float: bool = True,
         wait: bool = True,
         timeout: float = 3600.0,
-        on_failure: str = "warn",
+        on_failure: Literal["warn", "raise"] = "warn",
         min_psnr: float | None = None,
         max_metric_drop: float | None = None,
         report: bool = True,
@@ -204,64 +219,53 @@ class DeviceExport(AnyCallback):
     ) -> None:
         calls = self._calibration_samples(trainer, pl_module, name, network)
         log_dir = trainer.log_dir  # asks rank 0, so every rank has to ask
+        exported = None
         if trainer.is_global_zero:
             root = Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "export")
             stem = (self.name or f"{network.float_class.__name__}-{network.recipe.precision}") + suffix
             with progress(trainer, f"Exporting {stem}"):
-                self.bundle = self.bundles[name] = export_bundle(network, root / stem, calls)
-            parity: dict[str, Any] = self.bundle.manifest["parity"]
-            agreement = "equal to" if parity["psnr_db"] is None else f"{parity['psnr_db']} dB against"
-            samples = f"{parity['samples']} samples in ONNX Runtime"
-            rank_zero_log(f"Exported {self.bundle.path} ({agreement} the simulation on {samples}).")
-            for report in device_folder(self.bundle).rglob(REPORT_NAME):
+                bundle = export_bundle(network, root / stem, calls)
+            self.bundle = self.bundles[name] = bundle
+            exported = _Exported(trainer, pl_module, name, network, calls, bundle)
+            parity = bundle.manifest.parity
+            agreement = "equal to" if parity.equal else f"{parity.psnr_db} dB against"
+            samples = f"{parity.samples} samples in ONNX Runtime"
+            rank_zero_log(f"Exported {bundle.path} ({agreement} the simulation on {samples}).")
+            for report in device_folder(bundle).rglob(REPORT_NAME):
                 report.unlink()  # of the network that the bundle held before
         # before the device: jobs can queue for longer than processes wait for each other
         trainer.strategy.barrier("lightning_quant_export")
-        if trainer.is_global_zero:
+        if exported is not None:
             known = len(self.reports)
             try:
-                self._push(trainer, pl_module, name, network, calls)
+                if self.push is not None:
+                    self._measure(self.push, exported)
             finally:
                 if self.report:
-                    self._report(trainer, name, network, self.reports[known:], calls)
+                    self._write_report(exported, self.reports[known:])
 
-    def _report(
-        self,
-        trainer: pl.Trainer,
-        name: str,
-        network: QuantizedNetwork,
-        reports: list[DeviceReport],
-        calls: list[NetworkInputs],
-    ) -> None:
-        assert self.bundle is not None
+    def _write_report(self, exported: _Exported, reports: list[DeviceReport]) -> None:
+        trainer = exported.trainer
         try:
             with isolated_seed(), torch.inference_mode(False), torch.no_grad(), progress(trainer, "Writing the report"):
-                path = write_callback_report(trainer, name, network, self.bundle, reports, calls)
+                path = write_callback_report(
+                    trainer, exported.module, exported.name, exported.network, exported.bundle, reports, exported.calls
+                )
             rank_zero_log(f"Report: {path}")
         except Exception as error:  # nor is a training run lost to a picture
             rank_zero_warn(f"The report was not written: {type(error).__name__}: {error}")
 
-    def _push(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        name: str,
-        network: QuantizedNetwork,
-        calls: list[NetworkInputs],
-    ) -> None:
-        """Let the target measure the bundle, and deal with its failure as asked."""
-        if self.push is None:
-            return
+    def _measure(self, push: Push, exported: _Exported) -> None:
+        """Let the target measure the bundle, deal with its failure as asked, and check the bounds."""
         try:
-            self._measure(trainer, pl_module, name, network, calls)
-        except DeviceBoundError:
-            raise
+            reports = self._run(push, exported)
         except Exception as error:  # whatever it is, a training run is not lost to it
             if self.on_failure == "raise":
                 raise
-            assert self.bundle is not None
             reason = str(error) if isinstance(error, LightningQuantError) else f"{type(error).__name__}: {error}"
-            rank_zero_warn(f"The device was not measured: {reason} (The bundle {self.bundle.path} is complete.)")
+            rank_zero_warn(f"The device was not measured: {reason} (The bundle {exported.bundle.path} is complete.)")
+        else:
+            check_bounds(reports, self.min_psnr, self.max_metric_drop, self.mode)
 
     def _calibration_samples(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, network: QuantizedNetwork
@@ -291,16 +295,9 @@ class DeviceExport(AnyCallback):
                 )
             return found
 
-    def _measure(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        name: str,
-        network: QuantizedNetwork,
-        calls: list[NetworkInputs],
-    ) -> None:
-        assert self.bundle is not None
-        assert self.push is not None
+    def _run(self, push: Push, exported: _Exported) -> list[DeviceReport]:
+        """Run the bundle on the target; compute the user's metric of what it returned, and log its figures."""
+        trainer, pl_module, name, network, calls, bundle = exported
         with isolated_seed(), torch.inference_mode(False), torch.no_grad():
             among = _LOOKED_AT * self.samples
             batches, others = first_batches(trainer, pl_module, network, name, self.samples, calls[0], among)
@@ -312,11 +309,10 @@ class DeviceExport(AnyCallback):
                 )
             if batches:
                 calls = [call for batch in batches for call in batch.calls]
-            samples = Samples.of(network, self.bundle.manifest, calls)
-        at_most = f"at most {self.push.timeout / 60:.0f} min"
-        with progress(trainer, f"Waiting for {', '.join(self.push.devices)} ({at_most})"):
-            measured = self.push.run(self.bundle, samples)
-        self.passed_over = self.push.passed_over
+            samples = Samples.of(network, bundle.manifest, calls)
+        with progress(trainer, f"Waiting for {push.where} (at most {push.timeout / 60:.0f} min)"):
+            measured = push.run(bundle, samples)
+        self.passed_over = push.passed_over
         if self.passed_over:
             rank_zero_log("No better target: " + "; ".join(self.passed_over.values()) + ".")
         # with several processes its metric would wait for the others, which validate nothing now
@@ -332,7 +328,7 @@ class DeviceExport(AnyCallback):
                 rank_zero_log(f"{one.report.device}: {warning}")
             for logger in trainer.loggers:
                 logger.log_metrics(one.report.scalars(), step=trainer.global_step)
-        check_bounds(reports, self.min_psnr, self.max_metric_drop, self.mode)
+        return reports
 
     def _bounded_metric(self, trainer: pl.Trainer) -> str | None:
         callbacks = callbacks_of(trainer)

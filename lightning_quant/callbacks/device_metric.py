@@ -22,8 +22,8 @@ from lightning_quant.callbacks.lightning_internals import own_trainer_kept, vali
 from lightning_quant.callbacks.lightning_packages import of_package
 from lightning_quant.callbacks.restored_state import restored_state
 from lightning_quant.callbacks.validation import swapped_network
-from lightning_quant.deploy.bundle import single_samples
 from lightning_quant.deploy.samples import Tensors
+from lightning_quant.deploy.single_samples import single_samples
 from lightning_quant.errors import CalibrationError
 from lightning_quant.simulation.batch_axes import NoBatchAxisError, cut, find_axes, fit
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
@@ -32,7 +32,7 @@ from lightning_quant.utilities.modules import preserve_modes
 
 
 @dataclass
-class LabelledBatch:
+class LabeledBatch:
     """A batch of validation data, cut to a few samples.
 
     Args:
@@ -52,7 +52,7 @@ def first_batches(
     samples: int,
     like: NetworkInputs,
     among: int,
-) -> tuple[list[LabelledBatch], bool]:
+) -> tuple[list[LabeledBatch], bool]:
     """Return the first ``samples`` validation samples of the exported size; none where there are none.
 
     While the Trainer tests, they come from the test data.
@@ -76,7 +76,7 @@ def first_batches(
     else:
         loader = stage_loader(trainer)
     catcher = InputCatcher(trainer, pl_module, name, network)
-    found: list[LabelledBatch] = []
+    found: list[LabeledBatch] = []
     wanted, others = samples, False
     axes = None
     with suppress(NoBatchAxisError, ValueError):
@@ -93,7 +93,7 @@ def first_batches(
             return [], False
         if len(calls) > 1:  # a state comes from the device itself: its answers cannot be played back
             return [], False
-        one = LabelledBatch(part, list(single_samples(calls[0])))
+        one = LabeledBatch(part, list(single_samples(calls[0])))
         if all(call.has_sizes_of(like) for call in one.calls):
             found.append(one)
             wanted -= len(one.calls)
@@ -138,7 +138,7 @@ def metrics_of(
     name: str,
     network: QuantizedNetwork,
     monitor: str,
-    labelled: Sequence[LabelledBatch],
+    labeled: Sequence[LabeledBatch],
     outputs: Sequence[Tensors],
 ) -> dict[str, float]:
     """Compute ``monitor`` of the ``float`` network, the ``simulation`` and the ``device`` on the same samples.
@@ -148,7 +148,7 @@ def metrics_of(
         name: dotted attribute of the network in it.
         network: the quantized network.
         monitor: name of the logged metric.
-        labelled: the samples with their labels.
+        labeled: the samples with their labels.
         outputs: what the device computed of each sample, in order; of some it may have computed none.
 
     Returns:
@@ -156,7 +156,7 @@ def metrics_of(
     """
     kept = []
     left = len(outputs)
-    for one in labelled:  # whole batches only: labels cannot be cut
+    for one in labeled:  # whole batches only: labels cannot be cut
         if len(one.calls) > left:
             break  # a smaller one after it would be given the outputs of this one
         kept.append(one.batch)

@@ -1,4 +1,4 @@
-"""How far the ranges of a network move while it trains."""
+"""Drift of the quantization scales during training."""
 
 from __future__ import annotations
 
@@ -12,26 +12,32 @@ from lightning_quant.simulation.quantized_tensors import quantizers_of
 
 
 class RangeDrift:
-    """The step length of every quantizer, relative to when it began: 0 is unchanged, 1 twice as coarse (log2).
+    """Record ``log2(scale / scale at the start of training)`` per quantizer: 0 is unchanged, 1 is twice as coarse.
 
     Args:
-        network: the quantized network as training finds it.
+        network: the quantized network before its first training step.
 
     Attributes:
-        steps: the training steps at which it was noted.
-        values: by quantizer, the logarithm at each of :attr:`steps`; of the coarsest channel, if there are several.
+        steps: the training steps at which the drift was recorded.
+        values: the drift of each quantizer at each of :attr:`steps`; that of the largest scale where they are per
+            channel.
     """
 
     def __init__(self, network: QuantizedNetwork) -> None:
-        self._begin = _step_lengths(network)
+        self._begin = _largest_scales(network)
         self.steps = [0]
         self.values = {name: [0.0] for name in self._begin}
 
     def note(self, network: QuantizedNetwork, step: int) -> dict[str, float]:
-        """Note the ranges as they are now; mean and largest drift of weights and of activations, for loggers."""
+        """Record the drift at ``step``.
+
+        Returns:
+            Mean and maximum of the absolute drift of weights and of activations, for loggers; empty if ``step`` is
+            recorded already.
+        """
         if step <= self.steps[-1]:
             return {}
-        now = _step_lengths(network)
+        now = _largest_scales(network)
         self.steps.append(step)
         found: dict[str, list[float]] = {}
         for name, begin in self._begin.items():
@@ -45,15 +51,15 @@ class RangeDrift:
         return scalars
 
     def state_dict(self) -> dict[str, Any]:
-        """What is needed to go on after a restart."""
+        """Return what a resumed fit needs."""
         return {"begin": self._begin, "steps": self.steps, "values": self.values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
+        """Restore what :meth:`state_dict` returned."""
         self._begin, self.steps, self.values = state["begin"], list(state["steps"]), state["values"]
 
 
-def _step_lengths(network: QuantizedNetwork) -> dict[str, torch.Tensor]:
+def _largest_scales(network: QuantizedNetwork) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     seen = set()
     for layer_name, layer in quantized_layers(network).items():

@@ -1,4 +1,4 @@
-"""Training that leaves the finite numbers: noticed at its first step, and traced to a layer where that can be."""
+"""Gradients that are NaN or infinite: noticed at the first step, and traced to a layer where that is possible."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Step:
 
 
 class GradientWatch:
-    """Looks at the gradients of every step, and waits for none.
+    """Check the gradients of every step without waiting for the device.
 
-    On a CPU the answer is there at once. Elsewhere one flag is computed on the device, copied while work goes on, and
-    read when the next step is looked at: the device has the work of that step to do meanwhile. Not earlier where it
-    happens to be there: the processes of a run have to learn of it at the same step.
+    On a CPU the answer is there at once. Elsewhere one flag is computed on the device, copied while it works on, and
+    read when the next step is checked: the device has the work of that step to do meanwhile. It is not read earlier
+    where it happens to be there: the processes of a run have to learn of it at the same step.
 
     Args:
         late: whether to read one step late; ``None`` leaves it to the device.
@@ -48,30 +48,30 @@ class GradientWatch:
         self._late = late
         self._pending: tuple[Step, _Flag] | None = None
 
-    def look(self, parameters: Iterable[nn.Parameter], step: Step) -> Step | None:
-        """Look at the gradients of a step that is about to be taken.
+    def check(self, parameters: Iterable[nn.Parameter], step: Step) -> Step | None:
+        """Check the gradients of a step that is about to be taken.
 
         Returns:
             That step, or the one before it, if it is known now to have gradients that are not finite.
         """
         finite = _all_finite(parameters)
-        spoilt = self.last()
+        bad = self.last()
         if finite is None:
-            return spoilt
+            return bad
         if not (finite.device.type != "cpu" if self._late is None else self._late):
             return None if finite else step
         self._pending = step, _Flag(finite)
-        return spoilt
+        return bad
 
     def last(self) -> Step | None:
-        """The step whose flag was not read yet, if its gradients were not finite. Waits for it."""
+        """Return the step whose flag was not read yet, if its gradients were not finite. Waits for it."""
         if self._pending is None:
             return None
         (step, flag), self._pending = self._pending, None
         return None if flag.read() else step
 
     def forget(self) -> None:
-        """Leave the flag unread: training has ended for another reason."""
+        """Discard the flag unread: training has ended for another reason."""
         self._pending = None
 
 
@@ -80,7 +80,7 @@ class _Flag:
 
     def __init__(self, value: Tensor) -> None:
         self._copied = None
-        if value.is_cuda:  # into pinned memory, beside what the device goes on with
+        if value.is_cuda:  # into pinned memory, while the device works on
             value = value.to("cpu", non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
@@ -92,8 +92,44 @@ class _Flag:
         return bool(self._value)
 
 
+_REMEDIES = "Lower the learning rate, set Trainer(gradient_clip_val=...), or look at that batch."
+
+
+def describe_before(step: Step, where: str, scale: float | None = None) -> str:
+    """Describe a step that was not taken for its gradients.
+
+    Args:
+        step: the step.
+        where: where the first number that is not finite comes from.
+        scale: the loss scale, if the loss is scaled.
+    """
+    if scale is None:
+        return (
+            f"{_named(step)}: {where}. Expected finite ones. The step was not taken, so the weights are those of "
+            f"the step before. {_REMEDIES}"
+        )
+    return (
+        f"{_named(step)}: {where}. Expected finite ones. The loss scale has fallen to {scale:g}, so it is not the "
+        "scaling that makes them overflow. Steps like this one are skipped, so the weights are those of the last "
+        f"finite step. {_REMEDIES} precision='bf16-mixed' has the range of float32."
+    )
+
+
+def describe_after(step: Step) -> str:
+    """Describe a step that was taken before its gradients were known."""
+    return (
+        f"{_named(step)}. Expected finite ones. The step was taken, since on this device they are known one step "
+        f"later: do not use its weights, resume from a checkpoint before it. {_REMEDIES} On a CPU the layer they come "
+        "from is named."
+    )
+
+
+def _named(step: Step) -> str:
+    return f"Step {step.number} (epoch {step.epoch}, batch {step.batch}) has gradients that are not finite"
+
+
 def gradients_are_finite(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether no gradient holds NaN or infinity. Waits for the device."""
+    """Return whether no gradient holds NaN or infinity. Waits for the device."""
     finite = _all_finite(parameters)
     return finite is None or bool(finite)
 
@@ -107,7 +143,7 @@ def _all_finite(parameters: Iterable[nn.Parameter]) -> Tensor | None:
 
 
 def origin(network: QuantizedNetwork, calls: Iterable[NetworkInputs]) -> str:
-    """Where the first number that is not finite comes from, in words.
+    """Find where the first number that is not finite comes from, in words.
 
     The network is called once more as the step did; its state and the random numbers stay as they are.
     """
@@ -138,8 +174,8 @@ def origin(network: QuantizedNetwork, calls: Iterable[NetworkInputs]) -> str:
         network.restore(before)
     if found:  # the innermost module ends first
         return f"the output of layer {_readable(found[0])!r} is the first that is not finite"
-    spoilt = [name for name, p in network.named_parameters() if p.grad is not None and not _finite(p.grad)]
-    where = f", the last layer with such a gradient is {_readable(spoilt[-1])!r}" if spoilt else ""
+    bad = [name for name, p in network.named_parameters() if p.grad is not None and not _finite(p.grad)]
+    where = f", the last layer with such a gradient is {_readable(bad[-1])!r}" if bad else ""
     return f"every layer's output is finite, so it comes from the loss or its gradient{where}"
 
 

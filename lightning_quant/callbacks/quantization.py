@@ -41,7 +41,8 @@ from lightning_quant.simulation.calibration_cache import StatisticsCache
 from lightning_quant.simulation.inputs import NetworkInputs, Passes
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.preflight import refuse, sharing_siblings
-from lightning_quant.simulation.range_estimators import RangeEstimator, RangeEstimatorSpec
+from lightning_quant.simulation.range_estimators import RangeEstimator
+from lightning_quant.utilities.registry import Spec
 
 
 def end_fit(trainer: pl.Trainer) -> None:
@@ -75,7 +76,7 @@ class QuantizationCallback(AnyCallback):
         hardware: str = "htp_v75",
         calibration_samples: int = 256,
         calibration_dataloader: Iterable[Any] | None = None,
-        range_estimator: RangeEstimator | RangeEstimatorSpec = "min_max",
+        range_estimator: RangeEstimator | Spec = "min_max",
         overrides: Mapping[str, str] | None = None,
         strict: bool = False,
         statistics_cache: str | None = None,

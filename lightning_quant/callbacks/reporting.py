@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.nn.functional as F
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from torch import Tensor
 
-from lightning_quant.callbacks.lightning_packages import either
 from lightning_quant.callbacks.quantization import QuantizationCallback, callback_of
+from lightning_quant.callbacks.reproduce import reproduce
 from lightning_quant.callbacks.training import QuantizationAwareTraining
-from lightning_quant.deploy.bundle import Bundle, on_cpu_in_eval
+from lightning_quant.callbacks.visualizer import class_figures, draw_comparisons, log_pictures
+from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.device_report import DeviceReport
-from lightning_quant.domains.segmentation.cityscapes import NUM_CLASSES
-from lightning_quant.domains.segmentation.images import IMAGE_MEAN, IMAGE_STD
-from lightning_quant.domains.segmentation.overlay import save_overlays
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.page import write_report
+from lightning_quant.report.pictures import legend_of, write_comparisons
 from lightning_quant.report.record import RunRecord
 from lightning_quant.report.sensitivity import write_sensitivity
-from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
+from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.utilities.modules import on_cpu_in_eval
 
 # Histograms and pictures of so many samples; each layer is measured alone with half of them.
 SAMPLES = 4
@@ -40,6 +35,7 @@ def report_folder(bundle: Bundle) -> Path:
 
 def write_callback_report(
     trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
     name: str,
     network: QuantizedNetwork,
     bundle: Bundle,
@@ -50,6 +46,7 @@ def write_callback_report(
 
     Args:
         trainer: whose callbacks know what was measured.
+        pl_module: draws its predictions, see :mod:`~lightning_quant.callbacks.visualizer`.
         name: dotted attribute of the network.
         network: the quantized network that was exported.
         bundle: what it was exported to.
@@ -64,9 +61,15 @@ def write_callback_report(
         figures = LayerFigures.of(network, calls, SAMPLES // 2)
         if training is not None and training.drift is not None:
             figures.drift, figures.drift_steps = training.drift.values, training.drift.steps
-        overlays = _draw(network, calls, folder / "overlays")
+    comparisons = draw_comparisons(pl_module, network.float_network, network.network, calls)
+    overlays = write_comparisons(folder / "overlays", comparisons)
     figures.write(folder)
-    _record(trainer, callback, network, bundle, devices).write(folder)
+    record = _record(trainer, callback, network, bundle, devices)
+    record.legend = legend_of(comparisons)
+    # after a fit, the last validation need not be of what was exported
+    if trainer.state.fn == "validate" and (found := class_figures(pl_module)):
+        record.class_figures = {str(record.exported): found}
+    record.write(folder)
     path = write_report(folder)
     pictures = {f"overlay/{index}": picture for index, picture in enumerate(overlays)}
     if figures.sensitivity:
@@ -74,43 +77,6 @@ def write_callback_report(
         pictures["sensitivity"] = write_sensitivity(figures.sensitivity, folder, title)[0]
     log_pictures(trainer.loggers, pictures, trainer.global_step)
     return path
-
-
-def log_pictures(loggers: Iterable[Logger], pictures: Mapping[str, Path], step: int) -> None:
-    """Give PNG files to the loggers that take pictures: TensorBoard, Weights & Biases, MLflow."""
-    from matplotlib.image import imread
-
-    for logger in loggers:
-        for name, path in pictures.items():
-            if isinstance(logger, either(TensorBoardLogger)):
-                logger.experiment.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
-            elif isinstance(logger, either(WandbLogger)):
-                logger.log_image(name, [str(path)], step=step)
-            elif isinstance(logger, either(MLFlowLogger)):
-                logger.experiment.log_artifact(logger.run_id, str(path), name.partition("/")[0])
-
-
-def _reproduce(callback: QuantizationCallback | None) -> str:
-    """The quantization callback as Python, with what was not left at its default."""
-    if callback is None:
-        return ""
-    recipe = callback.recipe
-    given: dict[str, Any] = {
-        "network": callback.network_name,
-        "hardware": recipe.hardware,
-        "calibration_samples": recipe.calibration_samples,
-        "range_estimator": recipe.range_estimator.spec,
-        "overrides": {glob: str(precision) for glob, precision in recipe.overrides.items()} or None,
-        "strict": recipe.strict,
-    }
-    if isinstance(callback, QuantizationAwareTraining):
-        ladder = callback.result
-        given |= {"max_drop": ladder.max_drop, "monitor": ladder.monitor, "mode": ladder.mode}
-        given |= {"rungs": tuple(one.name for one in callback.techniques)}
-        given |= {"train_ranges": callback.train_ranges, "distillation": callback.distillation}
-    defaults = inspect.signature(type(callback)).parameters
-    changed = [f"{name}={value!r}" for name, value in given.items() if value != defaults[name].default]
-    return f"lq.{type(callback).__name__}({', '.join([repr(str(recipe.precision)), *changed])})"
 
 
 def _record(
@@ -128,55 +94,25 @@ def _record(
         status="finished",
         model=network.float_class.__name__,
         data=type(trainer.datamodule).__name__ if getattr(trainer, "datamodule", None) else "",  # type: ignore[attr-defined]
-        precision=str(network.recipe.precision),
+        precision=network.recipe.precision,
         config_hash="",
         exported="qat" if training is not None and trainer.global_step > 0 else "ptq",
-        bytes=manifest["bytes"],
-        parity=manifest["parity"],
-        device=[report.to_dict() for report in devices],
+        bytes=manifest.bytes,
+        parity=manifest.parity,
+        device=list(devices),
         artifacts={"bundle": f"../{bundle.path.name}"},
         versions={name: importlib.metadata.version(name) for name in packages},
-        reproduce=_reproduce(callback),
-        config={"recipe": identity, "raised": manifest["raised"], "range_estimator": manifest["range_estimator"]},
+        reproduce="" if callback is None else reproduce(callback),
+        config={
+            "recipe": identity,
+            "raised": {name: str(precision) for name, precision in manifest.promoted.items()},
+            "range_estimator": manifest.range_estimator,
+        },
     )
     if training is not None and training.climbs and training.result.best is not None:
         ladder = training.result
-        record.monitor, record.mode, record.ladder = ladder.monitor, ladder.mode, ladder.to_dict()
+        record.monitor, record.mode, record.ladder = ladder.monitor, ladder.mode, ladder
         known = {"float": ladder.float_metric, **{rung.rung: rung.metric for rung in ladder.rungs}}
         record.metric = {name: value for name, value in known.items() if value is not None}
         record.exported = training.result.best.rung
     return record
-
-
-def _draw(network: QuantizedNetwork, calls: Sequence[NetworkInputs], folder: Path) -> list[Path]:
-    """Overlays of a network that puts images into the classes of Cityscapes; nothing of any other."""
-    known = network.float_network
-    image = calls[0].tensors[0]
-    if known is None or len(calls[0].tensors) != 1 or image.dim() != 4 or image.shape[1] != 3:
-        return []
-    scores = [value for value in tensors_in(calls[0].call(network.network)) if value.is_floating_point()]
-    if not scores or scores[0].dim() != 4 or scores[0].shape[1] != NUM_CLASSES:
-        return []
-    was_training = known.training
-    known.eval()
-    try:
-        float_maps, maps = ([_classes(one, call) for call in calls] for one in (known, network.network))
-    finally:
-        known.train(was_training)
-    return save_overlays(folder, [_normalised(call.tensors[0][0]) for call in calls], float_maps, maps)
-
-
-def _classes(network: torch.nn.Module, call: NetworkInputs) -> Tensor:
-    scores = next(value for value in tensors_in(call.call(network)) if value.is_floating_point())
-    size = call.tensors[0].shape[-2:]
-    return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)[0].argmax(0)
-
-
-def _normalised(image: Tensor) -> Tensor:
-    """An image as the overlays take it, whatever the user's own normalization: brightness is stretched to fit."""
-    mean, std = torch.tensor(IMAGE_MEAN).view(3, 1, 1), torch.tensor(IMAGE_STD).view(3, 1, 1)
-    picture = image.float() * std + mean
-    if picture.min() < -0.05 or picture.max() > 1.05:
-        low, high = image.min(), image.max()
-        picture = (image.float() - low) / (high - low).clamp_min(1e-9)
-    return (picture - mean) / std

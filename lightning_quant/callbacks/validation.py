@@ -138,6 +138,6 @@ def check_float_metric(monitor: str, value: float) -> float:
     if math.isnan(value):
         raise ConfigurationError(
             f"{monitor} of the float network is NaN: expected a number to compare the quantized network with. Check "
-            "that the float weights are loaded and that validation has labelled samples."
+            "that the float weights are loaded and that validation has labeled samples."
         )
     return value

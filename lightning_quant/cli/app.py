@@ -12,19 +12,20 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lightning_quant.cli.configuration import config_dir
 from lightning_quant.errors import LightningQuantError
-from lightning_quant.report import summary
 
 log = logging.getLogger(__name__)
 
 
 @hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")
 def _job(config: DictConfig) -> float | tuple[float, ...]:
-    """Run one job; its objectives, for sweepers that search by them."""
-    from lightning_quant.cli.run import objectives, record_failure, run
+    """Run one job and return its objectives, for sweepers that search by them."""
+    from lightning_quant.cli.objectives import objectives
+    from lightning_quant.cli.run import record_failure, run
 
     try:
         return objectives(config, run(config))
@@ -32,8 +33,7 @@ def _job(config: DictConfig) -> float | tuple[float, ...]:
         # The next job of a sweep may well succeed, so it gets its chance.
         record_failure(config, error)
         log.error("%s: %s", type(error).__name__, error)
-        summary.failures.append(str(error))
-        return objectives(config, None)
+        return _failed(config)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -41,27 +41,35 @@ def _job(config: DictConfig) -> float | tuple[float, ...]:
         place = error.filename2 or error.filename or Path.cwd()
         folder = HydraConfig.get().runtime.output_dir
         log.error(
-            "No space left for %s. Free some; with skip_finished=true and this folder, %s, the same command goes on.",
+            "No space left for %s. Free some; with skip_finished=true and this folder, %s, the same command resumes.",
             place,
             folder,
         )
-        summary.failures.append(str(error))
-        return objectives(config, None)
+        return _failed(config)
 
 
-def _resume(folder: Path) -> None:
-    """Fetch what became of the bundles below a folder whose jobs were queued or interrupted."""
+def _failed(config: DictConfig) -> float | tuple[float, ...]:
+    """End a single run with status 1; of a run in a sweep return the worst objectives, for the others are to run."""
+    from lightning_quant.cli.objectives import objectives
+
+    if HydraConfig.get().mode is RunMode.RUN:
+        sys.exit(1)
+    return objectives(config, None)
+
+
+def _resume(folder: Path) -> bool:
+    """Fetch the results of the bundles below a folder whose jobs were interrupted; return whether all are there."""
     from lightning_quant.deploy.push import REQUEST_NAME, finished, resume
     from lightning_quant.report.page import write_report
     from lightning_quant.report.record import RECORD_NAME, RunRecord
 
-    own = folder.with_name(f"{folder.name}.device") / REQUEST_NAME  # of a bundle, what devices make lies beside it
+    own = folder.with_name(f"{folder.name}.device") / REQUEST_NAME  # if the folder is a bundle's
     requests = sorted(folder.rglob(REQUEST_NAME)) + ([own] if own.is_file() else [])
     if not requests:
         log.error("Nothing below %s was sent to a device: expected the folder of a run or of a bundle.", folder)
-        summary.failures.append(str(folder))
+    whole = bool(requests)
     for request in requests:
-        bundle = request.parent.with_suffix("")  # <name>.device beside <name>
+        bundle = request.parent.with_suffix("")  # <name>.device is next to <name>
         if finished(request.parent):
             print(f"{bundle.name}: finished already, see {request.parent}")
             continue
@@ -71,28 +79,27 @@ def _resume(folder: Path) -> None:
             for place in (bundle.parent.parent, bundle.with_name(f"{bundle.name}.report")):
                 if (place / RECORD_NAME).is_file():
                     record = RunRecord.read(place / RECORD_NAME)
-                    record.device = [one.report.to_dict() for one in found]
+                    record.device = [one.report for one in found]
                     record.write(place)
                     write_report(place)
         except LightningQuantError as error:
             log.error("%s: %s: %s", bundle, type(error).__name__, error)
-            summary.failures.append(str(error))
+            whole = False
             continue
         for one in found:
             print(f"{bundle.name}: {one.report.sentence()}")
+    return whole
 
 
 def main() -> None:
     """Run the app; the exit status is 1 if a run failed."""
+    sys.path.append(str(Path.cwd()))  # rungs, estimators and networks of the user's own lie here, as for ``python -m``
     if sys.argv[1:2] == ["resume"]:
         logging.basicConfig(format="%(message)s")
-        _resume(Path(sys.argv[2] if len(sys.argv) > 2 else "."))
-        sys.exit(1 if summary.failures else 0)
-    if "sensitivity" in sys.argv[1:]:  # a word of its own is no override to Hydra
+        sys.exit(0 if _resume(Path(sys.argv[2] if len(sys.argv) > 2 else ".")) else 1)
+    if "sensitivity" in sys.argv[1:]:  # Hydra takes key=value only
         sys.argv[sys.argv.index("sensitivity", 1)] = "job=sensitivity"
     _job()
-    if summary.failures:
-        sys.exit(1)
 
 
 if __name__ == "__main__":

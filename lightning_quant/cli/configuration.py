@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def config_dir() -> Path:
-    """Folder of the configuration files: inside the installed package, beside it in a checkout."""
+    """Return the folder of the configuration files: in the installed package, next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"

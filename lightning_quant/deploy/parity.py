@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from lightning_quant.errors import ParityError
 from lightning_quant.precision import Precision
+from lightning_quant.utilities.parsing import check, parse_as
 
 # What stands for NaN and minus infinity where a PSNR is written down: noise beyond any measure.
 LOWEST_PSNR = -200.0
@@ -35,18 +37,55 @@ class Parity:
     """
 
     psnr_db: float
-    argmax_agreement: float | None
-    decided_agreement: float | None
-    samples: int
+    argmax_agreement: float | None = None
+    decided_agreement: float | None = None
+    samples: int = 0
 
-    def as_dict(self) -> dict[str, float | int | None]:
-        """JSON values; an infinite PSNR becomes ``None``, one of NaN or Inf in the outputs :data:`LOWEST_PSNR`."""
-        values = asdict(self)
-        if self.psnr_db == math.inf:
-            values["psnr_db"] = None
-        else:
-            values["psnr_db"] = round(self.psnr_db, 2) if self.psnr_db > LOWEST_PSNR else LOWEST_PSNR
-        return values
+    @property
+    def equal(self) -> bool:
+        """Whether every float output is the same number."""
+        return self.psnr_db == math.inf
+
+    def rounded(self) -> Parity:
+        """Return it as files hold it: dB with two digits, :data:`LOWEST_PSNR` for NaN or Inf in the outputs."""
+        if self.equal:
+            return self
+        return replace(self, psnr_db=round(self.psnr_db, 2) if self.psnr_db > LOWEST_PSNR else LOWEST_PSNR)
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """Return JSON values: those of :meth:`rounded`, an infinite PSNR as ``None``."""
+        return {**asdict(self.rounded()), **({"psnr_db": None} if self.equal else {})}
+
+    @classmethod
+    def from_json(cls, value: Any, where: str = "") -> Parity:
+        """Read what :meth:`to_dict` returned. Other entries are ignored.
+
+        Raises:
+            FieldError: naming the entry that is missing or cannot be.
+        """
+        values = parse_as(value, dict[str, Any], where)
+        for name in ("psnr_db", "argmax_agreement"):
+            check(name in values, f"{where}.{name}", None, "the field to be there")
+        psnr, agreement, decided = (
+            parse_as(values.get(name), float | None, f"{where}.{name}")
+            for name in ("psnr_db", "argmax_agreement", "decided_agreement")
+        )
+        samples = parse_as(values.get("samples", 0), int, f"{where}.samples")
+        return cls(math.inf if psnr is None else psnr, agreement, decided, samples)
+
+    def __str__(self) -> str:
+        """Return the PSNR in a few characters, or for outputs that are classes the share of equal ones."""
+        if self.psnr_db == LOWEST_PSNR:
+            return "not comparable"
+        if not self.equal:
+            return f"{self.psnr_db:.1f} dB"
+        share = self.argmax_agreement
+        return "equal" if share in (None, 1.0) else f"{100 * share:.1f} % same"
+
+
+def of_export(parity: Parity) -> dict[str, Any]:
+    """Return the JSON values of an export's agreement: its file, run by ONNX Runtime, with the simulation."""
+    return {"tier": "onnxruntime", "reference": "simulation", **parity.to_dict()}
 
 
 def compare(
@@ -91,7 +130,7 @@ def _psnr(peak: float, mean_square: float) -> float:
     return 20 * math.log10(peak / math.sqrt(mean_square)) if peak and math.isfinite(mean_square) else -math.inf
 
 
-def check(parity: Parity, precision: Precision) -> None:
+def check_parity(parity: Parity, precision: Precision) -> None:
     """Raise if an export agrees less with its simulation than rounding in another order explains.
 
     The bars: 60 dB for 16-bit activations; for 8-bit ones, where one step of the coarse grid more or less is
@@ -103,7 +142,7 @@ def check(parity: Parity, precision: Precision) -> None:
     bar = FINE_BAR if precision.activation_bits >= 16 else COARSE_BAR
     agreement = parity.decided_agreement
     low_agreement = precision.activation_bits < 16 and agreement is not None and agreement < 0.99
-    if not parity.psnr_db >= bar or low_agreement:  # NaN is no agreement either
+    if not parity.psnr_db >= bar or low_agreement:  # NaN is not an agreement either
         share = "" if agreement is None else f" and the same class at {agreement:.2%} of the decided positions"
         raise ParityError(
             f"The exported model differs from the simulation: {parity.psnr_db:.1f} dB{share} over "

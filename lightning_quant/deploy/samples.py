@@ -1,22 +1,21 @@
-"""Samples that a target computes, with what simulation and float network answer to them."""
+"""Samples that a target computes, with the outputs of simulation and float network."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from lightning_quant.deploy.bundle import on_cpu_in_eval
+from lightning_quant.deploy.manifest import BundleManifest
 from lightning_quant.errors import DataError
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.files import atomic_write
+from lightning_quant.utilities.modules import on_cpu_in_eval
 from lightning_quant.utilities.parsing import check, read_arrays
 
 # One sample: tensors by name, batch axis of length 1 included.
@@ -28,7 +27,7 @@ class Samples:
     """Inputs, and the outputs to compare a device's with.
 
     Args:
-        inputs: one entry a sample.
+        inputs: one entry per sample.
         simulation: the simulation's outputs for each.
         float_network: the float network's outputs for each; ``None`` where the float network is not known.
     """
@@ -38,7 +37,7 @@ class Samples:
     float_network: list[Tensors] | None = None
 
     @classmethod
-    def of(cls, network: QuantizedNetwork, manifest: dict[str, Any], calls: Iterable[NetworkInputs]) -> Samples:
+    def of(cls, network: QuantizedNetwork, manifest: BundleManifest, calls: Iterable[NetworkInputs]) -> Samples:
         """Run simulation and float network on some calls, each of one sample.
 
         Args:
@@ -47,10 +46,10 @@ class Samples:
             calls: one sample each.
         """
         calls = [call.to(torch.device("cpu")) for call in calls]
-        inputs = [_named(manifest["input_names"], call.tensors) for call in calls]
-        simulation = _outputs(network.network, manifest["output_names"], calls)
+        inputs = [_named(manifest.input_names, call.tensors) for call in calls]
+        simulation = _outputs(network.network, manifest.output_names, calls)
         known = network.float_network
-        float_network = None if known is None else _outputs(known, manifest["output_names"], calls)
+        float_network = None if known is None else _outputs(known, manifest.output_names, calls)
         return cls(inputs, simulation, float_network)
 
     def write(self, path: Path) -> None:
@@ -59,7 +58,7 @@ class Samples:
         for part in ("inputs", "simulation", "float_network"):
             for index, tensors in enumerate(getattr(self, part) or []):
                 arrays |= {f"{part}/{index}/{name}": value for name, value in tensors.items()}
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             np.savez(partial, **arrays)  # type: ignore[arg-type]
 
     @classmethod
@@ -85,13 +84,9 @@ class Samples:
                     forms = {tuple((name, a.dtype, a.shape) for name, a in one.items()) for one in found.values()}
                     check(len(forms) == 1, part, sorted(map(str, forms)), "the same names, types and shapes in all")
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} holds no samples: {error}. Export again to write it anew.") from error
+            raise DataError(f"{path} holds no samples: {error}. Export again.") from error
         lists = {part: [found[index] for index in sorted(found)] for part, found in parts.items()}
         return cls(lists["inputs"], lists["simulation"], lists["float_network"] or None)
-
-    def inputs_hash(self) -> str:
-        """Identifies the inputs by their names and values."""
-        return hash_of(self.inputs)
 
 
 def _outputs(network: nn.Module, names: Sequence[str], calls: Iterable[NetworkInputs]) -> list[Tensors]:
@@ -101,13 +96,3 @@ def _outputs(network: nn.Module, names: Sequence[str], calls: Iterable[NetworkIn
 
 def _named(names: Sequence[str], tensors: Iterable[torch.Tensor]) -> Tensors:
     return {name: tensor.detach().numpy() for name, tensor in zip(names, tensors, strict=True)}
-
-
-def hash_of(samples: Sequence[Tensors]) -> str:
-    """A hash over names, types, shapes and values of samples."""
-    digest = hashlib.sha256()
-    for tensors in samples:
-        for name, value in tensors.items():
-            digest.update(f"{name} {value.dtype} {value.shape} ".encode())
-            digest.update(np.ascontiguousarray(value).data)
-    return digest.hexdigest()

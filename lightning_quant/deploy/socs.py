@@ -66,7 +66,7 @@ _DEVICES = {
 
 
 def soc_of(device: str) -> str:
-    """The chip of a device, e.g. ``"SM8650"`` for ``"Samsung Galaxy S24"``; the name of a chip is given back.
+    """Return the chip of a device, e.g. ``"SM8650"`` for ``"Samsung Galaxy S24"``; the name of a chip as it is.
 
     Raises:
         ConfigurationError: if it is not known, with near names.

@@ -1,113 +1,89 @@
-"""Climbing the accuracy ladder: repairs from the cheapest to the dearest, until the metric is good enough."""
+"""Climb the accuracy ladder: rungs from the cheapest to the dearest, until the metric is good enough."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Any
-
-from torch import nn
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from lightning_quant.errors import LightningQuantError
-from lightning_quant.ladder.gate import Ladder, RungResult
-from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.ladder.gate import RungResult
+from lightning_quant.ladder.rung import Rung, RungContext
+from lightning_quant.ladder.session import LadderSession
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.utilities.memory import PeakMemory
 
 
-@dataclass
-class Footing:
-    """Where the climb stands, besides the quantized network itself.
-
-    Args:
-        finishing: name of the correction on top of the best network, if there is one.
-        base: that network without the correction, for the next rung to start from.
-    """
-
-    finishing: str | None = None
-    base: dict[str, Any] | None = None
-
-
 def climb(
-    ladder: Ladder,
-    techniques: Sequence[Technique],
-    network: QuantizedNetwork,
-    bench: Workbench,
-    *,
-    measure_float: Callable[[nn.Module], float],
-    footing: Footing,
-    trying: Callable[[str], AbstractContextManager[None]],
-    done: Callable[[RungResult], None],
-) -> None:
-    """Try the techniques that are not in the ladder's results yet, until it is satisfied or there is none left.
+    session: LadderSession, rungs: Sequence[Rung], network: QuantizedNetwork, context: RungContext
+) -> Iterator[RungResult]:
+    """Try the rungs that are not in the session's ladder yet, until it is satisfied or there is none left.
 
     The network ends as the best rung left it; a rung that does not help is rolled back bit for bit. If one raises,
-    the network is rolled back before the exception goes on.
+    the network is rolled back before the exception is passed on.
 
     Args:
-        ladder: knows the float metric; gets a result for each rung.
-        techniques: the rungs, in order.
+        session: knows the float metric and where an earlier climb stopped; updated.
+        rungs: what to try, in order.
         network: changed in place.
-        bench: what the techniques work with.
-        measure_float: the metric of another float network in the place of the user's.
-        footing: where an earlier climb stopped; updated.
-        trying: what each rung runs within, given its name.
-        done: called after each rung, with the network as it is to go on.
-    """
-    tried = {rung.rung for rung in ladder.rungs}
-    finishers = {technique.name: technique for technique in techniques if technique.finishing}
-    plain_measure = bench.measure
+        context: what the rungs work with.
 
-    def measure() -> float:
-        finisher = finishers.get(footing.finishing or "")
-        if finisher is None:
-            return plain_measure()
+    Yields:
+        The result of each rung, with the network and the session as the next rung finds them.
+    """
+    ladder = session.ladder
+    tried = {result.rung for result in ladder.rungs}
+    corrections = {rung.name: rung for rung in rungs if rung.is_correction}
+    measure = context.measure
+
+    def measure_corrected() -> float:
+        correction = corrections.get(session.correction or "")
+        if correction is None:
+            return measure()
         before = network.snapshot()
         try:
-            finisher.apply(network, bench)
-            return plain_measure()
+            correction.apply(network, context)
+            return measure()
         finally:
             network.restore(before)
 
-    bench = replace(bench, measure=measure)
-    for technique in techniques:
+    context = replace(context, measure=measure_corrected)
+    for rung in rungs:
         if ladder.satisfied:
             return
-        if technique.name in tried:
+        if rung.name in tried:
             continue
-        if (reason := technique.unsuitable(network, bench)) is not None:
-            done(ladder.pass_over(technique.name, reason))
+        if (reason := rung.skip_reason(network, context)) is not None:
+            yield ladder.skip(rung.name, reason)
             continue
         before = network.snapshot()
         kept = False
         start = time.perf_counter()
         try:
-            if (reference := technique.float_reference(bench)) is not None:
-                ladder.float_reestimated = measure_float(reference)
-            with trying(technique.name), PeakMemory() as memory:
-                if technique.start == "float":
-                    network.reset_to(bench.prepared.network)
-                elif footing.base is not None:
-                    network.restore(footing.base)
-                changed = technique.apply(network, bench)
-                finisher = finishers.get(footing.finishing or "")
+            if (reference := rung.float_reference(context)) is not None:
+                ladder.float_reestimated = context.measure_float(reference)
+            with context.attempt(rung.name), PeakMemory() as memory:
+                if rung.start == "float":
+                    network.reset_to(context.prepared.network)
+                elif session.base is not None:
+                    network.restore(session.base)
+                changed = rung.apply(network, context)
+                correction = corrections.get(session.correction or "")
                 base = None
-                if technique.finishing:
-                    finisher, base = technique, footing.base or before
-                elif finisher is not None:
+                if rung.is_correction:
+                    correction, base = rung, session.base or before
+                elif correction is not None:
                     base = network.snapshot()
-                    changed += f"; then {finisher.apply(network, bench)}"
-                metric = plain_measure()
+                    changed += f"; then {correction.apply(network, context)}"
+                metric = measure()
             seconds = time.perf_counter() - start
-            result = ladder.judge(technique.name, metric, changed, seconds, memory.peak_bytes)
+            result = ladder.judge(rung.name, metric, changed, seconds, memory.peak_bytes)
             kept = result.kept
             if kept:
-                footing.base, footing.finishing = base, finisher.name if finisher else None
+                session.base, session.correction = base, correction.name if correction else None
         except LightningQuantError as error:  # of this rung alone: the others may do
-            result = ladder.pass_over(technique.name, f"failed: {error}", time.perf_counter() - start)
+            result = ladder.skip(rung.name, f"failed: {error}", time.perf_counter() - start)
         finally:
             if not kept:
                 network.restore(before)
-        done(result)
+        yield result

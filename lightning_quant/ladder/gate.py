@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.utilities.monitor import Monitor
 
 
 @dataclass
@@ -15,12 +16,12 @@ class RungResult:
 
     Args:
         rung: its name.
-        metric: the monitored metric afterwards; ``None`` if it was passed over or failed.
+        metric: the monitored metric afterwards; ``None`` if it was skipped or failed.
         drop: how much worse than float that is, in units of the metric; negative if better.
         seconds: wall time of the rung, and of measuring it.
         peak_memory_bytes: most memory of the process meanwhile (GPU: most allocated); ``None`` where unknown.
         changed: what it changed.
-        kept: whether the ladder went on from there; if not, the network was rolled back.
+        kept: whether the next rung starts from there; if not, the network was rolled back.
         reason: why, or why not.
     """
 
@@ -49,32 +50,40 @@ class Ladder:
     """
 
     monitor: str
-    mode: str = "max"
+    mode: Literal["max", "min"] = "max"
     max_drop: float | None = None
     float_metric: float | None = None
     float_reestimated: float | None = None
     rungs: list[RungResult] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        _ = self.comparison  # raises for another mode
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Ladder:
-        """The inverse of :meth:`to_dict`."""
+        """Make a ladder from what :meth:`to_dict` returned."""
         return cls(**{**values, "rungs": [RungResult(**rung) for rung in values["rungs"]]})
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for checkpoints and records."""
+        """Return plain values, for checkpoints and records."""
         return asdict(self)
 
     @property
+    def comparison(self) -> Monitor:
+        """The metric with its direction."""
+        return Monitor(self.monitor, self.mode)
+
+    @property
     def reference(self) -> float:
-        """The best float network known: what a rung gains by doing the float network good is not its own gain."""
+        """The best metric of a float network: a gain that the float network has as well is not credited to a rung."""
         known = [value for value in (self.float_metric, self.float_reestimated) if value is not None]
         if not known:
             raise ConfigurationError("The float network was not measured: expected its metric before any rung's.")
-        return max(known) if self.mode == "max" else min(known)
+        return self.comparison.best(known)
 
     @property
     def best(self) -> RungResult | None:
-        """The rung the network stands on: the last that was kept."""
+        """The rung that made the network what it is: the last that was kept."""
         return next((rung for rung in reversed(self.rungs) if rung.kept), None)
 
     @property
@@ -83,25 +92,21 @@ class Ladder:
         return self.best is not None and self.best.metric is not None and self.suffices(self.best.metric)
 
     def drop(self, metric: float) -> float:
-        """How much worse than float, in units of the metric."""
-        return self.reference - metric if self.mode == "max" else metric - self.reference
+        """Compute how much worse than float, in units of the metric."""
+        return self.comparison.drop(metric, self.reference)
 
     def suffices(self, metric: float) -> bool:
-        """Whether the drop is within the bound."""
+        """Return whether the drop is within the bound."""
         return self.max_drop is not None and self.drop(metric) <= self.max_drop
 
     def is_better(self, metric: float, other: float | None) -> bool:
-        """Whether ``metric`` is better than ``other``; anything is better than nothing or NaN."""
-        if math.isnan(metric):
-            return False
-        if other is None or math.isnan(other):
-            return True
-        return metric > other if self.mode == "max" else metric < other
+        """Return whether ``metric`` is better than ``other``. Any value is better than ``None`` and NaN."""
+        return self.comparison.is_better(metric, other)
 
     def judge(
         self, rung: str, metric: float, changed: str, seconds: float, peak_memory_bytes: int | None = None
     ) -> RungResult:
-        """Decide whether a rung is kept, and write it down."""
+        """Decide whether a rung is kept, and record it."""
         before = self.best.metric if self.best else None
         kept = self.is_better(metric, before)
         if math.isnan(metric):
@@ -118,8 +123,8 @@ class Ladder:
         self.rungs.append(result)
         return result
 
-    def pass_over(self, rung: str, reason: str, seconds: float = 0.0) -> RungResult:
-        """Write down a rung that was not tried or failed; the network stays as it was."""
+    def skip(self, rung: str, reason: str, seconds: float = 0.0) -> RungResult:
+        """Record a rung that was not tried or failed; the network stays as it was."""
         result = RungResult(rung, None, None, round(seconds, 2), None, "", False, reason)
         self.rungs.append(result)
         return result

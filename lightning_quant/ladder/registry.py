@@ -1,86 +1,37 @@
-"""From the names in ``rungs`` to techniques."""
+"""Rungs from what a user writes in ``rungs``, and back."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.ladder.rung import Technique
-
-# Where each technique lives. Loaded when asked for.
-_HOMES = {
-    "ptq": "ptq.CalibratedRanges",
-    "min_max": "ptq.MinMaxRanges",
-    "tf_enhanced": "ptq.TfEnhancedRanges",
-    "percentile": "ptq.PercentileRanges",
-    "cle": "cle.CrossLayerEqualization",
-    "bn_reestimation": "bn_reestimation.BatchNormReestimation",
-    "bias_correction": "bias_correction.BiasCorrection",
-    "seq_mse": "seq_mse.SequentialMse",
-    "adaround": "adaround.AdaptiveRounding",
-    "mixed": "mixed.MixedPrecision",
-}
-TECHNIQUES = tuple(_HOMES)
-
-Rung = str | Mapping[str, Mapping[str, Any]]
-"""A name, or ``{name: {option: value}}``."""
+from lightning_quant.ladder.rung import RUNGS, Rung
+from lightning_quant.ladder.session import TRAINING
+from lightning_quant.utilities.registry import Spec
 
 
-def techniques(rungs: Sequence[Rung]) -> list[Technique]:
-    """The techniques that ``rungs`` names, in order.
+def parse_rungs(given: Sequence[Rung | Spec]) -> list[Rung]:
+    """Make the rungs that are meant, in order.
 
     Args:
-        rungs: names from :data:`TECHNIQUES`, dotted paths of classes of your own, or one of them with options, as in
-            ``{"mixed": {"budget": 0.05}}``.
+        given: rungs; names from :data:`~lightning_quant.ladder.rung.RUNGS` or of a class of your own that was imported;
+            dotted paths of such classes; or one of the latter with options, as in ``{"mixed": {"budget": 0.05}}``.
 
     Raises:
         ConfigurationError: for an unknown or repeated rung, or an option it does not take.
     """
-    if isinstance(rungs, str) or not isinstance(rungs, Sequence) or not rungs:
-        raise ConfigurationError(f"rungs={rungs!r}: expected a list of at least one rung, e.g. ('ptq', 'cle').")
-    made = [_technique(rung) for rung in rungs]
-    names = [technique.name for technique in made]
+    if isinstance(given, str) or not isinstance(given, Sequence) or not given:
+        raise ConfigurationError(f"rungs={given!r}: expected a list of at least one rung, e.g. ('ptq', 'cle').")
+    if any(one == TRAINING or (isinstance(one, Mapping) and TRAINING in one) for one in given):
+        raise ConfigurationError(f"Rung {TRAINING!r}: training follows the rungs by itself; remove it from rungs.")
+    made = [RUNGS.make(one) for one in given]
+    names = [rung.name for rung in made]
     if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise ConfigurationError(f"rungs={rungs!r} names {repeated!r} twice: expected each rung once.")
+        raise ConfigurationError(f"rungs={given!r} names {repeated!r} twice: expected each rung once.")
     return made
 
 
-def _technique(rung: Rung) -> Technique:
-    name: Any = rung
-    options: Mapping[str, Any] = {}
-    if isinstance(rung, Mapping):
-        if len(rung) != 1:
-            raise ConfigurationError(f"Rung {dict(rung)!r}: expected one name with its options, {{'mixed': {{…}}}}.")
-        ((name, options),) = rung.items()
-        if not isinstance(options or {}, Mapping):
-            raise ConfigurationError(f"Rung {name!r} with options {options!r}: expected a dict, {{'mixed': {{…}}}}.")
-    if not isinstance(name, str):
-        raise ConfigurationError(f"Rung {name!r}: expected a name, one of {', '.join(TECHNIQUES)}.")
-    if name == "qat":
-        raise ConfigurationError("Rung 'qat': training follows the rungs by itself; leave it out of rungs.")
-    path = f"{__package__}.rungs.{_HOMES[name]}" if name in _HOMES else name
-    module, _, attribute = path.rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module), attribute) if module else None
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigurationError(f"Rung {name!r} cannot be imported: {error}.") from error
-    if kind is None:
-        near = difflib.get_close_matches(name, TECHNIQUES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ConfigurationError(
-            f"Unknown rung {name!r}: expected one of {', '.join(TECHNIQUES)}, or the dotted path of a class of your "
-            f"own.{hint}"
-        )
-    if not (isinstance(kind, type) and issubclass(kind, Technique)):
-        raise ConfigurationError(f"Rung {name!r} is no subclass of {Technique.__module__}.{Technique.__name__}.")
-    if not isinstance(getattr(kind, "name", None), str):
-        raise ConfigurationError(f"Rung {name!r} has no name: expected a class attribute name = '…', for its records.")
-    if kind.name in _HOMES and name not in _HOMES:
-        raise ConfigurationError(f"Rung {name!r} is named {kind.name!r}, as one of this package is: give it its own.")
-    try:
-        return kind(**dict(options or {}))
-    except TypeError as error:
-        raise ConfigurationError(f"Rung {name!r} with options {dict(options)!r}: {error}.") from error
+def rung_spec(rung: Rung) -> Spec:
+    """Return what :func:`parse_rungs` makes the same rung of, in another process too."""
+    reference = RUNGS.reference(type(rung))
+    return {reference: rung.options} if rung.options else reference

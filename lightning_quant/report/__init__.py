@@ -1,1 +1,1 @@
-"""What a run leaves behind for people and programs: one record a run, one table a sweep."""
+"""What a run leaves behind for people and programs: one record per run, one table per sweep."""

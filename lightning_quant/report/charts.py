@@ -1,15 +1,14 @@
-"""The charts of the reports, as Bokeh figures; ``report.js`` gives them the colours of the page's scheme."""
+"""The charts of the reports, as Bokeh figures; ``report.js`` gives them the colors of the page's scheme."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bokeh.models import BoxAnnotation, ColumnDataSource, FactorRange, HoverTool, LabelSet, Span
 from bokeh.plotting import figure
 from bokeh.transform import dodge
 
-from lightning_quant.ladder.gate import Ladder
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.record import RunRecord
 from lightning_quant.report.sensitivity import SHOWN
@@ -17,28 +16,26 @@ from lightning_quant.simulation.quantized_tensors import QuantizedTensor
 from lightning_quant.simulation.sensitivity import LayerSensitivity
 
 # Between light and dark enough to be seen on white and on black.
-BLUE, ORANGE, GREY, GREEN = "#3d8bd4", "#de7f26", "#8a8a8a", "#3fa35b"
+BLUE, ORANGE, GRAY, GREEN = "#3d8bd4", "#de7f26", "#8a8a8a", "#3fa35b"
 _HISTOGRAM = "histogram"
 _LABEL = 22
-# Curves of more quantizers than these cannot be told apart.
+# Curves of more quantizers than these cannot be distinguished.
 _CURVES = 8
 
 
 def ladder(record: RunRecord) -> figure | None:
-    """The metric after each rung, with float and the bound; what was rolled back is hollow."""
-    if not record.ladder.get("rungs"):
-        return None
-    found = Ladder.from_dict(record.ladder)
-    rungs = [rung for rung in found.rungs if rung.metric is not None]
-    if not rungs or found.float_metric is None:
+    """Draw the metric after each rung, with float and the bound; what was rolled back is hollow."""
+    found = record.ladder
+    rungs = [] if found is None else [rung for rung in found.rungs if rung.metric is not None]
+    if found is None or found.float_metric is None or not rungs:
         return None
     names = ["float", *(rung.rung for rung in rungs)]
     source = ColumnDataSource(
         {
             "rung": names,
             "metric": [found.float_metric, *(rung.metric for rung in rungs)],
-            "fill": [GREY, *(BLUE if rung.kept else "rgba(0,0,0,0)" for rung in rungs)],
-            "line": [GREY, *(BLUE for _ in rungs)],
+            "fill": [GRAY, *(BLUE if rung.kept else "rgba(0,0,0,0)" for rung in rungs)],
+            "line": [GRAY, *(BLUE for _ in rungs)],
             "seconds": ["", *(f"{rung.seconds:.0f} s" for rung in rungs)],
             "reason": ["the network as it was trained", *(rung.reason for rung in rungs)],
             "changed": ["", *(rung.changed for rung in rungs)],
@@ -47,11 +44,11 @@ def ladder(record: RunRecord) -> figure | None:
     chart = _figure("Accuracy ladder", x_range=FactorRange(*names), height=300)
     reference = found.reference
     if found.max_drop is not None:
-        end = reference - found.max_drop if found.mode == "max" else reference + found.max_drop
+        end = found.comparison.lowered(reference, found.max_drop)
         chart.add_layout(
             BoxAnnotation(bottom=min(reference, end), top=max(reference, end), fill_color=GREEN, fill_alpha=0.15)
         )
-    chart.add_layout(Span(location=reference, dimension="width", line_color=GREY, line_dash="dashed"))
+    chart.add_layout(Span(location=reference, dimension="width", line_color=GRAY, line_dash="dashed"))
     chart.line("rung", "metric", source=source, line_color=BLUE, line_alpha=0.5)
     dots = chart.scatter("rung", "metric", source=source, size=13, fill_color="fill", line_color="line", line_width=2)
     tips = [
@@ -66,38 +63,44 @@ def ladder(record: RunRecord) -> figure | None:
     return chart
 
 
-def class_iou(record: RunRecord) -> figure | None:
-    """Intersection over union of each class, float beside exported."""
-    exported = record.per_class_iou.get(record.exported or "")
-    before = record.per_class_iou.get("float")
-    if not before or not exported:
-        return None
-    names = [name for name in before if name in exported]
-    source = ColumnDataSource(
-        {"class": names, "float": [before[name] for name in names], "quantized": [exported[name] for name in names]}
-    )
+def classes(record: RunRecord) -> list[figure]:
+    """Draw a chart for each kind of figures of single classes, float beside exported where both were measured."""
+    sides = {"float": record.class_figures.get("float", {})}
+    sides["quantized"] = record.class_figures.get(record.exported or "", {})
+    return [
+        _classes(kind, {side: found[kind] for side, found in sides.items() if found.get(kind)})
+        for kind, figures in sides["quantized"].items()
+        if figures
+    ]
+
+
+def _classes(kind: str, sides: Mapping[str, Mapping[str, float]]) -> figure:
+    names = [name for name in sides["quantized"] if all(name in found for found in sides.values())]
+    columns = {side: [found[name] for name in names] for side, found in sides.items()}
+    source = ColumnDataSource({"class": names, **columns})
+    shares = all(0 <= value <= 1 for values in columns.values() for value in values)
     chart = _figure(
-        "IoU of each class", y_range=FactorRange(*reversed(names)), height=80 + 30 * len(names), x_range=(0, 1)
-    )
-    for name, place, color in (("float", 0.19, GREY), ("quantized", -0.19, BLUE)):
-        chart.hbar(
-            y=dodge("class", place, range=chart.y_range),
-            right=name,
-            height=0.34,
-            source=source,
-            color=color,
-            legend_label=name,
-        )
-    chart.add_tools(
-        HoverTool(tooltips=[("", "@class"), ("float", "@float{0.000}"), ("quantized", "@quantized{0.000}")])
-    )
-    chart.xaxis.axis_label = "IoU"
+        f"{kind} of each class", y_range=FactorRange(*reversed(names)), height=80 + 30 * len(names),
+        **({"x_range": (0, 1)} if shares else {}),
+    )  # fmt: skip
+    for side, place, color in (("float", 0.19, GRAY), ("quantized", -0.19, BLUE)):
+        if side in columns:
+            chart.hbar(
+                y=dodge("class", place, range=chart.y_range),
+                right=side,
+                height=0.34,
+                source=source,
+                color=color,
+                legend_label=side,
+            )
+    chart.add_tools(HoverTool(tooltips=[("", "@class"), *((side, f"@{side}{{0.000}}") for side in columns)]))
+    chart.xaxis.axis_label = kind
     _legend_above(chart)
     return chart
 
 
 def sensitivity(found: Sequence[LayerSensitivity], shown: int = SHOWN) -> figure | None:
-    """The most sensitive layers: the output's noise with that part alone quantized."""
+    """Draw the most sensitive layers: the output's noise with that part alone quantized."""
     finite = [one for one in found if math.isfinite(one.sqnr_db)][:shown]
     if not finite:
         return None
@@ -132,7 +135,7 @@ def sensitivity(found: Sequence[LayerSensitivity], shown: int = SHOWN) -> figure
 
 
 def histogram(tensors: Sequence[QuantizedTensor]) -> figure | None:
-    """The values of one tensor on its integer grid; ``report.js`` changes the tensor that is shown."""
+    """Draw the values of one tensor on its integer grid; ``report.js`` changes the tensor that is shown."""
     if not tensors:
         return None
     columns = histogram_columns(tensors[0])
@@ -153,7 +156,7 @@ def histogram(tensors: Sequence[QuantizedTensor]) -> figure | None:
 
 
 def histogram_columns(tensor: QuantizedTensor) -> dict[str, list[float] | list[str]]:
-    """The columns of :func:`histogram` for one tensor: edges in integers, shares in percent, colours."""
+    """Return the columns of :func:`histogram` for one tensor: edges in integers, shares in percent, colors."""
     first, last = tensor.bins
     width = (last - first) / len(tensor.counts)
     left = [first + index * width for index in range(len(tensor.counts))]
@@ -169,7 +172,7 @@ def histogram_columns(tensor: QuantizedTensor) -> dict[str, list[float] | list[s
 
 
 def drift(figures: LayerFigures) -> figure | None:
-    """How the ranges that moved most did so during training."""
+    """Draw how the ranges that moved most did so during training."""
     moved = sorted(figures.drift.items(), key=lambda item: -max(map(abs, item[1]), default=0))[:_CURVES]
     if not moved or len(figures.drift_steps) < 2:
         return None
@@ -178,19 +181,19 @@ def drift(figures: LayerFigures) -> figure | None:
             "steps": [figures.drift_steps for _ in moved],
             "values": [values for _, values in moved],
             "name": [name for name, _ in moved],
-            "color": [BLUE, ORANGE, GREEN, "#b56bd0", "#c9a227", "#d9534f", "#35a7a7", GREY][: len(moved)],
+            "color": [BLUE, ORANGE, GREEN, "#b56bd0", "#c9a227", "#d9534f", "#35a7a7", GRAY][: len(moved)],
         }
     )
     chart = _figure("Drift of ranges in training", height=320)
     chart.multi_line("steps", "values", source=source, color="color", line_width=2)
     chart.add_tools(HoverTool(tooltips=[("", "@name")], line_policy="nearest"))
     chart.xaxis.axis_label = "training step"
-    chart.yaxis.axis_label = "log2 of the step length, relative to calibration"
+    chart.yaxis.axis_label = "log2 of the scale, relative to calibration"
     return chart
 
 
 def pareto(title: str, x_label: str, y_label: str, points: Sequence[tuple[str, float, float, bool]]) -> figure | None:
-    """Runs of a sweep by what is traded off; those that no other one beats are joined by a line.
+    """Draw the runs of a sweep by what is traded off; those that no other one beats are joined by a line.
 
     Args:
         title: of the chart.
@@ -205,7 +208,7 @@ def pareto(title: str, x_label: str, y_label: str, points: Sequence[tuple[str, f
             "name": [name for name, *_ in points],
             "x": [x for _, x, _, _ in points],
             "y": [y for _, _, y, _ in points],
-            "color": [BLUE if front else GREY for *_, front in points],
+            "color": [BLUE if front else GRAY for *_, front in points],
         }
     )
     chart = _figure(title, height=340)

@@ -1,11 +1,11 @@
-"""What devices made of a sweep's networks: one table, and which of them nobody should ship."""
+"""The figures of devices: one table, and which networks another one beats in all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_quant.deploy.device_report import GOOD_PSNR, DeviceReport, closeness
+from lightning_quant.deploy.device_report import GOOD_PSNR, DeviceReport
 from lightning_quant.report.record import RunRecord
 
 
@@ -27,7 +27,7 @@ class Candidate:
 
 
 def dominated(candidates: Sequence[Candidate]) -> dict[Candidate, Candidate]:
-    """The candidates that another one beats: at least as good in everything, and better in something.
+    """Find the candidates that another one beats: at least as good in everything, and better in something.
 
     Returns:
         For each dominated candidate one that dominates it. The others are the Pareto front.
@@ -45,25 +45,25 @@ def dominated(candidates: Sequence[Candidate]) -> dict[Candidate, Candidate]:
 
 
 def device_table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of what each device reported, as text; a figure that its tier cannot measure is empty."""
+    """Return header and rows of what each device reported, as text; a figure that its tier cannot measure is empty."""
     monitor = next((record.monitor for record in records if record.monitor), "metric").removeprefix("val_")
     header = ["model", "precision", "device", "tier", "runtime", "latency ms", "× float", "peak MB", "NPU/GPU/CPU"]
     header += ["PSNR dB", monitor, "MB float → quantized", "Pareto"]
-    reports = [(record, DeviceReport.from_dict(values)) for record in records for values in record.device]
+    reports = [(record, report) for record in records for report in record.device]
     rows = [[*_figures(record, report), _standing(record, report, reports)] for record, report in reports]
     return header, rows
 
 
 def device_notes(records: Sequence[RunRecord]) -> list[str]:
-    """Every warning of the devices, a line each, and what the figures are."""
-    reports = [(record, DeviceReport.from_dict(values)) for record in records for values in record.device]
+    """Return every warning of the devices, a line each, and what the figures are."""
+    reports = [(record, report) for record in records for report in record.device]
     notes = [
         f"{record.precision} on {report.device}: {warning}" for record, report in reports for warning in report.warnings
     ]
     notes += [f"{record.precision} on {report.device}: {report.error}" for record, report in reports if report.error]
     if any(report.against_float for _, report in reports):
         notes.append(f"PSNR against the float network: above {GOOD_PSNR:.0f} dB is typically good.")
-    tiers = dict.fromkeys((report.tier, report.to_dict()["statement"]) for _, report in reports)
+    tiers = dict.fromkeys((report.tier, report.statement) for _, report in reports if report.statement)
     return notes + [f"{tier}: {statement}." for tier, statement in tiers]
 
 
@@ -71,12 +71,12 @@ def _figures(record: RunRecord, report: DeviceReport) -> list[str]:
     latency = "" if report.median_latency_us is None else f"{report.median_latency_us / 1000:.2f}"
     memory = "" if report.memory_bytes is None else "–".join(f"{value / 2**20:.0f}" for value in report.memory_bytes)
     layers = "" if report.layers is None else "/".join(str(len(report.layers[u])) for u in ("NPU", "GPU", "CPU"))
-    psnr = "" if report.against_float is None else closeness(report.against_float).removesuffix(" dB")
+    psnr = "" if report.against_float is None else str(report.against_float).removesuffix(" dB")
     metric = f"{report.metric['device']:.4f} of {report.samples}" if "device" in report.metric else ""
     size = " → ".join(f"{report.bytes[name] / 1e6:.2f}" for name in ("float", "quantized") if name in report.bytes)
     return [
         record.model,
-        record.precision,
+        str(record.precision),
         report.device,
         report.tier,
         report.runtime or "",
@@ -91,7 +91,7 @@ def _figures(record: RunRecord, report: DeviceReport) -> list[str]:
 
 
 def _standing(record: RunRecord, report: DeviceReport, reports: Sequence[tuple[RunRecord, DeviceReport]]) -> str:
-    """Whether a network is on the Pareto front of those of the same model on the same device and runtime."""
+    """Say whether a network is on the Pareto front of those of the same model on the same device and runtime."""
     this = _candidate(record, report)
     candidates = [
         candidate
@@ -114,8 +114,8 @@ def _candidate(record: RunRecord, report: DeviceReport) -> Candidate | None:
         return None
     latency = report.median_latency_us
     return Candidate(
-        record.precision,
-        metric if record.mode == "max" else -metric,
+        str(record.precision),
+        record.comparison.score(metric),
         report.bytes["quantized"] / 1e6,
         None if latency is None else latency / 1000,
     )

@@ -1,4 +1,4 @@
-"""What a report shows of every layer, kept beside the results record as ``layers.json``."""
+"""What a report shows of every layer, kept next to the results record as ``layers.json``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.quantized_tensors import QuantizedTensor, quantized_tensors
 from lightning_quant.simulation.sensitivity import LayerSensitivity, layer_sensitivity
-from lightning_quant.utilities.files import replacing
-from lightning_quant.utilities.parsing import check, check_version, fitting, is_finite, read_json
+from lightning_quant.utilities.files import atomic_write
+from lightning_quant.utilities.parsing import check, check_version, is_finite, parse_as, read_json
 
 LAYERS_NAME = "layers.json"
 _FORMAT_VERSION = 1
@@ -30,7 +30,7 @@ class LayerFigures:
         tensors: every weight and activation with its integer grid.
         sensitivity: each layer's weights and activations alone quantized, the most sensitive first.
         drift: how ranges moved in training: for each quantizer, at the steps of :attr:`drift_steps`, the logarithm
-            to base 2 of its largest step length relative to calibration; 1 is twice as coarse.
+            to base 2 of its largest scale relative to calibration; 1 is twice as coarse.
         drift_steps: the training steps at which :attr:`drift` was noted.
     """
 
@@ -60,7 +60,7 @@ class LayerFigures:
         values = asdict(self)
         for one in values["sensitivity"]:  # JSON has no infinity: nothing changed, or nothing was left
             one["sqnr_db"] = one["sqnr_db"] if math.isfinite(one["sqnr_db"]) else str(one["sqnr_db"])
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(json.dumps({"format_version": _FORMAT_VERSION, **values}, allow_nan=False) + "\n")
         return path
 
@@ -80,9 +80,9 @@ class LayerFigures:
                 check(name in values, name, None, "the field to be there")
             values["sensitivity"] = [
                 {**one, "sqnr_db": float(one["sqnr_db"])} if one.get("sqnr_db") in ("inf", "-inf") else one
-                for one in fitting(values["sensitivity"], list[dict[str, Any]], "sensitivity")
+                for one in parse_as(values["sensitivity"], list[dict[str, Any]], "sensitivity")
             ]
-            figures: LayerFigures = fitting(values, cls)
+            figures: LayerFigures = parse_as(values, cls)
             for at, tensor in enumerate(figures.tensors):
                 _check_tensor(tensor, f"tensors.{at}")
             for at, layer in enumerate(figures.sensitivity):
@@ -100,7 +100,7 @@ class LayerFigures:
                 check(fits, f"drift.{name}", curve, "a finite number for each of drift_steps")
             return figures
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} holds no figures of layers: {error}. Run again to write it anew.") from error
+            raise DataError(f"{path} holds no figures of layers: {error}. Run again to write it.") from error
 
 
 def _check_tensor(one: QuantizedTensor, where: str) -> None:
@@ -108,10 +108,11 @@ def _check_tensor(one: QuantizedTensor, where: str) -> None:
     check(one.channels > 0, f"{where}.channels", one.channels, "at least 1")
     wide = -(2**_MOST_BITS) <= one.qmin < one.qmax <= 2**_MOST_BITS
     check(wide, f"{where}.qmin", (one.qmin, one.qmax), "a smaller and a larger integer")
-    check(0 < one.scale[0] <= one.scale[1] < math.inf, f"{where}.scale", one.scale, "step lengths above 0")
+    check(0 < one.scale[0] <= one.scale[1] < math.inf, f"{where}.scale", one.scale, "scales above 0")
     check(one.offset[0] <= one.offset[1], f"{where}.offset", one.offset, "the smallest and the largest")
     check(one.low <= one.high and is_finite(one.low, one.high), f"{where}.low", (one.low, one.high), "a range")
-    check(all(count >= 0 for count in one.counts), f"{where}.counts", one.counts, "counts of at least 0")
+    counted = bool(one.counts) and all(count >= 0 for count in one.counts)
+    check(counted, f"{where}.counts", one.counts, "at least one count, each at least 0")
     check(one.bins[0] < one.bins[1] and is_finite(*one.bins), f"{where}.bins", one.bins, "a first and a last edge")
     check(0 <= one.clipped <= 1, f"{where}.clipped", one.clipped, "0 to 1")
     check(one.sqnr_db is None or is_finite(one.sqnr_db), f"{where}.sqnr_db", one.sqnr_db, "a finite number")

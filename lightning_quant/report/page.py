@@ -13,24 +13,24 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lightning_quant.deploy.device_report import DeviceReport
-from lightning_quant.domains.segmentation.cityscapes import CLASSES
-from lightning_quant.domains.segmentation.images import open_image
-from lightning_quant.domains.segmentation.overlay import PANELS, overlay_folders
 from lightning_quant.errors import DataError
 from lightning_quant.report.device_table import Candidate, device_notes, device_table, dominated
 from lightning_quant.report.layers import LAYERS_NAME, LayerFigures
+from lightning_quant.report.pictures import read_comparisons
 from lightning_quant.report.record import RECORD_NAME, RunRecord
 from lightning_quant.report.summary import rung_table, table
 from lightning_quant.report.verdict import sweep_verdict, verdict
 from lightning_quant.simulation.quantized_tensors import QuantizedTensor
-from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.files import atomic_write
+from lightning_quant.utilities.images import open_image
 
 with warnings.catch_warnings():  # Bokeh adds filters to a program's own
     from lightning_quant.report import charts
 
 REPORT_NAME = "report.html"
 
+# What a run's page need not repeat in every row.
+_IN_THE_TITLE = ("model", "precision")
 # Widest a picture is embedded: wider than a phone or a column of the page, and a few dozen kB.
 _WIDEST = 640
 # Of a model, counted over the process; of documents and elements, random.
@@ -49,11 +49,10 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     record = RunRecord.read(folder / RECORD_NAME)
     figures = LayerFigures.read(folder) if (folder / LAYERS_NAME).is_file() else LayerFigures()
-    devices = [DeviceReport.from_dict(values) for values in record.device]
-    header, (row,) = _filled(*table([record]))
+    header, (row,) = _shortened(*table([record]))
     drawn = {
         "ladder": charts.ladder(record),
-        "classes": charts.class_iou(record),
+        **{f"classes{index}": chart for index, chart in enumerate(charts.classes(record))},
         "sensitivity": charts.sensitivity(figures.sensitivity),
         "histogram": charts.histogram(figures.tensors),
         "drift": charts.drift(figures),
@@ -62,16 +61,17 @@ def write_report(folder: str | Path) -> Path:
         folder,
         "run.html",
         drawn,
-        title=f"{record.model} in {record.precision.upper()}",
+        title=f"{record.model} in {str(record.precision).upper()}",
         verdict=verdict(record),
         record=record,
         summary=list(zip(header, row, strict=True)),
-        rungs=rung_table([record]),
-        devices=devices,
-        device_table=_filled(*device_table([record])),
+        rungs=_shortened(*rung_table([record]), without=_IN_THE_TITLE),
+        devices=record.device,
+        device_table=_shortened(*device_table([record]), without=_IN_THE_TITLE),
         device_notes=device_notes([record]),
-        pictures=_pictures(folder),
-        legend=[(one.name, "#{:02x}{:02x}{:02x}".format(*one.colour)) for one in CLASSES],
+        pictures=[
+            {name: _data_url(path) for name, path in panels.items()} for panels in read_comparisons(folder / "overlays")
+        ],
         tensors=[_described(one) for one in figures.tensors],
         histograms=[_histogram(one) for one in figures.tensors],
         configuration=_yaml(record.config),
@@ -86,7 +86,7 @@ def write_sweep_report(folder: str | Path, runs: Mapping[Path, RunRecord]) -> Pa
         runs: the records by the folders of the runs, whose own reports are linked if they are there.
     """
     folder, records = Path(folder), list(runs.values())
-    header, rows = table(records)
+    header, rows = _shortened(*table(records))
     places = [run / REPORT_NAME for run in runs]
     links = [os.path.relpath(place, folder) if place.is_file() else "" for place in places]
     drawn: dict[str, Any] = {"size": _by_size(records)}
@@ -100,8 +100,8 @@ def write_sweep_report(folder: str | Path, runs: Mapping[Path, RunRecord]) -> Pa
         header=header,
         rows=list(zip(links, rows, strict=True)),
         verdicts=[verdict(record) for record in records],
-        rungs=rung_table(records),
-        device_table=_filled(*device_table(records)),
+        rungs=_shortened(*rung_table(records)),
+        device_table=_shortened(*device_table(records)),
         device_notes=device_notes(records),
     )
 
@@ -125,7 +125,7 @@ def _write(folder: Path, template: str, drawn: Mapping[str, Any], **values: Any)
         script=(files / "report.js").read_text(),
     )
     path = folder / REPORT_NAME
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
 
@@ -140,17 +140,12 @@ def _renumbered(script: str, places: dict[str, str]) -> tuple[str, dict[str, str
     return _BOKEH_ID.sub(number, script), {name: _BOKEH_ID.sub(number, place) for name, place in places.items()}
 
 
-def _filled(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """A table without the columns in which nothing stands."""
-    kept = [index for index in range(len(header)) if any(row[index] for row in rows)]
+def _shortened(
+    header: list[str], rows: list[list[str]], without: Sequence[str] = ()
+) -> tuple[list[str], list[list[str]]]:
+    """Return a table without empty columns, and without some others."""
+    kept = [index for index, name in enumerate(header) if name not in without and any(row[index] for row in rows)]
     return [header[index] for index in kept], [[row[index] for index in kept] for row in rows]
-
-
-def _pictures(folder: Path) -> list[dict[str, str]]:
-    """For each sample the panels as data URLs, by name."""
-    return [
-        {panel: _data_url(place / f"{panel}.png") for panel in PANELS} for place in overlay_folders(folder / "overlays")
-    ]
 
 
 def _data_url(path: Path) -> str:
@@ -160,7 +155,7 @@ def _data_url(path: Path) -> str:
         data = io.BytesIO()
         picture.convert("RGB").save(data, "WEBP", quality=85)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no picture: {error}. Run again to draw it anew.") from error
+        raise DataError(f"{path} is not a picture: {error}. Run again to draw it.") from error
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
@@ -175,7 +170,7 @@ def _described(tensor: QuantizedTensor) -> dict[str, str]:
         "tensor": tensor.tensor,
         "bits": str(tensor.bits),
         "grid": f"{tensor.qmin} … {tensor.qmax}{', symmetric' if tensor.symmetric else ''}",
-        "scales": "1" if tensor.channels == 1 else f"{tensor.channels}, one a channel",
+        "scales": "1" if tensor.channels == 1 else f"{tensor.channels}, one per channel",
         "scale": span(tensor.scale, ".4g"),
         "zero point": span(sorted(-value for value in tensor.offset), "d"),
         "range": f"{tensor.low:.4g} … {tensor.high:.4g}",
@@ -194,7 +189,7 @@ def _histogram(tensor: QuantizedTensor) -> dict[str, Any]:
 
 
 def _by_size(records: Sequence[RunRecord]) -> Any:
-    sized = [(one, Candidate(one.precision, 0.0, one.bytes["quantized"] / 1e6)) for one in records if one.bytes]
+    sized = [(one, Candidate(str(one.precision), 0.0, one.bytes["quantized"] / 1e6)) for one in records if one.bytes]
     return _tradeoff("size", "quantized model, MB", sized)
 
 
@@ -202,10 +197,10 @@ def _by_latency(records: Sequence[RunRecord]) -> list[Any]:
     """One chart for each device and runtime whose latency was measured."""
     timed: dict[str, list[tuple[RunRecord, Candidate]]] = {}
     for record in records:
-        for report in map(DeviceReport.from_dict, record.device):
+        for report in record.device:
             if report.median_latency_us is not None:
                 where = f"latency: {report.device}, {report.runtime}"
-                candidate = Candidate(record.precision, 0.0, 0.0, report.median_latency_us / 1000)
+                candidate = Candidate(str(record.precision), 0.0, 0.0, report.median_latency_us / 1000)
                 timed.setdefault(where, []).append((record, candidate))
     return [_tradeoff(where, "median latency, ms", pairs) for where, pairs in timed.items()]
 
@@ -214,18 +209,17 @@ def _tradeoff(what: str, label: str, pairs: Sequence[tuple[RunRecord, Candidate]
     """The metric against one thing of which less is better."""
     measured = [(record, one) for record, one in pairs if record.exported in record.metric]
     several = len({record.model for record, _ in measured}) > 1
-    sign = {"max": 1.0, "min": -1.0}
     candidates = [
         dataclasses.replace(
             one,
             name=f"{record.model} {one.name}" if several else one.name,
-            metric=sign[record.mode] * record.metric[str(record.exported)],
+            metric=record.comparison.score(record.metric[str(record.exported)]),
         )
         for record, one in measured
     ]
     beaten = dominated(candidates)
     points = [
-        (one.name, one.megabytes or one.latency_ms or 0.0, sign[record.mode] * one.metric, one not in beaten)
+        (one.name, one.megabytes or one.latency_ms or 0.0, record.comparison.score(one.metric), one not in beaten)
         for (record, _), one in zip(measured, candidates, strict=True)
     ]
     metric = next((record.monitor for record, _ in measured if record.monitor), "metric")

@@ -15,10 +15,10 @@ _COLORS = {"weights": "#2f6fb0", "activations": "#d98032"}
 
 
 def write_sensitivity(found: Sequence[LayerSensitivity], folder: str | Path, title: str) -> tuple[Path, Path]:
-    """Write ``sensitivity.png`` and ``sensitivity.csv`` into ``folder``; both paths.
+    """Write ``sensitivity.png`` and ``sensitivity.csv`` into ``folder``; return both paths.
 
     Args:
-        found: what :func:`~lightning_quant.simulation.sensitivity.layer_sensitivity` answered.
+        found: what :func:`~lightning_quant.simulation.sensitivity.layer_sensitivity` returned.
         folder: made if it is not there.
         title: says what was measured, e.g. the network and its precision.
     """

@@ -1,4 +1,4 @@
-"""One table over the runs of a sweep: in the terminal, as Markdown and as CSV."""
+"""One table over runs: in the terminal, as Markdown and as CSV."""
 
 from __future__ import annotations
 
@@ -6,21 +6,13 @@ import csv
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-from hydra.experimental.callback import Callback
-from typing_extensions import override
 
 from lightning_quant.errors import DataError
-from lightning_quant.ladder.gate import RungResult
 from lightning_quant.report.device_table import device_notes, device_table
 from lightning_quant.report.record import RECORD_NAME, RunRecord
-from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.files import atomic_write
 
 log = logging.getLogger(__name__)
-
-# Set when a run of this process's sweep failed: Hydra has no exit status of its own for that.
-failures: list[str] = []
 
 
 def _metric(name: str) -> Callable[[RunRecord], str]:
@@ -32,15 +24,14 @@ def _megabytes(name: str) -> Callable[[RunRecord], str]:
 
 
 def _parity(record: RunRecord) -> str:
-    if not record.parity:
+    if record.parity is None:
         return ""
-    psnr = record.parity["psnr_db"]
-    return f"{'equal' if psnr is None else f'{psnr:.1f} dB'} ({record.parity['tier']})"
+    return f"{'equal' if record.parity.equal else f'{record.parity.psnr_db:.1f} dB'} (onnxruntime)"
 
 
 COLUMNS: dict[str, Callable[[RunRecord], str]] = {
     "model": lambda record: record.model,
-    "precision": lambda record: record.precision,
+    "precision": lambda record: str(record.precision),
     "{metric} float": _metric("float"),
     "{metric} PTQ": _metric("ptq"),
     "{metric} exported": lambda record: _metric(record.exported or "")(record),
@@ -54,26 +45,25 @@ COLUMNS: dict[str, Callable[[RunRecord], str]] = {
 
 
 def table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the summary, as text."""
+    """Return header and rows of the summary, as text."""
     monitor = next((record.monitor for record in records if record.monitor), "metric")
     header = [name.format(metric=monitor.removeprefix("val_")) for name in COLUMNS]
     return header, [[column(record) for column in COLUMNS.values()] for record in records]
 
 
 def rung_table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of what every rung of the runs' ladders brought and cost, as text."""
+    """Return header and rows of what every rung of the runs' ladders gained and cost, as text."""
     monitor = next((record.monitor for record in records if record.monitor), "metric")
     header = ["model", "precision", "rung", monitor.removeprefix("val_"), "drop", "seconds", "peak MB", "kept"]
     rows = []
     for record in records:
-        for values in record.ladder.get("rungs", []):
-            rung = RungResult(**values)
+        for rung in record.ladder.rungs if record.ladder is not None else []:
             metric = "" if rung.metric is None else f"{rung.metric:.4f}"
             drop = "" if rung.drop is None else f"{round(rung.drop, 4) + 0:.4f}"
             peak = "" if rung.peak_memory_bytes is None else f"{rung.peak_memory_bytes / 1e6:.0f}"
             verdict = f"{'yes' if rung.kept else 'no'}: {rung.reason}"
             figures = [metric, drop, f"{rung.seconds:.0f}", peak, verdict, rung.changed]
-            rows.append([record.model, record.precision, rung.rung, *figures])
+            rows.append([record.model, str(record.precision), rung.rung, *figures])
     return [*header, "what it changed"], rows
 
 
@@ -89,9 +79,9 @@ def write_summary(records: Sequence[RunRecord], folder: str | Path) -> tuple[Pat
         parts += [_markdown(device_header, device_rows), "".join(f"- {note}\n" for note in device_notes(records))]
     if rung_rows:
         parts.append(_markdown(rung_header, rung_rows))
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("\n".join(parts))
-    with replacing(folder / "summary.csv") as partial, partial.open("w", newline="") as file:
+    with atomic_write(folder / "summary.csv") as partial, partial.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     return path, folder / "summary.csv"
 
@@ -133,7 +123,7 @@ def print_artifacts(record: RunRecord, folder: Path) -> None:
 
 
 def gather(folder: str | Path) -> dict[Path, RunRecord]:
-    """The records of all runs directly below a sweep's folder by their own folders, in the order of the runs."""
+    """Read the records of all runs directly below a sweep's folder by their own folders, in the order of the runs."""
     paths = sorted(Path(folder).glob(f"*/{RECORD_NAME}"), key=lambda path: _run_order(path.parent.name))
     records = {}
     for path in paths:
@@ -147,27 +137,3 @@ def gather(folder: str | Path) -> dict[Path, RunRecord]:
 def _run_order(name: str) -> tuple[int, str]:
     number = name.partition("-")[0]
     return (int(number) if number.isdigit() else 10**9, name)
-
-
-class SweepSummary(Callback):
-    """Hydra callback: gathers the records of a multirun, whichever launcher ran it, into one table."""
-
-    @override
-    def on_multirun_end(self, config: Any, **kwargs: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        runs = gather(folder)
-        records = list(runs.values())
-        if not records:
-            return
-        markdown, table_file = write_summary(records, folder)
-        failures.extend(f"{record.precision}: {record.error}" for record in records if record.status != "finished")
-        unreadable = {path.parent for path in folder.glob(f"*/{RECORD_NAME}")} - runs.keys()
-        failures.extend(f"{run}: its record cannot be read" for run in sorted(unreadable))
-        from lightning_quant.report.page import write_sweep_report  # after the runs: --help stays instant
-
-        print_summary(records, f"{len(records)} runs in {folder}")
-        for run, record in runs.items():
-            print_artifacts(record, run)
-        report = write_sweep_report(folder, runs)
-        print(f"Table: {markdown} and {table_file}")
-        print(f"Report: {report}")

@@ -1,35 +1,34 @@
-"""What a run found out, in one sentence for people whom numbers do not tell anything."""
+"""The result of a run in one sentence, for non-specialists."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_quant.deploy.device_report import DeviceReport, closeness
+from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.report.record import RunRecord
 
 
 def verdict(record: RunRecord) -> str:
-    """One sentence: what the precision needs, what it loses, how much smaller and faster it makes the network.
+    """Say in one sentence what the precision needs, what it loses, how much smaller and faster it makes the network.
 
     For example ``"W4A16 needs QAT: 3.1 points lost by PTQ, 0.4 after it; 7.4x smaller."`` A point is a hundredth of a
     metric between 0 and 1.
     """
-    name = record.precision.upper()
+    name = str(record.precision).upper()
     if record.status != "finished":
         return f"{name} {record.status}: {record.error}" if record.error else f"{name}: {record.status}."
     measured = "float" in record.metric and record.exported in record.metric
     parts = [f"{name} {_needs(record)}{_losses(record)}" if measured else f"{name} {_after(record)}"]
     if {"float", "quantized"} <= record.bytes.keys():
         parts.append(_ratio(record.bytes["float"] / record.bytes["quantized"], "smaller", "larger"))
-    devices = [DeviceReport.from_dict(values) for values in record.device]
-    parts += [_speed(report) for report in devices if report.speedup]
+    parts += [_speed(report) for report in record.device if report.speedup]
     if not measured:  # then the outputs have to do
-        parts += [f"{closeness(one.against_float)} to float on {one.device}" for one in devices if one.against_float]
+        parts += [f"{one.against_float} to float on {one.device}" for one in record.device if one.against_float]
     return "; ".join(parts) + "."
 
 
 def sweep_verdict(records: Sequence[RunRecord]) -> str:
-    """One sentence on a sweep: which network loses least, and which is smallest."""
+    """Say in one sentence of a sweep which network loses least, and which is smallest."""
     finished = [one for one in records if one.status == "finished" and one.drop is not None]
     if not finished:
         return f"None of {len(records)} runs finished."
@@ -46,7 +45,7 @@ def sweep_verdict(records: Sequence[RunRecord]) -> str:
 
 
 def amount(record: RunRecord, drop: float | None) -> str:
-    """A drop of the metric in words, e.g. ``"0.4 points lost"``."""
+    """Return a drop of the metric in words, e.g. ``"0.4 points lost"``."""
     if drop is None:
         return ""
     reference = record.metric.get("float", 0.0)
@@ -58,7 +57,7 @@ def amount(record: RunRecord, drop: float | None) -> str:
 
 
 def _needs(record: RunRecord) -> str:
-    exported, bound = record.exported, record.ladder.get("max_drop")
+    exported, bound = record.exported, None if record.ladder is None else record.ladder.max_drop
     short = bound is not None and record.drop is not None and record.drop > bound
     if short:
         return f"falls short of the {amount(record, bound).replace(' lost', '')} it may lose"
@@ -77,8 +76,7 @@ def _after(record: RunRecord) -> str:
 
 def _losses(record: RunRecord) -> str:
     def lost(rung: str) -> str:
-        sign = 1 if record.mode == "max" else -1
-        return amount(record, sign * (record.metric["float"] - record.metric[rung]))
+        return amount(record, record.comparison.drop(record.metric[rung], record.metric["float"]))
 
     exported = str(record.exported)
     if exported == "ptq" or "ptq" not in record.metric:
@@ -97,4 +95,4 @@ def _ratio(value: float, more: str, less: str) -> str:
 
 def _label(record: RunRecord, records: Sequence[RunRecord]) -> str:
     several = len({one.model for one in records}) > 1
-    return f"{record.model} in {record.precision.upper()}" if several else record.precision.upper()
+    return f"{record.model} in {str(record.precision).upper()}" if several else str(record.precision).upper()

@@ -25,6 +25,8 @@ from torch import Tensor
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.utilities.files import atomic_write
+from lightning_quant.utilities.hashing import add_tensor
 from lightning_quant.utilities.parsing import check, read_arrays
 
 log = logging.getLogger(__name__)
@@ -150,10 +152,8 @@ def _check_arrays(name: str, arrays: dict[str, np.ndarray]) -> None:
 def write(path: Path, statistics: Statistics) -> None:
     """Write statistics to a file, whole or not at all."""
     arrays = {f"{name}|{field}": array for name, fields in statistics.seen.items() for field, array in fields.items()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
-        np.savez(file, data=statistics.data, samples=statistics.samples, **arrays)  # type: ignore[arg-type]
-    partial.replace(path)
+    with atomic_write(path) as partial:
+        np.savez(partial, data=statistics.data, samples=statistics.samples, **arrays)  # type: ignore[arg-type]
 
 
 class DataHash:
@@ -165,15 +165,10 @@ class DataHash:
     def add(self, call: NetworkInputs) -> None:
         """Add the tensors of one call."""
         for tensor in call.tensors:
-            _add(self._digest, "", tensor)
+            add_tensor(self._digest, "", tensor)
 
     def __str__(self) -> str:
         return self._digest.hexdigest()
-
-
-def _add(digest: Any, name: str, tensor: Tensor) -> None:
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _observers(network: QuantizedNetwork) -> dict[str, Any]:
@@ -200,5 +195,5 @@ def _key(network: QuantizedNetwork) -> str:
         kind = type(module)
         digest.update(f"{name} {kind.__name__} {module.extra_repr()} {getattr(module, 'code', '')} ".encode())
         for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            _add(digest, f"{name}.{own}", tensor)
+            add_tensor(digest, f"{name}.{own}", tensor)
     return digest.hexdigest()[:32]

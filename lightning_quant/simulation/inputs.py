@@ -125,15 +125,15 @@ class NetworkInputs:
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> NetworkInputs:
-        """Make up inputs of the described structure: standard normal floats, zeros for integers.
+        """Create inputs of the described structure: standard normal floats, zeros for integers.
 
         Raises:
-            CheckpointError: when the description holds something that cannot be made up.
+            CheckpointError: if the description holds something that cannot be created.
         """
         try:
             budget = [_MAX_ELEMENTS]
-            args = tuple(_make_up(item, budget) for item in description["args"])
-            made = cls(args, {name: _make_up(item, budget) for name, item in description["kwargs"].items()})
+            args = tuple(_create(item, budget) for item in description["args"])
+            made = cls(args, {name: _create(item, budget) for name, item in description["kwargs"].items()})
             axes = (
                 tuple(_axes(item) for item in description["args"]),
                 {name: _axes(item) for name, item in description["kwargs"].items()},
@@ -145,7 +145,7 @@ class NetworkInputs:
             return replace(made, axes=axes)
         except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, OverflowError) as error:
             raise CheckpointError(
-                f"The checkpoint's manifest describes inputs that cannot be made up ({error!r}): expected "
+                f"The checkpoint's manifest describes inputs that cannot be created ({error!r}): expected "
                 "tensors, numbers, strings and lists, tuples or dicts of them. Pass example_inputs=... to "
                 "load_quantized."
             ) from error
@@ -263,7 +263,7 @@ def _leaves(axes: Axes) -> Iterator[Axes]:
         yield axes
 
 
-def _make_up(item: Mapping[str, Any], budget: list[int]) -> Any:
+def _create(item: Mapping[str, Any], budget: list[int]) -> Any:
     (kind, content), *_ = item.items()
     if kind == "tensor":
         shape = [int(size) for size in content]
@@ -286,11 +286,11 @@ def _make_up(item: Mapping[str, Any], budget: list[int]) -> Any:
             raise TypeError(f"values of a tensor of shape {shape} that do not fill it")
         return torch.tensor(values, dtype=dtype).reshape(shape)
     if kind == "dict":
-        return {key: _make_up(value, budget) for key, value in content.items()}
+        return {key: _create(value, budget) for key, value in content.items()}
     if kind == "list":
-        return [_make_up(value, budget) for value in content]
+        return [_create(value, budget) for value in content]
     if kind == "tuple":
-        return tuple(_make_up(value, budget) for value in content)
+        return tuple(_create(value, budget) for value in content)
     if kind == "value":
         return content
     raise TypeError(f"a {kind} of type {content}")

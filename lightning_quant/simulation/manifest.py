@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_quant.errors import CheckpointError
-from lightning_quant.precision import PRECISIONS, Precision
-from lightning_quant.simulation.range_estimators import RangeEstimatorSpec
-from lightning_quant.utilities.parsing import check, fitting, shown
+from lightning_quant.precision import Precision
+from lightning_quant.utilities.parsing import check, parse_as, short_repr
+from lightning_quant.utilities.registry import Spec
 
 FORMAT_VERSION = 1
 MANIFEST_KEY = "lightning_quant"
@@ -19,13 +19,13 @@ _KINDS: dict[str, Any] = {
     "lightning_quant": str,
     "aimet_torch": str,
     "torch": str,
-    "precision": str,
+    "precision": Precision,
     "hardware": str,
-    "overrides": dict[str, str],
+    "overrides": dict[str, Precision],
     "calibrated": bool,
     "float_sha256": str | None,
     "equalized": bool,
-    "raised": dict[str, str],
+    "raised": dict[str, Precision],
     "inputs": dict[str, Any] | None,
     "other_inputs": list[dict[str, Any]],
 }
@@ -68,7 +68,7 @@ class Manifest:
     precision: Precision
     hardware: str
     overrides: Mapping[str, Precision]
-    range_estimator: RangeEstimatorSpec
+    range_estimator: Spec
     calibrated: bool
     float_sha256: str | None
     equalized: bool
@@ -111,13 +111,10 @@ class Manifest:
         found: dict[str, Any] = {}
         for name, kind in _KINDS.items():
             check(name in values or name in _OPTIONAL, name, None, "the entry to be there")
-            found[name] = fitting(values[name], kind, name) if name in values else _OPTIONAL[name]
-        found["precision"] = _precision(found["precision"], "precision")
-        for part in ("overrides", "raised"):
-            found[part] = {name: _precision(text, f"{part}.{name}") for name, text in found[part].items()}
+            found[name] = parse_as(values[name], kind, name) if name in values else _OPTIONAL[name]
         found["promoted"] = found.pop("raised")
         estimator = values.get("range_estimator", "min_max")
-        fitting(estimator, str if isinstance(estimator, str) else dict[str, dict[str, Any]], "range_estimator")
+        parse_as(estimator, str if isinstance(estimator, str) else dict[str, dict[str, Any]], "range_estimator")
         check(isinstance(estimator, str) or len(estimator) == 1, "range_estimator", estimator, "one name")
         return cls(**found, range_estimator=estimator)
 
@@ -136,11 +133,11 @@ class Manifest:
         version = state.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
             raise CheckpointError(
-                f"The checkpoint has format_version={shown(version)} (written by lightning_quant "
-                f"{shown(state[MANIFEST_KEY])}), this version reads {FORMAT_VERSION}. Install a version that fits."
+                f"The checkpoint has format_version={short_repr(version)} (written by lightning_quant "
+                f"{short_repr(state[MANIFEST_KEY])}), this version reads {FORMAT_VERSION}. Install a version that fits."
             )
         try:
-            fitting(state, dict[str, Any])
+            parse_as(state, dict[str, Any])
             return cls.from_dict(state)
         except ValueError as error:
             raise CheckpointError(
@@ -151,8 +148,3 @@ class Manifest:
 
 def _as_text(precisions: Mapping[str, Precision]) -> dict[str, str]:
     return {name: str(precision) for name, precision in precisions.items()}
-
-
-def _precision(text: str, where: str) -> Precision:
-    check(text in PRECISIONS, where, text, f"one of {', '.join(PRECISIONS)}")
-    return Precision.parse(text)

@@ -21,8 +21,10 @@ from lightning_quant.simulation.callsites.watching import watched_class
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
 from lightning_quant.simulation.manifest import Manifest
 from lightning_quant.simulation.preflight import Finding
-from lightning_quant.simulation.range_estimators import RangeEstimator, RangeEstimatorSpec
-from lightning_quant.utilities.parsing import shown
+from lightning_quant.simulation.range_estimators import RangeEstimator
+from lightning_quant.utilities.hashing import add_tensor
+from lightning_quant.utilities.parsing import short_repr
+from lightning_quant.utilities.registry import Spec
 
 _MOST_BITS = 32
 
@@ -227,7 +229,7 @@ class QuantizedNetwork:
         # the bit widths themselves come with AIMET's state of each quantizer
         self.promoted = dict(manifest.promoted)
 
-    def _stored_estimator(self, spec: RangeEstimatorSpec) -> RangeEstimator:
+    def _stored_estimator(self, spec: Spec) -> RangeEstimator:
         """Return the estimator of a checkpoint, which may be one that this network was given as an instance."""
         for known in (self.range_estimator, self.recipe.range_estimator):
             if known.spec == spec:
@@ -311,8 +313,7 @@ def _weights_hash(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
         if isinstance(value, Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            add_tensor(digest, name, value)
     return digest.hexdigest()
 
 
@@ -340,9 +341,9 @@ def check_ranges(network: QuantizedNetwork) -> None:
         low, high = getattr(module, "qmin", 0), getattr(module, "qmax", 1)
         if not low < high < low + 2**_MOST_BITS or getattr(module, "block_size", None) is not None:
             raise CheckpointError(
-                f"The grid of {name!r} reaches from {shown(low)} to {shown(high)} in blocks of "
-                f"{shown(getattr(module, 'block_size', None))}: expected at most {_MOST_BITS} bits and no blocks. Take "
-                "an earlier checkpoint, or quantize again."
+                f"The grid of {name!r} reaches from {short_repr(low)} to {short_repr(high)} in blocks of "
+                f"{short_repr(getattr(module, 'block_size', None))}: expected at most {_MOST_BITS} bits and no blocks. "
+                "Take an earlier checkpoint, or quantize again."
             )
         if network.calibrated and {"min", "max"} <= ends.keys():
             least, most = ends["min"], ends["max"]

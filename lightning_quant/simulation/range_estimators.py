@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.simulation import aimet
-from lightning_quant.utilities.parsing import fitting
+from lightning_quant.utilities.parsing import parse_as
+from lightning_quant.utilities.registry import Registry, Spec
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-RangeEstimatorSpec = str | Mapping[str, Mapping[str, Any]]
-"""A name, or ``{name: {option: value}}``."""
-
-_REGISTERED: dict[str, type[RangeEstimator]] = {}
 
 
 class RangeEstimator:
@@ -49,29 +42,15 @@ class RangeEstimator:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        name = vars(cls).get("name")
-        if name is None:  # a base of others
-            return
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ConfigurationError(
-                f"{cls.__qualname__}.name is {name!r}: expected a word of letters, digits and underscores."
-            )
-        known = _REGISTERED.get(name)
-        # by another file or the same one again: as a script and imported, or a cell of a notebook
-        if known is not None and (known.__module__ == __name__ or known.__qualname__ != cls.__qualname__):
-            raise ConfigurationError(
-                f"{cls.__qualname__} is named {name!r}, as {known.__module__}.{known.__qualname__} is: expected a name "
-                "of its own."
-            )
-        if cls.ends is RangeEstimator.ends and cls.analyzer is RangeEstimator.analyzer:
+        if "name" in vars(cls) and cls.ends is RangeEstimator.ends and cls.analyzer is RangeEstimator.analyzer:
             raise ConfigurationError(
                 f"{cls.__qualname__} has no ends(self, counts, edges): expected a method that returns the lower and "
                 "upper end of a range."
             )
-        _REGISTERED[name] = cls
+        ESTIMATORS.register(cls)
 
     @classmethod
-    def parse(cls, given: RangeEstimator | RangeEstimatorSpec) -> RangeEstimator:
+    def parse(cls, given: RangeEstimator | Spec) -> RangeEstimator:
         """Return the estimator that is meant.
 
         Args:
@@ -81,21 +60,17 @@ class RangeEstimator:
         Raises:
             ConfigurationError: for an unknown name, or options that it does not take.
         """
-        if isinstance(given, RangeEstimator):
-            return _with_plain_options(given)
-        name, options = _name_and_options(given)
-        return _make(_imported(name) if "." in name else _registered(name), options)
+        return _with_plain_options(ESTIMATORS.make(given))
 
     @classmethod
-    def of_checkpoint(cls, spec: RangeEstimatorSpec) -> RangeEstimator:
+    def of_checkpoint(cls, spec: Spec) -> RangeEstimator:
         """Return the estimator that a checkpoint names. Nothing is imported, whatever the name says.
 
         Raises:
             CheckpointError: for a name that is not registered, or options that it does not take.
         """
         try:
-            name, options = _name_and_options(spec)
-            return _make(_registered(name), options)
+            return _with_plain_options(ESTIMATORS.make(spec, paths=False))
         except ConfigurationError as error:
             raise CheckpointError(
                 f"The checkpoint was calibrated with range_estimator={spec!r}, which cannot be made here: {error} "
@@ -118,7 +93,7 @@ class RangeEstimator:
         return HistogramAnalyzer(self.name, self.ends, shape, block_size)
 
     @property
-    def spec(self) -> RangeEstimatorSpec:
+    def spec(self) -> Spec:
         """The name, with the options that are not at their defaults: what :meth:`parse` takes."""
         options: dict[str, Any] = {}
         if is_dataclass(self):
@@ -131,6 +106,17 @@ class RangeEstimator:
         if isinstance(spec, str):
             return spec
         return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in spec[self.name].items())})"
+
+
+ESTIMATORS: Registry[RangeEstimator] = Registry(
+    "range estimator",
+    RangeEstimator,
+    {
+        "min_max": f"{__name__}.MinMax",
+        "tf_enhanced": f"{__name__}.TfEnhanced",
+        "percentile": f"{__name__}.Percentile",
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -176,54 +162,8 @@ class Percentile(RangeEstimator):
         return aimet.PercentileEncodingAnalyzer(shape, percentile=self.percentile, block_size=block_size)
 
 
-def _registered(name: str) -> type[RangeEstimator]:
-    if name in _REGISTERED:
-        return _REGISTERED[name]
-    near = difflib.get_close_matches(name, _REGISTERED, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigurationError(
-        f"Unknown range_estimator {name!r}: expected one of {', '.join(_REGISTERED)}, or the dotted path of a class of "
-        f"your own.{hint}"
-    )
-
-
-def _imported(path: str) -> type[RangeEstimator]:
-    module, _, attribute = path.rpartition(".")
-    try:
-        kind: Any = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigurationError(f"range_estimator={path!r} cannot be imported: {error}.") from error
-    if not (isinstance(kind, type) and issubclass(kind, RangeEstimator)):
-        raise ConfigurationError(f"range_estimator={path!r} is not a subclass of lightning_quant.RangeEstimator.")
-    return kind
-
-
-def _name_and_options(given: RangeEstimatorSpec) -> tuple[str, Mapping[str, Any]]:
-    if isinstance(given, str):
-        return given, {}
-    if isinstance(given, Mapping) and len(given) == 1:
-        ((name, options),) = given.items()
-        if isinstance(name, str) and isinstance(options, Mapping):
-            return name, options
-    raise ConfigurationError(
-        f"range_estimator={given!r}: expected a name, or one name with its options, "
-        "{'percentile': {'percentile': 99.9}}."
-    )
-
-
-def _make(kind: type[RangeEstimator], options: Mapping[str, Any]) -> RangeEstimator:
-    try:
-        return _with_plain_options(kind(**options))
-    except TypeError as error:
-        raise ConfigurationError(
-            f"range_estimator={getattr(kind, 'name', kind.__qualname__)!r} with options {dict(options)!r}: {error}."
-        ) from error
-
-
 def _with_plain_options(estimator: RangeEstimator) -> RangeEstimator:
     """Refuse what no checkpoint can hold."""
-    if not isinstance(getattr(estimator, "name", None), str):
-        raise ConfigurationError(f"{type(estimator).__qualname__} has no name: expected a class attribute name = '…'.")
     options: list[str] = [field.name for field in fields(estimator)] if is_dataclass(estimator) else []
     if lost := sorted(set(getattr(estimator, "__dict__", {})).difference(options)):
         raise ConfigurationError(
@@ -233,7 +173,7 @@ def _with_plain_options(estimator: RangeEstimator) -> RangeEstimator:
     try:
         spec = estimator.spec
         if not isinstance(spec, str):
-            fitting(spec, dict[str, Any])
+            parse_as(spec, dict[str, Any])
     except ValueError as error:
         raise ConfigurationError(
             f"The options of the range estimator {estimator.name!r} do not go into a checkpoint: {error}."

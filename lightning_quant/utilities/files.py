@@ -11,15 +11,21 @@ from filelock import FileLock, Timeout
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to, put in its place when the block ends well, and removed otherwise.
+def atomic_write(path: Path, private: bool = False) -> Iterator[Path]:
+    """Yield a path next to ``path`` to write to; move it there when the block ends well, and remove it otherwise.
 
     So after a kill or on a full disk ``path`` is what it was before. The folder is made if it is missing. The ending
     of the name stays, since some libraries go by it.
+
+    Args:
+        path: the file to write or replace.
+        private: make it readable by its owner only.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
+        if private:
+            os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
         yield partial
         os.replace(partial, path)
     finally:
@@ -27,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def alone(lock: Path, otherwise: Exception) -> Iterator[None]:
+def exclusive_lock(lock: Path, otherwise: Exception) -> Iterator[None]:
     """Hold a lock file for the length of a block, then remove it.
 
     The system releases it when the process ends, however it ends; a file that a kill leaves there locks nothing.

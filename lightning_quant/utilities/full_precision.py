@@ -1,7 +1,7 @@
 """Float32 with all its digits, whatever autocast and the fast modes of single operations are set to.
 
 bfloat16 keeps 8 significant bits, float16 and TF32 keep 11: of the 65,536 values of a 16-bit activation about 1,260 and
-7,000 are left. PyTorch lets convolutions on a GPU compute in TF32 unless it is told otherwise.
+7,000 are left. PyTorch lets convolutions on a GPU compute in TF32 unless it is set otherwise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def _without_fast_modes() -> Iterator[None]:
-    """The switches that PyTorch has for single operations, in its older and in its newer words.
+    """Set the switches that PyTorch has for single operations, in its older and in its newer words.
 
     Both speak of the same operations, and reading the older ones raises where the two disagree. So the older ones are
     set first, which sets the newer ones along, and those only where something is left. A user who has set what cannot

@@ -12,10 +12,10 @@ _PROCESS = Path("/proc/self")
 
 
 class PeakMemory:
-    """Measures the peak over a ``with`` block: allocated on the GPU if one is in use, else of the process (Linux).
+    """Measure the peak over a ``with`` block: allocated on the GPU if one is in use, else of the process (Linux).
 
     Attributes:
-        peak_bytes: the peak, or ``None`` where the system does not tell.
+        peak_bytes: the peak, or ``None`` where the system does not report it.
     """
 
     peak_bytes: int | None = None
@@ -35,7 +35,7 @@ class PeakMemory:
         return self
 
     def stop(self) -> int | None:
-        """The peak since :meth:`start`."""
+        """Return the peak since :meth:`start`."""
         if torch.cuda.is_initialized():
             self.peak_bytes = torch.cuda.max_memory_allocated()
         elif self._known and (found := re.search(r"VmHWM:\s+(\d+) kB", (_PROCESS / "status").read_text())):

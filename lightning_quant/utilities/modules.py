@@ -1,10 +1,11 @@
-"""Modes of modules: which parts train and which are in eval mode."""
+"""Modes and places of modules: which parts train, which are in eval mode, and on which device they are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -21,3 +22,16 @@ def preserve_modes(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+@contextmanager
+def on_cpu_in_eval(module: nn.Module) -> Iterator[None]:
+    """Hold a module on the CPU in eval mode, without gradients, for the length of a block; then restore it."""
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    with preserve_modes(module):
+        try:
+            module.cpu().eval()
+            with torch.inference_mode(False), torch.no_grad():
+                yield
+        finally:
+            module.to(device)

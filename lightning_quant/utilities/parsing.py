@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Literal, Union
 
 import numpy as np
 
@@ -34,11 +34,11 @@ class FieldError(ValueError):
     """A value is not what its place asks for; the message names the place, the value and what is expected."""
 
     def __init__(self, where: str, value: Any, expected: str) -> None:
-        super().__init__(f"{where or 'the whole'} is {shown(value)}, expected {expected}")
+        super().__init__(f"{where or 'the whole'} is {short_repr(value)}, expected {expected}")
 
 
-def shown(value: Any) -> str:
-    """A value of any kind and size in a few characters."""
+def short_repr(value: Any) -> str:
+    """Return a value of any kind and size in a few characters."""
     try:
         return reprlib.repr(value)
     except (ValueError, RecursionError):  # such as whole numbers of thousands of digits
@@ -46,11 +46,11 @@ def shown(value: Any) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Return the content of a JSON file.
 
     Raises:
         OSError: when it cannot be read.
-        ValueError: when it is no JSON, too large or nested too deeply.
+        ValueError: when it is not JSON, too large or nested too deeply.
     """
     if not path.is_file():  # a pipe or a device would never end
         raise FileNotFoundError(f"there is no file {path}")
@@ -64,12 +64,13 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"it is nested too deeply, expected at most {_DEEPEST} levels") from None
 
 
-def fitting(value: Any, kind: Any, where: str = "") -> Any:
-    """``value`` if it is of the annotated ``kind``, with dataclasses and tuples made of the dicts and lists for them.
+def parse_as(value: Any, kind: Any, where: str = "") -> Any:
+    """Return a value of the annotated ``kind``: dicts become dataclasses, lists become tuples where it says so.
 
     Args:
         value: what JSON or a checkpoint held.
-        kind: an annotation: plain types, dataclasses, ``list``, ``tuple``, ``dict``, ``X | None``, ``Any``.
+        kind: an annotation: plain types, ``Literal``, dataclasses, ``list``, ``tuple``, ``dict``, ``X | None`` or
+            ``Any``. A class with a class method ``from_json(value, where)`` is made by that.
         where: name of the place, for the message.
 
     Raises:
@@ -83,13 +84,18 @@ def fitting(value: Any, kind: Any, where: str = "") -> Any:
         if value is None and type(None) in parts:
             return None
         (other,) = (part for part in parts if part is not type(None))
-        return fitting(value, other, where)
+        return parse_as(value, other, where)
+    if origin is Literal:
+        check(value in parts, where, value, " or ".join(map(str, parts)))
+        return value
+    if hasattr(kind, "from_json"):
+        return kind.from_json(value, where)
     if is_dataclass(kind):
-        return _filled(value, kind, where)
+        return parse_fields(value, kind, where)
     if origin in (dict, Mapping):
         items = _of(dict, value, where, "names with values")
         return {
-            fitting(key, parts[0], f"a name in {where or 'the whole'}"): fitting(item, parts[1], _at(where, key))
+            parse_as(key, parts[0], f"a name in {where or 'the whole'}"): parse_as(item, parts[1], _at(where, key))
             for key, item in items.items()
         }
     if origin is tuple and parts[-1] is not Ellipsis:
@@ -97,18 +103,19 @@ def fitting(value: Any, kind: Any, where: str = "") -> Any:
         if len(items) != len(parts):
             raise FieldError(where, value, f"a list of {len(parts)}")
         return tuple(
-            fitting(item, part, _at(where, at)) for at, (item, part) in enumerate(zip(items, parts, strict=True))
+            parse_as(item, part, _at(where, at)) for at, (item, part) in enumerate(zip(items, parts, strict=True))
         )
     if origin in (list, tuple, Sequence):
         items = _of((list, tuple), value, where, "a list")
         return (tuple if origin is tuple else list)(
-            fitting(item, parts[0], _at(where, at)) for at, item in enumerate(items)
+            parse_as(item, parts[0], _at(where, at)) for at, item in enumerate(items)
         )
     _check_scalar(value, kind, where)
     return value
 
 
-def _filled(value: Any, kind: Any, where: str) -> Any:
+def parse_fields(value: Any, kind: Any, where: str = "") -> Any:
+    """Make a dataclass of a dict with its fields: :func:`parse_as` for one without ``from_json``, or within that."""
     given = _of(dict, value, where, "names with values")
     hints = typing.get_type_hints(kind)
     known = {one.name: one for one in fields(kind)}
@@ -118,7 +125,7 @@ def _filled(value: Any, kind: Any, where: str) -> Any:
     for name, one in known.items():
         if name not in given and one.default is MISSING and one.default_factory is MISSING:
             raise FieldError(_at(where, name), None, "the field to be there")
-    return kind(**{name: fitting(item, hints[name], _at(where, name)) for name, item in given.items()})
+    return kind(**{name: parse_as(item, hints[name], _at(where, name)) for name, item in given.items()})
 
 
 def _of(kind: Any, value: Any, where: str, expected: str) -> Any:
@@ -128,7 +135,7 @@ def _of(kind: Any, value: Any, where: str, expected: str) -> Any:
 
 
 def _at(where: str, key: Any) -> str:
-    return f"{where}.{shown(key) if not isinstance(key, str) else key[:60]}".removeprefix(".")
+    return f"{where}.{short_repr(key) if not isinstance(key, str) else key[:60]}".removeprefix(".")
 
 
 def _check_scalar(value: Any, kind: Any, where: str) -> None:
@@ -168,23 +175,23 @@ def check(holds: bool, where: str, value: Any, expected: str) -> None:
 
 
 def check_version(values: Any, version: int) -> None:
-    """Refuse what is no dict, or is of another format.
+    """Refuse what is not a dict, or is of another format.
 
     Raises:
         ValueError: with the format found.
     """
     given = _of(dict, values, "", "names with values").get("format_version")
     if type(given) is not int or given != version:
-        raise ValueError(f"it has format_version={shown(given)}; this version reads {version}")
+        raise ValueError(f"it has format_version={short_repr(given)}; this version reads {version}")
 
 
 def is_finite(*values: float) -> bool:
-    """Whether no value is NaN or infinite."""
+    """Return whether no value is NaN or infinite."""
     return all(map(math.isfinite, values))
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of numbers and text in an ``.npz`` file that ``numpy.savez`` wrote: no objects, nothing compressed.
+    """Read numbers and text from an ``.npz`` file that ``numpy.savez`` wrote: no objects, nothing compressed.
 
     So it takes no more memory than the file has bytes, whatever its members declare.
 
@@ -206,7 +213,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except (OSError, FieldError):
         raise
     except Exception as error:  # a damaged member fails with whatever its bytes happen to mean
-        raise ValueError(f"it is no archive of arrays: {type(error).__name__}: {error}") from error
+        raise ValueError(f"it is not an archive of arrays: {type(error).__name__}: {error}") from error
     return found
 
 
@@ -229,7 +236,7 @@ def _check_members(archive: zipfile.ZipFile, path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> Any:
-    """What ``torch.save`` wrote, on the CPU: tensors and plain values, no code, nothing compressed.
+    """Read what ``torch.save`` wrote, on the CPU: tensors and plain values, no code, nothing compressed.
 
     Raises:
         Exception: of any class, by where the damage is; :class:`pickle.UnpicklingError` for anything but tensors and

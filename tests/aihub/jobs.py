@@ -114,7 +114,7 @@ class Jobs:
             self._store.write_json(_HOLDS, holds)
 
     def release(self, kind: str) -> None:
-        """Let the clocks of jobs that were held begin anew."""
+        """Let the clocks of jobs that were held start again."""
         with self._store.lock:
             held = [job for job in self._store.all(Job) if job.type == kind and self.state(job) not in (DONE, FAILED)]
             holds = self._store.read_json(_HOLDS, {})

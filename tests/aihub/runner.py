@@ -160,7 +160,7 @@ def _opened(compiled: bytes) -> tuple[onnx.ModelProto, Interface]:
         properties = {entry.key: entry.value for entry in model.metadata_props}
         return model, Interface.from_json(json.loads(properties[_IO]))
     except Exception as error:
-        raise JobFailure(f"This is no model that was compiled here: {error!r}.") from None
+        raise JobFailure(f"This is not a model that was compiled here: {error!r}.") from None
 
 
 def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:

@@ -69,7 +69,7 @@ class Call:
         try:
             return cls.FromString(self.body)
         except DecodeError:
-            raise Refusal(400, f"The body is no {cls.__name__}.") from None
+            raise Refusal(400, f"The body is not a {cls.__name__}.") from None
 
     def job_type(self) -> str:
         """Of a job's creation the type, e.g. ``"compile"``."""
@@ -117,7 +117,7 @@ class Service:
         jobs: what runs the jobs.
         blob_url: where files go and come from.
         catalog: devices and frameworks.
-        profile: file with the figures of every profile, read anew for every answer.
+        profile: file with the figures of every profile, read again for every answer.
         part_size: bytes of one part of an upload.
     """
 

@@ -22,7 +22,7 @@ def speed_up(
 ) -> Iterator[None]:
     """Shorten the delays between the client's retries, and keep the machine's settings from it.
 
-    The number of tries stays that of the real client unless told otherwise, so tests see its real requests.
+    The number of tries stays that of the real client unless set otherwise, so tests see its real requests.
     The environment has a home of its own, no ``.netrc`` (which would replace the token) and no proxy for this machine;
     child processes inherit that, but not the shorter delays.
 

@@ -37,7 +37,7 @@ _HERE = Path(__file__).parent
 class StandIn:
     """AI Hub on two ports of this machine: its interface, and the storage where files go.
 
-    Everything is kept below ``folder``: another stand-in with the same folder, token and ports goes on where this
+    Everything is kept below ``folder``: another stand-in with the same folder, token and ports continues where this
     one was stopped, jobs included.
 
     Args:
@@ -47,7 +47,7 @@ class StandIn:
         tick: seconds that each state of a job lasts at least.
         part_size: bytes of one part of a model's upload; small ones make uploads of many parts.
         profile: figures that every profile answers with, in the form of ``InferenceJob.download_profile``.
-        float_outputs: whether outputs with a quantized type come back dequantized. Nobody told us which the real
+        float_outputs: whether outputs with a quantized type come back dequantized. It is not known which the real
             service does, so a program has to cope with both.
     """
 
@@ -78,7 +78,7 @@ class StandIn:
     # --- life ---
 
     def start(self) -> StandIn:
-        """Listen, and go on with unfinished jobs."""
+        """Listen, and resume unfinished jobs."""
         with self._life:
             if self._stopping.is_set():  # faults.die may not have got to closing yet
                 self._close()
@@ -184,7 +184,7 @@ class StandIn:
         self._faults.clear()
 
     def hold(self, kind: str = "") -> None:
-        """Keep jobs of this type (``"compile"``, ``"inference"``; both by default) from going on, new ones queued."""
+        """Keep jobs of this type (``"compile"``, ``"inference"``; both by default) from running, new ones queued."""
         for each in [kind] if kind else TYPES:
             self._jobs.hold(each)
 
@@ -241,7 +241,7 @@ class StandIn:
     def duplicates(self) -> list[str]:
         """What was created more than once: models and datasets by name, jobs by name, type, options and devices.
 
-        For each device of a list the client creates a job of its own with the same name: these are no duplicates.
+        For each device of a list the client creates a job of its own with the same name: these are not duplicates.
         """
         made = [f"model {model.name}" for model in self.models()]
         made += [f"dataset {dataset.name}" for dataset in self.datasets()]

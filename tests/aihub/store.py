@@ -1,4 +1,4 @@
-"""What the stand-in remembers, as files below one folder, so that it goes on after a restart."""
+"""What the stand-in remembers, as files below one folder, so that it continues after a restart."""
 
 from __future__ import annotations
 

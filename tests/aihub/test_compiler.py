@@ -219,7 +219,7 @@ def test_wrong_encodings_fail_the_compile_job(
     assert reason in failure(client.submit_compile_job(path, S24))
 
 
-def test_what_is_no_model_fails_the_compile_job(client: Client, bundles: dict[str, Bundle], tmp_path: Path) -> None:
+def test_what_is_not_a_model_fails_the_compile_job(client: Client, bundles: dict[str, Bundle], tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("not a model")
     deep = archive(tmp_path / "deep.aimet.zip", {"a.aimet/b/model.onnx": b"", "a.aimet/model.encodings": b"{}"})
     config = client.config
@@ -299,13 +299,13 @@ def test_uploaded_weights_may_lie_in_a_file_of_their_own(
     (folder / "model.encodings").write_bytes((bundle.aimet / "model.encodings").read_bytes())
     assert (folder / "model.data").stat().st_size > 1000
 
-    inside, beside = (
+    inside, outside = (
         outputs(client, compiled(client, path), {"x": images()})["output"] for path in (bundle.aimet, folder)
     )
 
-    np.testing.assert_array_equal(inside, beside)
+    np.testing.assert_array_equal(inside, outside)
 
 
-def test_what_is_no_archive_fails_the_job() -> None:
+def test_what_is_not_an_archive_fails_the_job() -> None:
     with pytest.raises(runner.JobFailure, match="cannot be read"):
         compiler.open_source(b"no zip", compiler.AIMET, is_directory=True)

@@ -261,7 +261,7 @@ def test_datasets_expire_and_records_can_be_forgotten(hub: StandIn, client: Clie
         client.get_model(target.model_id)
 
 
-def test_it_goes_on_after_a_restart(tmp_path: Path, bundles: dict[str, Bundle]) -> None:
+def test_it_continues_after_a_restart(tmp_path: Path, bundles: dict[str, Bundle]) -> None:
     with speed_up():
         with StandIn(tmp_path / "hub", TOKEN) as first:
             client = Client(first.config())

@@ -18,7 +18,7 @@ class Attack:
     Args:
         name: what it tries.
         data: its bytes.
-        field: what the message names beside the file, if the file must be refused; ``None``: it may be read.
+        field: what the message names besides the file, if the file must be refused; ``None``: it may be read.
     """
 
     name: str

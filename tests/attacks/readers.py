@@ -17,17 +17,17 @@ import torch
 from PIL import Image
 
 import lightning_quant as lq
-from lightning_quant.cli.run import _load_float
-from lightning_quant.deploy.bundle import export_bundle, load_bundle
+from lightning_quant.cli.float_network import load_float
+from lightning_quant.deploy.bundle import load_bundle
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.push import Push, resume
 from lightning_quant.deploy.samples import Samples
 from lightning_quant.deploy.targets import worker
 from lightning_quant.deploy.targets.aihub import target as aihub
+from lightning_quant.deploy.targets.aihub.job import Outcomes
 from lightning_quant.deploy.targets.aihub.journal import Journal
 from lightning_quant.domains.segmentation.cityscapes import read_labels
-from lightning_quant.domains.segmentation.images import open_image
-from lightning_quant.domains.segmentation.overlay import PANELS
 from lightning_quant.domains.segmentation.scenes import generate_scenes
 from lightning_quant.domains.segmentation.weights import load_weights
 from lightning_quant.errors import (
@@ -45,6 +45,7 @@ from lightning_quant.report.record import RunRecord
 from lightning_quant.simulation import calibration_cache as statistics_cache
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.calibration_cache import StatisticsCache
+from lightning_quant.utilities.images import open_image
 from tests.helpers.networks import Body, calibrated, call, images, quantized
 from tests.helpers.small import SmallModule, small_net
 from tests.report.folders import DEVICE, full_record
@@ -93,7 +94,7 @@ def calibrate_with_cache(folder: Path) -> Any:
     return network
 
 
-def go_on(folder: Path) -> Any:
+def resume_pushed(folder: Path) -> Any:
     """Resume a push, wherever the request says: nobody's token is at hand."""
     with mock.patch.dict(os.environ, {"HOME": str(folder), "QAIHUB_CLIENT_INI": str(folder / "none.ini")}):
         return resume(folder / "pushed/net")
@@ -104,7 +105,7 @@ def fetch(folder: Path) -> Any:
     bundle, result = load_bundle(folder / "fetched/net"), folder / "fetched/result.json"
 
     def found(*_: Any) -> Any:
-        return worker._read(result, dict[str, Any])
+        return worker._read(result, Outcomes)
 
     target = aihub.AiHubTarget(["Samsung Galaxy S24"], compare_float=False)
     with mock.patch.object(aihub, "run_worker", found):
@@ -117,16 +118,18 @@ READERS = {
     "report of a run": Reader("run/results.json", lambda at: write_report(at / "run"), DataError, slow=True),
     "report of layers": Reader("run/layers.json", lambda at: write_report(at / "run"), DataError, slow=True),
     "picture in a report": Reader(
-        "run/overlays/overlay_0/photo.png", lambda at: write_report(at / "run"), DataError, True
+        "run/overlays/overlay_0/input.png", lambda at: write_report(at / "run"), DataError, True
     ),
     "device report": Reader(
         "device/report.json", lambda at: DeviceReport.read(at / "device/report.json").sentence(), DataError
     ),
     "journal": Reader("device/journal.json", lambda at: Journal(at / "device/journal.json"), DeviceError),
-    "manifest": Reader("pushed/net/manifest.json", lambda at: load_bundle(at / "pushed/net").needs_int16, ExportError),
+    "manifest": Reader(
+        "pushed/net/manifest.json", lambda at: load_bundle(at / "pushed/net").manifest.int16_activations, ExportError
+    ),
     "model": Reader("pushed/net/net.onnx", lambda at: load_bundle(at / "pushed/net"), ExportError),
     "encodings": Reader("pushed/net/net.aimet/model.encodings", lambda at: load_bundle(at / "pushed/net"), ExportError),
-    "request": Reader("pushed/net.device/request.json", go_on, LightningQuantError, slow=True),
+    "request": Reader("pushed/net.device/request.json", resume_pushed, LightningQuantError, slow=True),
     "samples": Reader(
         "pushed/net.device/samples.npz", lambda at: Samples.read(at / "pushed/net.device/samples.npz"), DataError
     ),
@@ -134,7 +137,7 @@ READERS = {
     "AI Hub's outputs": Reader("fetched/samsung-galaxy-s24-qnn_dlc/outputs.npz", fetch, DeviceError, slow=True),
     "checkpoint": Reader("checkpoint/last.ckpt", load_checkpoint, CheckpointError, slow=True),
     "float checkpoint": Reader(
-        "float/float.ckpt", lambda at: _load_float(SmallModule(), at / "float/float.ckpt"), CheckpointError
+        "float/float.ckpt", lambda at: load_float(SmallModule(), at / "float/float.ckpt"), CheckpointError
     ),
     "weights": Reader(
         "float/float.ckpt", lambda at: load_weights(small_net(), at / "float/float.ckpt"), CheckpointError
@@ -157,7 +160,7 @@ def make_genuine(folder: Path) -> None:
     figures = LayerFigures.of(calibrated(Body(), precision="w4a16"), [call(images())] * 2, 1)
     figures.drift, figures.drift_steps = {"conv.weight": [0.0, 0.1]}, [0, 50]
     figures.write(folder / "run")
-    for panel in PANELS:
+    for panel in ("input", "float", "quantized", "difference"):
         place = folder / "run/overlays/overlay_0" / f"{panel}.png"
         place.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), "red").save(place)

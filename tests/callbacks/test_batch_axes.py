@@ -95,8 +95,8 @@ def test_exported_for_one_whole_sample(trainer: MakeTrainer, tmp_path: Path, nam
     one.validate(module, data, verbose=False)
     graph = onnx.load(export.bundle.qdq).graph
     assert [[d.dim_value for d in value.type.tensor_type.shape.dim] for value in graph.input] == wanted
-    assert export.bundle.manifest["parity"]["samples"] == 3
-    assert export.bundle.manifest["parity"]["psnr_db"] is None or export.bundle.manifest["parity"]["psnr_db"] > 80
+    assert export.bundle.manifest.parity.samples == 3
+    assert export.bundle.manifest.parity.psnr_db > 80
     metric = export.reports[0].metric  # of the device's outputs, put together to batches again
     assert metric["device"] == pytest.approx(metric["simulation"], rel=1e-3)
     # ten samples, not ten time steps
@@ -108,7 +108,7 @@ def test_exported_for_one_whole_sample(trainer: MakeTrainer, tmp_path: Path, nam
     assert loaded.model.inputs.axes == module.model.inputs.axes
     other = DeviceExport(tmp_path, target=None, report=False, samples=3, name="again")
     trainer(PostTrainingQuantization("w8a16", calibration_dataloader=data), other).validate(loaded, data, verbose=False)
-    assert other.bundle.manifest["parity"]["samples"] == 3
+    assert other.bundle.manifest.parity.samples == 3
 
 
 class Stream(IterableDataset[Tensor]):

@@ -212,11 +212,11 @@ def test_what_fails_after_the_call_does_not_matter(trainer: MakeTrainer) -> None
             self.log("val_loss", F.cross_entropy(scores, batch["label"]))
 
     images, labels = small_loader().dataset[:]
-    unlabelled = DataLoader([{"image": image} for image in images], batch_size=8)
-    labelled = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
+    unlabeled = DataLoader([{"image": image} for image in images], batch_size=8)
+    labeled = [{"image": image, "label": label} for image, label in zip(images, labels, strict=True)]
     module = Loss()
-    trainer(PostTrainingQuantization(calibration_dataloader=unlabelled)).validate(
-        module, DataLoader(labelled, batch_size=8), verbose=False
+    trainer(PostTrainingQuantization(calibration_dataloader=unlabeled)).validate(
+        module, DataLoader(labeled, batch_size=8), verbose=False
     )
     assert module.quantized.calibrated
 
@@ -251,7 +251,7 @@ def test_a_state_that_is_none_at_first(trainer: MakeTrainer) -> None:
             assert torch.equal(call.args[0], frame)
             assert (call.args[1] is None) if state is None else torch.equal(call.args[1], state)
             _, state = module.model(frame, state)
-    # the network is built with the call that has the state, and told of the other
+    # the network is built with the call that has the state, and learns of the other
     assert [len(example.tensors) for example in caught.examples] == [2, 1]
     assert all(example.last and example.batch_size == 1 for example in caught.examples)
 

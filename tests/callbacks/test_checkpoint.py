@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 import lightning_quant as lq
-from lightning_quant.deploy.bundle import export_bundle
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.errors import CheckpointError
 from lightning_quant.simulation.inputs import NetworkInputs
 from tests.helpers.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
@@ -122,7 +122,7 @@ def test_ends_of_a_range_that_training_carried_past_each_other(
     image = small_data()[0][0][None]
     assert loaded.model(image).isfinite().all()
     bundle = export_bundle(loaded.quantized, tmp_path / "bundle", [NetworkInputs((image,))])
-    parity = bundle.manifest["parity"]["psnr_db"]
+    parity = bundle.manifest.parity.psnr_db
     assert parity is None or parity > 60
 
 
@@ -328,7 +328,7 @@ def test_nothing_of_the_file_is_imported(checkpoint: tuple[Path, SmallModule]) -
     def name_a_class(content: dict[str, Any]) -> None:
         manifest_in(content)["inputs"] = {"args": [{"object": "antigravity.fly"}], "kwargs": {}}
 
-    with pytest.raises(CheckpointError, match=r"cannot be made up.*example_inputs"):
+    with pytest.raises(CheckpointError, match=r"cannot be created.*example_inputs"):
         lq.load_quantized(SmallModule, edited(checkpoint[0], name_a_class))
     assert "antigravity" not in sys.modules
 

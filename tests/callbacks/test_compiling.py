@@ -106,7 +106,7 @@ def test_what_cannot_be_compiled_trains_as_it_is(trainer: MakeTrainer, caplog: p
 
 
 @pytest.mark.parametrize(
-    ("compile", "told"),
+    ("compile", "message"),
     [
         ("yes", r"expected True, False or a mapping of torch\.compile's options"),
         (None, r"expected True, False or a mapping of torch\.compile's options"),
@@ -115,6 +115,6 @@ def test_what_cannot_be_compiled_trains_as_it_is(trainer: MakeTrainer, caplog: p
         ({"backend": "none such"}, r"torch\.compile does not take it"),
     ],
 )
-def test_other_values_are_refused(compile: Any, told: str) -> None:
-    with pytest.raises(ConfigurationError, match=told):
+def test_other_values_are_refused(compile: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
         QuantizationAwareTraining(compile=compile)

@@ -47,7 +47,7 @@ def largest(data: TensorDataset) -> pytest.approx:
 
 
 class Data(pl.LightningDataModule):
-    """Makes its data in ``setup``, for the stage it is told."""
+    """Makes its data in ``setup``, for the stage it is given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ def test_worker_processes(trainer: MakeTrainer) -> None:
     assert_same_tensors(module.state_dict(), reference.state_dict())
 
 
-def test_unlabelled_images(trainer: MakeTrainer) -> None:
+def test_unlabeled_images(trainer: MakeTrainer) -> None:
     class Images(Dataset[Tensor]):
         def __len__(self) -> int:
             return 16

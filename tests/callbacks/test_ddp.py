@@ -166,7 +166,7 @@ def test_the_ladder_decides_the_same_on_both_ranks(tmp_path: Path, max_drop: flo
     assert names == (["ptq", "bias_correction", "seq_mse", "qat"] if trained else ["ptq"])
 
 
-SYNCHRONISED = """
+SYNCHRONIZED = """
 import os, sys
 import torch
 from torch import nn
@@ -201,7 +201,7 @@ torch.save({"error": error, "classes": classes, "steps": trainer.global_step}, f
 
 @pytest.mark.parametrize("kind", ["folded", "kept"])
 def test_synchronized_batch_norms_do_not_lose_their_quantizers(tmp_path: Path, kind: str) -> None:
-    one, two = run_two_ranks(tmp_path, SYNCHRONISED, str(tmp_path), kind)
+    one, two = run_two_ranks(tmp_path, SYNCHRONIZED, str(tmp_path), kind)
     assert one == two
     if kind == "folded":  # nothing is left to synchronize
         assert (one["error"], one["classes"], one["steps"]) == ("", [], 2)

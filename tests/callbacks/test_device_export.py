@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import TensorDataset
 
 import lightning_quant as lq
-from lightning_quant.callbacks.device_metric import LabelledBatch, metrics_of
+from lightning_quant.callbacks.device_metric import LabeledBatch, metrics_of
 from lightning_quant.deploy.bundle import load_bundle
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.targets.htp.target import HtpEmulatorTarget
@@ -50,7 +50,8 @@ def test_bundle_of_each_stage(trainer: MakeTrainer, tmp_path: Path, stage: str) 
     }
     assert export.bundle is not None
     manifest = json.loads((tmp_path / "out/net/manifest.json").read_text())
-    assert manifest == export.bundle.manifest == load_bundle(tmp_path / "out/net").manifest
+    assert export.bundle.manifest == load_bundle(tmp_path / "out/net").manifest
+    assert manifest == export.bundle.manifest.to_dict()
     assert (manifest["precision"], manifest["hardware"], manifest["calibrated"]) == ("w8a8", "htp_v75", True)
     assert (manifest["parity"]["tier"], manifest["parity"]["samples"]) == ("onnxruntime", 8)
     session = onnxruntime.InferenceSession(str(export.bundle.qdq), providers=["CPUExecutionProvider"])
@@ -70,7 +71,7 @@ def test_a_calibrated_network_is_exported_where_there_is_no_training_data(traine
     (tmp_path / "out").rename(tmp_path / "of-fit")
     one.validate(module, small_loader(), verbose=False)
     assert export.bundle is not None
-    assert load_bundle(tmp_path / "out/net").manifest["parity"]["samples"] == 3
+    assert load_bundle(tmp_path / "out/net").manifest.parity.samples == 3
 
 
 @pytest.mark.parametrize("precision", ["w4a8", "w4a16", "w8a16"])
@@ -79,7 +80,7 @@ def test_other_precisions(trainer: MakeTrainer, tmp_path: Path, precision: str) 
     trainer(lq.PostTrainingQuantization(precision), export).fit(SmallModule(), small_loader())
     assert export.bundle is not None
     assert export.bundle.path == tmp_path / f"SmallNet-{precision}"
-    assert export.bundle.manifest["parity"]["samples"] == 3
+    assert export.bundle.manifest.parity.samples == 3
 
 
 def test_once_at_the_end_and_not_in_validations_inside_fit(trainer: MakeTrainer, tmp_path: Path) -> None:
@@ -243,7 +244,7 @@ def test_a_bound_that_is_not_kept_fails_the_run_and_keeps_the_files(trainer: Mak
     export = lq.DeviceExport(tmp_path / "out", target="onnxruntime", name="net", min_psnr=200.0)
     with pytest.raises(DeviceBoundError, match=r"expected min_psnr=200 dB"):
         trainer(lq.PostTrainingQuantization("w8a8"), export).fit(SmallModule(), small_loader(), small_loader())
-    assert load_bundle(tmp_path / "out/net").manifest["name"] == "net"
+    assert load_bundle(tmp_path / "out/net").manifest.name == "net"
     assert (tmp_path / "out/net.device/onnxruntime/report.json").is_file()
 
 
@@ -292,14 +293,14 @@ def test_the_metric_ends_where_the_outputs_end(trainer: MakeTrainer, tmp_path: P
     trainer(lq.PostTrainingQuantization("w8a8"), export).fit(module, small_loader(), small_loader())
     images, labels = small_data(8).tensors
     network = module.quantized.eval()
-    labelled, outputs = [], []
+    labeled, outputs = [], []
     for start, stop in ((0, 4), (4, 7), (7, 8)):
         calls = [NetworkInputs((images[i : i + 1],)) for i in range(start, stop)]
-        labelled.append(LabelledBatch((images[start:stop], labels[start:stop]), calls))
+        labeled.append(LabeledBatch((images[start:stop], labels[start:stop]), calls))
         with torch.no_grad():
             outputs += [{"output": network(*call.args).numpy()} for call in calls]
     for computed in (4, 5, 6, 7, 8):
-        found = metrics_of(module, "model", network, "val_loss", labelled, outputs[:computed])
+        found = metrics_of(module, "model", network, "val_loss", labeled, outputs[:computed])
         assert found["device"] == pytest.approx(found["simulation"], rel=1e-4), computed
 
 

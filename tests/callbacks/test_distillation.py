@@ -1,4 +1,4 @@
-"""Learning from the float network: the sum of two losses, without a line of the user's code changed."""
+"""Distillation from the float network: the sum of two losses, without a change to the user's code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WEIGHT = 0.7
 
 
 class Gradients(pl.Callback):
-    """Keeps the gradients of the first optimizer step, and the weights they belong to."""
+    """Keep the gradients of the first optimizer step, and the weights they belong to."""
 
     def __init__(self) -> None:
         self.found: dict[str, Tensor] = {}
@@ -51,8 +51,8 @@ def fit(trainer: MakeTrainer, module: SmallModule, *callbacks: Any, **arguments:
     return one
 
 
-def distillation_loss(answer: Tensor, target: Tensor) -> Tensor:
-    return (answer - target).square().sum() / target.square().sum()
+def distillation_loss(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().sum() / target.square().sum()
 
 
 @pytest.mark.parametrize("batches", [1, 2])
@@ -79,7 +79,7 @@ def test_the_gradient_is_that_of_the_sum_of_both_losses(trainer: MakeTrainer, ba
         torch.testing.assert_close(gradients.found[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
-def test_what_the_user_sees_is_unchanged(trainer: MakeTrainer) -> None:
+def test_the_users_loss_is_unchanged(trainer: MakeTrainer) -> None:
     losses = []
     for weight in (0.0, WEIGHT):
         module = SmallModule(small_net(), sgd)
@@ -88,7 +88,7 @@ def test_what_the_user_sees_is_unchanged(trainer: MakeTrainer) -> None:
     assert losses[0] == losses[1]  # the first batch: the forward pass is the same
 
 
-def test_the_student_comes_closer_to_its_teacher(trainer: MakeTrainer) -> None:
+def test_the_student_approaches_its_teacher(trainer: MakeTrainer) -> None:
     images, _ = small_data().tensors
     network = small_net().eval()
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_the_student_comes_closer_to_its_teacher(trainer: MakeTrainer) -> None:
     assert distances[1] < distances[0] / 2
 
 
-def test_the_teacher_stays_as_it_is_and_leaves_no_trace(trainer: MakeTrainer) -> None:
+def test_the_teacher_is_unchanged_and_not_in_the_state_dict(trainer: MakeTrainer) -> None:
     network = small_net()
     before = copy.deepcopy(network.state_dict())
     module = SmallModule(network, sgd)
@@ -124,9 +124,9 @@ def test_several_outputs_share_the_weight() -> None:
     distillation = Distillation(Two(), WEIGHT, lambda: 3.0)
     student = nn.Identity().train()
     answer = {"a": 1.5 * x, "b": 0.5 * x.flatten(1)}
-    taught = distillation(student, (x,), {}, answer)
-    assert taught.keys() == answer.keys()
-    (taught["a"].sum() + taught["b"].sum()).backward()
+    distilled = distillation(student, (x,), {}, answer)
+    assert distilled.keys() == answer.keys()
+    (distilled["a"].sum() + distilled["b"].sum()).backward()
     reference = x.detach().clone().requires_grad_()
     a, b = 1.5 * reference, 0.5 * reference
     targets = 2 * x.detach(), x.detach()
@@ -135,7 +135,7 @@ def test_several_outputs_share_the_weight() -> None:
     torch.testing.assert_close(x.grad, reference.grad)
 
 
-def test_a_step_that_goes_around_the_network_is_refused(trainer: MakeTrainer) -> None:
+def test_a_step_that_does_not_call_the_network_is_refused(trainer: MakeTrainer) -> None:
     class Around(SmallModule):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return self.model.head(self.model.stem(batch[0]).mean((2, 3))).sum()

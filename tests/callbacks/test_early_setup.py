@@ -63,10 +63,10 @@ def largest_input(network: Any) -> float:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("labelled", [True, False])
-def test_steps_that_need_what_setup_makes(trainer: MakeTrainer, stage: str, labelled: bool) -> None:
+@pytest.mark.parametrize("labeled", [True, False])
+def test_steps_that_need_what_setup_makes(trainer: MakeTrainer, stage: str, labeled: bool) -> None:
     images, labels = bright()
-    data = DataLoader(TensorDataset(images, labels) if labelled else list(images), batch_size=8)  # type: ignore[arg-type]
+    data = DataLoader(TensorDataset(images, labels) if labeled else list(images), batch_size=8)  # type: ignore[arg-type]
     module = Normalizes()
     callback = QuantizationAwareTraining() if stage == "fit" else PostTrainingQuantization(calibration_dataloader=data)
     one = trainer(callback, max_epochs=1)
@@ -79,14 +79,14 @@ def test_steps_that_need_what_setup_makes(trainer: MakeTrainer, stage: str, labe
 
 
 def test_images_without_labels_that_the_step_would_have_normalized_are_no_input(trainer: MakeTrainer) -> None:
-    class Labelled(Normalizes):
+    class Labeled(Normalizes):
         def _loss(self, batch: Any) -> Tensor:
             images, _ = batch
             return super()._loss(images)
 
     images, labels = bright()
     callback = PostTrainingQuantization(calibration_dataloader=DataLoader(list(images), batch_size=8))  # type: ignore[arg-type]
-    module = Labelled()
+    module = Labeled()
     with pytest.raises(CalibrationError, match=r"batch 0 to the network 'model': validation_step raised ValueError"):
         trainer(callback).validate(module, DataLoader(TensorDataset(images, labels), batch_size=8), verbose=False)
     assert not module.quantized.calibrated

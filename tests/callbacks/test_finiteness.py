@@ -35,7 +35,7 @@ class Relative(nn.Module):
         return self.head((x - x[x > 0].mean()).flatten(1))
 
 
-class Spoilt(SmallModule):
+class WithBadGradients(SmallModule):
     """Something becomes NaN in the sixth step; in those after it, too, if that lasts."""
 
     def __init__(self, what: str, lasts: bool = False) -> None:
@@ -46,15 +46,15 @@ class Spoilt(SmallModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, labels = batch
-        spoils = self.global_step >= STEP if self.lasts else self.global_step == STEP
-        if spoils:
+        bad_step = self.global_step >= STEP if self.lasts else self.global_step == STEP
+        if bad_step:
             self.before = {name: value.clone() for name, value in self.state_dict().items() if torch.is_tensor(value)}
             if self.what == "batch":
                 images[0, 0, 0, 0] = torch.nan
             elif self.what == "layer":
                 images = torch.zeros_like(images)
         loss = super().training_step((images, labels), batch_idx)
-        return loss * torch.inf if self.what == "loss" and spoils else loss
+        return loss * torch.inf if self.what == "loss" and bad_step else loss
 
 
 def fit(module: pl.LightningModule, callback: pl.Callback, folder: Path, *others: Any, **arguments: Any) -> pl.Trainer:
@@ -73,7 +73,7 @@ def fit(module: pl.LightningModule, callback: pl.Callback, folder: Path, *others
     ],
 )
 def test_step_and_layer_are_named_and_the_step_is_not_taken(tmp_path: Path, what: str, where: str) -> None:
-    module = Spoilt(what)
+    module = WithBadGradients(what)
     callback = lq.QuantizationAwareTraining("w8a8", calibration_samples=16)
     with pytest.raises(TrainingError, match=r"Step 6 \(epoch 1, batch 1\)") as raised:
         fit(module, callback, tmp_path)
@@ -83,7 +83,7 @@ def test_step_and_layer_are_named_and_the_step_is_not_taken(tmp_path: Path, what
 
 
 def test_after_rungs_it_ends_with_the_best_network(tmp_path: Path) -> None:
-    module = Spoilt("loss")
+    module = WithBadGradients("loss")
     monitor: dict[str, Any] = {"monitor": "val_loss", "mode": "min", "max_drop": -10.0}
     callback = lq.QuantizationAwareTraining("w8a8", calibration_samples=16, **monitor)
     with pytest.warns(UserWarning, match=r"Step 6 \(epoch 1.*Training ends here, with the best network so far"):
@@ -102,12 +102,12 @@ def test_after_rungs_it_ends_with_the_best_network(tmp_path: Path) -> None:
 def late(**arguments: Any) -> lq.QuantizationAwareTraining:
     """A callback that reads late, as on a GPU."""
     callback = lq.QuantizationAwareTraining("w8a8", calibration_samples=16, **arguments)
-    callback._watch = GradientWatch(late=True)
+    callback._guard.watch = GradientWatch(late=True)
     return callback
 
 
-def test_every_step_is_looked_at_and_told_one_step_late(tmp_path: Path) -> None:
-    module = Spoilt("loss")
+def test_every_step_is_checked_and_reported_one_step_late(tmp_path: Path) -> None:
+    module = WithBadGradients("loss")
     taken: list[int] = []
     step = module.optimizer_step
     module.optimizer_step = lambda *args, **kwargs: (step(*args, **kwargs), taken.append(module.global_step))  # type: ignore[method-assign]
@@ -122,7 +122,7 @@ def test_every_step_is_looked_at_and_told_one_step_late(tmp_path: Path) -> None:
     ids=["end of training", "without validation", "validation"],
 )
 def test_the_last_step_before_validation_and_end_is_not_missed(tmp_path: Path, arguments: dict[str, Any]) -> None:
-    module = Spoilt("loss")
+    module = WithBadGradients("loss")
     with pytest.raises(TrainingError, match=r"Step 6 \(epoch 1, batch 1\)"):
         fit(module, late(), tmp_path, **arguments)
     assert module.called.count("training") == 6
@@ -132,12 +132,12 @@ def test_the_last_step_before_validation_and_end_is_not_missed(tmp_path: Path, a
 def test_no_checkpoint_keeps_what_such_a_step_made(tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     with pytest.raises(TrainingError, match=r"Step 6 "):
-        fit(Spoilt("loss"), late(), tmp_path, keep)
+        fit(WithBadGradients("loss"), late(), tmp_path, keep)
     assert {path.stem for path in tmp_path.glob("*.ckpt")} == {f"step={step}" for step in range(1, 6)}
 
 
 def test_late_after_rungs_it_ends_with_the_best_network(tmp_path: Path) -> None:
-    module = Spoilt("loss")
+    module = WithBadGradients("loss")
     callback = late(monitor="val_loss", mode="min", max_drop=-10.0)
     with pytest.warns(UserWarning, match=r"Step 6 \(epoch 1.*was taken.*Training ends here, with the best network"):
         fit(module, callback, tmp_path)
@@ -153,7 +153,7 @@ def test_on_a_gpu_it_reads_late_by_itself() -> None:
     found = []
     for number, value in enumerate((1.0, torch.nan, 1.0), start=1):
         parameter.grad = torch.full_like(parameter, value)
-        found.append(watch.look([parameter], Step(number, 0, number - 1)))
+        found.append(watch.check([parameter], Step(number, 0, number - 1)))
     assert found == [None, None, Step(2, 0, 1)]
     assert watch.last() is None
 
@@ -166,9 +166,9 @@ def half(scale: float = 4.0) -> dict[str, Any]:
     return {"plugins": MixedPrecision("16-mixed", "cpu", scaler=scaler)}
 
 
-def test_an_overflow_now_and_then_is_the_scalers_business(tmp_path: Path) -> None:
+def test_an_occasional_overflow_is_left_to_the_scaler(tmp_path: Path) -> None:
     for callback in (lq.QuantizationAwareTraining("w8a8", calibration_samples=16), late()):
-        module = Spoilt("loss")
+        module = WithBadGradients("loss")
         trainer = fit(module, callback, tmp_path, **half())
         assert trainer.global_step == 16
         assert all(torch.isfinite(value).all() for value in module.parameters())
@@ -178,8 +178,8 @@ def test_an_overflow_now_and_then_is_the_scalers_business(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("what", "where"), [("layer", "the output of layer 'mean'"), ("loss", "it comes from the loss or its gradient")]
 )
-def test_numbers_that_stay_infinite_are_told(tmp_path: Path, is_late: bool, what: str, where: str) -> None:
-    module = Spoilt(what, lasts=True)
+def test_numbers_that_stay_infinite_are_reported(tmp_path: Path, is_late: bool, what: str, where: str) -> None:
+    module = WithBadGradients(what, lasts=True)
     callback = late() if is_late else lq.QuantizationAwareTraining("w8a8", calibration_samples=16)
     # step 6 with a scale of 4, 7 with 2, 8 with 1: only 9 with 0.5 is not explained by scaling
     with pytest.raises(TrainingError, match=r"Step 9 .* The loss scale has fallen to 0.5") as raised:
@@ -190,7 +190,7 @@ def test_numbers_that_stay_infinite_are_told(tmp_path: Path, is_late: bool, what
 
 
 def test_after_rungs_numbers_that_stay_infinite_end_the_fit(tmp_path: Path) -> None:
-    module = Spoilt("loss", lasts=True)
+    module = WithBadGradients("loss", lasts=True)
     callback = lq.QuantizationAwareTraining(
         "w8a8", calibration_samples=16, monitor="val_loss", mode="min", max_drop=-10.0
     )

@@ -178,10 +178,10 @@ def test_a_fit_is_resumed_with_the_same_bits(tmp_path: Path, package: Any) -> No
 def test_combined_loaders(tmp_path: Path, package: Any) -> None:
     class Combined(module_of(package)):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return super().training_step(batch["labelled"], batch_idx)  # type: ignore[no-any-return]
+            return super().training_step(batch["labeled"], batch_idx)  # type: ignore[no-any-return]
 
     module = Combined()
-    combined = package.utilities.CombinedLoader({"labelled": small_loader()}, "min_size")
+    combined = package.utilities.CombinedLoader({"labeled": small_loader()}, "min_size")
     trainer = trainer_of(package, tmp_path, quantization := lq.QuantizationAwareTraining("w8a8"), max_epochs=1)
     trainer.fit(module, combined)
     assert trainer.global_step == 4

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import lightning_quant as lq
-from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.utilities.full_precision import full_precision
 from tests.helpers.small import SmallModule, encodings, small_data, small_loader
@@ -85,16 +85,16 @@ def test_one_layer_with_16_bits_is_enough(trainer: MakeTrainer) -> None:
     assert module.dtypes("measured") == {torch.float32}
 
 
-class Widening(Technique):
+class Widening(Rung):
     """Gives every activation 16 bits."""
 
     name = "widening"
     refines = True
 
-    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+    def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
         for quantizer in network.quantizers():
             quantizer.bitwidth = 16
-        bench.calibrate(network)
+        context.calibrate(network)
         return "all"
 
 
@@ -248,7 +248,7 @@ def test_autocast_is_off_inside() -> None:
         assert (ones @ ones).dtype == torch.bfloat16
 
 
-# What the user is told
+# What is reported to the user
 
 
 @pytest.mark.parametrize(

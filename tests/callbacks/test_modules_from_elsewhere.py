@@ -281,7 +281,7 @@ def test_structures(trainer: MakeTrainer, tmp_path: Any, answer: str, masked: bo
     assert isinstance(module.answered[-1], ANSWERS[answer][2])
     assert type(module.answered[-1]) is type(plain.answered[-1])
     assert export.bundle is not None
-    names = export.bundle.manifest["input_names"]
+    names = export.bundle.manifest.input_names
     assert names == ["images", "position", *(["mask"] if masked else [])]
     training = trainer(lq.QuantizationAwareTraining("w8a16", network="net.backbone"), max_epochs=1)
     training.fit(module, data)

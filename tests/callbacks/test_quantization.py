@@ -480,7 +480,7 @@ def test_encodings_are_those_of_a_script_written_by_hand(
         ({"precision": 8}, r"Unknown precision 8"),
         ({"hardware": "htp_v76"}, r"Unknown hardware config 'htp_v76'.*Did you mean 'htp_v7"),
         ({"hardware": "missing.json"}, r"Unknown hardware config 'missing.json'"),
-        ({"range_estimator": "mse"}, r"Unknown range_estimator 'mse': expected one of min_max, tf_enhanced"),
+        ({"range_estimator": "mse"}, r"Unknown range estimator 'mse': expected one of min_max, tf_enhanced"),
         ({"calibration_samples": 0}, r"calibration_samples=0: expected a whole number"),
         ({"overrides": {"head": "w9a9"}}, r"Unknown precision 'w9a9'"),
         ({"network": ""}, r"network='': expected the name of the attribute"),

@@ -1,4 +1,4 @@
-"""A fit that goes on from a resume point ends with the bits of one that was never stopped."""
+"""A fit that is resumed from a resume point ends with the bits of one that was never stopped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing_extensions import override
 import lightning_quant as lq
 from lightning_quant.callbacks.resume_point import ResumePoint
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.helpers.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
 from tests.helpers.trainers import quiet_trainer
@@ -108,14 +108,14 @@ def test_a_second_fit_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         run(tmp_path, callback())
 
 
-class Fails(Technique):
-    """A rung that fails as often as it is told to."""
+class Fails(Rung):
+    """A rung that fails a given number of times."""
 
     name = "fails"
     times = 0
 
     @override
-    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+    def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
         type(self).times -= 1
         if self.times >= 0:
             raise RuntimeError("the power went out")
@@ -149,7 +149,7 @@ def test_a_fit_that_is_stopped_in_one_rung_and_then_in_the_next(
     assert_same_tensors(go("again").state_dict(), whole.state_dict())
 
 
-def test_training_that_was_good_enough_is_not_taken_up_again(tmp_path: Path) -> None:
+def test_training_that_was_good_enough_is_not_resumed(tmp_path: Path) -> None:
     """Killed between the validation that ends it and its end."""
 
     def callback() -> lq.QuantizationAwareTraining:

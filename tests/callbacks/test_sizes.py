@@ -70,7 +70,7 @@ def test_images_of_varying_size(trainer: MakeTrainer, tmp_path: Path, caplog: py
         loader = DataLoader(data, batch_size=1)  # type: ignore[arg-type]
         export = run(trainer, tmp_path, module, loader, target="onnxruntime", monitor="val_loss")
     assert shapes(export) == {"x": [1, 3, 8, 8]}
-    assert export.bundle.manifest["parity"]["samples"] == 4
+    assert export.bundle.manifest.parity.samples == 4
     assert "in 3 or more sizes: exported for [(1, 3, 8, 8)], and compared on those alone" in caplog.text
     assert len(export.reports[0].metric) == 3  # the device's too, on validation images of that size
     largest = max(float(image.max()) for image in data)
@@ -84,7 +84,7 @@ def test_calibrated_at_other_sizes_only(trainer: MakeTrainer, tmp_path: Path) ->
     quantization = PostTrainingQuantization("w8a16", calibration_dataloader=data, calibration_samples=8)
     trainer(quantization, export).validate(module, DataLoader(images(1), batch_size=1), verbose=False)  # type: ignore[arg-type]
     assert shapes(export) == {"x": [1, 3, 10, 8]}
-    assert export.bundle.manifest["parity"]["samples"] == 4
+    assert export.bundle.manifest.parity.samples == 4
 
 
 class OfLists(Convolutions):
@@ -99,7 +99,7 @@ def test_lists_of_images(trainer: MakeTrainer, tmp_path: Path) -> None:
     module = Steps(OfLists(), lambda network, batch: network(batch))
     export = run(trainer, tmp_path, module, data)
     assert shapes(export) == {"x_0": [3, 8, 8]}
-    assert export.bundle.manifest["parity"]["samples"] == 4
+    assert export.bundle.manifest.parity.samples == 4
     largest = max(float(image.max()) for image in images())
     assert float(module.model.network.first.input_quantizers[0].max) == pytest.approx(largest, rel=1e-3)
 
@@ -125,7 +125,7 @@ def test_integers_keywords_and_numbers(trainer: MakeTrainer, tmp_path: Path) -> 
 
     export = run(trainer, tmp_path, Steps(OfWords(), call), data)
     assert list(shapes(export).values()) == [[1, 6], [], [1, 6, 1]]
-    assert export.bundle.manifest["parity"]["samples"] == 4
+    assert export.bundle.manifest.parity.samples == 4
 
 
 class OfSequences(nn.Module):

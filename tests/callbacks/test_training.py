@@ -112,7 +112,7 @@ def test_named_parameters_keep_their_names(trainer: MakeTrainer) -> None:
     assert all("quantizer" in name for name in ranges["param_names"])
 
 
-def test_second_fit_splits_afresh(trainer: MakeTrainer) -> None:
+def test_a_second_fit_splits_again(trainer: MakeTrainer) -> None:
     one = trainer(QuantizationAwareTraining(), max_epochs=1)
     module = SmallModule()
     for _ in range(2):
@@ -138,7 +138,7 @@ def test_ranges_and_weights_learn(trainer: MakeTrainer) -> None:
     assert float(one.callback_metrics["val_loss"]) < 0.85 * before["val_loss"]
 
 
-def test_ranges_stay_as_calibrated_when_told_so(trainer: MakeTrainer) -> None:
+def test_fixed_ranges_stay_as_calibrated(trainer: MakeTrainer) -> None:
     module = SmallModule()
     calibrated: dict[str, Any] = {}
 

@@ -54,7 +54,10 @@ def test_a_sweep_gathers_its_runs_whatever_launched_them(tmp_path: Path, launche
     output = sweep(tmp_path, launcher)
     runs = [tmp_path / "sweep" / name for name in ("0-ffnet_nano-w8a8", "1-ffnet_nano-w4a8")]
     records = [RunRecord.read(run / "results.json") for run in runs]
-    assert [(record.status, record.precision) for record in records] == [("finished", "w8a8"), ("finished", "w4a8")]
+    assert [(record.status, str(record.precision)) for record in records] == [
+        ("finished", "w8a8"),
+        ("finished", "w4a8"),
+    ]
     assert all(
         (run / record.artifacts["bundle"] / "manifest.json").is_file()
         for run, record in zip(runs, records, strict=True)
@@ -125,7 +128,7 @@ def main(config):
     export = instantiate(config.target, dirpath="export", name="net", report=False)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[quantization, export])
     trainer.fit(SmallModule(), small_loader(), small_loader())
-    print(config.model.name, export.bundle.manifest["precision"], export.bundle.manifest["range_estimator"])
+    print(config.model.name, export.bundle.manifest.precision, export.bundle.manifest.range_estimator)
 
 main()
 """

@@ -1,4 +1,4 @@
-"""Run by test_bundle.py in a process of its own: exports that are killed or run out of space, in forked children.
+"""Run by test_export.py in a process of its own: exports that are killed or run out of space, in forked children.
 
 Prints one JSON line per attempt.
 """
@@ -17,7 +17,8 @@ import torch
 
 torch.set_num_threads(1)
 
-from lightning_quant.deploy import bundle  # noqa: E402
+from lightning_quant.deploy import export  # noqa: E402
+from lightning_quant.deploy.bundle import load_bundle  # noqa: E402
 from lightning_quant.errors import ExportError  # noqa: E402
 from tests.helpers.kills import child, moments  # noqa: E402
 from tests.helpers.networks import Body, calibrated, call, images  # noqa: E402
@@ -28,7 +29,7 @@ def state(path: Path) -> str:
     if not path.exists():
         return "nothing"
     try:
-        return str(bundle.load_bundle(path).manifest["precision"])
+        return str(load_bundle(path).manifest.precision)
     except ExportError as error:
         return f"broken: {error}"
 
@@ -46,23 +47,23 @@ def main(root: Path) -> None:
     old = calibrated(Body(), precision="w8a8")
     new = calibrated(Body(), precision="w8a16")
     samples = [call(images(2))]
-    bundle.export_bundle(old, root / "warm" / "net", samples)
+    export.export_bundle(old, root / "warm" / "net", samples)
 
     def prepare(kind: str, before: str) -> Path:
         path = root / kind / "net"
         path.parent.mkdir(parents=True)
         if before != "nothing":
-            bundle.export_bundle(old, path, samples)
+            export.export_bundle(old, path, samples)
         return path
 
     # at moments spread over the whole export
     totals = {}
     for before in ("nothing", "w8a8"):
-        totals[before] = moments(partial(bundle.export_bundle, new, prepare(f"counted-{before}", before), samples))
+        totals[before] = moments(partial(export.export_bundle, new, prepare(f"counted-{before}", before), samples))
     for index in range(8):
         before = ("nothing", "w8a8")[index % 2]
         path = prepare(f"moment{index}", before)
-        work = partial(bundle.export_bundle, new, path, samples)
+        work = partial(export.export_bundle, new, path, samples)
         report("moment", path, before, child(work, dies_at=1 + index * totals[before] // 8))
 
     # right before and right after each rename
@@ -81,7 +82,7 @@ def main(root: Path) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
 
             os.replace = replace  # type: ignore[assignment]
-            bundle.export_bundle(new, path, samples)
+            export.export_bundle(new, path, samples)
 
         report("rename", path, "w8a8", child(work), moment=f"{moment} {index // 2}")
 
@@ -95,7 +96,7 @@ def main(root: Path) -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             try:
-                bundle.export_bundle(new, path, samples)
+                export.export_bundle(new, path, samples)
             except ExportError as error:
                 os._exit(17 if "File too large" in str(error) else 18)
 

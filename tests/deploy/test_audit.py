@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.deploy.audit import unexplained
-from lightning_quant.deploy.bundle import export_bundle
+from lightning_quant.deploy.audit import Explanation, Reason, unexplained
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.errors import ExportError
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.preflight import Finding, FindingKind
@@ -40,7 +40,7 @@ def reasons(network: nn.Module, path: Path, *inputs: Tensor) -> dict[str, str]:
     example = call(*inputs) if inputs else call(images(4))
     made = calibrated(network, example)
     bundle = export_bundle(made, path / "net", [example])
-    found = bundle.manifest["without_encoding"]
+    found = bundle.manifest.without_encoding
     # nothing is left that is neither encoded nor explained, seen from the files alone
     model = onnx.load(bundle.aimet / "model.onnx")
     encodings = json.loads((bundle.aimet / "model.encodings").read_text())
@@ -172,12 +172,12 @@ def test_rules_on_hand_made_graphs() -> None:
     node = onnx.helper.make_node
     plain = _model(node("Add", ["x", "c"], ["a"]), node("Mul", ["a", "c"], ["y"]), initializers=("c",))
     explained, missing = unexplained(plain, [])
-    assert missing == ["c", "x", "a", "y"]  # beside an activation, a float constant makes for float operations
+    assert missing == ["c", "x", "a", "y"]  # where it meets an activation, a float constant makes the operation float
     assert explained == {}
     assert unexplained(plain, ["x", "a", "y", "c"]) == ({}, [])
     # an activation explains what it is fused with only if its own output has a range
     fused = _model(node("Add", ["x", "x"], ["a"]), node("Relu", ["a"], ["y"]))
-    assert unexplained(fused, ["x", "y"]) == ({"a": "computed together with the Relu after it"}, [])
+    assert unexplained(fused, ["x", "y"]) == ({"a": Explanation(Reason.FUSED, "Relu")}, [])
     assert unexplained(fused, ["x"])[1] == ["a", "y"]
     # integers need no range
     shape = _model(node("Shape", ["x"], ["s"]), node("Reshape", ["x", "s"], ["y"]))
@@ -215,7 +215,9 @@ def test_every_operator_that_takes_a_constant_as_it_takes_an_activation(operatio
     assert unexplained(model, ["x", "y"])[1] == ["c"]
     assert unexplained(model, ["x", "y", "c"])[1] == []
     left = Finding("", "", "", kind=FindingKind.LEFT_IN_FLOAT)
-    assert unexplained(model, ["x", "y"], [left]) == ({"c": "left in float, as the preflight said of the network"}, [])
+    explained, missing = unexplained(model, ["x", "y"], [left])
+    assert (explained, missing) == ({"c": Explanation(Reason.LEFT_IN_FLOAT, "the network")}, [])
+    assert str(explained["c"]) == "left in float, as the preflight said of the network"
 
 
 def test_only_kinds_of_findings_count_not_their_words() -> None:
@@ -231,7 +233,7 @@ def test_only_kinds_of_findings_count_not_their_words() -> None:
 
 
 class Positioned(nn.Module):
-    """A parameter beside an activation."""
+    """A parameter that meets an activation."""
 
     def __init__(self, operation: nn.Module, size: tuple[int, ...] = (1, 4, 8, 8)) -> None:
         super().__init__()
@@ -254,7 +256,7 @@ def test_a_parameter_beside_an_activation_needs_a_range(tmp_path: Path, operatio
     assert list(tmp_path.iterdir()) == []
     operator.input_quantizers[1] = copy.deepcopy(operator.output_quantizers[0])
     bundle = export_bundle(made, tmp_path / "net", [call(images(1))])
-    assert "network.position" not in bundle.manifest["without_encoding"]
+    assert "network.position" not in bundle.manifest.without_encoding
 
 
 def test_a_single_number_needs_no_range(tmp_path: Path) -> None:
@@ -263,6 +265,6 @@ def test_a_single_number_needs_no_range(tmp_path: Path) -> None:
 
 
 def test_constants_inside_one_operation_need_none(tmp_path: Path) -> None:
-    """What ONNX writes a GELU as is no business of the user's."""
+    """How ONNX writes a GELU is not the user's concern."""
     found = reasons(nn.Sequential(nn.Conv2d(3, 4, 1), nn.GELU(), nn.Conv2d(4, 4, 1)), tmp_path)
     assert any(reason.startswith("inside one operation of the simulation") for reason in found.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,38 @@ from onnx import TensorProto, helper, numpy_helper
 
 from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.graph.qdq import exact_session
+from lightning_quant.deploy.manifest import BundleManifest
+from lightning_quant.deploy.parity import Parity
 from lightning_quant.deploy.targets.htp.target import HtpEmulatorTarget
+from lightning_quant.precision import Precision
+from lightning_quant.simulation.manifest import Manifest
 
 NO_EMULATOR = HtpEmulatorTarget("SM8650").unavailable()
+# Of a bundle that no network was exported to.
+MANIFEST = BundleManifest(
+    **Manifest.versions(),
+    precision=Precision(8, 8),
+    hardware="htp_v75",
+    overrides={},
+    range_estimator="min_max",
+    calibrated=True,
+    float_sha256=None,
+    equalized=False,
+    promoted={},
+    inputs=None,
+    other_inputs=[],
+    name="",
+    encodings_version="1.0.0",
+    opset={},
+    onnx="",
+    onnxruntime="",
+    input_names=[],
+    output_names=[],
+    bytes={},
+    parity=Parity(math.inf),
+    without_encoding={},
+    files={},
+)
 
 
 class QdqModel:
@@ -85,7 +115,7 @@ def computed(model: onnx.ModelProto, folder: Path, **inputs: np.ndarray) -> list
 def emulated(model: onnx.ModelProto, folder: Path, **inputs: np.ndarray) -> Any:
     """What the NPU makes of it: the report's placement, and the outputs."""
     folder.mkdir()
-    bundle = Bundle(folder, {"precision": "w8a8"})
+    bundle = Bundle(folder, MANIFEST)
     onnx.save(model, bundle.qdq)
     (measured,) = HtpEmulatorTarget("SM8650", timeout=120).run(bundle, [inputs], folder)
     assert measured.outputs is not None

@@ -10,7 +10,7 @@ import torch
 from typing_extensions import override
 
 from lightning_quant.errors import LightningQuantError
-from lightning_quant.ladder.rung import Workbench
+from lightning_quant.ladder.rung import RungContext
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.helpers.small import assert_same_tensors
 from tests.ladder.test_climb import Afresh, Broken, Climb, Failing, Finish, Large, Noise, Small, Tenth, noise
@@ -25,52 +25,52 @@ class Nan(Noise):
 @pytest.mark.parametrize("kind", [Large, Nan, Failing, Broken])
 def test_what_goes_wrong_on_top_of_a_correction_leaves_it_in_force(kind: type[Noise]) -> None:
     climber = Climb(Small(), Finish()).start()
-    before, base = climber.network.snapshot(), climber.footing.base
+    before, base = climber.network.snapshot(), climber.session.base
     climber.rungs = (*climber.rungs, kind())
     if kind is Broken:
         with pytest.raises(RuntimeError, match="a bug"):
             climber.start()
     else:
         climber.start()
-        assert climber.told[-1].kept is False
+        assert climber.results[-1].kept is False
     assert Noise.applied[:3] == ["small", "finish", kind.name]
     assert_same_tensors(climber.network.state_dict(), before)
-    assert noise(climber.network, climber.bench) == pytest.approx(0.005, abs=1e-6)
-    assert climber.footing.finishing == "finish"
+    assert noise(climber.network, climber.context) == pytest.approx(0.005, abs=1e-6)
+    assert climber.session.correction == "finish"
     assert base is not None
-    assert climber.footing.base is base
+    assert climber.session.base is base
 
 
-def test_a_correction_is_made_anew_after_a_rung_that_starts_from_float() -> None:
+def test_a_correction_is_applied_again_after_a_rung_that_starts_from_float() -> None:
     climber = Climb(Small(), Finish(), Afresh()).start()
     assert Noise.applied == ["small", "finish", "afresh", "finish"]
-    assert noise(climber.network, climber.bench) == pytest.approx(0.0005, abs=1e-6)
-    assert climber.footing.base is not None
+    assert noise(climber.network, climber.context) == pytest.approx(0.0005, abs=1e-6)
+    assert climber.session.base is not None
     with torch.no_grad():
-        climber.network.restore(climber.footing.base)
-    assert noise(climber.network, climber.bench) == pytest.approx(0.001, abs=1e-6)
+        climber.network.restore(climber.session.base)
+    assert noise(climber.network, climber.context) == pytest.approx(0.001, abs=1e-6)
 
 
-def test_a_correction_that_fails_after_a_rung_takes_the_rung_with_it() -> None:
+def test_a_rung_fails_if_the_correction_after_it_does() -> None:
     class OnceOnly(Finish):
         name = "once"
 
         @override
-        def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+        def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
             if "once" in Noise.applied:
                 raise LightningQuantError("only once")
-            return super().apply(network, bench)
+            return super().apply(network, context)
 
     climber = Climb(Small(), OnceOnly()).start()
     before = climber.network.snapshot()
     climber.rungs = (*climber.rungs, Afresh())
     climber.start()
-    assert climber.told[-1].reason == "failed: only once"
+    assert climber.results[-1].reason == "failed: only once"
     assert_same_tensors(climber.network.state_dict(), before)
-    assert climber.footing.finishing == "once"
+    assert climber.session.correction == "once"
 
 
-def test_a_climb_that_goes_on_later_corrects_once() -> None:
+def test_a_resumed_climb_corrects_once() -> None:
     climber = Climb(Small(), Finish()).start()
     tenth = Tenth()
     climber.rungs = (*climber.rungs, tenth)
@@ -84,7 +84,7 @@ def test_a_climb_that_goes_on_later_corrects_once() -> None:
 def test_a_network_that_measures_nan_is_rolled_back() -> None:
     climber = Climb(Small(), Nan(), Afresh()).start()
     assert [rung.kept for rung in climber.ladder.rungs] == [True, False, True]
-    assert noise(climber.network, climber.bench) == pytest.approx(0.001, abs=1e-6)
+    assert noise(climber.network, climber.context) == pytest.approx(0.001, abs=1e-6)
 
 
 def test_first_rungs_that_are_useless_leave_the_network_as_it_was() -> None:
@@ -96,17 +96,17 @@ def test_first_rungs_that_are_useless_leave_the_network_as_it_was() -> None:
     assert_same_tensors(climber.network.state_dict(), before)
 
 
-def test_a_rung_that_is_unsuitable_is_not_tried() -> None:
+def test_a_rung_with_a_reason_to_skip_it_is_not_tried() -> None:
     class Unsuitable(Large):
         name = "unsuitable"
 
         @override
-        def unsuitable(self, network: QuantizedNetwork, bench: Workbench) -> str | None:
+        def skip_reason(self, network: QuantizedNetwork, context: RungContext) -> str | None:
             return "there is nothing to do"
 
     climber = Climb(Unsuitable(), Small()).start()
     assert Noise.applied == ["small"]
-    assert (climber.told[0].reason, climber.told[0].kept) == ("there is nothing to do", False)
+    assert (climber.results[0].reason, climber.results[0].kept) == ("there is nothing to do", False)
 
 
 def test_a_float_network_that_cannot_be_repaired_fails_that_rung_alone() -> None:
@@ -114,20 +114,20 @@ def test_a_float_network_that_cannot_be_repaired_fails_that_rung_alone() -> None
         name = "unrepairable"
 
         @override
-        def float_reference(self, bench: Workbench) -> Any:
+        def float_reference(self, context: RungContext) -> Any:
             raise LightningQuantError("no samples")
 
     climber = Climb(Unrepairable(), Small()).start()
-    assert climber.told[0].reason == "failed: no samples"
+    assert climber.results[0].reason == "failed: no samples"
     assert climber.ladder.float_reestimated is None
-    assert climber.ladder.best is climber.told[1]
+    assert climber.ladder.best is climber.results[1]
 
 
-def test_smaller_is_better_if_so_asked() -> None:
+def test_less_is_better_with_mode_min() -> None:
     climber = Climb(Large(), Afresh(), Small(), max_drop=0.5)
     climber.ladder.mode = "min"
-    climber.bench.measure = lambda: noise(climber.network, climber.bench)
+    climber.context.measure = lambda: noise(climber.network, climber.context)
     climber.start()
-    assert [rung.rung for rung in climber.told] == ["large", "afresh"]
-    assert climber.ladder.best is climber.told[1]
-    assert climber.told[0].drop == pytest.approx(1.0, abs=1e-5)
+    assert [rung.rung for rung in climber.results] == ["large", "afresh"]
+    assert climber.ladder.best is climber.results[1]
+    assert climber.results[0].drop == pytest.approx(1.0, abs=1e-5)

@@ -1,4 +1,4 @@
-"""The gate: what a metric means beside the float network's."""
+"""The gate: what a metric means compared with the float network's."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_verdicts() -> None:
     first = ladder.judge("a", 0.5, "", 1.0)
     worse = ladder.judge("b", 0.4, "", 1.0)
     broken = ladder.judge("c", math.nan, "", 1.0)
-    skipped = ladder.pass_over("d", "nothing to do")
+    skipped = ladder.skip("d", "nothing to do")
     assert not ladder.satisfied
     enough = ladder.judge("e", 0.95, "", 1.0)
     assert [one.kept for one in (first, worse, broken, skipped, enough)] == [True, False, False, False, True]
@@ -59,5 +59,5 @@ def test_without_a_bound_nothing_suffices() -> None:
 def test_it_survives_json() -> None:
     ladder = Ladder("m", "min", 0.1, 1.0, 0.9)
     ladder.judge("a", 0.95, "changed", 1.234, 100)
-    ladder.pass_over("b", "no")
+    ladder.skip("b", "no")
     assert Ladder.from_dict(json.loads(json.dumps(ladder.to_dict()))) == ladder

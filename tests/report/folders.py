@@ -10,12 +10,15 @@ import torch
 from torch import nn
 
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.parity import Parity
 from lightning_quant.domains.segmentation.cityscapes import CLASS_NAMES
-from lightning_quant.domains.segmentation.images import normalise_images
-from lightning_quant.domains.segmentation.overlay import save_overlays
+from lightning_quant.domains.segmentation.images import normalize_images
+from lightning_quant.domains.segmentation.overlay import compare_class_maps
 from lightning_quant.domains.segmentation.scenes import draw_scene
 from lightning_quant.ladder.gate import Ladder
+from lightning_quant.precision import Precision
 from lightning_quant.report.layers import LayerFigures
+from lightning_quant.report.pictures import legend_of, write_comparisons
 from lightning_quant.report.record import RunRecord
 from lightning_quant.simulation.inputs import NetworkInputs
 from tests.helpers.networks import calibrated, call
@@ -23,7 +26,7 @@ from tests.helpers.networks import calibrated, call
 DEVICE = DeviceReport(
     tier="aihub",
     device="Samsung Galaxy S24",
-    precision="w4a16",
+    precision=Precision(4, 16),
     runtime="qnn_dlc",
     latency_us=[2100, 2000, 2200],
     float_latency_us=[8000],
@@ -31,8 +34,8 @@ DEVICE = DeviceReport(
     layers={"NPU": ["conv_1", "conv_2"], "GPU": [], "CPU": ["resize"]},
     fallen_back={"resize": "not said by AI Hub"},
     samples=8,
-    against_simulation={"psnr_db": 66.0, "argmax_agreement": 1.0},
-    against_float={"psnr_db": 31.25, "argmax_agreement": 0.98},
+    against_simulation=Parity(66.0, 1.0, 1.0, 8),
+    against_float=Parity(31.25, 0.98, 0.99, 8),
     bytes={"float": 55_600_000, "quantized": 7_500_000, "compiled": 7_600_000},
     jobs={"compile": "https://hub.example/jobs/j1/"},
 )
@@ -40,8 +43,15 @@ DEVICE = DeviceReport(
 
 def record(**values: object) -> RunRecord:
     """Make a record of a run that has only what every run has."""
-    given = {"status": "finished", "model": "ffnet_nano", "data": "scenes", "precision": "w8a8", "config_hash": "abc"}
-    return RunRecord(**{**given, **values})  # type: ignore[arg-type]
+    given: dict[str, object] = {
+        "status": "finished",
+        "model": "ffnet_nano",
+        "data": "scenes",
+        "precision": "w8a8",
+        "config_hash": "abc",
+    }
+    given |= values
+    return RunRecord(**{**given, "precision": Precision.parse(str(given["precision"]))})  # type: ignore[arg-type]
 
 
 def full_record(**values: Any) -> RunRecord:
@@ -56,13 +66,13 @@ def full_record(**values: Any) -> RunRecord:
         "monitor": "val_miou",
         "metric": {"float": 0.7, "ptq": 0.66, "cle": 0.61, "qat": 0.696},
         "exported": "qat",
-        "ladder": ladder.to_dict(),
+        "ladder": ladder,
         "bytes": {"float": 55_600_000, "quantized": 7_500_000},
-        "parity": {"tier": "onnxruntime", "psnr_db": 101.5},
-        "device": [DEVICE.to_dict()],
-        "per_class_iou": {
-            "float": dict.fromkeys(CLASS_NAMES[:5], 0.7),
-            "qat": dict.fromkeys(CLASS_NAMES[:5], 0.69),
+        "parity": Parity(101.5, 1.0, 1.0, 8),
+        "device": [DEVICE],
+        "class_figures": {
+            "float": {"IoU": dict.fromkeys(CLASS_NAMES[:5], 0.7)},
+            "qat": {"IoU": dict.fromkeys(CLASS_NAMES[:5], 0.69)},
         },
         "versions": {"torch": "2.14.1"},
         "config": {"model": {"name": "<b>not bold</b> & </script>"}, "seed": 3},
@@ -75,7 +85,6 @@ def run_folder(
     folder: Path, network: nn.Module, image: torch.Tensor, size: tuple[int, int] = (64, 128), **values: Any
 ) -> Path:
     """Fill a folder: record, figures of the layers of ``network`` in W4A16, overlays of drawn scenes of that size."""
-    full_record(**values).write(folder)
     samples = [call(image)] * 2
     figures = LayerFigures.of(calibrated(network.eval(), NetworkInputs((image,)), precision="w4a16").eval(), samples, 1)
     figures.drift = {"a.weight": [0.0, 0.1, 0.3], "b.output": [0.0, -0.2, -0.1]}
@@ -83,8 +92,10 @@ def run_folder(
     figures.write(folder)
     scenes = [draw_scene(*size, seed=1, split="val", index=index)[0] for index in range(4)]
     photos = torch.stack([torch.from_numpy(np.asarray(scene).copy()).permute(2, 0, 1) for scene in scenes])
-    maps = torch.zeros(4, *size, dtype=torch.uint8)
-    other = maps.clone()
-    other[:, : size[0] // 4] = 13
-    save_overlays(folder / "overlays", normalise_images()(photos), maps, other)
+    road = torch.zeros(size, dtype=torch.uint8)
+    other = road.clone()
+    other[: size[0] // 4] = 13
+    comparisons = [compare_class_maps(photo, road, other) for photo in normalize_images()(photos)]
+    write_comparisons(folder / "overlays", comparisons)
+    full_record(legend=legend_of(comparisons), **values).write(folder)
     return folder

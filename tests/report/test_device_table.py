@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
-from lightning_quant.deploy.device_report import DeviceReport, closeness
+from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.parity import Parity
 from lightning_quant.errors import DataError
+from lightning_quant.precision import Precision
 from lightning_quant.report.device_table import Candidate, device_notes, device_table, dominated
 from lightning_quant.report.record import RunRecord
 from lightning_quant.report.summary import print_summary, write_summary
@@ -17,14 +20,14 @@ def phone(precision: str, latency: int, size: int, **values: object) -> DeviceRe
     return DeviceReport(
         tier="aihub",
         device="Samsung Galaxy S24",
-        precision=precision,
+        precision=Precision.parse(precision),
         soc="SM8650",
         runtime="qnn_dlc",
         latency_us=[latency, latency - 100, latency + 5000],
         float_latency_us=[4000],
         memory_bytes=[2**20, 20 * 2**20],
         layers={"NPU": ["a", "b"], "GPU": [], "CPU": ["c"]},
-        against_float={"psnr_db": 31.27, "argmax_agreement": 0.99},
+        against_float=Parity(31.27, 0.99),
         bytes={"float": 1_180_000, "quantized": size},
         samples=8,
         metric={"float": 0.7, "simulation": 0.69, "device": 0.6871},
@@ -37,13 +40,13 @@ def record(precision: str, metric: float, *reports: DeviceReport, mode: str = "m
         status="finished",
         model="net",
         data="scenes",
-        precision=precision,
+        precision=Precision.parse(precision),
         config_hash="0",
         monitor="val_miou",
         mode=mode,
         metric={"float": 0.7, "ptq": metric},
         exported="ptq",
-        device=[report.to_dict() for report in reports],
+        device=list(reports),
     )
 
 
@@ -87,7 +90,7 @@ def test_rows_of_a_phone() -> None:
     assert [row[-1] for row in rows] == ["on the front", "on the front", "dominated by w8a8"]
 
 
-def test_two_runs_of_one_precision_are_told_apart() -> None:
+def test_two_runs_of_one_precision_are_distinguished() -> None:
     runs = [record("w8a8", 0.69, phone("w8a8", 1000, 1)), record("w8a8", 0.68, phone("w8a8", 1000, 1))]
     assert [row[-1] for row in device_table(runs)[1]] == ["on the front", "dominated by another w8a8"]
 
@@ -102,9 +105,12 @@ def test_where_lower_is_better_the_higher_metric_is_dominated() -> None:
 
 def test_what_a_tier_cannot_measure_is_empty() -> None:
     emulated = DeviceReport(
-        tier="htp_emulator", device="Samsung Galaxy S24", precision="w8a8", layers={"NPU": ["a"], "GPU": [], "CPU": []}
+        tier="htp_emulator",
+        device="Samsung Galaxy S24",
+        precision=Precision(8, 8),
+        layers={"NPU": ["a"], "GPU": [], "CPU": []},
     )
-    pending = DeviceReport(tier="aihub", device="Samsung Galaxy S23", precision="w8a8", status="pending")
+    pending = DeviceReport(tier="aihub", device="Samsung Galaxy S23", precision=Precision(8, 8), status="pending")
     header, rows = device_table([record("w8a8", 0.69, emulated, pending)])
     first, second = (dict(zip(header, row, strict=True)) for row in rows)
     assert first["latency ms"] == first["× float"] == first["peak MB"] == first["PSNR dB"] == first["Pareto"] == ""
@@ -139,7 +145,7 @@ def test_a_report_survives_its_file(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text('{"format_version": 0}')
     with pytest.raises(DataError, match="format_version=0; this version reads 1"):
         DeviceReport.read(tmp_path / "old.json")
-    with pytest.raises(DataError, match=r"none\.json is no device report"):
+    with pytest.raises(DataError, match=r"none\.json is not a device report"):
         DeviceReport.read(tmp_path / "none.json")
 
 
@@ -148,12 +154,12 @@ def test_a_report_in_one_sentence() -> None:
         "w8a8 on Samsung Galaxy S24 (aihub): 1.00 ms, 4.0 times as fast as float; 2 layers on NPU, 1 layers on CPU; "
         "31.3 dB against float. Measured on a real device by Qualcomm AI Hub."
     )
-    failed = DeviceReport(tier="aihub", device="S24", precision="w8a8", status="failed", error="No device.")
+    failed = DeviceReport(tier="aihub", device="S24", precision=Precision(8, 8), status="failed", error="No device.")
     assert failed.sentence() == "w8a8 on S24 (aihub): failed, No device."
 
 
 def test_outputs_that_are_classes_are_compared_by_their_share() -> None:
-    assert closeness({"psnr_db": 31.27, "argmax_agreement": 0.9}) == "31.3 dB"
-    assert closeness({"psnr_db": None, "argmax_agreement": None}) == "equal"
-    assert closeness({"psnr_db": None, "argmax_agreement": 1.0}) == "equal"
-    assert closeness({"psnr_db": None, "argmax_agreement": 0.984}) == "98.4 % same"
+    assert str(Parity(31.27, 0.9)) == "31.3 dB"
+    assert str(Parity(math.inf)) == "equal"
+    assert str(Parity(math.inf, 1.0)) == "equal"
+    assert str(Parity(math.inf, 0.984)) == "98.4 % same"

@@ -33,19 +33,37 @@ def test_drop_is_what_was_lost_whichever_direction_is_better(
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "{}", '{"format_version": 2}', '{"format_version": 2, "surprise": 2}', '"text"', "null"],
+    ["", "{", "[]", "{}", '{"format_version": 3}', '{"format_version": 3, "surprise": 2}', '"text"', "null"],
 )
 def test_a_damaged_record_is_refused_by_name(tmp_path: Path, content: str) -> None:
     path = tmp_path / "results.json"
     path.write_text(content)
-    with pytest.raises(DataError, match=r"results\.json is no results record"):
+    with pytest.raises(DataError, match=r"results\.json is not a results record"):
         RunRecord.read(path)
 
 
 def test_a_record_of_a_later_format_is_refused(tmp_path: Path) -> None:
     path = record().write(tmp_path)
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 9'))
+    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 9'))
     with pytest.raises(DataError, match="format_version=9"):
+        RunRecord.read(path)
+
+
+def test_a_record_of_the_version_before_is_read(tmp_path: Path) -> None:
+    written = record(class_figures={"float": {"IoU": {"road": 0.9}}})
+    path = written.write(tmp_path)
+    values = json.loads(path.read_text()) | {"format_version": 2, "per_class_iou": {"float": {"road": 0.9}}}
+    path.write_text(json.dumps({name: one for name, one in values.items() if name not in ("class_figures", "legend")}))
+    assert RunRecord.read(path) == written
+    path.write_text(json.dumps(values | {"per_class_iou": [1]}))
+    with pytest.raises(DataError, match=r"per_class_iou is .*, expected names with values"):
+        RunRecord.read(path)
+
+
+@pytest.mark.parametrize("color", ["red", "#12345", "#123456;background:url(x)", "#12345G"])
+def test_a_legend_holds_colors_only(tmp_path: Path, color: str) -> None:
+    path = record(legend={"road": color}).write(tmp_path)
+    with pytest.raises(DataError, match=r"legend\.road is .*, expected #rrggbb"):
         RunRecord.read(path)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 
 import pytest
 
+from lightning_quant.deploy.parity import Parity
 from lightning_quant.ladder.gate import Ladder
 from lightning_quant.report.summary import gather, print_summary, rung_table, table, write_summary
 from tests.report.folders import record
@@ -16,7 +18,7 @@ FINISHED = record(
     metric={"float": 0.71234, "ptq": 0.7, "qat": 0.72},
     exported="qat",
     bytes={"float": 55_600_000, "quantized": 13_900_000},
-    parity={"tier": "onnxruntime", "psnr_db": 51.234},
+    parity=Parity(51.234),
     seconds={"float": 10.4, "ptq": 2.2},
 )
 FAILED = record(precision="w4a16", status="failed", error="ParityError: 12 dB")
@@ -36,7 +38,7 @@ def test_figures_stand_in_their_columns_and_missing_ones_stay_empty() -> None:
 
 
 def test_an_exact_export_is_called_equal() -> None:
-    header, rows = table([record(parity={"tier": "onnxruntime", "psnr_db": None})])
+    header, rows = table([record(parity=Parity(math.inf))])
     assert dict(zip(header, rows[0], strict=True))["parity with simulation"] == "equal (onnxruntime)"
 
 
@@ -50,7 +52,7 @@ def test_markdown_and_csv_hold_the_same_table(tmp_path: Path) -> None:
     assert cells == [header, ["---"] * len(header), *rows]
 
 
-def test_records_come_in_the_order_of_the_runs_and_a_damaged_one_is_told(
+def test_records_come_in_the_order_of_the_runs_and_a_damaged_one_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in (10, 2, 0):
@@ -75,11 +77,11 @@ def test_a_drop_that_rounds_to_nothing_has_no_sign() -> None:
 def test_the_rungs_have_a_table_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ladder = Ladder("val_miou", max_drop=0.01, float_metric=0.7)
     ladder.judge("ptq", 0.6, "min_max ranges", 3.2, 123_000_000)
-    ladder.pass_over("seq_mse", "for 4-bit weights")
-    run = record(monitor="val_miou", ladder=ladder.to_dict())
+    ladder.skip("seq_mse", "for 4-bit weights")
+    run = record(monitor="val_miou", ladder=ladder)
     header, rows = rung_table([run, record()])
     assert dict(zip(header, rows[0], strict=True)) == {
-        "model": run.model, "precision": run.precision, "rung": "ptq", "miou": "0.6000", "drop": "0.1000",
+        "model": run.model, "precision": "w8a8", "rung": "ptq", "miou": "0.6000", "drop": "0.1000",
         "seconds": "3", "peak MB": "123", "kept": "yes: best so far", "what it changed": "min_max ranges",
     }  # fmt: skip
     assert rows[1][3:8] == ["", "", "0", "", "no: for 4-bit weights"]

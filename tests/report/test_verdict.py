@@ -7,24 +7,33 @@ from typing import Any
 import pytest
 
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.ladder.gate import Ladder
+from lightning_quant.precision import Precision
 from lightning_quant.report.verdict import sweep_verdict, verdict
 from tests.report.folders import record
 
+W8A8 = Precision(8, 8)
 SIZES = {"float": 55_600_000, "quantized": 7_500_000}
 
 
 def trained(**values: Any) -> dict[str, Any]:
     metric = {"float": 0.700, "ptq": 0.669, "qat": 0.696}
-    return {"precision": "w4a16", "metric": metric, "exported": "qat", "ladder": {"max_drop": 0.01}, **values}
+    return {
+        "precision": "w4a16",
+        "metric": metric,
+        "exported": "qat",
+        "ladder": Ladder("val_miou", max_drop=0.01),
+        **values,
+    }
 
 
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
         (trained(bytes=SIZES), "W4A16 needs QAT: 3.1 points lost by PTQ, 0.4 points lost after QAT; 7.4x smaller."),
-        (trained(ladder={}), "W4A16 is best after QAT: 3.1 points lost by PTQ, 0.4 points lost after QAT."),
+        (trained(ladder=None), "W4A16 is best after QAT: 3.1 points lost by PTQ, 0.4 points lost after QAT."),
         (
-            trained(ladder={"max_drop": 0.001}),
+            trained(ladder=Ladder("val_miou", max_drop=0.001)),
             "W4A16 falls short of the 0.1 points it may lose: 3.1 points lost by PTQ, 0.4 points lost after QAT.",
         ),
         ({"metric": {"float": 0.7, "ptq": 0.699}, "exported": "ptq"}, "W8A8 needs no training: 0.1 points lost."),
@@ -48,8 +57,8 @@ def test_a_run_in_one_sentence(values: dict[str, Any], sentence: str) -> None:
 
 def test_the_phone_has_its_say() -> None:
     def on_phone(quantized: int) -> str:
-        report = DeviceReport("aihub", "Samsung Galaxy S24", "w8a8", latency_us=[quantized], float_latency_us=[8000])
-        return verdict(record(metric={"float": 0.7, "ptq": 0.7}, exported="ptq", device=[report.to_dict()]))
+        report = DeviceReport("aihub", "Samsung Galaxy S24", W8A8, latency_us=[quantized], float_latency_us=[8000])
+        return verdict(record(metric={"float": 0.7, "ptq": 0.7}, exported="ptq", device=[report]))
 
     assert on_phone(2000) == "W8A8 needs no training: 0.0 points lost; 4.0x faster on Samsung Galaxy S24."
     assert on_phone(16000).endswith("2.0x slower on Samsung Galaxy S24.")

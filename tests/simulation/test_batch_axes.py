@@ -137,7 +137,7 @@ def test_axes_survive_the_manifest(name: str) -> None:
 @pytest.mark.parametrize("batch", [[2, 1], [-1, 1], [0, 0], [0, "1"], [True, 1], [0], 7, "0", [0, 3]])
 def test_hostile_axes_are_refused(batch: Any) -> None:
     item = {"tensor": [2, 3], "dtype": "float32", "batch": batch}
-    with pytest.raises(CheckpointError, match="cannot be made up"):
+    with pytest.raises(CheckpointError, match="cannot be created"):
         NetworkInputs.from_description({"args": [item], "kwargs": {}})
-    with pytest.raises(CheckpointError, match="cannot be made up"):
+    with pytest.raises(CheckpointError, match="cannot be created"):
         NetworkInputs.from_description({"args": [{"list": [], "batch": 0}], "kwargs": {}})

@@ -162,7 +162,7 @@ def test_batch_norms_are_folded_into_the_same_function() -> None:
     assert torch.allclose(float_twin(made)(x), original(x), atol=1e-5)
 
 
-def test_a_wrong_fold_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_fold_is_left_out_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     real = aimet.fold_all_batch_norms
 
     def wrong(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -174,14 +174,14 @@ def test_a_wrong_fold_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(aimet, "fold_all_batch_norms", wrong)
     original = Body()
     made = calibrated(original)
-    told = next(finding for finding in made.findings if "folding batch norms changed the output" in finding.problem)
-    assert "left unfolded" in told.problem
+    finding = next(one for one in made.findings if "folding batch norms changed the output" in one.problem)
+    assert "left unfolded" in finding.problem
     assert isinstance(made.network.norm, nn.BatchNorm2d)
     assert torch.allclose(float_twin(made)(images(4)), original(images(4)), atol=1e-5)
 
 
 @pytest.mark.parametrize("broken", ["raises", "nan"])
-def test_a_fold_that_breaks_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+def test_a_fold_that_breaks_is_left_out_and_reported(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     def fold(model: nn.Module, *args: Any, **kwargs: Any) -> list[Any]:
         if broken == "raises":
             raise KeyError("no such operation")

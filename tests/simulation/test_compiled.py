@@ -326,7 +326,7 @@ def test_a_tensor_made_in_forward_is_compiled() -> None:
 def test_side_effects_are_not_compiled(
     network: type[Body], why: Why, named: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It goes on as it is, once warned of, and what it leaves behind is what it leaves behind otherwise."""
+    """The network runs uncompiled, with one warning, and with the side effects that it has otherwise."""
     torch.manual_seed(0)
     known = calibrated(network().eval(), call(images(size=8)))
     twin = copy.deepcopy(known.network)
@@ -448,7 +448,7 @@ class Settings:
 
 
 class Configured(Body):
-    """Looks into an object, and drops numbers with a probability that somebody may set."""
+    """Reads an object, and drops values with a probability that others may set."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Calls of a network: any structure, cut to fewer samples, described for a manifest and made up from it."""
+"""Calls of a network: any structure, cut to fewer samples, described for a manifest and created from it."""
 
 from __future__ import annotations
 
@@ -126,19 +126,19 @@ def _tensor(shape: Any, dtype: Any = "float32") -> dict[str, Any]:
     ],
 )
 def test_hostile_description_is_refused(item: Any) -> None:
-    with pytest.raises(CheckpointError, match=r"cannot be made up.*Pass example_inputs"):
+    with pytest.raises(CheckpointError, match=r"cannot be created.*Pass example_inputs"):
         NetworkInputs.from_description({"args": [item], "kwargs": {}})
 
 
 @pytest.mark.parametrize("description", [{}, {"args": []}, {"args": 3, "kwargs": {}}, {"args": [], "kwargs": []}, None])
 def test_description_without_its_parts_is_refused(description: Any) -> None:
-    with pytest.raises(CheckpointError, match="cannot be made up"):
+    with pytest.raises(CheckpointError, match="cannot be created"):
         NetworkInputs.from_description(description)
 
 
 def test_many_tensors_cannot_ask_for_more_than_one_may() -> None:
     big = {"tensor": [2**18], "dtype": "bool"}
-    with pytest.raises(CheckpointError, match="cannot be made up"):
+    with pytest.raises(CheckpointError, match="cannot be created"):
         NetworkInputs.from_description({"args": [{"list": [big] * 2**13}], "kwargs": {}})
 
 

@@ -92,7 +92,7 @@ def test_timm_network_is_quantized_fully() -> None:
     assert not any(type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) for norm in norms)
     assert all(
         FOLDED in vars(norm) and norm.weight is norm.running_mean is None for norm in norms
-    )  # its activation goes on
+    )  # its activation is still computed
 
 
 class PaddedAsTensorFlow(nn.Conv2d):

@@ -34,7 +34,7 @@ class Cat(nn.Module):
 
 
 class CatInput(Cat):
-    """The images themselves beside what a convolution makes of them."""
+    """The images themselves next to the output of a convolution of them."""
 
     def __init__(self) -> None:
         super().__init__(last=7)
@@ -89,7 +89,7 @@ def test_what_goes_into_a_layer_behind_a_concatenation_is_raised_at_both_branche
     layers = quantized_layers(network)
     assert [layers[name].output_quantizers[0].bitwidth for name in ("a", "b")] == [16, 16]
     assert not [name for name in after if name.startswith(("a.param", "b.param", "a.input", "b.input"))]
-    assert places(network) == places_before  # nothing is left of what AIMET was given to look at
+    assert places(network) == places_before  # what AIMET was given for its search is removed
 
 
 @pytest.mark.parametrize("kind", [Cat, CatInput, CatLater])

@@ -21,10 +21,10 @@ import lightning_quant as lq
 from lightning_quant.cli.configuration import config_dir
 from lightning_quant.errors import CalibrationError, CheckpointError, ConfigurationError
 from lightning_quant.recipe import QuantRecipe
-from lightning_quant.simulation import aimet, range_estimators
+from lightning_quant.simulation import aimet
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.calibration_cache import StatisticsCache
-from lightning_quant.simulation.range_estimators import Percentile, RangeEstimator
+from lightning_quant.simulation.range_estimators import ESTIMATORS, Percentile, RangeEstimator
 from tests.helpers.estimators import Deviations
 from tests.helpers.networks import Body, call, images, quantized
 from tests.helpers.small import SmallModule, assert_same_tensors, encodings, small_loader
@@ -60,14 +60,17 @@ def test_only_options_that_were_changed_are_in_the_spec() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("minmax", r"Unknown range_estimator 'minmax': expected one of min_max, .*Did you mean 'min_max'"),
+        ("minmax", r"Unknown range estimator 'minmax': expected one of min_max, .*Did you mean 'min_max'"),
         ({"percentile": {"percentile": 0.99}}, r"percentile=0\.99: expected a share between 50 and 100"),
         ({"percentile": {"percentile": 101}}, r"percentile=101: expected"),
         ({"percentile": {"percentile": "most"}}, "'percentile' with options .*'most'"),
         ({"min_max": {"percentile": 99}}, "'min_max' with options .*unexpected keyword argument"),
-        ({"min_max": {}, "percentile": {}}, "expected a name, or one name with its options"),
-        ({"percentile": 99.9}, "expected a name, or one name with its options"),
-        (3, "expected a name, or one name with its options"),
+        (
+            {"min_max": {}, "percentile": {}},
+            "expected a name, the dotted path of a class, one of them with",
+        ),
+        ({"percentile": 99.9}, "expected a name, the dotted path of a class, one of them with"),
+        (3, "expected a name, the dotted path of a class, one of them with"),
         ("nowhere.Deviations", "'nowhere.Deviations' cannot be imported: No module named 'nowhere'"),
         ("tests.helpers.estimators.Nothing", "cannot be imported: .*no attribute 'Nothing'"),
         ("torch.nn.ReLU", r"is not a subclass of lightning_quant\.RangeEstimator"),
@@ -95,6 +98,9 @@ def test_names_that_are_taken_or_cannot_be() -> None:
 
         class Path(RangeEstimator):
             name = "os.path"
+
+            def ends(self, counts: Tensor, edges: Tensor) -> tuple[float, float]:
+                return 0.0, 1.0
 
 
 def test_the_same_class_may_be_defined_again() -> None:  # a script and its import, a cell of a notebook
@@ -206,12 +212,12 @@ def test_in_a_callback_and_back_from_its_checkpoint(trainer: MakeTrainer, tmp_pa
     one.save_checkpoint(path)
     assert lq.read_manifest(path)["range_estimator"] == {"deviations": {"count": 2.5}}
     assert_same_tensors(lq.load_quantized(SmallModule, path).state_dict(), module.state_dict())
-    known = range_estimators._REGISTERED.pop("deviations")
+    known = ESTIMATORS._registered.pop("deviations")
     try:
         with pytest.raises(CheckpointError, match=r"range_estimator=.*deviations.*import the module that defines it"):
             lq.load_quantized(SmallModule, path)
     finally:
-        range_estimators._REGISTERED["deviations"] = known
+        ESTIMATORS._registered["deviations"] = known
 
 
 @pytest.mark.parametrize(

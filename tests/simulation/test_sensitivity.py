@@ -17,11 +17,11 @@ from lightning_quant.simulation.sensitivity import layer_sensitivity
 from tests.callbacks.rung_cases import fragile_first, images, unequal
 from tests.helpers.networks import calibrated, call
 from tests.helpers.small import assert_same_tensors
-from tests.ladder.rungs.benches import batches, bench_of
+from tests.ladder.rungs.contexts import batches, context_of
 
 
 def test_the_fragile_layer_comes_first() -> None:
-    network, _ = bench_of(fragile_first, precision="w4a16")
+    network, _ = context_of(fragile_first, precision="w4a16")
     found = layer_sensitivity(network, batches(), 32)
     assert (found[0].layer, found[0].part, found[0].bits) == ("first", "weights", 4)
     assert [one.sqnr_db for one in found] == sorted(one.sqnr_db for one in found)
@@ -29,11 +29,11 @@ def test_the_fragile_layer_comes_first() -> None:
 
 
 def test_the_ratio_is_that_of_one_layer_alone() -> None:
-    network, bench = bench_of(precision="w4a8")
+    network, context = context_of(precision="w4a8")
     (second,) = (
         one for one in layer_sensitivity(network, batches(), 32) if (one.layer, one.part) == ("second", "weights")
     )
-    original = bench.prepared.network
+    original = context.prepared.network
     with torch.no_grad():
         expected = original(images()[:32])
         weight = original.second.weight
@@ -47,13 +47,13 @@ def test_the_ratio_is_that_of_one_layer_alone() -> None:
 
 @pytest.mark.parametrize("precision", ["w4a8", "w8a8", "w8a16"])
 def test_every_ratio_is_that_of_rounding_by_hand_at_the_places_named(precision: str) -> None:
-    network, bench = bench_of(unequal, precision=precision)
+    network, context = context_of(unequal, precision=precision)
     found = layer_sensitivity(network, batches(), 32)
     assert {one.part for one in found} == {"weights", "activations"}
     with torch.no_grad():
-        expected = bench.prepared.network(images()[:32])
+        expected = context.prepared.network(images()[:32])
         for one in found:
-            noise = _rounded(bench.prepared.network, network, one.quantizers)(images()[:32]) - expected
+            noise = _rounded(context.prepared.network, network, one.quantizers)(images()[:32]) - expected
             ratio = 10 * math.log10(float(expected.square().sum() / noise.square().sum()))
             assert one.sqnr_db == pytest.approx(ratio, abs=1e-2)
 
@@ -79,7 +79,7 @@ def _rounded(network: nn.Module, quantized: QuantizedNetwork, names: tuple[str, 
 
 
 def test_a_layer_that_rounds_nothing_comes_last() -> None:
-    network, _ = bench_of(_on_the_grid, precision="w4a16")
+    network, _ = context_of(_on_the_grid, precision="w4a16")
     last = layer_sensitivity(network, batches(), 8)[-1]
     assert (last.layer, last.part, last.sqnr_db) == ("second", "weights", math.inf)
 
@@ -117,7 +117,7 @@ def test_multiply_accumulates_of_a_transposed_convolution_are_counted() -> None:
 
 @pytest.mark.parametrize("breaks", [False, True])
 def test_the_network_is_left_as_it_was(breaks: bool) -> None:
-    network, _ = bench_of(precision="w4a8")
+    network, _ = context_of(precision="w4a8")
     snapshot = network.snapshot()
     places = _places(network)
     calls = batches()
@@ -133,7 +133,7 @@ def test_the_network_is_left_as_it_was(breaks: bool) -> None:
 
 @pytest.mark.parametrize("passes", [1, 3, 5])
 def test_a_pass_that_fails_leaves_no_trace(passes: int) -> None:
-    network, _ = bench_of(precision="w4a8")
+    network, _ = context_of(precision="w4a8")
     snapshot, places, answer = network.snapshot(), _places(network), network(images())
     done = 0
 
@@ -175,7 +175,7 @@ def test_a_concatenation_can_be_looked_at() -> None:
 
 
 def test_the_picture_and_the_table(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    network, _ = bench_of(precision="w4a8")
+    network, _ = context_of(precision="w4a8")
     found = layer_sensitivity(network, batches(), 8)
     picture, table = write_sensitivity(found, tmp_path / "out", "Chain at w4a8")
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

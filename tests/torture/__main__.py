@@ -165,7 +165,7 @@ def fuzzing(short: bool) -> Row:
 
 
 def faults(short: bool) -> Row:
-    return _tests("faults of AI Hub", "finished, or refused and gone on from", "tests/deploy/targets/test_aihub.py")
+    return _tests("faults of AI Hub", "finished, or refused and resumed", "tests/deploy/targets/aihub")
 
 
 def numbers(short: bool) -> Row:

@@ -9,12 +9,12 @@ from pathlib import Path
 from lightning_quant.deploy.push import Push
 from lightning_quant.errors import DeviceError
 from tests.aihub.standin import StandIn
-from tests.deploy.targets.test_aihub import IMPATIENT, S24, samples_and_bundle
+from tests.deploy.targets.aihub.test_target import IMPATIENT, S24, samples_and_bundle
 from tests.torture.runs import Outcome
 
 
 def journal(root: Path, kills: int, seed: int) -> Outcome:
-    """Kill pushes and go on with each until it is finished: nothing is made twice, all come to the same figures.
+    """Kill pushes and resume each until it is finished: nothing is made twice, all come to the same figures.
 
     The moments are those after the worker has written its journal, and those when the service has made something that
     the journal does not know of yet.

@@ -87,7 +87,7 @@ def result(folder: Path) -> dict[str, str]:
             found[name] = _digest(*(key.encode() + value.numpy().tobytes() for key, value in tensors))
         elif path.name == "results.json":
             record = RunRecord.read(path)
-            rungs = [(rung["rung"], rung["metric"], rung["kept"]) for rung in record.ladder["rungs"]]
+            rungs = [(rung.rung, rung.metric, rung.kept) for rung in (record.ladder.rungs if record.ladder else [])]
             found[name] = _digest(repr((record.status, record.metric, record.exported, record.bytes, rungs)).encode())
         elif path.suffix == ".png":
             with Image.open(path) as image:
@@ -113,7 +113,7 @@ class Outcome:
 
     Args:
         tried: how many kills, stops or full disks there were.
-        runs: how many runs were gone on with until their end.
+        runs: how many runs were resumed until their end.
         lost: what differed from an undisturbed run, or was half-written.
     """
 
@@ -144,7 +144,7 @@ class Undisturbed:
 
 
 def kill(root: Path, arguments: tuple[str, ...], kills: int, seed: int) -> Outcome:
-    """Kill runs again and again, going on with each until it is finished, and compare with an undisturbed one.
+    """Kill runs again and again, resuming each until it is finished, and compare with an undisturbed one.
 
     Half of the moments are before a change of a file, the other half anywhere in time.
     """
@@ -157,7 +157,7 @@ def kill(root: Path, arguments: tuple[str, ...], kills: int, seed: int) -> Outco
                 status = ended(child(lightning_quant(folder, *arguments), dies_at=chosen.randint(1, whole.changes)))
             else:
                 pid = child(lightning_quant(folder, *arguments))
-                status = signalled(pid, signal.SIGKILL, chosen.uniform(0, whole.seconds))
+                status = signaled(pid, signal.SIGKILL, chosen.uniform(0, whole.seconds))
             outcome.tried += status == -signal.SIGKILL
         outcome.runs += 1
         outcome.lost += whole.compare(folder, status)
@@ -173,7 +173,7 @@ def stop(root: Path, arguments: tuple[str, ...], stops: int, seed: int) -> Outco
         status = stopped[0]
         while status in stopped:
             pid = child(lightning_quant(folder, *arguments))
-            status = signalled(pid, signal.SIGTERM, chosen.uniform(0, whole.seconds))
+            status = signaled(pid, signal.SIGTERM, chosen.uniform(0, whole.seconds))
             outcome.tried += status in stopped
         outcome.runs += 1
         outcome.lost += whole.compare(folder, status)
@@ -181,7 +181,7 @@ def stop(root: Path, arguments: tuple[str, ...], stops: int, seed: int) -> Outco
 
 
 def fill(root: Path, arguments: tuple[str, ...], disks: int) -> Outcome:
-    """Runs on disks that are too small by more and more, then gone on with on larger ones. Needs to mount a tmpfs."""
+    """Runs on disks that are too small by more and more, then resumed on larger ones. Needs to mount a tmpfs."""
     whole, outcome = Undisturbed(root, arguments), Outcome()
     needed = sum(path.stat().st_size for path in (root / "whole").rglob("*") if path.is_file())
     for index in range(disks):
@@ -233,7 +233,7 @@ def share(root: Path, kills: int, seed: int) -> Outcome:
     return outcome
 
 
-def signalled(pid: int, number: int, delay: float) -> int:
+def signaled(pid: int, number: int, delay: float) -> int:
     """Send a child a signal after ``delay`` seconds, if it still runs; its exit status."""
     timer = threading.Timer(delay, os.kill, (pid, number))
     timer.start()

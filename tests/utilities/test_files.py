@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from lightning_quant.utilities.files import replacing
+from lightning_quant.utilities.files import atomic_write
 
 
 def test_it_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
     path = tmp_path / "new" / "a.json"
     for text in ("one", "two"):
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(text)
             assert partial.suffix == ".json"
         assert path.read_text() == text
@@ -28,7 +28,7 @@ def test_what_was_there_stays_when_the_block_fails(tmp_path: Path) -> None:
     path.write_text("before")
 
     def fail() -> None:
-        with replacing(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text("half")
             raise ZeroDivisionError
 
@@ -44,8 +44,8 @@ def test_a_kill_leaves_what_was_there(tmp_path: Path) -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from lightning_quant.utilities.files import replacing
-with replacing(Path({str(path)!r})) as partial:
+from lightning_quant.utilities.files import atomic_write
+with atomic_write(Path({str(path)!r})) as partial:
     partial.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """

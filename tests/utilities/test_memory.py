@@ -25,7 +25,7 @@ def test_the_peak_is_that_of_the_block() -> None:
     assert large.peak_bytes - after.peak_bytes > 400e6
 
 
-def test_an_exception_goes_on_and_the_peak_is_known() -> None:
+def test_an_exception_propagates_and_the_peak_is_known() -> None:
     peak = PeakMemory()
     with pytest.raises(ValueError, match="inside"), peak:
         raise ValueError("inside")

@@ -112,7 +112,7 @@ def update_encodings(encodings: dict[str, Any], coarser: dict[str, list[float]])
 
 
 def _sum_of(node: onnx.NodeProto, graph: QdqGraph) -> _Sum | None:
-    """The integer operands of an operation that adds a bias; ``None`` for other operations and other operands."""
+    """Return the integer operands of an operation that adds a bias; ``None`` for other operations and operands."""
     if node.op_type in _BIASED:
         names = list(node.input[:3])
     elif node.op_type == "Add":  # a linear layer on more than two axes
@@ -220,7 +220,7 @@ def _unshare(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def _path(name: str, graph: QdqGraph) -> list[onnx.NodeProto]:
-    """The nodes from the integers of a bias to the tensor ``name``; none if that is no bias."""
+    """Return the nodes from the integers of a bias to the tensor ``name``; none if that is not a bias."""
     path: list[onnx.NodeProto] = []
     node = graph.producers.get(name)
     while node is not None and hands_on(node) and len(node.output) == 1:
@@ -230,7 +230,7 @@ def _path(name: str, graph: QdqGraph) -> list[onnx.NodeProto]:
 
 
 def _is_bias(node: onnx.NodeProto, graph: QdqGraph) -> bool:
-    """Whether a node puts out a constant of 32-bit integers as floats."""
+    """Return whether a node outputs a constant of 32-bit integers as floats."""
     from onnx import TensorProto
 
     constant = of_integers(node) and all(name in graph.constants for name in node.input)
@@ -240,7 +240,7 @@ def _is_bias(node: onnx.NodeProto, graph: QdqGraph) -> bool:
 def _float_bias(
     bias: onnx.NodeProto, graph: QdqGraph, biases: Mapping[str, np.ndarray], origins: Mapping[str, str]
 ) -> np.ndarray:
-    """The bias before it was rounded, where it is known; AIMET may have cut its integers off."""
+    """Return the bias before it was rounded, where it is known; AIMET may have cut its integers off."""
     integers, scale = graph.array(bias.input[0]).astype(np.float64), _scale(graph, bias)
     rounded = integers * (_along(scale, integers.ndim, bias) if scale.size > 1 else scale.reshape(()))
     given = _parameter(bias, biases, origins)
@@ -254,7 +254,7 @@ def _parameter(bias: onnx.NodeProto, biases: Mapping[str, np.ndarray], origins: 
 
 
 def _scale(graph: QdqGraph, node: onnx.NodeProto) -> np.ndarray:
-    """The scales of a DequantizeLinear, flat."""
+    """Return the scales of a DequantizeLinear, flat."""
     return graph.array(node.input[1]).astype(np.float64).reshape(-1)
 
 
@@ -267,7 +267,7 @@ def _op(node: onnx.NodeProto | None) -> str:
 
 
 def _along(values: np.ndarray, dimensions: int, dequantize: onnx.NodeProto) -> np.ndarray:
-    """Values per channel, in the shape that multiplies a weight."""
+    """Return values per channel, in the shape that multiplies a weight."""
     if values.size == 1:
         return values.reshape(())
     axis = axis_of(dequantize) % dimensions

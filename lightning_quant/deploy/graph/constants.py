@@ -2,7 +2,7 @@
 
 PyTorch's exporter leaves much of it to be computed on the device: masks for a window that is shifted, positions taken
 out of a table, queries that are learned. The NPU's compiler computes that in float, and whatever it meets in float
-makes the operation beside it compute in float.
+makes the operation next to it compute in float.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def fold_constants(model: onnx.ModelProto) -> set[str]:
         model: a graph in topological order, of floats or with QuantizeLinear and DequantizeLinear.
 
     Returns:
-        The names of tensors that are no more in the graph.
+        The names of tensors that are no longer in the graph.
     """
     before = {name for node in model.graph.node for name in node.output}
     while _fold(model):  # sizes that were not known become known
@@ -94,7 +94,7 @@ def _fold(model: onnx.ModelProto) -> bool:
 def _computed(
     model: onnx.ModelProto, nodes: list[onnx.NodeProto], measured: dict[str, np.ndarray], wanted: set[str]
 ) -> dict[str, np.ndarray]:
-    """The values of tensors that depend on constants, and on sizes that were measured."""
+    """Return the values of tensors that depend on constants, and on sizes that were measured."""
     from onnx import helper, numpy_helper
 
     needed, part = wanted - measured.keys(), []
@@ -130,7 +130,7 @@ def _widen(model: onnx.ModelProto) -> dict[str, np.dtype]:
 
 
 def _integers_of(graph: QdqGraph, name: str) -> onnx.NodeProto | None:
-    """The node that reads integers by one scale, whose values a constant is, moved about; if it is such a one."""
+    """Return the node that reads integers by one scale, if a constant holds its values, moved about; else ``None``."""
     node = graph.producers[name]
     source = graph.source(name) if hands_on(node) else None
     if source is None or not of_integers(source) or len(source.input) < 3:
@@ -140,7 +140,7 @@ def _integers_of(graph: QdqGraph, name: str) -> onnx.NodeProto | None:
 
 
 def encode_constants(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
-    """Give the constants a grid that stand in float beside integers, by their least and largest value.
+    """Give a grid to constants in float that meet integers, by their least and largest value.
 
     Numbers, masks of two values: those that are on such a grid. What rounding would change has to be rounded in the
     simulation.
@@ -200,7 +200,7 @@ def encode_constants(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
 
 
 def _is_activation(graph: QdqGraph, node: onnx.NodeProto) -> bool:
-    """Whether a node reads integers of 8 or 16 bits by one scale and zero point: a bias has 32."""
+    """Return whether a node reads integers of 8 or 16 bits by one scale and zero point: a bias has 32."""
     grid = [graph.array(name) for name in node.input[1:] if name in graph.constants]
     return len(grid) == 2 and grid[0].size == 1 and grid[1].dtype.itemsize <= 2
 
@@ -208,7 +208,7 @@ def _is_activation(graph: QdqGraph, node: onnx.NodeProto) -> bool:
 def _on_grid(
     values: np.ndarray, kind: np.dtype[Any], scale_of_zeros: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Scale, zero point and integers; a single value is hit exactly, and whole numbers if they are not too many."""
+    """Return scale, zero point and integers; a single value is hit exactly, whole numbers if they are not too many."""
     least, largest = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
     steps: float = 1 if least == largest or values.size == 1 else np.iinfo(kind).max
     whole = np.rint(values)
@@ -222,7 +222,7 @@ def _on_grid(
 
 
 def update_encodings(encodings: dict[str, Any], gone: set[str], added: Mapping[str, dict[str, Any]]) -> None:
-    """Take out the encodings of tensors that are no more, and put in those of constants."""
+    """Remove the encodings of tensors that no longer exist, and add those of constants."""
     for part in ("activation_encodings", "param_encodings"):
         encodings[part] = [entry for entry in encodings[part] if entry["name"] not in gone]
     known = {entry["name"] for part in ("activation_encodings", "param_encodings") for entry in encodings[part]}

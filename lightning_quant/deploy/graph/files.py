@@ -41,13 +41,15 @@ class OnnxFiles:
     Args:
         model: the float graph.
         encodings: AIMET's encodings of it.
-        names: ``input_names`` and ``output_names``.
+        input_names: of both graphs, in order.
+        output_names: of both graphs, in order.
         passed: the outputs that are inputs, handed on, and the grid that the device rounds them to.
     """
 
     model: onnx.ModelProto
     encodings: dict[str, Any]
-    names: dict[str, list[str]]
+    input_names: list[str]
+    output_names: list[str]
     passed: dict[str, Grid]
 
 
@@ -57,7 +59,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
     Args:
         network: the calibrated network, on the CPU in eval mode.
         example: a call of one sample, whose sizes the files get.
-        float_file: where the float graph goes. AIMET writes its encodings beside it, to the same name that ends in
+        float_file: where the float graph goes. AIMET writes its encodings next to it, to the same name that ends in
             ``.encodings``.
         qdq_file: where the graph with QuantizeLinear and DequantizeLinear goes.
 
@@ -132,7 +134,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
     for graph, file in ((model, float_file), (quantized, qdq_file)):
         _write_sizes(graph, sizes)
         onnx.save(graph, file)
-    return OnnxFiles(model, encodings, names, passed)
+    return OnnxFiles(model, encodings, **names, passed=passed)
 
 
 def _write_sizes(model: onnx.ModelProto, sizes: Sequence[tuple[int, ...]]) -> None:
@@ -156,12 +158,12 @@ def _check_known(network: QuantizedNetwork, noted: dict[torch.nn.Module, list[st
 
 
 def name_tensors(network: QuantizedNetwork, example: NetworkInputs, given: Any) -> tuple[list[str], list[str]]:
-    """Names of the graph's inputs and outputs, from the network's own signature and output structure.
+    """Name the graph's inputs and outputs after the network's own signature and output structure.
 
     Args:
         network: the network; of one without a readable signature, inputs are numbered.
         example: a call of it.
-        given: what it answered.
+        given: what it returned.
     """
     try:
         parameters = list(inspect.signature(network.network.forward).parameters.values())
@@ -180,7 +182,7 @@ def name_tensors(network: QuantizedNetwork, example: NetworkInputs, given: Any) 
 
 
 def _label(structure: Any, name: str, is_top: bool = False) -> list[str]:
-    """One name for every tensor in a structure: its keys or positions, joined by underscores."""
+    """Return one name for every tensor in a structure: its keys or positions, joined by underscores."""
     if isinstance(structure, torch.Tensor):
         return [name]
     if isinstance(structure, dict):

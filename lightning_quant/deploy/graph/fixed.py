@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import onnx
 
 _RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
-# Operations that put out as many values as they find.
+# Operations that output as many values as they find.
 _FINDS = ("Compress", "NonMaxSuppression", "NonZero", "Unique")
 # Operations that do either the one or the other.
 _BRANCHES = ("If", "Loop", "Scan")
@@ -63,14 +63,14 @@ def check_fixed(model: onnx.ModelProto, network: str) -> None:
 
 
 def check_repeatable(network: nn.Module, inputs: NetworkInputs, given: Any, title: str) -> None:
-    """Refuse a network that samples: one that answers a second call otherwise, and draws random numbers in it.
+    """Refuse a network that samples: one that returns something else in a second call, and draws random numbers in it.
 
-    What is drawn and thrown away (stochastic depth does so in eval mode, in some libraries) is no such.
+    What is drawn and thrown away (stochastic depth does so in eval mode, in some libraries) does not count.
 
     Args:
         network: on the CPU in eval mode.
         inputs: how to call it.
-        given: what it answered to them before.
+        given: what it returned for them before.
         title: what to call it in the error.
 
     Raises:
@@ -94,7 +94,7 @@ def check_repeatable(network: nn.Module, inputs: NetworkInputs, given: Any, titl
 
 
 class _Watch(TorchDispatchMode):
-    """Collects the operations that change the state of the random numbers, each with its module."""
+    """Collect the operations that change the state of the random numbers, each with its module."""
 
     def __init__(self, found: set[tuple[str, str]]) -> None:
         super().__init__()
@@ -121,14 +121,14 @@ def _draws(network: str, operations: Iterable[tuple[str, str]]) -> ExportError:
 
 
 def random_operations(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The operations that put out something else every time."""
+    """Return the operations that output something else every time."""
     return [node for node in _nodes(model.graph) if node.op_type in _RANDOM]
 
 
 def open_outputs(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """The outputs whose size depends on the values of the inputs, each with the operation that makes it so.
+    """Return the outputs whose size depends on the values of the inputs, each with the operation that makes it so.
 
-    Sizes that were merely not written down are no such: an output counts when its size is not known from those of
+    Sizes that were merely not written down do not count: an output counts when its size is not known from those of
     the inputs, and an operation before it gives a size that depends on values (boolean masks, non-maximum
     suppression, a slice up to a computed position).
     """
@@ -165,7 +165,7 @@ def _bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """The nodes of a graph and of the branches in it."""
+    """Return the nodes of a graph and of the branches in it."""
     for node in graph.node:
         yield node
         for body in _bodies(node):

@@ -62,7 +62,7 @@ def leave_out_ones(model: onnx.ModelProto) -> dict[str, str]:
 
 
 class _Rewriting:
-    """The nodes, one after another, with the axes that are left of each tensor."""
+    """Rewrite the nodes, one after another, with the axes that are left of each tensor."""
 
     def __init__(self, graph: QdqGraph, sizes: Mapping[str, Sequence[int]]) -> None:
         self.graph = graph
@@ -100,7 +100,7 @@ class _Rewriting:
         return self.sizes[name]
 
     def _form(self, name: str) -> list[int]:
-        """The sizes that a tensor has now."""
+        """Return the sizes that a tensor has now."""
         size = self._size(name)
         return [size[axis] for axis in self.left.get(name, range(len(size)))]
 
@@ -149,7 +149,7 @@ class _Rewriting:
         self.nodes.append(_node(node.op_type, inputs, output, node.name))
 
     def _in_form(self, name: str, form: list[int]) -> str:
-        """A tensor, or one of its values in another form."""
+        """Return a tensor, or one of its values in another form."""
         given = self._form(name)
         if len(given) <= len(form) and [1] * (len(form) - len(given)) + given == form:  # ones in front are understood
             return name
@@ -173,7 +173,7 @@ class _Rewriting:
         self.nodes.append(_node("Reshape", [name, wanted], output, title))
 
     def _along(self, node: onnx.NodeProto) -> None:
-        """An operation along one axis, which has to be left in every input."""
+        """Rewrite an operation along one axis, which has to be left in every input."""
         first = node.input[0]
         given = node.input if node.op_type == "Concat" else [first]
         axis = axis_of(node, -1 if node.op_type == "Softmax" else 0) % len(self._size(first))
@@ -194,7 +194,7 @@ class _Rewriting:
         self.nodes.append(new)
 
     def _on_grid_of(self, output: str, name: str) -> str:
-        """A tensor rounded as the one is that it becomes."""
+        """Return a tensor rounded as the one is that it becomes."""
         read = next((one for one in self.graph.consumers[output] if one.op_type == "QuantizeLinear"), None)
         if read is None:
             self.copies[name] = output
@@ -204,7 +204,7 @@ class _Rewriting:
         return f"{name}_qdq"
 
     def _product(self, node: onnx.NodeProto) -> None:
-        """A linear layer: the last axis of a tensor times a matrix."""
+        """Rewrite a linear layer: the last axis of a tensor times a matrix."""
         tensor, matrix = node.input
         left = self.left.get(tensor, [])
         last = len(self._size(tensor)) - 1

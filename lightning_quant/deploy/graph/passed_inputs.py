@@ -1,4 +1,4 @@
-"""Inputs that are outputs as well: a device hands back the integers that it was given.
+"""Inputs that are outputs as well: a device returns the integers that it was given.
 
 In the simulation such an output is the float tensor itself. AIMET's files leave it without a range, and the input as
 well: the range stands at the copy that the first operation takes.
@@ -32,7 +32,7 @@ class Grid:
     zero_point: np.ndarray
 
     def round(self, values: np.ndarray) -> np.ndarray:
-        """The nearest numbers on the grid."""
+        """Return the nearest numbers on the grid."""
         limits = np.iinfo(self.zero_point.dtype)
         zero_point = float(self.zero_point)
         integers = np.clip(np.rint(values / self.scale) + zero_point, limits.min, limits.max)
@@ -100,7 +100,7 @@ def round_passed_inputs(model: onnx.ModelProto) -> dict[str, Grid]:
 
 
 def _round(graph: QdqGraph, name: str, quantizer: onnx.NodeProto) -> set[str]:
-    """Let everything that hands on the input ``name`` take it from ``quantizer``; return what they put out."""
+    """Let everything that hands on the input ``name`` take it from ``quantizer``; return their outputs."""
     from onnx import helper
 
     quantizer.input[0] = name

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import onnx
 
 
-# Operations that put out the values of their first input as they are, in another order or form.
+# Operations that output the values of their first input as they are, in another order or form.
 _HANDS_ON = (
     "DepthToSpace",
     "Expand",
@@ -59,13 +59,13 @@ class QdqGraph:
                 self.consumers[name].append(node)
 
     def array(self, name: str) -> np.ndarray:
-        """The values of an initializer."""
+        """Return the values of an initializer."""
         from onnx import numpy_helper
 
         return numpy_helper.to_array(self.constants[name])
 
     def known(self, name: str) -> np.ndarray | None:
-        """The values of a constant, an initializer's or a Constant's; ``None`` for others."""
+        """Return the values of a constant, an initializer's or a Constant's; ``None`` for others."""
         from onnx import numpy_helper
 
         node = self.producers.get(name)
@@ -76,7 +76,7 @@ class QdqGraph:
         return None
 
     def number(self, name: str) -> float | None:
-        """The value of a constant that is a single number; ``None`` for others."""
+        """Return the value of a constant that is a single number; ``None`` for others."""
         array = self.known(name)
         return float(array.item()) if array is not None and array.size == 1 else None
 
@@ -90,7 +90,7 @@ class QdqGraph:
         return free
 
     def replace_nodes(self, nodes: list[onnx.NodeProto]) -> None:
-        """Give the model other nodes, some of them its own; what nothing uses any more is taken out."""
+        """Give the model other nodes, some of them its own; what nothing uses any more is removed."""
         copies = [copy.deepcopy(node) for node in nodes]
         del self.model.graph.node[:]
         self.model.graph.node.extend(copies)
@@ -111,14 +111,14 @@ class QdqGraph:
         return twin.name
 
     def free(self, name: str) -> str:
-        """``name``, or that with a number behind it if a tensor of that name is there already."""
+        """Return ``name``, or that with a number appended if a tensor of that name is there already."""
         candidate, number = name, 0
         while candidate in self.constants or candidate in self.producers or candidate in self.consumers:
             candidate, number = f"{name}_{number}", number + 1
         return candidate
 
     def source(self, name: str) -> onnx.NodeProto | None:
-        """The node that computes the values of a tensor, behind those that only hand them on."""
+        """Return the node that computes the values of a tensor, before those that only hand them on."""
         node = self.producers.get(name)
         while node is not None and hands_on(node):
             node = self.producers.get(node.input[0])
@@ -126,7 +126,7 @@ class QdqGraph:
 
 
 def exact_session(model: Path | onnx.ModelProto) -> Any:
-    """An ONNX Runtime session on the host's CPU that computes every node as it is written."""
+    """Return an ONNX Runtime session on the host's CPU that computes every node as it is written."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -138,22 +138,22 @@ def exact_session(model: Path | onnx.ModelProto) -> Any:
 
 
 def hands_on(node: onnx.NodeProto) -> bool:
-    """Whether a node puts out the values of its first input as they are."""
+    """Return whether a node outputs the values of its first input as they are."""
     return node.op_type in _HANDS_ON
 
 
 def of_integers(node: onnx.NodeProto | None) -> bool:
-    """Whether a node turns integers into floats by a scale that it takes as an input."""
+    """Return whether a node turns integers into floats by a scale that it takes as an input."""
     return node is not None and node.op_type == "DequantizeLinear" and len(node.input) > 1
 
 
 def axis_of(node: onnx.NodeProto, default: int = 1) -> int:
-    """Along which axis a node works; that of a QuantizeLinear or DequantizeLinear is 1 where it does not say."""
+    """Return the axis along which a node works; 1 for a QuantizeLinear or DequantizeLinear that does not say."""
     return next((int(attribute.i) for attribute in node.attribute if attribute.name == "axis"), default)
 
 
 def sizes_of(model: onnx.ModelProto) -> dict[str, list[int]]:
-    """The sizes of tensors, constants among them, as far as they are known."""
+    """Return the sizes of tensors, constants among them, as far as they are known."""
     import onnx
 
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph

@@ -2,7 +2,7 @@
 
 AIMET writes a QuantizeLinear for each operation that had a quantizer of its own, and two scales that are one range in
 the simulation may differ in their last digit. ONNX Runtime computes the same either way. The NPU's compiler meets a
-tensor of floats between two grids, and computes the operation beside it in float.
+tensor of floats between two grids, and computes the operation next to it in float.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def _tie(graph: QdqGraph) -> list[str]:
 
 
 def _users(graph: QdqGraph, integers: str) -> list[onnx.NodeProto]:
-    """The nodes that turn floats into these integers, and these into floats."""
+    """Return the nodes that turn floats into these integers, and these into floats."""
     nodes = [graph.producers.get(integers), *graph.consumers[integers]]
     return [node for node in nodes if node is not None and node.op_type in ("QuantizeLinear", "DequantizeLinear")]
 
@@ -130,7 +130,7 @@ def _grid(graph: QdqGraph, integers: str) -> tuple[float, int, str]:
 
 
 def _of(graph: QdqGraph, node: onnx.NodeProto) -> tuple[float, int, str]:
-    """Scale, zero point and type of a grid; NaN for one that is not constant, or one for each channel."""
+    """Return scale, zero point and type of a grid; NaN for one that is not constant, or one for each channel."""
     if any(name not in graph.constants for name in node.input[1:]) or graph.array(node.input[1]).size != 1:
         return float("nan"), 0, ""
     scale = float(graph.array(node.input[1]).item())

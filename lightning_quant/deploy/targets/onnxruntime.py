@@ -16,17 +16,9 @@ from lightning_quant.errors import DeviceError
 
 
 class OnnxRuntimeTarget(Target):
-    """Runs the QDQ file in ONNX Runtime, every node as it is written."""
+    """Run the QDQ file in ONNX Runtime, every node as it is written."""
 
-    tier = "onnxruntime"
-
-    @override
-    def unavailable(self) -> str | None:
-        return None
-
-    @override
-    def check(self, bundle: Bundle) -> None:
-        pass
+    name = "onnxruntime"
 
     @override
     def run(self, bundle: Bundle, inputs: list[Tensors], folder: Path) -> list[Measured]:
@@ -40,9 +32,9 @@ class OnnxRuntimeTarget(Target):
 
     def _report(self, bundle: Bundle) -> DeviceReport:
         return DeviceReport(
-            tier=self.tier,
+            tier=self.name,
             device="host CPU",
-            precision=bundle.manifest["precision"],
+            precision=bundle.manifest.precision,
             versions={"onnxruntime": importlib.metadata.version("onnxruntime")},
         )
 

@@ -1,4 +1,4 @@
-"""What every target does with a bundle, whether it is a phone, an emulator or this machine."""
+"""The base class of targets: what each does with a bundle, whether it is a phone, an emulator or this machine."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.utilities.registry import Registry
 
 if TYPE_CHECKING:  # a worker process needs none of what these import: PyTorch, which takes seconds
     from lightning_quant.deploy.bundle import Bundle
@@ -21,7 +22,7 @@ LONGEST = 1e7
 
 @dataclass
 class Measured:
-    """What a target brings back of one network on one device.
+    """What a target returns for one network on one device.
 
     Args:
         report: everything but the comparison of outputs.
@@ -34,12 +35,12 @@ class Measured:
     folder: Path
 
     def write(self) -> Path:
-        """Write the report beside its artifacts."""
+        """Write the report next to its artifacts."""
         return self.report.write(self.folder / REPORT_NAME)
 
 
 def folder_name(*parts: str) -> str:
-    """A name for a folder made of free text: ``("Samsung Galaxy S24", "tflite")`` → ``samsung-galaxy-s24-tflite``."""
+    """Make a folder name of free text: ``("Samsung Galaxy S24", "tflite")`` → ``samsung-galaxy-s24-tflite``."""
     plain = " ".join(parts).lower().replace("+", "-plus")  # Galaxy S24 and S24+ are two phones
     return re.sub(r"[^a-z0-9_]+", "-", plain).strip("-")
 
@@ -47,18 +48,39 @@ def folder_name(*parts: str) -> str:
 class Target(ABC):
     """A place where an exported network can run.
 
+    Subclass it, with a ``name`` and :meth:`run`, for a target of your own. It is registered by its name as soon as its
+    module is imported, and given to ``DeviceExport(target=...)`` as an instance, by name or by dotted path. If its
+    constructor names ``device``, ``devices`` or ``timeout``, it gets those of ``DeviceExport``.
+
+    Examples:
+        >>> class Board(Target):
+        ...     name = "board"
+        ...
+        ...     def __init__(self, device: str) -> None:
+        ...         self.device = device
+        ...
+        ...     def run(self, bundle, inputs, folder):
+        ...         outputs = [infer(bundle.qdq, sample) for sample in inputs]  # {name: array} for each
+        ...         report = DeviceReport(self.name, self.device, bundle.manifest.precision)
+        ...         report.statement = "measured on the board on my desk"
+        ...         return [Measured(report, outputs, folder)]
+        >>> DeviceExport("export", target=Board("desk"))  # doctest: +SKIP
+
     Attributes:
-        tier: its name, see :data:`~lightning_quant.deploy.device_report.TIERS`.
+        name: what it is called in ``target=...``, and the tier of its reports.
     """
 
-    tier: ClassVar[str]
+    name: ClassVar[str]
 
-    @abstractmethod
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        TARGETS.register(cls)
+
     def unavailable(self) -> str | None:
-        """Why this target cannot be used here and now, or ``None`` if it can. Costs seconds at most."""
+        """Return why this target cannot be used here and now, or ``None`` if it can. Costs seconds at most."""
+        return None
 
-    @abstractmethod
-    def check(self, bundle: Bundle) -> None:
+    def check(self, bundle: Bundle) -> None:  # noqa: B027
         """Refuse what cannot work before any work is spent on it.
 
         Raises:
@@ -78,5 +100,18 @@ class Target(ABC):
             One result for every device and runtime asked for.
 
         Raises:
-            DeviceError: when nothing came of it.
+            DeviceError: when there is no result.
         """
+
+
+# This package's, best first: what target="auto" tries.
+TARGETS: Registry[Target] = Registry(
+    "target",
+    Target,  # type: ignore[type-abstract]
+    {
+        "aihub": "lightning_quant.deploy.targets.aihub.target.AiHubTarget",
+        "htp_emulator": "lightning_quant.deploy.targets.htp.target.HtpEmulatorTarget",
+        "onnxruntime": "lightning_quant.deploy.targets.onnxruntime.OnnxRuntimeTarget",
+    },
+    keywords=["auto"],
+)

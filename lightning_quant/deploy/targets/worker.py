@@ -10,25 +10,33 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_quant import errors
 from lightning_quant.errors import DeviceError, DeviceTimeoutError, LightningQuantError
-from lightning_quant.utilities.files import replacing
-from lightning_quant.utilities.parsing import fitting, read_json
+from lightning_quant.utilities.files import atomic_write
+from lightning_quant.utilities.parsing import parse_as, read_json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T")
+J = TypeVar("J")
 
 JOB, RESULT, ERROR, LOG = "job.json", "result.json", "error.json", "log.txt"
 
 
-def run_worker(module: str, job: dict[str, Any], folder: Path, timeout: float) -> dict[str, Any]:
+def run_worker(module: str, job: DataclassInstance, folder: Path, timeout: float, result: type[T]) -> T:
     """Run ``python -m module folder`` and return the result it leaves in ``folder``.
 
     Args:
         module: name of the worker's module; it calls :func:`serve`.
-        job: what it shall do, in JSON values.
+        job: what to do, a dataclass of JSON values.
         folder: for job, result and log; everything the worker prints goes to ``log.txt``.
         timeout: seconds after which it is killed.
+        result: the dataclass of the result.
 
     Raises:
         LightningQuantError: of the type the worker raised, with its message.
@@ -38,7 +46,7 @@ def run_worker(module: str, job: dict[str, Any], folder: Path, timeout: float) -
     folder.mkdir(parents=True, exist_ok=True)
     for name in (RESULT, ERROR):
         (folder / name).unlink(missing_ok=True)
-    (folder / JOB).write_text(json.dumps(job))
+    (folder / JOB).write_text(json.dumps(asdict(job)))
     with (folder / LOG).open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", module, str(folder)],
@@ -51,7 +59,7 @@ def run_worker(module: str, job: dict[str, Any], folder: Path, timeout: float) -
             status = process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise DeviceTimeoutError(
-                f"{module.rpartition('.')[2]} did not finish within {timeout:g} s and was stopped. Give it more time "
+                f"{_short(module)} did not finish within {timeout:g} s and was stopped. Give it more time "
                 f"or fewer samples. The end of its log:\n{_tail(folder / LOG)}"
             ) from None
         finally:
@@ -65,24 +73,28 @@ def run_worker(module: str, job: dict[str, Any], folder: Path, timeout: float) -
         raise (kind if known and kind else DeviceError)(error.get("message", "no reason given"))
     if status != 0 or not (folder / RESULT).is_file():
         raise DeviceError(
-            f"{module.rpartition('.')[2]} died with exit status {status}{_signal_name(status)}. The end of its log:\n"
+            f"{_short(module)} died with exit status {status}{_signal_name(status)}. The end of its log:\n"
             f"{_tail(folder / LOG)}"
         )
-    result: dict[str, Any] = _read(folder / RESULT, dict[str, Any])
-    return result
+    found: T = _read(folder / RESULT, result)
+    return found
 
 
 def _read(path: Path, kind: Any) -> Any:
     try:
-        return fitting(read_json(path), kind)
+        return parse_as(read_json(path), kind)
     except (OSError, ValueError) as error:
         raise DeviceError(f"{path.name} of a worker cannot be read: {error}. Run again.") from error
 
 
-def serve(work: Callable[[dict[str, Any], Path], dict[str, Any]]) -> None:
-    """The worker's side: ``work(job, folder)`` returns the result; errors of this package reach the parent.
+def serve(work: Callable[[J, Path], DataclassInstance], kind: type[J]) -> None:
+    """Serve as a worker: call ``work(job, folder)`` and leave its result, or an error of this package, to the parent.
 
-    The worker ends with its parent: an orphan would go on uploading while the next run does the same.
+    The worker ends with its parent: an orphan would keep uploading while the next run does the same.
+
+    Args:
+        work: what to do with a job.
+        kind: the dataclass of the job.
     """
 
     def end_with_the_parent() -> None:
@@ -92,16 +104,20 @@ def serve(work: Callable[[dict[str, Any], Path], dict[str, Any]]) -> None:
     threading.Thread(target=end_with_the_parent, daemon=True).start()
     folder = Path(sys.argv[1])
     try:
-        result = work(json.loads((folder / JOB).read_text()), folder)
+        result = work(parse_as(read_json(folder / JOB), kind), folder)
     except LightningQuantError as error:
         _write(folder / ERROR, {"type": type(error).__name__, "message": str(error)})
     else:
-        _write(folder / RESULT, result)
+        _write(folder / RESULT, asdict(result))
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    with replacing(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(values))
+
+
+def _short(module: str) -> str:
+    return ".".join(module.split(".")[-2:])
 
 
 def _signal_name(status: int) -> str:

@@ -1,8 +1,10 @@
 """Cityscapes: its classes, its folder layout, and a data set that reads any folder in that layout.
 
 Cordts et al., "The Cityscapes Dataset for Semantic Urban Scene Understanding", 2016. The identifiers and
-colours are those of the benchmark's own ``labels.py``.
+colors are those of the benchmark's own ``labels.py``.
 """
+
+from __future__ import annotations
 
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +17,9 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from lightning_quant.domains.segmentation.images import IMAGE_MEAN, IMAGE_STD, normalise_images, open_image
+from lightning_quant.domains.segmentation.images import IMAGE_MEAN, IMAGE_STD, normalize_images
 from lightning_quant.errors import DataError
+from lightning_quant.utilities.images import open_image
 
 __all__ = [
     "CLASSES",
@@ -35,15 +38,19 @@ __all__ = [
 
 
 class CityscapesClass(NamedTuple):
-    """One of the classes that the benchmark evaluates."""
+    """One of the classes that the benchmark evaluates.
+
+    Args:
+        name: e.g. ``"road"``.
+        label_id: what the files ``*_gtFine_labelIds.png`` store.
+        train_id: what the network predicts: its output channel.
+        color: red, green and blue, 0 to 255.
+    """
 
     name: str
     label_id: int
-    """What the files ``*_gtFine_labelIds.png`` store."""
     train_id: int
-    """What the network predicts: its output channel."""
-    colour: tuple[int, int, int]
-    """Red, green and blue, 0..255."""
+    color: tuple[int, int, int]
 
 
 CLASSES = (
@@ -71,8 +78,8 @@ CLASS_NAMES = tuple(c.name for c in CLASSES)
 NUM_CLASSES = len(CLASSES)
 IGNORE_INDEX = 255
 """The train id of everything that is neither trained on nor counted."""
-PALETTE: NDArray[np.uint8] = np.array([c.colour for c in CLASSES], dtype=np.uint8)
-"""The colour of every train id, uint8 [19, 3]."""
+PALETTE: NDArray[np.uint8] = np.array([c.color for c in CLASSES], dtype=np.uint8)
+"""The color of every train id, uint8 [19, 3]."""
 
 _HIGHEST_LABEL_ID = 33
 _ILLEGAL = 254
@@ -87,14 +94,14 @@ def to_train_ids(label_ids: NDArray[np.integer], name: str | Path = "labels") ->
     """Translate Cityscapes label ids to train ids.
 
     Args:
-        label_ids: Whole numbers of any shape: 0..33, or -1 (license plate; 255 in an 8-bit file).
-        name: What to call the labels in an error, usually the file.
+        label_ids: whole numbers of any shape: 0..33, or -1 (license plate; 255 in an 8-bit file).
+        name: what to call the labels in an error, usually the file.
 
     Returns:
         uint8 of the same shape: 0..18, or 255 for what is ignored.
 
     Raises:
-        DataError: Another id occurs; the message names the file and the ids.
+        DataError: when another id occurs; the message names the file and the ids.
     """
     in_byte = (label_ids >= -1) & (label_ids <= 255)
     train_ids = _TRAIN_ID_OF[label_ids.astype(np.uint8)]
@@ -103,7 +110,7 @@ def to_train_ids(label_ids: NDArray[np.integer], name: str | Path = "labels") ->
         found = np.unique(label_ids[illegal]).tolist()
         raise DataError(
             f"{name} holds label ids that Cityscapes does not have: {found}. Expected labelIds, "
-            f"0..{_HIGHEST_LABEL_ID} or 255 for unlabelled, neither instanceIds nor colours."
+            f"0..{_HIGHEST_LABEL_ID} or 255 for unlabeled, neither instanceIds nor colors."
         )
     return train_ids
 
@@ -112,7 +119,7 @@ def read_labels(path: Path) -> NDArray[np.uint8]:
     """Read a ``*_gtFine_labelIds.png``: train ids, uint8 [H, W].
 
     Raises:
-        DataError: The file is damaged, has more than one channel, or holds an id Cityscapes does not have.
+        DataError: when the file is damaged, has more than one channel, or holds an id Cityscapes does not have.
     """
     label_ids = np.asarray(open_image(path))
     if label_ids.ndim != 2:
@@ -124,10 +131,10 @@ def read_labels(path: Path) -> NDArray[np.uint8]:
 
 
 def list_images(root: str | Path, split: str) -> list[Path]:
-    """The photographs ``leftImg8bit/<split>/<city>/*_leftImg8bit.png`` under ``root``, ordered by path.
+    """Return the photographs ``leftImg8bit/<split>/<city>/*_leftImg8bit.png`` under ``root``, ordered by path.
 
     Raises:
-        DataError: There are none. The message says what was found and what was expected.
+        DataError: when there are none. The message says what was found and what was expected.
     """
     root = Path(root)
     expected = "leftImg8bit/<split>/<city>/<name>_leftImg8bit.png"
@@ -149,26 +156,26 @@ class CityscapesDataset(Dataset[tuple[Tensor, Tensor]]):
     """Photographs and their labels, from a folder in Cityscapes layout.
 
     ``leftImg8bit/<split>/<city>/<name>_leftImg8bit.png`` belongs to
-    ``gtFine/<split>/<city>/<name>_gtFine_labelIds.png``. Labels without a photograph are left aside.
+    ``gtFine/<split>/<city>/<name>_gtFine_labelIds.png``. Labels without a photograph are ignored.
 
-    An item is ``(image, target)``: float32 [3, H, W] normalised with ImageNet's mean and standard deviation,
+    An item is ``(image, target)``: float32 [3, H, W] normalized with ImageNet's mean and standard deviation,
     and int64 [H, W] of train ids with :data:`IGNORE_INDEX` where nothing is to be learned.
 
     Args:
-        root: The folder that holds ``leftImg8bit`` and ``gtFine``.
+        root: the folder that holds ``leftImg8bit`` and ``gtFine``.
         split: ``"train"``, ``"val"`` or ``"test"``.
         size: (height, width) in pixels of the items; ``None`` keeps the size of the files, which must then
             be the same for all.
-        augment: Vary the items: random scale and crop, horizontal flip, colour. Draws from torch's random
+        augment: vary the items: random scale and crop, horizontal flip, color. Draws from torch's random
             generator.
 
     Attributes:
-        images: The photographs' paths, in order.
-        labels: The labels' paths, in the same order.
+        images: the photographs' paths, in order.
+        labels: the labels' paths, in the same order.
         size: (height, width) of every item.
 
     Raises:
-        DataError: When built: the folder is missing, empty or laid out differently, or a photograph has no
+        DataError: when built: the folder is missing, empty or laid out differently, or a photograph has no
             labels. When read: a file is damaged, holds an illegal label id, or has an unexpected size.
     """
 
@@ -186,7 +193,7 @@ class CityscapesDataset(Dataset[tuple[Tensor, Tensor]]):
         self._resized = size is not None
         width, height = open_image(self.images[0]).size
         self.size = size or (height, width)
-        self._transform = _augmentation(self.size) if augment else normalise_images(size)
+        self._transform = _augmentation(self.size) if augment else normalize_images(size)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -222,11 +229,11 @@ def _augmentation(size: tuple[int, int]) -> v2.Transform:
     return v2.Compose(
         [
             # Cutting first and resizing after gives random scale and crop without padding, whose constant
-            # colour would show up in the activation ranges of quantization-aware training.
+            # color would show up in the activation ranges of quantization-aware training.
             v2.RandomResizedCrop(size, scale=(0.3, 1.0), ratio=(0.85 * aspect, 1.15 * aspect), antialias=True),
             v2.RandomHorizontalFlip(),
             v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3),
-            normalise_images(),
+            normalize_images(),
         ]
     )
 

@@ -1,5 +1,7 @@
 """Data modules for segmentation: a folder in Cityscapes layout, real or synthetic."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from lightning_quant.domains.segmentation.cityscapes import (
     list_images,
     read_labels,
 )
-from lightning_quant.domains.segmentation.images import UnlabelledImages, choose, find_images
+from lightning_quant.domains.segmentation.images import UnlabeledImages, choose, find_images
 from lightning_quant.domains.segmentation.scenes import generate_scenes
 from lightning_quant.errors import ConfigurationError
 
@@ -24,7 +26,7 @@ from lightning_quant.errors import ConfigurationError
 class CityscapesDataModule(LightningDataModule):
     """Cityscapes, or any folder in its layout, for training, evaluation and calibration.
 
-    Training, validation and test batches are ``(images, targets)``: float32 [N, 3, H, W] normalised with
+    Training, validation and test batches are ``(images, targets)``: float32 [N, 3, H, W] normalized with
     ImageNet's mean and standard deviation, and int64 [N, H, W] of train ids (255 = ignored). Prediction
     batches are bare images, those of the test split where there is one, else of the validation split.
 
@@ -40,22 +42,22 @@ class CityscapesDataModule(LightningDataModule):
         trainer.fit(model, datamodule=data)
 
     Args:
-        root: The folder that holds ``leftImg8bit`` and ``gtFine``.
+        root: the folder that holds ``leftImg8bit`` and ``gtFine``.
         size: (height, width) in pixels of every image; ``None`` keeps the size of the files.
-        batch_size: Images in a batch, for every loader.
-        num_workers: Processes that load images; 0 loads in the main process.
-        calibration_samples: How many images :meth:`calibration_dataloader` yields (fewer if there are fewer).
-        calibration_images: Calibrate with these unlabelled images instead of training images: a folder, or a
+        batch_size: images in a batch, for every loader.
+        num_workers: processes that load images; 0 loads in the main process.
+        calibration_samples: how many images :meth:`calibration_dataloader` yields (fewer if there are fewer).
+        calibration_images: calibrate with these unlabeled images instead of training images: a folder, or a
             Hugging Face data set, see :func:`~lightning_quant.domains.segmentation.images.find_images`.
-        calibration_pattern: Which files of that Hugging Face data set to take, such as ``"rgb/*_00*.png"``.
-        held_out: How many more images of the calibration source to keep away from calibration, for
+        calibration_pattern: which files of that Hugging Face data set to take, such as ``"rgb/*_00*.png"``.
+        held_out: how many more images of the calibration source to keep away from calibration, for
             :meth:`held_out_dataloader`.
-        augment: Vary the training images (scale, crop, flip, colour).
-        seed: Decides which images calibrate and which are held out.
+        augment: vary the training images (scale, crop, flip, color).
+        seed: decides which images calibrate and which are held out.
 
     Raises:
-        ConfigurationError: An argument is out of range. Raised when built.
-        DataError: The folder is missing or laid out differently. Raised by :meth:`setup`.
+        ConfigurationError: when an argument is out of range.
+        DataError: when the folder is missing or laid out differently, in :meth:`setup`.
     """
 
     def __init__(
@@ -80,12 +82,12 @@ class CityscapesDataModule(LightningDataModule):
             ("seed", seed, 0),
         ):
             if value < least:
-                raise ConfigurationError(f"{name}={value} was given; expected at least {least}.")
+                raise ConfigurationError(f"{name}={value}: expected at least {least}.")
         if size is not None and (len(size) != 2 or min(size) < 1):
-            raise ConfigurationError(f"size={tuple(size)} was given; expected (height, width) in pixels.")
+            raise ConfigurationError(f"size={tuple(size)}: expected (height, width) in pixels.")
         if calibration_pattern is not None and calibration_images is None:
             raise ConfigurationError(
-                f"calibration_pattern={calibration_pattern!r} was given without calibration_images. "
+                f"calibration_pattern={calibration_pattern!r} without calibration_images. "
                 "Name the data set whose files it selects."
             )
         self.root = Path(root)
@@ -105,46 +107,46 @@ class CityscapesDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read the folder's listing for ``stage``, so that a wrong folder is reported before any work."""
         if stage == "fit":
-            self._labelled("train", self.augment)
+            self._labeled("train", self.augment)
         if stage in ("fit", "validate"):
-            self._labelled("val")
+            self._labeled("val")
         if stage == "test":
-            self._labelled(self._test_split())
+            self._labeled(self._test_split())
         if stage == "predict":
-            self._unlabelled()
+            self._unlabeled()
 
     @override
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Shuffled, augmented batches of equal size; the incomplete last one is dropped.
+        """Return shuffled, augmented batches of equal size; the incomplete last one is dropped.
 
         Raises:
-            ConfigurationError: ``batch_size`` is larger than the split, so that no batch would be left.
+            ConfigurationError: when ``batch_size`` is larger than the split, so that no batch would be left.
         """
-        dataset = self._labelled("train", self.augment)
+        dataset = self._labeled("train", self.augment)
         if len(dataset) < self.batch_size:
             raise ConfigurationError(
-                f"batch_size={self.batch_size} was given but the training split has {len(dataset)} images: "
+                f"batch_size={self.batch_size} with a training split of {len(dataset)} images: "
                 f"not one full batch. Pass batch_size={len(dataset)} or less."
             )
         return self._loader(dataset, shuffle=True, drop_last=True)
 
     @override
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Batches of the validation split, in order."""
-        return self._loader(self._labelled("val"))
+        """Return batches of the validation split, in order."""
+        return self._loader(self._labeled("val"))
 
     @override
     def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Batches of the test split if it has labels, else of the validation split, in order."""
-        return self._loader(self._labelled(self._test_split()))
+        """Return batches of the test split if it has labels, else of the validation split, in order."""
+        return self._loader(self._labeled(self._test_split()))
 
     @override
     def predict_dataloader(self) -> DataLoader[Tensor]:
-        """Bare images [N, 3, H, W], in order, of the test split if there is one, else of validation."""
-        return self._loader(self._unlabelled())
+        """Return bare images [N, 3, H, W], in order, of the test split if there is one, else of validation."""
+        return self._loader(self._unlabeled())
 
     def calibration_dataloader(self) -> DataLoader[Any]:
-        """The images that quantization ranges are measured with: chosen by ``seed``, never augmented.
+        """Return the images that quantization ranges are measured with: chosen by ``seed``, never augmented.
 
         Works before and after :meth:`setup` of any stage. Batches are ``(images, targets)`` from the training
         split, or bare images [N, 3, H, W] if ``calibration_images`` was given.
@@ -152,7 +154,7 @@ class CityscapesDataModule(LightningDataModule):
         return self._loader(Subset(self._calibration(), self._chosen()[0]))
 
     def held_out_dataloader(self) -> DataLoader[Any]:
-        """The ``held_out`` images of the same source that :meth:`calibration_dataloader` never yields."""
+        """Return the ``held_out`` images of the same source that :meth:`calibration_dataloader` never yields."""
         return self._loader(Subset(self._calibration(), self._chosen()[1]))
 
     def _loader(self, dataset: Dataset[Any], shuffle: bool = False, drop_last: bool = False) -> DataLoader[Any]:
@@ -166,16 +168,16 @@ class CityscapesDataModule(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
         )
 
-    def _labelled(self, split: str, augment: bool = False) -> CityscapesDataset:
+    def _labeled(self, split: str, augment: bool = False) -> CityscapesDataset:
         # Built once and on demand: calibration needs the training split in every stage.
         key = f"{split}, augmented" if augment else split
         if key not in self._datasets:
             self._datasets[key] = CityscapesDataset(self.root, split, self.size, augment)
         return self._datasets[key]
 
-    def _unlabelled(self) -> UnlabelledImages:
+    def _unlabeled(self) -> UnlabeledImages:
         split = "test" if (self.root / "leftImg8bit" / "test").is_dir() else "val"
-        return UnlabelledImages.from_files(list_images(self.root, split), self.size)
+        return UnlabeledImages.from_files(list_images(self.root, split), self.size)
 
     def _test_split(self) -> str:
         # The official archive does hold files for the test split, but void is all that is in them.
@@ -185,7 +187,7 @@ class CityscapesDataModule(LightningDataModule):
     def _calibration(self) -> Dataset[Any]:
         if self._calibration_source is None:
             self._calibration_source = (
-                self._labelled("train")
+                self._labeled("train")
                 if self.calibration_images is None
                 else find_images(self.calibration_images, self.calibration_pattern, self.size)
             )
@@ -199,17 +201,17 @@ class CityscapesDataModule(LightningDataModule):
 class SyntheticScenesDataModule(CityscapesDataModule):
     """Synthetic street scenes that are drawn on first use and kept in ``root``.
 
-    They need no download and no licence, and have the layout, the classes and the batches of
+    They need no download and no license, and have the layout, the classes and the batches of
     :class:`CityscapesDataModule`, so that anything tried on them runs on Cityscapes unchanged.
 
     Args:
-        root: Where to keep the scenes.
-        train: Scenes in the training split.
-        val: Scenes in the validation split.
-        height: Height of a scene in pixels.
-        width: Width of a scene in pixels.
-        seed: Decides what the scenes show, and which of them calibrate.
-        **loading: The other arguments of :class:`CityscapesDataModule`.
+        root: where to keep the scenes.
+        train: scenes in the training split.
+        val: scenes in the validation split.
+        height: height of a scene in pixels.
+        width: width of a scene in pixels.
+        seed: decides what the scenes show, and which of them calibrate.
+        **loading: the other arguments of :class:`CityscapesDataModule`.
     """
 
     def __init__(

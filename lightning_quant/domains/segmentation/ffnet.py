@@ -10,6 +10,8 @@ tensors), none works in place, and no branch depends on data or on a size, so ``
 once for every input size.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,22 +29,24 @@ class FFNetConfig:
     """Depth and width of an :class:`FFNet`. The defaults are those of FFNet-40S.
 
     Every tuple of four goes from the finest to the coarsest scale.
+
+    Args:
+        blocks: residual blocks in each of the backbone's four layers.
+        stem: channels of the two strided convolutions at the start.
+        backbone: channels of the backbone's layers.
+        adapter: channels in which the top-down path adds the scales.
+        branch: channels of each scale in the concatenation.
+        head: channels between the two convolutions of the head.
+        first_stride: stride of layer 1. The output has ``1 / (4 * first_stride)`` of the input's height and width.
     """
 
     blocks: tuple[int, int, int, int] = (4, 5, 6, 4)
-    """Residual blocks in each of the backbone's four layers."""
     stem: tuple[int, int] = (32, 64)
-    """Channels of the two strided convolutions at the start."""
     backbone: tuple[int, int, int, int] = (64, 128, 192, 320)
-    """Channels of the backbone's layers."""
     adapter: tuple[int, int, int, int] = (64, 128, 128, 256)
-    """Channels in which the top-down path adds the scales."""
     branch: tuple[int, int, int, int] = (96, 96, 64, 32)
-    """Channels that each scale hands to the concatenation."""
     head: int = 256
-    """Channels between the two convolutions of the head."""
     first_stride: int = 2
-    """Stride of layer 1. The output has ``1 / (4 * first_stride)`` of the input's height and width."""
 
 
 _FFNET_40S = FFNetConfig()
@@ -127,7 +131,7 @@ class Backbone(nn.Module):
 
 
 class Adapters(nn.Module):
-    """One 1x1 convolution a scale: the backbone's channels to those of the top-down path."""
+    """One 1x1 convolution per scale: the backbone's channels to those of the top-down path."""
 
     def __init__(self, in_channels: Sequence[int], out_channels: Sequence[int]) -> None:
         super().__init__()
@@ -210,7 +214,7 @@ class Head(nn.Module):
 class FFNet(nn.Module):
     """FFNet, a fully convolutional network for semantic segmentation.
 
-    ``forward`` takes normalised RGB images of shape ``(N, 3, H, W)`` and returns logits of shape
+    ``forward`` takes normalized RGB images of shape ``(N, 3, H, W)`` and returns logits of shape
     ``(N, num_classes, H / s, W / s)``, rounded up, with ``s = 4 * config.first_stride`` (8 as published).
     Upsampling to the size of the image is left to the caller, as in the published model: argmax over 1/64 of
     the pixels is what makes the network cheap on a device. Any ``H`` and ``W`` work; multiples of 64 keep the
@@ -221,13 +225,13 @@ class FFNet(nn.Module):
         num_classes: channels of the output, at least 1.
 
     Raises:
-        ConfigurationError: ``num_classes`` is below 1.
+        ConfigurationError: when ``num_classes`` is below 1.
     """
 
     def __init__(self, config: FFNetConfig = _FFNET_40S, num_classes: int = 19) -> None:
         super().__init__()
         if num_classes < 1:
-            raise ConfigurationError(f"FFNet got num_classes={num_classes}; it needs at least 1 (Cityscapes has 19).")
+            raise ConfigurationError(f"num_classes={num_classes}: FFNet needs at least 1 (Cityscapes has 19).")
         self.backbone_model = Backbone(config)
         self.head = Head(config, num_classes)
         for module in self.modules():
@@ -243,7 +247,7 @@ class FFNet(nn.Module):
 
 
 def ffnet_40s(num_classes: int = 19, weights: str | Path | None = None) -> FFNet:
-    """FFNet-40S dBBB mobile: 13,911,283 parameters with 19 classes, 55.6 MB in float, 13.9 MB at 8 bits.
+    """Build FFNet-40S dBBB mobile: 13,911,283 parameters with 19 classes, 55.6 MB in float, 13.9 MB at 8 bits.
 
     Args:
         num_classes: channels of the output; the published weights have 19.
@@ -251,24 +255,24 @@ def ffnet_40s(num_classes: int = 19, weights: str | Path | None = None) -> FFNet
             ``None`` leaves random weights.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or of another network.
-        ConfigurationError: ``num_classes`` is below 1.
+        CheckpointError: when the checkpoint is missing, damaged or of another network.
+        ConfigurationError: when ``num_classes`` is below 1.
     """
     return _build(_FFNET_40S, num_classes, weights)
 
 
 def ffnet_54s(num_classes: int = 19, weights: str | Path | None = None) -> FFNet:
-    """FFNet-54S dBBB mobile: 18,044,659 parameters with 19 classes. Arguments as in :func:`ffnet_40s`."""
+    """Build FFNet-54S dBBB mobile: 18,044,659 parameters with 19 classes. Arguments as in :func:`ffnet_40s`."""
     return _build(_FFNET_54S, num_classes, weights)
 
 
 def ffnet_78s(num_classes: int = 19, weights: str | Path | None = None) -> FFNet:
-    """FFNet-78S dBBB mobile: 27,491,059 parameters with 19 classes. Arguments as in :func:`ffnet_40s`."""
+    """Build FFNet-78S dBBB mobile: 27,491,059 parameters with 19 classes. Arguments as in :func:`ffnet_40s`."""
     return _build(_FFNET_78S, num_classes, weights)
 
 
 def ffnet_nano(num_classes: int = 19, weights: str | Path | None = None) -> FFNet:
-    """FFNet at a size that trains on a CPU in minutes, for tests and demonstrations; not a published one.
+    """Build FFNet at a size that trains on a CPU in minutes, for tests and demonstrations; not a published one.
 
     287,311 parameters with 19 classes. Logits at 1/4 of the input's size. Arguments as in :func:`ffnet_40s`.
     """

@@ -1,10 +1,11 @@
-"""Photographs: reading one safely, normalising it, and finding unlabelled ones to calibrate with.
+"""Photographs: normalized for a network, and unlabeled ones to calibrate with.
 
 Calibration needs images, not labels, so it can use pictures from the place where the network will work.
 They come from a folder, or from a Hugging Face data set (the optional extra ``datasets``).
 """
 
-import io
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,61 +18,37 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from lightning_quant.errors import ConfigurationError, DataError
+from lightning_quant.utilities.images import open_image
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 """Mean of ImageNet's red, green and blue, for values in 0..1: what pretrained backbones expect."""
 IMAGE_STD = (0.229, 0.224, 0.225)
 """Standard deviation of ImageNet's red, green and blue, for values in 0..1."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# Pillow goes by the content: of other kinds there are some that it hands to other programs, such as PostScript.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 # Files that `Dataset.save_to_disk` and `DatasetDict.save_to_disk` leave at the top of their folder.
 _SAVED_DATASET_MARKERS = ("state.json", "dataset_dict.json")
 
 
-def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
-    """Open and fully decode an image file, or the bytes of one.
-
-    Args:
-        source: A path, or the encoded bytes.
-        name: What to call the image in an error; the path by default.
-
-    Raises:
-        DataError: The file cannot be read, is damaged or cut short, or is no image. The message names it.
-    """
-    name = name or (str(source) if isinstance(source, Path) else "image")
-    try:
-        data = source.read_bytes() if isinstance(source, Path) else source
-        # Decoding alone accepts a PNG whose checksums are wrong; verify() checks them but uses the image up.
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as probe:
-            probe.verify()
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
-        image.load()
-    except Exception as error:  # a damaged file fails with whatever its bytes happen to mean
-        raise DataError(f"{name} cannot be read as an image ({error}). Replace or remove the damaged file.") from error
-    return image
-
-
-def normalise_images(size: tuple[int, int] | None = None) -> v2.Transform:
-    """The transform from a uint8 picture to what the network takes: resize, scale to 0..1, ImageNet mean/std.
+def normalize_images(size: tuple[int, int] | None = None) -> v2.Transform:
+    """Return the transform from a uint8 picture to what the network takes: resize, scale to 0..1, ImageNet mean/std.
 
     Args:
         size: (height, width) in pixels, or ``None`` to keep the size. Images are resized bilinearly with
-            antialiasing; a ``tv_tensors.Mask`` beside them takes the nearest label and is not normalised.
+            antialiasing; a ``tv_tensors.Mask`` with them takes the nearest label and is not normalized.
     """
     resize = [] if size is None else [v2.Resize(list(size), antialias=True)]
     return v2.Compose([*resize, v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGE_MEAN, IMAGE_STD)])
 
 
-class UnlabelledImages(Dataset[Tensor]):
-    """Pictures without labels, each a normalised float32 tensor [3, H, W].
+class UnlabeledImages(Dataset[Tensor]):
+    """Pictures without labels, each a normalized float32 tensor [3, H, W].
 
     Build it with :meth:`from_files`, or with :func:`find_images` from a folder or a Hugging Face data set.
 
     Args:
-        read: Opens the picture with a given index.
-        length: How many pictures there are.
+        read: opens the picture with a given index.
+        length: how many pictures there are.
         size: (height, width) in pixels to resize to; ``None`` keeps each picture's own size, which must then
             be the same for all pictures of a batch.
     """
@@ -79,11 +56,11 @@ class UnlabelledImages(Dataset[Tensor]):
     def __init__(self, read: Callable[[int], Image.Image], length: int, size: tuple[int, int] | None = None) -> None:
         self._read = read
         self._length = length
-        self._transform = v2.Compose([v2.ToImage(), normalise_images(size)])
+        self._transform = v2.Compose([v2.ToImage(), normalize_images(size)])
 
     @classmethod
-    def from_files(cls, paths: list[Path], size: tuple[int, int] | None = None) -> "UnlabelledImages":
-        """The given image files, in the given order."""
+    def from_files(cls, paths: list[Path], size: tuple[int, int] | None = None) -> UnlabeledImages:
+        """Read the given image files, in the given order."""
         return cls(_FileReader(paths), len(paths), size)
 
     def __len__(self) -> int:
@@ -119,34 +96,32 @@ class _ColumnReader:
         return open_image(cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]), name)
 
 
-def find_images(
-    source: str | Path, pattern: str | None = None, size: tuple[int, int] | None = None
-) -> UnlabelledImages:
-    """Unlabelled pictures from a folder or from a Hugging Face data set, always in the same order.
+def find_images(source: str | Path, pattern: str | None = None, size: tuple[int, int] | None = None) -> UnlabeledImages:
+    """Find unlabeled pictures in a folder or from a Hugging Face data set, always in the same order.
 
     Args:
-        source: One of
+        source: one of
 
             * a folder of image files, searched recursively, in order of their paths;
             * a folder written by ``datasets.save_to_disk``;
             * a data set with an image column: the id of one on the Hugging Face Hub, or a local copy of one.
-        pattern: Which files of the data set to take, as ``data_files`` of ``datasets.load_dataset``:
+        pattern: which files of the data set to take, as ``data_files`` of ``datasets.load_dataset``:
             ``find_images("UrbanSyn/UrbanSyn", "rgb/*_00*.png")`` downloads only these.
         size: (height, width) in pixels to resize to; ``None`` keeps the size.
 
     Raises:
-        ConfigurationError: The data set needs the package ``datasets``, which is not installed.
-        DataError: Nothing is found under that name, or it holds no images.
+        ConfigurationError: when the data set needs the package ``datasets``, which is not installed.
+        DataError: when nothing is found under that name, or it holds no images.
     """
     folder = Path(source)
     if folder.is_dir() and pattern is None and not _is_saved_dataset(folder):
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         if paths:
-            return UnlabelledImages.from_files(paths, size)
+            return UnlabeledImages.from_files(paths, size)
     rows = _load_rows(str(source), pattern)
     column = _image_column(rows, str(source))
     rows = rows.cast_column(column, type(rows.features[column])(decode=False))
-    return UnlabelledImages(_ColumnReader(rows, column, str(source)), len(rows), size)
+    return UnlabeledImages(_ColumnReader(rows, column, str(source)), len(rows), size)
 
 
 def choose(total: int, samples: int, held_out: int = 0, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -160,7 +135,7 @@ def choose(total: int, samples: int, held_out: int = 0, seed: int = 0) -> tuple[
         The chosen indices and the held-out indices; they do not overlap.
 
     Raises:
-        DataError: Nothing would be left to choose.
+        DataError: when nothing would be left to choose.
     """
     if held_out >= total:
         raise DataError(f"Holding out {held_out} of {total} images leaves none. Lower held_out or provide more images.")

@@ -1,5 +1,7 @@
 """Published networks with their trained weights, from optional packages that download them."""
 
+from __future__ import annotations
+
 import torch
 from torch import nn
 
@@ -8,19 +10,19 @@ from lightning_quant.errors import CheckpointError, ConfigurationError
 
 
 def pretrained_ffnet_40s() -> FFNet:
-    """FFNet-40S trained on Cityscapes, as AI Hub serves it (package ``qai_hub_models``).
+    """Return FFNet-40S trained on Cityscapes, as AI Hub serves it (package ``qai_hub_models``).
 
     Needs the internet on the first call: the package then downloads the weights (55 MB) and the authors'
     source code into its own cache.
 
     Returns:
-        This package's FFNet-40S with the published weights, in eval mode. It takes images normalised with
-        ImageNet's mean and standard deviation: the normalisation that AI Hub's model does inside itself, from
+        This package's FFNet-40S with the published weights, in eval mode. It takes images normalized with
+        ImageNet's mean and standard deviation: the normalization that AI Hub's model does inside itself, from
         images in 0..1, is left to the data module.
 
     Raises:
-        ConfigurationError: the package is not installed.
-        CheckpointError: what was downloaded is not FFNet-40S as this package knows it.
+        ConfigurationError: when the package is not installed.
+        CheckpointError: when what was downloaded is not FFNet-40S as this package knows it.
     """
     try:
         from qai_hub_models.models.ffnet_40s import Model
@@ -30,7 +32,7 @@ def pretrained_ffnet_40s() -> FFNet:
             "pip install 'lightning-quant[qai-hub-models]'. It downloads the weights (55 MB) on "
             f"the first call. Offline, use ffnet_40s(weights=...) with a file you already have. ({error})"
         ) from error
-    # Model.forward normalises its input and then calls this attribute, the authors' network.
+    # Model.forward normalizes its input and then calls this attribute, the authors' network.
     return adopt_ffnet_40s(Model.from_pretrained().model)
 
 
@@ -47,7 +49,7 @@ def adopt_ffnet_40s(published: nn.Module) -> FFNet:
         FFNet-40S in eval mode.
 
     Raises:
-        CheckpointError: names, shapes or the logits of a random image differ.
+        CheckpointError: when names, shapes or the logits of a random image differ.
     """
     network = ffnet_40s()
     try:

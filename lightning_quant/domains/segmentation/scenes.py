@@ -1,11 +1,12 @@
-"""Synthetic street scenes in Cityscapes layout: data to start with, without a download or a licence.
+"""Synthetic street scenes in Cityscapes layout: data to start with, without a download or a license.
 
 Every scene follows from the seed, its split and its number alone. They are made to be learned in minutes but
-not to perfection: thin things, colours shared between classes, things in front of things, and changing light.
+not to perfection: thin things, colors shared between classes, things in front of things, and changing light.
 """
 
+from __future__ import annotations
+
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -16,8 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from lightning_quant.domains.segmentation import scene_objects as things
-from lightning_quant.domains.segmentation.scene_objects import LABEL, Canvas, Colour, shade, vary
+from lightning_quant.domains.segmentation.scene_objects import LABEL, Canvas, Color, shade, vary
 from lightning_quant.errors import ConfigurationError, DataError
+from lightning_quant.utilities.files import atomic_write
 from lightning_quant.utilities.parsing import read_json
 
 GENERATOR_VERSION = 1
@@ -25,12 +27,12 @@ GENERATOR_VERSION = 1
 MANIFEST = "scenes.json"
 
 Thing = tuple[float, Callable[..., object], tuple[Any, ...]]
-"""Its distance in metres, what draws it (on a canvas, with a random generator), and where it stands."""
+"""Its distance in meters, what draws it (on a canvas, with a random generator), and where it stands."""
 
 _SUPERSAMPLING = 2
-_FAR = 90.0  # metres: where the street ends
+_FAR = 90.0  # meters: where the street ends
 
-# How coarse each class's surface looks: standard deviation in grey levels of its fine and its patchy texture.
+# How coarse each class's surface looks: standard deviation in gray levels of its fine and its patchy texture.
 _TEXTURE = {
     "road": (5, 4), "sidewalk": (6, 5), "building": (6, 6), "wall": (12, 10), "fence": (10, 8),
     "vegetation": (15, 12), "terrain": (14, 11), "sky": (2, 5), "car": (6, 5), "person": (9, 5),
@@ -39,11 +41,11 @@ _FINE, _PATCHY = (np.full(256, 5, np.float32) for _ in range(2))
 for _name, (_fine, _patchy) in _TEXTURE.items():
     _FINE[LABEL[_name]], _PATCHY[LABEL[_name]] = _fine, _patchy
 
-_PLASTER: tuple[Colour, ...] = (
+_PLASTER: tuple[Color, ...] = (
     (150, 130, 110), (120, 118, 115), (165, 155, 135), (130, 85, 70), (95, 105, 115), (120, 120, 100)
 )  # fmt: skip
 
-# Things along the kerb: what, how many at most on one side, from and to which distance in metres, and whether
+# Things along the curb: what, how many at most on one side, from and to which distance in meters, and whether
 # they stand anywhere across the pavement or in a line at its edge.
 _ROADSIDE = (
     (things.pole, 2, 4, 15, False),
@@ -62,27 +64,27 @@ def generate_scenes(
 ) -> Path:
     """Draw synthetic street scenes into a folder in Cityscapes layout; draw only those not there yet.
 
-    The folder's ``scenes.json`` records the parameters. A generation that was interrupted goes on where it
+    The folder's ``scenes.json`` records the parameters. A generation that was interrupted resumes where it
     stopped, and a finished one is left as it is.
 
     Args:
-        root: The folder to fill; created if missing.
-        train: Scenes in the training split.
-        val: Scenes in the validation split.
-        height: Height of a scene in pixels, at least 32.
-        width: Width of a scene in pixels, at least 32.
-        seed: Decides what the scenes show.
+        root: the folder to fill; created if missing.
+        train: scenes in the training split.
+        val: scenes in the validation split.
+        height: height of a scene in pixels, at least 32.
+        width: width of a scene in pixels, at least 32.
+        seed: decides what the scenes show.
 
     Returns:
         ``root``.
 
     Raises:
-        ConfigurationError: An argument is out of range.
-        DataError: The folder holds something else: other data, or scenes drawn with other parameters.
+        ConfigurationError: when an argument is out of range.
+        DataError: when the folder holds something else: other data, or scenes drawn with other parameters.
     """
     if min(height, width) < 32 or min(train, val) < 0:
         raise ConfigurationError(
-            f"train={train}, val={val}, height={height}, width={width} was given; expected train and val "
+            f"train={train}, val={val}, height={height}, width={width}: expected train and val "
             "of 0 or more, and at least 32x32 pixels."
         )
     root = Path(root)
@@ -90,21 +92,23 @@ def generate_scenes(
     _claim(root, {"generator": GENERATOR_VERSION, **counts, "height": height, "width": width, "seed": seed})
     for split, count in counts.items():
         photos, labels = (root / kind / split / "synthetic" for kind in ("leftImg8bit", "gtFine"))
-        photos.mkdir(parents=True, exist_ok=True)
-        labels.mkdir(parents=True, exist_ok=True)
         for index in range(count):
             photo_path = photos / f"synthetic_{index:06d}_leftImg8bit.png"
             if photo_path.exists():
                 continue
             photo, label_ids = draw_scene(height, width, seed, split, index)
             # The photo comes last: once it exists, its labels do too.
-            _save(label_ids, labels / f"synthetic_{index:06d}_gtFine_labelIds.png")
-            _save(photo, photo_path)
+            for picture, path in (
+                (label_ids, labels / f"synthetic_{index:06d}_gtFine_labelIds.png"),
+                (photo, photo_path),
+            ):
+                with atomic_write(path) as partial:
+                    picture.save(partial, compress_level=1)
     return root
 
 
 def draw_scene(height: int, width: int, seed: int, split: str, index: int) -> tuple[Image.Image, Image.Image]:
-    """Draw one scene: the photo (RGB) and its label ids (8-bit grey), each ``height`` x ``width``."""
+    """Draw one scene: the photo (RGB) and its label ids (8-bit gray), each ``height`` x ``width``."""
     random = Random(f"{seed}/{split}/{index}")
     noise = np.random.default_rng(random.getrandbits(64))
     dusk = random.random() < 0.12
@@ -125,14 +129,14 @@ def draw_scene(height: int, width: int, seed: int, split: str, index: int) -> tu
     _paint_ground(canvas, random, left, right, pavement)
     _fill_street(canvas, random, left, right, pavement)
     if random.random() < 0.3:
-        _paint_bonnet(canvas, random)
+        _paint_hood(canvas, random)
     label_ids = canvas.labels.resize((width, height), Image.Resampling.NEAREST)
     pixels = np.asarray(canvas.photo.reduce(_SUPERSAMPLING), dtype=np.float32)
     lit = _light(pixels, np.asarray(label_ids), canvas.horizon / canvas.height, random, noise, dusk)
     return Image.fromarray(lit), label_ids
 
 
-def _paint_sky(canvas: Canvas, random: Random, haze: Colour) -> None:
+def _paint_sky(canvas: Canvas, random: Random, haze: Color) -> None:
     zenith = np.array(
         vary(random, random.choice([(110, 150, 205), (165, 180, 195), (140, 142, 148), (205, 160, 130)]), 15)
     )
@@ -143,8 +147,8 @@ def _paint_sky(canvas: Canvas, random: Random, haze: Colour) -> None:
 
 
 def _paint_ground(canvas: Canvas, random: Random, left: float, right: float, pavement: float) -> None:
-    grey = random.uniform(70, 125)
-    asphalt = vary(random, (grey, grey, grey), 6)
+    gray = random.uniform(70, 125)
+    asphalt = vary(random, (gray, gray, gray), 6)
     slabs = vary(random, shade(asphalt, random.uniform(1.2, 1.6)), 12)
     soil = random.choice([(95, 115, 55), (120, 125, 65), (80, 110, 48), slabs])
     near = 1.0  # nearer than anything the camera sees
@@ -152,7 +156,7 @@ def _paint_ground(canvas: Canvas, random: Random, left: float, right: float, pav
     canvas.ground(-60, 60, near, 400, soil, soil_label)
     canvas.ground(-left - pavement, right + pavement, near, _FAR, slabs, LABEL["sidewalk"])
     canvas.ground(-left, right, near, _FAR, asphalt, LABEL["road"])
-    for edge in (-left, right):  # the kerb
+    for edge in (-left, right):  # the curb
         canvas.ground(edge - 0.08, edge + 0.08, near, _FAR, shade(slabs, random.choice([0.75, 1.2])), None)
     paint = vary(random, (200, 200, 195), 25)
     middle = (right - left) / 2 + random.uniform(-0.8, 0.8)
@@ -174,10 +178,10 @@ def _fill_street(canvas: Canvas, random: Random, left: float, right: float, pave
     houses: list[Thing] = []
     barriers: list[Thing] = []
     rest = list(_traffic(random, left, right))
-    for side, kerb in ((-1, left), (1, right)):
-        houses += _houses(random, side, kerb + pavement)
-        barriers += _barriers(random, side, kerb + pavement)
-        rest += _roadside(random, side, kerb, pavement)
+    for side, curb in ((-1, left), (1, right)):
+        houses += _houses(random, side, curb + pavement)
+        barriers += _barriers(random, side, curb + pavement)
+        rest += _roadside(random, side, curb, pavement)
     # Seen from the road, what is farther out is behind; within each of the three, what is farther away is.
     for layer in (houses, barriers, rest):
         for _, draw, place in sorted(layer, key=lambda thing: -thing[0]):
@@ -208,16 +212,16 @@ def _barriers(random: Random, side: int, edge: float) -> Iterator[Thing]:
             yield z, draw, (side * edge, z, z + random.uniform(8, 20))
 
 
-def _roadside(random: Random, side: int, kerb: float, pavement: float) -> Iterator[Thing]:
+def _roadside(random: Random, side: int, curb: float, pavement: float) -> Iterator[Thing]:
     """What stands along one side: poles, signs, trees, people, bicycles, parked cars."""
     for draw, most, nearest, farthest, across in _ROADSIDE:
         for _ in range(random.randrange(most + 1)):
             z = random.uniform(nearest, farthest)
-            yield z, draw, (side * (kerb + random.uniform(0.3, pavement if across else 0.7)), z)
+            yield z, draw, (side * (curb + random.uniform(0.3, pavement if across else 0.7)), z)
     if random.random() < 0.6:
         z = random.uniform(4, 14)
         for _ in range(random.randrange(1, 6)):
-            yield z, things.car, (side * (kerb - 1), z)
+            yield z, things.car, (side * (curb - 1), z)
             z += random.uniform(5.2, 8)
 
 
@@ -233,7 +237,7 @@ def _traffic(random: Random, left: float, right: float) -> Iterator[Thing]:
             yield z, draw, (random.uniform(-left + 0.5, right - 0.5), z)
 
 
-def _paint_bonnet(canvas: Canvas, random: Random) -> None:
+def _paint_hood(canvas: Canvas, random: Random) -> None:
     """The front of the car that carries the camera: not evaluated."""
     w, h, rise = canvas.width, canvas.height, random.uniform(0.05, 0.1)
     box = (w * 0.08, h * (1 - rise), w * 0.92, h * (1 + rise))
@@ -300,24 +304,15 @@ def _claim(root: Path, parameters: dict[str, int]) -> None:
             raise DataError(
                 f"{root} holds files but no {MANIFEST}: this generator did not make it. Pass an empty folder."
             )
-        root.mkdir(parents=True, exist_ok=True)
-        temporary = root / f".{MANIFEST}.{os.getpid()}"
-        temporary.write_text(json.dumps(parameters, indent=2) + "\n")
-        temporary.replace(manifest)
+        with atomic_write(manifest) as partial:
+            partial.write_text(json.dumps(parameters, indent=2) + "\n")
         return
     try:
         recorded = read_json(manifest)
     except (OSError, ValueError) as error:
-        raise DataError(f"{manifest} cannot be read ({error}). Delete {root} to draw the scenes anew.") from error
+        raise DataError(f"{manifest} cannot be read ({error}). Delete {root} to draw the scenes again.") from error
     if recorded != parameters:
         raise DataError(
-            f"{root} holds scenes drawn with {recorded}, but {parameters} was asked for. "
-            "Pass another folder, or delete this one to draw the scenes anew."
+            f"{root} holds scenes drawn with {recorded}, but {parameters} is asked for. "
+            "Pass another folder, or delete this one to draw the scenes again."
         )
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    # Written beside and renamed: a process that is killed leaves no half-written image under the final name.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    image.save(temporary, format="PNG", compress_level=1)
-    temporary.replace(path)

@@ -1,4 +1,6 @@
-"""Training and evaluating any segmentation network: the LightningModule of the worked example."""
+"""The LightningModule of the worked example: trains and evaluates any segmentation network."""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,9 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from typing_extensions import override
 
 from lightning_quant.domains.segmentation.cityscapes import CLASS_NAMES, IGNORE_INDEX, NUM_CLASSES
+from lightning_quant.domains.segmentation.overlay import compare_class_maps
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.report.pictures import Comparison
 
 Batch = Sequence[Tensor]
 """``(images, targets)``: float (N, 3, H, W) and int64 (N, H, W)."""
@@ -25,20 +29,20 @@ class SegmentationTask(LightningModule):
     """Train and evaluate a segmentation network; knows nothing of quantization.
 
     The network lives in the attribute ``model``, where the callbacks of this package look for it by default.
-    It maps normalised images ``(N, 3, H, W)`` to logits ``(N, num_classes, h, w)`` of any size, as a tensor,
+    It maps normalized images ``(N, 3, H, W)`` to logits ``(N, num_classes, h, w)`` of any size, as a tensor,
     as the first element of a tuple or as the entry ``"out"`` of a dict (torchvision's models). The logits are
     upsampled bilinearly here, outside the network: the upsampling is not quantized and does not run on the
     device.
 
     Logged: ``train_loss`` every step; ``val_loss`` and ``val_miou`` (``test_…``) every epoch. The mean
     intersection over union comes from one confusion matrix over the whole epoch and all processes, see
-    :func:`class_iou` and :func:`mean_iou`; :meth:`per_class_iou` returns its terms.
+    :func:`class_iou`; :meth:`per_class_iou` returns its terms.
 
     The optimizer is AdamW, weight decay on convolution and linear weights only; the learning rate climbs
     linearly for a fraction of the steps and falls to zero along a cosine. Where the trainer cannot tell its
-    number of steps (``max_epochs=-1``), there is neither.
+    number of steps (``max_epochs=-1``), it is constant.
 
-    The network is no hyperparameter; hand it over again when loading::
+    The network is not a hyperparameter; pass it again when loading::
 
         task = SegmentationTask(ffnet_nano(), learning_rate=3e-3)
         task = SegmentationTask.load_from_checkpoint("last.ckpt", network=ffnet_nano())
@@ -70,17 +74,16 @@ class SegmentationTask(LightningModule):
         super().__init__()
         # 255 fits the uint8 of predict_step.
         if not 2 <= num_classes <= 255:
-            raise ConfigurationError(f"num_classes={num_classes} was given; expected 2 to 255.")
+            raise ConfigurationError(f"num_classes={num_classes}: expected 2 to 255.")
         if not learning_rate > 0:
-            raise ConfigurationError(f"learning_rate={learning_rate} was given; expected more than 0.")
+            raise ConfigurationError(f"learning_rate={learning_rate}: expected more than 0.")
         if not weight_decay >= 0:
-            raise ConfigurationError(f"weight_decay={weight_decay} was given; expected 0 or more.")
+            raise ConfigurationError(f"weight_decay={weight_decay}: expected 0 or more.")
         if not 0 <= warmup_fraction < 1:
-            raise ConfigurationError(f"warmup_fraction={warmup_fraction} was given; expected 0 to below 1.")
+            raise ConfigurationError(f"warmup_fraction={warmup_fraction}: expected 0 to below 1.")
         if class_weights is not None and (len(class_weights) != num_classes or min(class_weights) < 0):
             raise ConfigurationError(
-                f"class_weights={class_weights} was given; expected {num_classes} numbers (one a class), "
-                "each 0 or more."
+                f"class_weights={class_weights}: expected {num_classes} numbers, one per class, each 0 or more."
             )
         self.save_hyperparameters(ignore=["network"])
         self.model = network
@@ -102,7 +105,7 @@ class SegmentationTask(LightningModule):
 
     @override
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, num_classes, H, W)`` at the size of ``images`` ``(N, 3, H, W)``."""
+        """Return logits ``(N, num_classes, H, W)`` at the size of ``images`` ``(N, 3, H, W)``."""
         return self._logits(images, images.shape[-2:])
 
     @override
@@ -122,7 +125,7 @@ class SegmentationTask(LightningModule):
 
     @override
     def predict_step(self, batch: Tensor | Batch, batch_idx: int) -> Tensor:
-        """Class maps, uint8 ``(N, H, W)``, of bare images or of the images of ``(images, targets)``."""
+        """Return class maps, uint8 ``(N, H, W)``, of bare images or of the images of ``(images, targets)``."""
         images = batch if isinstance(batch, Tensor) else batch[0]
         return self(images).argmax(dim=1).to(torch.uint8)
 
@@ -153,14 +156,38 @@ class SegmentationTask(LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def draw_comparison(self, float_output: Any, quantized_output: Any, images: Tensor) -> Comparison | None:
+        """Draw the classes of both networks over an image, for the report; none for more classes than it has colors.
+
+        Args:
+            float_output: what the float network returned for the image.
+            quantized_output: the same of the quantized network.
+            images: the one image, normalized, ``(1, 3, H, W)``.
+        """
+        if self.num_classes > NUM_CLASSES:
+            return None
+        one, other = (
+            self._upsampled(output, images.shape[-2:]).argmax(dim=1)[0] for output in (float_output, quantized_output)
+        )
+        return compare_class_maps(images[0], one, other, self.class_names)
+
+    def class_figures(self) -> dict[str, dict[str, float]]:
+        """Return the IoU of each class in the last validation, for the report."""
+        return {"IoU": self.per_class_iou()}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of Cityscapes for 19 classes, else ``"class 0"`` and so on."""
+        return CLASS_NAMES if self.num_classes == NUM_CLASSES else tuple(f"class {i}" for i in range(self.num_classes))
+
     def per_class_iou(self, stage: str = "val") -> dict[str, float]:
-        """Intersection over union of each class that occurred in the labels of the last epoch of ``stage``.
+        """Return the intersection over union of each class that occurred in the labels of the last epoch of ``stage``.
 
         Args:
             stage: ``"val"`` or ``"test"``.
 
         Returns:
-            IoU between 0 and 1 by class name: Cityscapes' names for 19 classes, else ``"class 0"`` and so on.
+            IoU between 0 and 1, by the names in :attr:`class_names`.
 
         Raises:
             ConfigurationError: there has been no such epoch.
@@ -171,14 +198,14 @@ class SegmentationTask(LightningModule):
                 f"per_class_iou({stage!r}) has nothing to report yet: stage is 'val' or 'test', after "
                 f"an epoch of {expected.get(stage, ' or '.join(expected.values()))}."
             )
-        names = CLASS_NAMES
-        if self.num_classes != NUM_CLASSES:
-            names = tuple(f"class {index}" for index in range(self.num_classes))
         values = self._class_iou[stage].tolist()
-        return {name: iou for name, iou in zip(names, values, strict=True) if not math.isnan(iou)}
+        return {name: iou for name, iou in zip(self.class_names, values, strict=True) if not math.isnan(iou)}
 
     def _logits(self, images: Tensor, size: Sequence[int]) -> Tensor:
-        logits = first_tensor(self.model(images))
+        return self._upsampled(self.model(images), size)
+
+    def _upsampled(self, output: Any, size: Sequence[int]) -> Tensor:
+        logits = first_tensor(output)
         if logits.ndim != 4 or logits.shape[1] != self.num_classes:
             raise ConfigurationError(
                 f"The network returned shape {tuple(logits.shape)}; expected (N, {self.num_classes}, h, w). "
@@ -189,8 +216,8 @@ class SegmentationTask(LightningModule):
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         weights = self.get_buffer("class_weights") if self.class_weights is not None else None
         total = F.cross_entropy(logits, targets, weights, ignore_index=self.ignore_index, reduction="sum")
-        labelled = targets != self.ignore_index
-        count = labelled.sum() if weights is None else (weights[targets * labelled] * labelled).sum()
+        labeled = targets != self.ignore_index
+        count = labeled.sum() if weights is None else (weights[targets * labeled] * labeled).sum()
         # reduction="mean" divides 0 by 0 where a batch is all void, and one NaN ends the training.
         return total / count.to(total.dtype).clamp(min=torch.finfo(total.dtype).tiny)
 
@@ -214,9 +241,9 @@ class SegmentationTask(LightningModule):
 
 
 def class_iou(confusion: Tensor) -> Tensor:
-    """Intersection over union of each class: ``TP / (TP + FP + FN)``.
+    """Compute the intersection over union of each class: ``TP / (TP + FP + FN)``.
 
-    A class that no label holds gets NaN, and with it no place in the mean, even where pixels were predicted
+    A class that no label holds gets NaN and so does not count in the mean, even where pixels were predicted
     to be of that class: those count as missed pixels (FN) of their true classes. Cityscapes' own script and
     torchmetrics' Jaccard index would add a zero for such a class, which makes the mean of a small validation
     split jump when one stray pixel appears; with all 19 classes in the labels, the three agree.
@@ -228,14 +255,14 @@ def class_iou(confusion: Tensor) -> Tensor:
         float (C,), each 0 to 1 or NaN.
     """
     hits = confusion.diag()
-    labelled = confusion.sum(dim=1)
-    union = labelled + confusion.sum(dim=0) - hits
+    labeled = confusion.sum(dim=1)
+    union = labeled + confusion.sum(dim=0) - hits
     # 0 / 0 never reaches the result: a class with labels has a union.
-    return torch.where(labelled > 0, hits / union, torch.nan)
+    return torch.where(labeled > 0, hits / union, torch.nan)
 
 
 def first_tensor(output: object) -> Tensor:
-    """The logits in what a network returned: a tensor, ``output["out"]``, or the first of a tuple.
+    """Return the logits in what a network returned: a tensor, ``output["out"]``, or the first of a tuple.
 
     Raises:
         ConfigurationError: there is no tensor at these places.
@@ -256,7 +283,7 @@ def first_tensor(output: object) -> Tensor:
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups: weights with more than one dimension decay, nothing else does.
+    """Return the trainable parameters in two groups: weights with more than one dimension decay, nothing else does.
 
     By name as well as by shape: the trainable ranges of a quantized network have the dimensions of the weight
     that they belong to, and a range that decays clips its weight.
@@ -269,30 +296,8 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
     return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
 
 
-def balanced_class_weights(pixels: Sequence[int]) -> list[float]:
-    """Weights for the loss that keep rare classes from being ignored: ``1 / sqrt(frequency)``, 1 on average.
-
-    The square root is a middle way: with the inverse itself the rarest classes dominate the loss and flood
-    the picture. Frequencies below 1e-4 count as 1e-4.
-
-    Args:
-        pixels: how many pixels of each class the training labels hold.
-
-    Returns:
-        One weight a class, 0 for a class without pixels.
-
-    Raises:
-        ConfigurationError: there are no pixels at all.
-    """
-    counts = torch.tensor(pixels, dtype=torch.float64)
-    if not counts.sum() > 0:
-        raise ConfigurationError(f"pixels={list(pixels)} was given; expected at least one pixel of a class.")
-    weights = (counts / counts.sum()).clamp(min=1e-4).rsqrt() * (counts > 0)
-    return (weights / weights[counts > 0].mean()).tolist()
-
-
 def cosine_with_warmup(step: int, steps: float, warmup: float) -> float:
-    """Factor on the learning rate: linear to 1 over ``warmup`` steps, then a half cosine to 0 at ``steps``.
+    """Return the factor on the learning rate: linear to 1 over ``warmup`` steps, then a half cosine to 0 at ``steps``.
 
     The cosine of Loshchilov and Hutter, "SGDR", 2017, without restarts.
     """

@@ -1,12 +1,14 @@
 """Weights from a file into a network: strict, and without running code from the file."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError
-from lightning_quant.utilities.parsing import read_checkpoint, shown
+from lightning_quant.utilities.parsing import read_checkpoint, short_repr
 
 # What may stand before the published names: "model." in a checkpoint of SegmentationTask, "network." in that
 # of a module which calls it so.
@@ -24,7 +26,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
         path: a file that ``torch.save`` wrote.
 
     Raises:
-        CheckpointError: the file is missing or is no checkpoint of tensors, or its names or shapes are not
+        CheckpointError: when the file is missing or is not a checkpoint of tensors, or its names or shapes are not
             those of ``network``.
     """
     path = Path(path)
@@ -41,7 +43,7 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     state = _network_state(content, path)
     try:
         network.load_state_dict(state, strict=True)
-    except Exception as error:  # PyTorch's own for names and shapes, others for names that are none
+    except Exception as error:  # PyTorch's own for names and shapes, others for what is not a name
         raise CheckpointError(
             f"The weights in '{path}' do not fit {type(network).__name__}."
             f"{_explain_misfit(state, network.state_dict())}"
@@ -58,7 +60,7 @@ def _network_state(content: object, path: Path) -> dict[str, Tensor]:
         entries = inner or entries
     others = [key for key, value in entries.items() if not isinstance(value, Tensor)]
     if not entries or others:
-        found = f" ({shown(others[0])} is {shown(entries[others[0]])})" if others else ""
+        found = f" ({short_repr(others[0])} is {short_repr(entries[others[0]])})" if others else ""
         raise CheckpointError(
             f"'{path}' holds no state dict{found}: expected tensors by name, or those under the key 'state_dict'."
         )

@@ -10,14 +10,14 @@ import torch
 from typing_extensions import override
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.ladder.rungs.seq_mse import TensorBatches, call_flat
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
 
 
-class AdaptiveRounding(Technique):
+class AdaptiveRounding(Rung):
     """Learn for each weight whether to round up or down, layer by layer, by reconstructing the layer's output.
 
     Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", 2020; AIMET's implementation. Weights
@@ -42,8 +42,8 @@ class AdaptiveRounding(Technique):
         self.samples = samples
 
     @override
-    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
-        batches = TensorBatches(bench.samples(), self.samples)
+    def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
+        batches = TensorBatches(context.samples(), self.samples)
         device = next(iter(batches))[0].device
         example = tuple(tensor.to(device) for tensor in network.inputs.tensors)
         rounded = copy.deepcopy(network.sim.model)
@@ -76,7 +76,7 @@ class AdaptiveRounding(Technique):
                     layer.weight.copy_(value)  # decided softly; onto the grid:
                     layer.weight.copy_(layer.param_quantizers["weight"](layer.weight).as_subclass(torch.Tensor))
                     changed += 1
-        bench.calibrate(network, weights=False)
+        context.calibrate(network, weights=False)
         return f"rounded the weights of {changed} layers adaptively"
 
 

@@ -1,4 +1,4 @@
-"""Bias correction: put right the mean that rounded weights shift in every channel, where there is no batch norm."""
+"""Bias correction: compensate the shift of each channel's mean that rounded weights cause."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.ladder.rungs.layer_outputs import (
     channel_axis,
     channel_scales,
@@ -23,7 +23,7 @@ from lightning_quant.simulation.precisions import quantized_layers
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
-class BiasCorrection(Technique):
+class BiasCorrection(Rung):
     """Move each bias until the mean output of the layer is that of the float layer.
 
     The empirical form of Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction",
@@ -31,18 +31,18 @@ class BiasCorrection(Technique):
     """
 
     name = "bias_correction"
-    finishing = True
+    is_correction = True
 
     @override
-    def unsuitable(self, network: QuantizedNetwork, bench: Workbench) -> str | None:
+    def skip_reason(self, network: QuantizedNetwork, context: RungContext) -> str | None:
         return None if _correctable(network) else "no layer has a bias"
 
     @override
-    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+    def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
         layers = _correctable(network)
-        float_network = bench.prepared.network
+        float_network = context.prepared.network
         originals = {name: float_network.get_submodule(name) for name in layers}
-        scales = channel_scales(layers, bench) if network.equalized else {}
+        scales = channel_scales(layers, context) if network.equalized else {}
         wanted: dict[str, list[Tensor]] = defaultdict(list)
         shifts: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -57,7 +57,7 @@ class BiasCorrection(Technique):
             shifts[name].append(shift)
             return output + per_channel(shift, axis, output)
 
-        for batch in bench.samples():
+        for batch in context.samples():
             with hooked(originals, remember):
                 batch.call(float_network)
             with weights_only(network), hooked(layers, correct):
@@ -66,7 +66,7 @@ class BiasCorrection(Technique):
             bias = layers[name].bias
             assert isinstance(bias, Tensor)
             bias.add_(torch.stack(values).mean(0))
-        bench.calibrate(network, weights=False)
+        context.calibrate(network, weights=False)
         return f"corrected {len(shifts)} biases"
 
 

@@ -1,4 +1,4 @@
-"""Batch norm re-estimation: put right the mean and scale that rounded weights shift in every channel."""
+"""Batch norm re-estimation: restore the mean and the scale of each channel, which rounded weights shift."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.ladder.rungs.layer_outputs import (
     channel_scales,
     hooked,
@@ -27,19 +27,19 @@ from lightning_quant.simulation.precisions import quantized_layers
 from lightning_quant.simulation.prepare import output_factors
 
 
-class BatchNormReestimation(Technique):
+class BatchNormReestimation(Rung):
     """Measure the statistics of every batch norm again, behind quantized weights.
 
     What Jacob et al. 2018 and AIMET do with batch norms that are left in the simulation, done here with the folded
-    ones: a layer that holds a batch norm (weight γ, bias β, ε, and g = γ / √(running variance + ε)) puts out
-    z = g·(y − μ) + β. With mean m and variance v of z over a batch, the batch norm in training mode would have put
-    out a·(z − m) + β, where a = √(running variance + ε) / √(v/g² + ε). The mean over the batches goes into the
+    ones: a layer that holds a batch norm (weight γ, bias β, ε, and g = γ / √(running variance + ε)) outputs
+    z = g·(y − μ) + β. With mean m and variance v of z over a batch, the batch norm in training mode would have
+    output a·(z − m) + β, where a = √(running variance + ε) / √(v/g² + ε). The mean over the batches goes into the
     weights, the bias and — since a is positive, exactly — into the ranges of the weights, so that every integer
     stays as it was. Where equalization (``cle``) gave z another scale, γ, β and g are scaled alike.
     """
 
     name = "bn_reestimation"
-    finishing = True
+    is_correction = True
 
     @override
     def check(self, network: QuantizedNetwork) -> None:
@@ -55,31 +55,31 @@ class BatchNormReestimation(Technique):
             )
 
     @override
-    def unsuitable(self, network: QuantizedNetwork, bench: Workbench) -> str | None:
+    def skip_reason(self, network: QuantizedNetwork, context: RungContext) -> str | None:
         layers = quantized_layers(network)
-        found = [name for name in bench.prepared.batch_norms if not _is_per_tensor(layers[name])]
+        found = [name for name in context.prepared.batch_norms if not _is_per_tensor(layers[name])]
         return None if found else "no batch norm was folded into a layer with a range for each channel"
 
     @override
-    def float_reference(self, bench: Workbench) -> nn.Module | None:
+    def float_reference(self, context: RungContext) -> nn.Module | None:
         """The float network with its own batch norms re-estimated on the same samples."""
-        network = copy.deepcopy(bench.float_network).eval()
+        network = copy.deepcopy(context.float_network).eval()
         for module in network.modules():
             if isinstance(module, _BatchNorm) and module.track_running_stats:
                 module.reset_running_stats()
                 module.momentum = None  # the plain mean over all batches
                 module.train()
-        for batch in bench.samples():
-            with suppress(ValueError):  # one value a channel, of a last batch of one sample: nothing to estimate from
+        for batch in context.samples():
+            with suppress(ValueError):  # a last batch of one sample, with one value per channel: no variance
                 batch.call(network)
         return network.eval()
 
     @override
-    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
-        norms = bench.prepared.batch_norms
+    def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
+        norms = context.prepared.batch_norms
         known = quantized_layers(network).items()
         layers = {name: layer for name, layer in known if name in norms and not _is_per_tensor(layer)}
-        scales = channel_scales(layers, bench) if network.equalized else {}
+        scales = channel_scales(layers, context) if network.equalized else {}
         means: dict[str, list[Tensor]] = defaultdict(list)
         variances: dict[str, list[Tensor]] = defaultdict(list)
 
@@ -94,13 +94,13 @@ class BatchNormReestimation(Technique):
             )
 
         with weights_only(network), hooked(layers, normalize):
-            for batch in bench.samples():
+            for batch in context.samples():
                 batch.call(network.network)
         for name, values in means.items():
             mean, variance = torch.stack(values).mean(0), torch.stack(variances[name]).mean(0)
             factor = _correction(norms[name], variance, scales.get(name))
             _rescale(layers[name], factor, mean, _target(norms[name], scales.get(name)))
-        bench.calibrate(network, weights=False)
+        context.calibrate(network, weights=False)
         return f"re-estimated {len(means)} folded batch norms"
 
 
@@ -126,7 +126,7 @@ def _correction(norm: _BatchNorm, variance: Tensor, scale: Tensor | None) -> Ten
 
 
 def _rescale(layer: Any, factor: Tensor, mean: Tensor, target: Tensor) -> None:
-    """Make the layer put out ``factor · (z − mean) + target`` instead of ``z``; its integers stay as they are."""
+    """Make the layer output ``factor · (z − mean) + target`` instead of ``z``; its integers stay as they are."""
     quantizer = layer.param_quantizers["weight"]
     layer.weight.copy_(layer.weight * per_channel(factor, 0, layer.weight))
     layer.bias.copy_(factor * (layer.bias - mean) + target)

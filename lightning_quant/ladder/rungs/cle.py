@@ -10,13 +10,13 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_quant.errors import LightningQuantError
-from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork
 from lightning_quant.simulation.prepare import TOLERANCE, PreparedNetwork, relative_difference
 
 
-class CrossLayerEqualization(Technique):
+class CrossLayerEqualization(Rung):
     """Shift scale between the channels of consecutive convolutions until their ranges are alike.
 
     Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, section 4.1. Exact
@@ -28,11 +28,11 @@ class CrossLayerEqualization(Technique):
     start: ClassVar[Literal["best", "float"]] = "float"
 
     @override
-    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
-        equalized, groups = equalize(bench.prepared)
+    def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
+        equalized, groups = equalize(context.prepared)
         network.reset_to(equalized)
         network.equalized = True
-        bench.calibrate(network)
+        context.calibrate(network)
         return f"equalized {groups} groups of layers"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.ladder.rung import Workbench
+from lightning_quant.ladder.rung import RungContext
 from lightning_quant.ladder.rungs.cle import equalize
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs
@@ -39,7 +39,7 @@ def unrounded(network: QuantizedNetwork) -> Iterator[None]:
 def hooked(
     layers: Mapping[str, nn.Module | aimet.QuantizedLayer], hook: Callable[[str, Tensor], Tensor | None]
 ) -> Iterator[None]:
-    """Call ``hook(name, output)`` for each output of ``layers``; what it returns takes the output's place."""
+    """Call ``hook(name, output)`` for each output of ``layers``; what it returns replaces the output."""
 
     def on_forward(name: str) -> Callable[..., Any]:
         return lambda module, args, output: hook(name, output)
@@ -58,7 +58,7 @@ def channel_axis(layer: nn.Module, output: Tensor) -> int:
 
 
 def per_channel(values: Tensor, axis: int, output: Tensor) -> Tensor:
-    """Shape one value a channel so that it combines with ``output``."""
+    """Shape one value per channel so that it combines with ``output``."""
     shape = [1] * output.dim()
     shape[axis] = -1
     return values.reshape(shape)
@@ -71,12 +71,12 @@ def statistics(output: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def channel_scales(layers: Iterable[str], bench: Workbench) -> dict[str, Tensor]:
+def channel_scales(layers: Iterable[str], context: RungContext) -> dict[str, Tensor]:
     """How much larger equalization makes each channel of the layers' outputs, (C,) each."""
-    batch = next(bench.samples())
-    float_network = bench.prepared.network
+    batch = next(context.samples())
+    float_network = context.prepared.network
     before = _deviations(float_network, layers, batch)
-    after = _deviations(equalize(bench.prepared)[0], layers, batch)
+    after = _deviations(equalize(context.prepared)[0], layers, batch)
     return {
         name: torch.where((before[name] > 0) & (after[name] > 0), after[name] / before[name], 1.0) for name in before
     }

@@ -1,4 +1,4 @@
-"""Mixed precision: raise the few layers that cost most to the next finer precision."""
+"""Mixed precision: raise the few layers that lose the most accuracy to the next finer precision."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar
 from typing_extensions import override
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.calibrate import calibrate_weights
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -17,8 +17,8 @@ from lightning_quant.simulation.sensitivity import LayerSensitivity, layer_sensi
 _FINER = {"weights": 8, "activations": 16}
 
 
-class MixedPrecision(Technique):
-    """Raise the fewest layers (W4 → W8, A8 → A16) that bring the metric back.
+class MixedPrecision(Rung):
+    """Raise the fewest layers (W4 → W8, A8 → A16) that restore the metric.
 
     The order comes from :func:`~lightning_quant.simulation.sensitivity.layer_sensitivity`; the metric is measured
     with 1, 2, 4, … of them raised, until it suffices or the budget is spent, and then once more for each halving of
@@ -45,24 +45,24 @@ class MixedPrecision(Technique):
         self.samples = samples
 
     @override
-    def unsuitable(self, network: QuantizedNetwork, bench: Workbench) -> str | None:
+    def skip_reason(self, network: QuantizedNetwork, context: RungContext) -> str | None:
         now = network.recipe.precision
         if all(next_finer(part, now) is None for part in ("weights", "activations")):
             return f"{now} is the finest precision there is"
         return None
 
     @override
-    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
-        chosen = self._within_budget(network, layer_sensitivity(network, bench.samples(), self.samples))
+    def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
+        chosen = self._within_budget(network, layer_sensitivity(network, context.samples(), self.samples))
         start = network.snapshot()
-        if bench.suffices is None:  # there is no enough: all that may be raised
-            self._raise(network, chosen, start, bench)
-            return _told(chosen)
+        if context.suffices is None:  # nothing suffices: raise all that the budget allows
+            self._raise(network, chosen, start, context)
+            return _describe(chosen)
         enough, few = 0, 0  # a number of layers known to suffice, and one known not to
         count = 1
         while chosen:
             count = min(count, len(chosen))
-            if self._suffices(network, chosen[:count], start, bench):
+            if self._suffices(network, chosen[:count], start, context):
                 enough = count
                 break
             few = count
@@ -71,13 +71,13 @@ class MixedPrecision(Technique):
             count *= 2
         while enough - few > 1:
             middle = (enough + few) // 2
-            if self._suffices(network, chosen[:middle], start, bench):
+            if self._suffices(network, chosen[:middle], start, context):
                 enough = middle
             else:
                 few = middle
         raised = chosen[: enough or len(chosen)]
-        self._raise(network, raised, start, bench)
-        return _told(raised)
+        self._raise(network, raised, start, context)
+        return _describe(raised)
 
     def _within_budget(
         self, network: QuantizedNetwork, sensitivities: list[LayerSensitivity]
@@ -93,13 +93,13 @@ class MixedPrecision(Technique):
         return chosen
 
     def _suffices(
-        self, network: QuantizedNetwork, raised: list[LayerSensitivity], start: dict[str, object], bench: Workbench
+        self, network: QuantizedNetwork, raised: list[LayerSensitivity], start: dict[str, object], context: RungContext
     ) -> bool:
-        self._raise(network, raised, start, bench)
-        return bench.suffices is not None and bench.suffices(bench.measure())
+        self._raise(network, raised, start, context)
+        return context.suffices is not None and context.suffices(context.measure())
 
     def _raise(
-        self, network: QuantizedNetwork, raised: list[LayerSensitivity], start: dict[str, object], bench: Workbench
+        self, network: QuantizedNetwork, raised: list[LayerSensitivity], start: dict[str, object], context: RungContext
     ) -> None:
         network.restore(start)
         precisions: dict[str, Precision] = {}
@@ -112,10 +112,10 @@ class MixedPrecision(Technique):
                 network.network.get_submodule(name).bitwidth = _FINER[one.part]  # type: ignore[assignment]
         network.promoted = {**network.promoted, **precisions}
         calibrate_weights(network, [one.layer for one in raised if one.part == "weights"])
-        bench.calibrate(network, weights=False)
+        context.calibrate(network, weights=False)
 
 
-def _told(raised: list[LayerSensitivity]) -> str:
+def _describe(raised: list[LayerSensitivity]) -> str:
     if not raised:
         return "raised nothing: no layer fits the budget"
     shares = {part: sum(one.share for one in raised if one.part == part) for part in ("weights", "activations")}

@@ -6,18 +6,18 @@ from typing import ClassVar, Literal
 
 from typing_extensions import override
 
-from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.range_estimators import (
     MinMax,
     Percentile,
     RangeEstimator,
-    RangeEstimatorSpec,
     TfEnhanced,
 )
+from lightning_quant.utilities.registry import Spec
 
 
-class CalibratedRanges(Technique):
+class CalibratedRanges(Rung):
     """Float weights, ranges from the calibration data: what plain post-training quantization is.
 
     Args:
@@ -29,16 +29,16 @@ class CalibratedRanges(Technique):
     start: ClassVar[Literal["best", "float"]] = "float"
     estimator: RangeEstimator | None = None
 
-    def __init__(self, range_estimator: RangeEstimator | RangeEstimatorSpec | None = None) -> None:
+    def __init__(self, range_estimator: RangeEstimator | Spec | None = None) -> None:
         if range_estimator is not None:
             self.estimator = RangeEstimator.parse(range_estimator)
             self.name = self.estimator.name  # type: ignore[misc]  # one rung for each estimator
 
     @override
-    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+    def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
         estimator = self.estimator or network.recipe.range_estimator
         network.set_range_estimator(estimator)
-        samples = bench.calibrate(network)
+        samples = context.calibrate(network)
         return f"{estimator} ranges from {samples} samples"
 
 

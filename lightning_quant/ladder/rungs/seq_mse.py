@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.calibrate import weight_quantizers
 from lightning_quant.simulation.inputs import NetworkInputs, take_samples
 from lightning_quant.simulation.network import QuantizedNetwork
 
 
-class SequentialMse(Technique):
+class SequentialMse(Rung):
     """Per channel, take the weight range whose rounded weights change the layer's output least (AIMET's SeqMSE).
 
     Args:
@@ -37,16 +37,16 @@ class SequentialMse(Technique):
         self.samples = samples
 
     @override
-    def unsuitable(self, network: QuantizedNetwork, bench: Workbench) -> str | None:
+    def skip_reason(self, network: QuantizedNetwork, context: RungContext) -> str | None:
         coarse = [quantizer for quantizer in weight_quantizers(network) if quantizer.bitwidth <= 4]
         return None if coarse else "AIMET's SeqMSE is for weights of at most 4 bits"
 
     @override
-    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+    def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
         quantizers = weight_quantizers(network)
         trainable = {p: p.requires_grad for quantizer in quantizers for p in quantizer.parameters()}
         before = [quantizer.get_max().clone() for quantizer in quantizers]
-        batches = TensorBatches(bench.samples(), self.samples)
+        batches = TensorBatches(context.samples(), self.samples)
         hooks = {module: set(module._forward_hooks) for module in network.sim.model.modules()}
         try:
             with aimet.quiet(), aimet.failing_as("SeqMSE"):
@@ -59,7 +59,7 @@ class SequentialMse(Technique):
                 quantizer.allow_overwrite(True)
             for parameter, requires_grad in trainable.items():
                 parameter.requires_grad_(requires_grad)
-        bench.calibrate(network, weights=False)
+        context.calibrate(network, weights=False)
         changed = sum(not q.get_max().equal(old) for q, old in zip(quantizers, before, strict=True))
         return f"narrowed the weight ranges of {changed} layers"
 

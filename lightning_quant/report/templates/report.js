@@ -49,7 +49,7 @@ if (picker) {
   };
 }
 
-// The colours of text and lines in the charts follow the page's.
+// The colors of text and lines in the charts follow the page's.
 const scheme = window.matchMedia("(prefers-color-scheme: dark)");
 const paint = () => {
   const style = getComputedStyle(document.documentElement);

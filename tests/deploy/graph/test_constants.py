@@ -20,7 +20,7 @@ SHAPE = (2, 4, 6)
 
 
 def taken_from_a_table() -> onnx.ModelProto:
-    """Positions out of a table of weights, beside an input."""
+    """Positions out of a table of weights, next to an input."""
     made = QdqModel(x=SHAPE)
     table = made.integers("table", np.arange(48, dtype=np.uint8).reshape(8, 6), 0.02)
     rows = made.node("Gather", [table, made.constant("rows", np.array([5, 0, 2, 7]))], "rows_of_it")
@@ -129,7 +129,7 @@ def test_encodings_follow() -> None:
     assert encodings == {"activation_encodings": [{"name": "kept"}, {"name": "new"}], "param_encodings": []}
 
 
-def test_what_is_drawn_is_no_constant() -> None:
+def test_what_is_drawn_is_not_a_constant() -> None:
     made = QdqModel(x=SHAPE)
     made.nodes.append(helper.make_node("RandomNormal", [], ["noise"], shape=list(SHAPE)))
     made.node("Add", ["x", "noise"], "out")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.deploy.bundle import export_bundle
+from lightning_quant.deploy.export import export_bundle
 from tests.helpers.networks import calibrated, call, images
 
 
@@ -59,14 +59,14 @@ def test_the_file_computes_what_the_simulation_does(tmp_path: Path, network: nn.
     inputs = call(torch.randn(4, 6, 4)) if isinstance(network, OneLimit) else call(images(4))
     known = calibrated(network, inputs)
     bundle = export_bundle(known, tmp_path / "bundle", [inputs.first(1)])
-    assert bundle.manifest["parity"]["psnr_db"] is None or bundle.manifest["parity"]["psnr_db"] > 50
+    assert bundle.manifest.parity.psnr_db > 50
     for file in (bundle.qdq, bundle.aimet / "model.onnx"):
         operations = {node.op_type for node in onnx.load(file).graph.node}
         assert not operations & {"Shape", "ConstantOfShape", "ScatterND", "Range"}, operations
 
 
-def test_other_code_is_told_that_it_is_exported(tmp_path: Path) -> None:
-    told = torch.onnx.is_in_onnx_export
+def test_other_code_sees_that_it_is_exported(tmp_path: Path) -> None:
+    original = torch.onnx.is_in_onnx_export
     known = calibrated(OtherWayInExport(), call(images(4)))
     export_bundle(known, tmp_path / "bundle", [call(images(1))])
-    assert torch.onnx.is_in_onnx_export is told
+    assert torch.onnx.is_in_onnx_export is original

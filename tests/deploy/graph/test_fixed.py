@@ -14,7 +14,7 @@ import torchvision
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from lightning_quant.deploy.bundle import export_bundle
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.graph.fixed import check_fixed, check_repeatable, open_outputs, random_operations
 from lightning_quant.errors import ExportError, ParityError
 from tests.helpers.networks import calibrated, call, images, seeded
@@ -64,16 +64,16 @@ def boxes(y: Tensor) -> Tensor:
     ],
 )
 def test_outputs_of_unknown_size(tmp_path: Path, end: Callable[[Tensor], Any], named: str) -> None:
-    with pytest.raises(ExportError, match="depends on the values it computes") as told:
+    with pytest.raises(ExportError, match="depends on the values it computes") as caught:
         export(end, tmp_path)
-    assert named in str(told.value)
-    assert "network='model.backbone'" in str(told.value)
-    assert not isinstance(told.value, ParityError)
+    assert named in str(caught.value)
+    assert "network='model.backbone'" in str(caught.value)
+    assert not isinstance(caught.value, ParityError)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_size_that_python_took_from_values(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"answers a sample with 'output' of \[\d+, 5\].*its size depends on values"):
+    with pytest.raises(ExportError, match=r"returns 'output' of \[\d+, 5\].*its size depends on values"):
         export(lambda y: y[: max(int((y[:, 4] > 0).sum()), 1)], tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -107,14 +107,14 @@ def test_fixed_sizes_are_written_down(tmp_path: Path, end: Callable[[Tensor], An
 )
 def test_networks_that_sample(tmp_path: Path, end: Callable[[Tensor], Any], named: str) -> None:
     state = torch.get_rng_state()
-    with pytest.raises(ExportError, match="draws random numbers in eval mode") as told:
+    with pytest.raises(ExportError, match="draws random numbers in eval mode") as caught:
         export(end, tmp_path)
-    assert named in str(told.value)
+    assert named in str(caught.value)
     assert list(tmp_path.iterdir()) == []
     torch.set_rng_state(state)
 
 
-def test_what_is_drawn_and_thrown_away_is_no_sampling(tmp_path: Path) -> None:
+def test_what_is_drawn_and_thrown_away_is_not_sampling(tmp_path: Path) -> None:
     network = Detector(lambda y: y if float(torch.rand([])) < 2 else y * 0)
     given = call(images(1)).call(network)
     state = torch.get_rng_state()

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.deploy.bundle import Bundle, export_bundle
+from lightning_quant.deploy.bundle import Bundle
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.push import Push
 from lightning_quant.deploy.samples import Samples
 from tests.helpers.networks import calibrated, call, images, seeded
@@ -63,8 +64,8 @@ def exported(network: nn.Module, path: Path, precision: str = "w8a16") -> tuple[
 )
 def test_outputs_in_order_and_encoded(tmp_path: Path, network: type[nn.Module], names: list[str]) -> None:
     bundle, samples = exported(network(), tmp_path / "net")
-    assert bundle.manifest["output_names"] == names
-    assert (bundle.manifest["parity"]["psnr_db"] or 99) > 60  # beyond the range of calibration too
+    assert bundle.manifest.output_names == names
+    assert bundle.manifest.parity.psnr_db > 60  # beyond the range of calibration too
     assert [list(tensors) for tensors in samples.simulation] == [names] * 2
     sizes = [list(tensor.shape) for tensor in samples.simulation[0].values()]
     for file in (bundle.qdq, bundle.aimet / "model.onnx"):
@@ -103,8 +104,8 @@ def test_an_input_that_nothing_takes_is_explained(tmp_path: Path) -> None:
     inputs = call(images(4), torch.rand(4, 5))
     made = calibrated(Untaken(), inputs)
     bundle = export_bundle(made, tmp_path / "net", [inputs])
-    assert bundle.manifest["without_encoding"]["mask"] == "no operation takes it"
-    assert bundle.manifest["without_encoding"]["output_1"] == "the input mask as it is"
+    assert bundle.manifest.without_encoding["mask"] == "no operation takes it"
+    assert bundle.manifest.without_encoding["output_1"] == "the input mask as it is"
 
 
 @pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
@@ -114,4 +115,4 @@ def test_the_npu_hands_its_input_back(tmp_path: Path, network: type[nn.Module]) 
     (measured,) = Push("htp_emulator", ["SM8650"], 60, {}).run(bundle, samples)
     assert (measured.report.float_islands, measured.report.fallen_back) == ([], {})
     assert measured.report.against_simulation is not None
-    assert measured.report.against_simulation["psnr_db"] > 45
+    assert measured.report.against_simulation.psnr_db > 45

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.deploy.bundle import Bundle, export_bundle
+from lightning_quant.deploy.bundle import Bundle
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.graph.shared_grids import share_grids, update_encodings
 from lightning_quant.deploy.push import Push
 from lightning_quant.deploy.samples import Samples
@@ -26,18 +27,18 @@ NEAR = np.float32(0.02) * (1 + 3e-6)
 X = {"x": np.random.default_rng(0).normal(size=(1, 4, 8, 8)).astype(np.float32)}
 
 
-def upsampled(after: float, *, beside: float | None = None, zero_point: int = 128) -> onnx.ModelProto:
-    """A sigmoid's product, resized; ``beside``: the product is quantized once more, for an output."""
+def upsampled(after: float, *, again: float | None = None, zero_point: int = 128) -> onnx.ModelProto:
+    """A sigmoid's product, resized; ``again``: the product is quantized once more, for an output."""
     made = QdqModel(x=(1, 4, 8, 8))
     x = made.pair("x", 0.03)
     product = made.node("Mul", [x, made.pair(made.node("Sigmoid", [x], "s"), 1 / 255, 0)], "m")
-    if beside is not None:
-        made.pair(product, beside, name="y2", output="y2")
+    if again is not None:
+        made.pair(product, again, name="y2", output="y2")
     resized = made.node(
         "Resize", [made.pair(product, 0.02), "", made.constant("by", np.float32([1, 1, 2, 2]))], "r", mode="nearest"
     )
     made.pair(resized, after, zero_point, name="y", output="y")
-    outputs = {"y": (1, 4, 16, 16)} | ({"y2": (1, 4, 8, 8)} if beside is not None else {})
+    outputs = {"y": (1, 4, 16, 16)} | ({"y2": (1, 4, 8, 8)} if again is not None else {})
     return made.model(**outputs)
 
 
@@ -66,12 +67,12 @@ def test_other_grids_stay_as_they_are(model: onnx.ModelProto) -> None:
     assert model.SerializeToString() == before
 
 
-@pytest.mark.parametrize("beside", [0.02, float(NEAR)])
-def test_a_tensor_is_quantized_once(tmp_path: Path, beside: float) -> None:
-    model = upsampled(0.02, beside=beside)
+@pytest.mark.parametrize("again", [0.02, float(NEAR)])
+def test_a_tensor_is_quantized_once(tmp_path: Path, again: float) -> None:
+    model = upsampled(0.02, again=again)
     before = computed(model, tmp_path, **X)
     changed = share_grids(model)
-    scale = np.float32(beside)  # of the first one, which stays; the resize after it follows
+    scale = np.float32(again)  # of the first one, which stays; the resize after it follows
     assert changed == ({"m": scale} if scale == np.float32(0.02) else {"m": scale, "y": scale})
     assert [node.input[0] for node in operations(model, "QuantizeLinear")].count("m") == 1
     after = computed(model, tmp_path, **X)
@@ -118,7 +119,7 @@ def test_encodings_follow() -> None:
 
 
 @needs_emulator
-@pytest.mark.parametrize("model", [upsampled(float(NEAR)), upsampled(0.02, beside=0.02)], ids=["resize", "twice"])
+@pytest.mark.parametrize("model", [upsampled(float(NEAR)), upsampled(0.02, again=0.02)], ids=["resize", "twice"])
 def test_the_npu_computes_integers_only_then(tmp_path: Path, model: onnx.ModelProto) -> None:
     before, _ = emulated(model, tmp_path / "before", **X)
     assert before.float_islands != []
@@ -176,4 +177,4 @@ def test_no_float_island_at_a_resize_of_another_last_digit(tmp_path: Path) -> No
     (measured,) = Push("htp_emulator", ["SM8650"], 60, {}).run(bundle, samples)
     assert (measured.report.float_islands, measured.report.fallen_back) == ([], {})
     assert measured.report.against_simulation is not None
-    assert measured.report.against_simulation["psnr_db"] > 40
+    assert measured.report.against_simulation.psnr_db > 40

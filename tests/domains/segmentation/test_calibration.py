@@ -1,4 +1,4 @@
-"""Calibration with unlabelled images, in the one batch size that looks like an (image, label) pair."""
+"""Calibration with unlabeled images, in the one batch size that looks like an (image, label) pair."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def calibrated(data: SyntheticScenesDataModule, tmp_path: Path) -> QuantizedNetw
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_bare_images_give_the_ranges_of_the_same_images_with_labels(tmp_path: Path, batch_size: int) -> None:
     common = {"train": 4, "val": 4, "height": 32, "width": 64, "batch_size": batch_size, "calibration_samples": 4}
-    labelled = SyntheticScenesDataModule(str(tmp_path / "scenes"), **common)
+    labeled = SyntheticScenesDataModule(str(tmp_path / "scenes"), **common)
     images = tmp_path / "scenes/leftImg8bit/train"
-    unlabelled = SyntheticScenesDataModule(str(tmp_path / "scenes"), calibration_images=str(images), **common)
-    expected = calibrated(labelled, tmp_path).range_parameters()
-    found = calibrated(unlabelled, tmp_path).range_parameters()
+    unlabeled = SyntheticScenesDataModule(str(tmp_path / "scenes"), calibration_images=str(images), **common)
+    expected = calibrated(labeled, tmp_path).range_parameters()
+    found = calibrated(unlabeled, tmp_path).range_parameters()
     assert len(expected) == len(found) > 20
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))

@@ -24,7 +24,7 @@ from tests.domains.segmentation.pairs import write_pair
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Three pairs of 8x16: left half road in dark grey, right half sky in light blue."""
+    """Three pairs of 8x16: left half road in dark gray, right half sky in light blue."""
     photo = np.full((8, 16, 3), (60, 60, 60), np.uint8)
     photo[:, 8:] = (150, 180, 220)
     label_ids = np.full((8, 16), 7, np.uint8)
@@ -39,7 +39,7 @@ def test_the_classes_are_those_of_torchvision() -> None:
     assert [tuple(c) for c in CLASSES] == [(c.name, c.id, c.train_id, c.color) for c in reference]
     assert len(CLASS_NAMES) == NUM_CLASSES == 19
     assert PALETTE.dtype == np.uint8
-    assert PALETTE.tolist() == [list(c.colour) for c in CLASSES]
+    assert PALETTE.tolist() == [list(c.color) for c in CLASSES]
 
 
 def test_every_legal_label_id_gets_the_train_id_of_torchvision() -> None:
@@ -55,7 +55,7 @@ def test_an_illegal_label_id_is_named_with_its_file(label_ids: np.ndarray) -> No
         to_train_ids(label_ids, "x.png")
 
 
-def test_an_item_is_normalised_and_holds_train_ids(root: Path) -> None:
+def test_an_item_is_normalized_and_holds_train_ids(root: Path) -> None:
     dataset = CityscapesDataset(root, "train")
     assert len(dataset) == 3
     assert dataset.size == (8, 16)
@@ -74,7 +74,7 @@ def test_resizing_blends_the_image_and_never_the_labels(root: Path) -> None:
     assert image.shape == (3, 6, 10)
     assert target.shape == (6, 10)
     assert set(target.unique().tolist()) == {0, 10}
-    assert len(image[0, 0].unique()) > 2  # antialiasing mixes the two colours at the edge
+    assert len(image[0, 0].unique()) > 2  # antialiasing mixes the two colors at the edge
 
 
 def test_augmentation_varies_items_and_keeps_image_and_labels_together(root: Path) -> None:
@@ -85,7 +85,7 @@ def test_augmentation_varies_items_and_keeps_image_and_labels_together(root: Pat
     assert len({tuple(t.flatten().tolist()) for _, t in items}) > 3
     assert {t[0, 0].item() for _, t in items} == {0, 10}  # flipped or not
     for image, target in items:
-        # Sky is bluer than red after any jitter, road is grey: the colours must be where the labels are.
+        # Sky is bluer than red after any jitter, road is gray: the colors must be where the labels are.
         blue_over_red = (image[2] * IMAGE_STD[2] + IMAGE_MEAN[2]) - (image[0] * IMAGE_STD[0] + IMAGE_MEAN[0])
         inside = target == 10
         inside[:, 1:-1] &= (target[:, 2:] == 10) & (target[:, :-2] == 10)
@@ -156,7 +156,7 @@ def test_an_illegal_id_in_a_file_is_named_when_read(root: Path) -> None:
         dataset[2]
 
 
-def test_colours_instead_of_label_ids_are_refused(tmp_path: Path) -> None:
+def test_colors_instead_of_label_ids_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a_gtFine_labelIds.png"
     Image.new("RGB", (4, 4)).save(path)
     with pytest.raises(DataError, match=r"a_gtFine_labelIds\.png has 3 channels"):

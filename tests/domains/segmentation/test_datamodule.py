@@ -92,7 +92,7 @@ def test_held_out_images_never_calibrate(scenes: str) -> None:
     assert not any(torch.equal(a, b) for a in calibrate for b in held)
 
 
-def test_unlabelled_calibration_images_come_bare(scenes: str, tmp_path: Path) -> None:
+def test_unlabeled_calibration_images_come_bare(scenes: str, tmp_path: Path) -> None:
     for i in range(5):
         Image.new("RGB", (40, 20), (i, 0, 0)).save(tmp_path / f"{i}.jpg")
     data = CityscapesDataModule(
@@ -130,7 +130,7 @@ def test_training_batches_follow_lightnings_seed(scenes: str, num_workers: int) 
     assert not any(torch.equal(a, b) for a in once for b in plain)
 
 
-def test_testing_uses_labelled_test_images_only(scenes: str, tmp_path: Path) -> None:
+def test_testing_uses_labeled_test_images_only(scenes: str, tmp_path: Path) -> None:
     photo, road, void = (
         np.zeros((8, 8, 3), np.uint8),
         np.full((8, 8), 7, np.uint8),
@@ -160,11 +160,11 @@ def test_a_batch_larger_than_the_training_split_is_refused(scenes: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "batch_size=0 was given; expected at least 1"),
+        ({"batch_size": 0}, "batch_size=0: expected at least 1"),
         ({"num_workers": -1}, "num_workers=-1"),
         ({"calibration_samples": 0}, "calibration_samples=0"),
         ({"held_out": -1}, "held_out=-1"),
-        ({"size": (512,)}, r"size=\(512,\) was given; expected \(height, width\)"),
+        ({"size": (512,)}, r"size=\(512,\): expected \(height, width\)"),
         ({"size": (0, 8)}, r"size=\(0, 8\)"),
         ({"calibration_pattern": "rgb/*"}, "without calibration_images"),
     ],

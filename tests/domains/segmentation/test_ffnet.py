@@ -127,7 +127,7 @@ def test_no_relu_is_called_twice_or_in_place() -> None:
 
 
 def test_num_classes_below_one_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="num_classes=0; it needs at least 1"):
+    with pytest.raises(ConfigurationError, match="num_classes=0: FFNet needs at least 1"):
         ffnet_nano(num_classes=0)
 
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.deploy.bundle import export_bundle
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.ladder.rungs.bn_reestimation import BatchNormReestimation
 from lightning_quant.ladder.rungs.cle import CrossLayerEqualization
 from lightning_quant.ladder.rungs.layer_outputs import unrounded, weights_only
 from lightning_quant.simulation.precisions import quantized_layers
 from tests.callbacks.rung_cases import Chain, images, shrinking, trained
-from tests.ladder.rungs.benches import batches, bench_of
+from tests.ladder.rungs.contexts import batches, context_of
 
 
 class Normed(nn.Module):
@@ -84,11 +84,11 @@ def by_pytorch(network: Normed, scales: dict[str, Tensor]) -> Normed:
 
 def test_it_equals_pytorch_in_an_unfolded_network() -> None:
     network = normed()
-    quantized, bench = bench_of(network=network, precision="w4a16")
+    quantized, context = context_of(network=network, precision="w4a16")
     layers = {name: quantized_layers(quantized)[name] for name in ("first", "depthwise", "last")}
     scales = {name: layer.param_quantizers["weight"].get_scale().clone() for name, layer in layers.items()}
     with torch.no_grad():
-        BatchNormReestimation().apply(quantized, bench)
+        BatchNormReestimation().apply(quantized, context)
         expected = by_pytorch(network, scales)(images())
         with weights_only(quantized):
             actual = quantized(images())
@@ -99,27 +99,27 @@ def test_it_equals_pytorch_in_an_unfolded_network() -> None:
 
 
 def test_every_integer_stays_as_it_was() -> None:
-    quantized, bench = bench_of(network=normed(), precision="w4a16")
+    quantized, context = context_of(network=normed(), precision="w4a16")
     layers = quantized_layers(quantized)
     names = ["first", "depthwise", "last"]
     before = {n: integers(layers[n].weight, layers[n].param_quantizers["weight"].get_scale()) for n in names}
     with torch.no_grad():
-        assert BatchNormReestimation().apply(quantized, bench) == "re-estimated 2 folded batch norms"
+        assert BatchNormReestimation().apply(quantized, context) == "re-estimated 2 folded batch norms"
     for name, expected in before.items():
         scale = layers[name].param_quantizers["weight"].get_scale()
         assert torch.equal(integers(layers[name].weight, scale), expected)
 
 
-def test_it_brings_back_what_rounding_shifted(tmp_path: Path) -> None:
-    quantized, bench = bench_of(shrinking, precision="w4a16")
-    before = bench.measure()
+def test_it_restores_the_metric(tmp_path: Path) -> None:
+    quantized, context = context_of(shrinking, precision="w4a16")
+    before = context.measure()
     with torch.no_grad():
-        told = BatchNormReestimation().apply(quantized, bench)
-    assert told == "re-estimated 1 folded batch norms"
-    assert bench.measure() > before + 2
+        changed = BatchNormReestimation().apply(quantized, context)
+    assert changed == "re-estimated 1 folded batch norms"
+    assert context.measure() > before + 2
     # the file computes the same: an export that differs raises
     bundle = export_bundle(quantized, tmp_path / "net", [call.first(1) for call in batches()])
-    assert bundle.manifest["parity"]["psnr_db"] is None or bundle.manifest["parity"]["psnr_db"] > 60
+    assert bundle.manifest.parity.psnr_db > 60
 
 
 def test_after_equalization_the_channels_keep_their_new_scale() -> None:
@@ -130,23 +130,23 @@ def test_after_equalization_the_channels_keep_their_new_scale() -> None:
         network.norm.bias.mul_(factors)
         network.second.weight.div_(factors.view(1, -1, 1, 1))
 
-    quantized, bench = bench_of(uneven, precision="w4a16")
+    quantized, context = context_of(uneven, precision="w4a16")
     with torch.no_grad():
-        CrossLayerEqualization().apply(quantized, bench)
+        CrossLayerEqualization().apply(quantized, context)
         assert quantized.equalized
-        before = bench.measure()
-        BatchNormReestimation().apply(quantized, bench)
-    assert bench.measure() > before + 2
+        before = context.measure()
+        BatchNormReestimation().apply(quantized, context)
+    assert context.measure() > before + 2
     with unrounded(quantized), torch.no_grad():
         quantized(images())  # nothing is left of the hooks
 
 
 def test_the_float_reference_is_pytorchs_own_and_the_float_network_stays() -> None:
     network = normed()
-    _, bench = bench_of(network=network, precision="w4a16")
-    before = copy.deepcopy(bench.float_network.state_dict())
+    _, context = context_of(network=network, precision="w4a16")
+    before = copy.deepcopy(context.float_network.state_dict())
     with torch.no_grad():
-        reference = BatchNormReestimation().float_reference(bench)
+        reference = BatchNormReestimation().float_reference(context)
     assert reference is not None
     expected = copy.deepcopy(network)
     with torch.no_grad():
@@ -158,19 +158,19 @@ def test_the_float_reference_is_pytorchs_own_and_the_float_network_stays() -> No
             batch.call(expected)
     assert torch.equal(reference(images()), expected.eval()(images()))
     assert not reference.training
-    assert all(torch.equal(value, before[name]) for name, value in bench.float_network.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in context.float_network.state_dict().items())
 
 
-def test_one_range_for_all_channels_is_refused() -> None:
-    quantized, _ = bench_of(precision="w4a16", hardware="htp_v66")
+def test_ranges_per_tensor_are_refused() -> None:
+    quantized, _ = context_of(precision="w4a16", hardware="htp_v66")
     with pytest.raises(ConfigurationError, match="'first' has one range for all its channels"):
         BatchNormReestimation().check(quantized)
 
 
-def test_a_network_without_batch_norms_is_passed_over() -> None:
+def test_a_network_without_batch_norms_is_skipped() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
-    quantized, bench = bench_of(network=network, precision="w4a16")
-    told = "no batch norm was folded into a layer with a range for each channel"
-    assert BatchNormReestimation().unsuitable(quantized, bench) == told
-    quantized, bench = bench_of(network=trained(), precision="w4a16")
-    assert BatchNormReestimation().unsuitable(quantized, bench) is None
+    quantized, context = context_of(network=network, precision="w4a16")
+    reason = "no batch norm was folded into a layer with a range for each channel"
+    assert BatchNormReestimation().skip_reason(quantized, context) == reason
+    quantized, context = context_of(network=trained(), precision="w4a16")
+    assert BatchNormReestimation().skip_reason(quantized, context) is None

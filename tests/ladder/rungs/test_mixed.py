@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.ladder.rung import Workbench
+from lightning_quant.ladder.rung import RungContext
 from lightning_quant.ladder.rungs.mixed import MixedPrecision
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -18,7 +18,7 @@ from lightning_quant.simulation.precisions import layer_precision, quantized_lay
 from lightning_quant.simulation.sensitivity import layer_sensitivity
 from tests.callbacks.rung_cases import fragile_first, images, trained, unequal
 from tests.helpers.small import assert_same_tensors
-from tests.ladder.rungs.benches import batches, bench_of
+from tests.ladder.rungs.contexts import batches, context_of
 
 
 class Branches(nn.Module):
@@ -55,33 +55,33 @@ def raised_bits(network: QuantizedNetwork, before: dict[str, int]) -> dict[str, 
     return {name: now for name, now in bits(network).items() if now != before[name]}
 
 
-def apply(technique: MixedPrecision, network: QuantizedNetwork, bench: Workbench) -> str:
+def apply(rung: MixedPrecision, network: QuantizedNetwork, context: RungContext) -> str:
     with torch.no_grad():
-        return technique.apply(network, bench)
+        return rung.apply(network, context)
 
 
-def counted(bench: Workbench) -> list[float]:
+def counted(context: RungContext) -> list[float]:
     """Every measurement from now on."""
-    measure, found = bench.measure, []
+    measure, found = context.measure, []
 
     def measured() -> float:
         found.append(measure())
         return found[-1]
 
-    bench.measure = measured
+    context.measure = measured
     return found
 
 
-def test_activations_alone_are_raised_where_they_alone_suffer() -> None:
-    network, bench = bench_of(wide_in_the_middle, precision="w8a8", enough=25.0)
-    assert bench.measure() < 10
+def test_only_activations_are_promoted_where_only_they_suffer() -> None:
+    network, context = context_of(wide_in_the_middle, precision="w8a8", enough=25.0)
+    assert context.measure() < 10
     before = bits(network)
     weights = {name: value.clone() for name, value in network.named_parameters() if name.endswith(".weight")}
     ranges = {name: value.clone() for name, value in network.named_parameters() if "param_quantizers" in name}
-    told = apply(MixedPrecision(budget=1.0), network, bench)
-    assert bench.measure() > 25
-    assert told.startswith("raised 1 (")
-    assert told.endswith("of the multiply-accumulates): second (activations)")
+    changed = apply(MixedPrecision(budget=1.0), network, context)
+    assert context.measure() > 25
+    assert changed.startswith("raised 1 (")
+    assert changed.endswith("of the multiply-accumulates): second (activations)")
     assert network.promoted == {"second": Precision(8, 16)}
     after = raised_bits(network, before)
     assert after
@@ -92,35 +92,35 @@ def test_activations_alone_are_raised_where_they_alone_suffer() -> None:
     assert all(torch.equal(network.get_parameter(name), value) for name, value in ranges.items())
 
 
-def test_the_fewest_layers_are_raised_that_suffice() -> None:
-    network, bench = bench_of(precision="w4a8")
+def test_the_fewest_layers_that_suffice_are_promoted() -> None:
+    network, context = context_of(precision="w4a8")
     order = [one for one in layer_sensitivity(network, batches()) if one.part == "weights" or one.bits == 8]
     mixed = MixedPrecision(budget=1.0)
     # what each number of layers, in order of sensitivity, reaches
     start, reached = network.snapshot(), []
     for count in range(1, len(order) + 1):
         with torch.no_grad():
-            mixed._raise(network, order[:count], start, bench)
-        reached.append(bench.measure())
+            mixed._raise(network, order[:count], start, context)
+        reached.append(context.measure())
     network.restore(start)
     assert reached[-1] > reached[0] + 5
     for count, metric in enumerate(reached, start=1):
         if metric < max(reached[: count - 1], default=0):
             continue  # fewer do better
-        bench.suffices = lambda value, enough=metric: value >= enough - 1e-6
-        measured = counted(bench)
-        assert apply(mixed, network, bench).startswith(f"raised {count} (")
-        assert bench.measure() == pytest.approx(metric, abs=1e-4)
+        context.suffices = lambda value, enough=metric: value >= enough - 1e-6
+        measured = counted(context)
+        assert apply(mixed, network, context).startswith(f"raised {count} (")
+        assert context.measure() == pytest.approx(metric, abs=1e-4)
         assert len(measured) <= 2 * len(order).bit_length() + 1
         network.restore(start)
 
 
 def test_the_budget_bounds_weights_and_operations_each() -> None:
     for budget in (0.01, 0.2, 0.5, 1.0):
-        network, bench = bench_of(precision="w4a8")
+        network, context = context_of(precision="w4a8")
         shares = {(one.layer, one.part): one.share for one in layer_sensitivity(network, batches())}
         before = bits(network)
-        apply(MixedPrecision(budget), network, bench)
+        apply(MixedPrecision(budget), network, context)
         parts = {"weights": 0.0, "activations": 0.0}
         for layer, precision in network.promoted.items():
             assert layer_precision(network, layer) == precision
@@ -133,58 +133,58 @@ def test_the_budget_bounds_weights_and_operations_each() -> None:
 
 
 def test_a_budget_that_nothing_fits_changes_nothing() -> None:
-    network, bench = bench_of(precision="w4a16")
-    before, metric = bits(network), bench.measure()
-    assert apply(MixedPrecision(0.001), network, bench) == "raised nothing: no layer fits the budget"
-    assert (network.promoted, bits(network), bench.measure()) == ({}, before, metric)
+    network, context = context_of(precision="w4a16")
+    before, metric = bits(network), context.measure()
+    assert apply(MixedPrecision(0.001), network, context) == "raised nothing: no layer fits the budget"
+    assert (network.promoted, bits(network), context.measure()) == ({}, before, metric)
 
 
-def test_layers_that_share_a_range_are_raised_together_and_the_weights_stay() -> None:
-    network, bench = bench_of(network=branches(), precision="w8a8")
+def test_layers_that_share_a_range_are_promoted_together_and_the_weights_stay() -> None:
+    network, context = context_of(network=branches(), precision="w8a8")
     before = bits(network)
-    apply(MixedPrecision(1.0), network, bench)
+    apply(MixedPrecision(1.0), network, context)
     layers = quantized_layers(network)
     assert [layers[name].output_quantizers[0].bitwidth for name in ("a", "b")] == [16, 16]
     assert not any("param" in name for name in raised_bits(network, before))
 
 
-def test_what_was_raised_is_not_raised_again_and_more_can_be() -> None:
-    network, bench = bench_of(fragile_first, precision="w4a16", enough=32.5)
+def test_what_was_promoted_is_not_promoted_again_and_more_can_be() -> None:
+    network, context = context_of(fragile_first, precision="w4a16", enough=32.5)
     coarse = bits(network)
-    apply(MixedPrecision(), network, bench)
+    apply(MixedPrecision(), network, context)
     assert network.promoted == {"first": Precision(8, 16)}
     assert raised_bits(network, coarse) == {"first.param_quantizers.weight": 8}
-    assert bench.measure() > 32.5
-    bench.suffices = lambda metric: False
+    assert context.measure() > 32.5
+    context.suffices = lambda metric: False
     before = bits(network)
-    apply(MixedPrecision(1.0), network, bench)
+    apply(MixedPrecision(1.0), network, context)
     assert network.promoted == dict.fromkeys(("first", "second", "head"), Precision(8, 16))
     assert raised_bits(network, before) == {"second.param_quantizers.weight": 8, "head.param_quantizers.weight": 8}
     with torch.no_grad():
-        network.reset_to(bench.prepared.network)
+        network.reset_to(context.prepared.network)
     assert network.promoted == {}
-    assert bits(network) == bits(bench_of(fragile_first, precision="w4a16")[0])
+    assert bits(network) == bits(context_of(fragile_first, precision="w4a16")[0])
 
 
 @pytest.mark.parametrize("change", [unequal, fragile_first])
 @pytest.mark.parametrize("precision", ["w4a8", "w8a8"])
-def test_raised_layers_survive_a_snapshot(change: Callable[[Any], None], precision: str) -> None:
-    network, bench = bench_of(change, precision=precision)
+def test_promoted_layers_survive_a_snapshot(change: Callable[[Any], None], precision: str) -> None:
+    network, context = context_of(change, precision=precision)
     snapshot, before = network.snapshot(), bits(network)
-    apply(MixedPrecision(1.0), network, bench)
-    raised, finer, answer = network.snapshot(), bits(network), bench.measure()
+    apply(MixedPrecision(1.0), network, context)
+    raised, finer, answer = network.snapshot(), bits(network), context.measure()
     for state, expected in itertools.islice(itertools.cycle([(snapshot, before), (raised, finer)]), 4):
         network.restore(state)
         assert bits(network) == expected
         assert_same_tensors(network.state_dict(), state)
-    assert bench.measure() == answer
-    other, _ = bench_of(change, precision=precision)
+    assert context.measure() == answer
+    other, _ = context_of(change, precision=precision)
     other.load_state_dict(raised)
     assert other.promoted == network.promoted
     assert torch.equal(other(images()), network(images()))
 
 
 def test_the_float_network_is_not_touched() -> None:
-    network, bench = bench_of(precision="w4a8")
-    apply(MixedPrecision(1.0), network, bench)
-    assert_same_tensors(bench.float_network.state_dict(), trained().state_dict())
+    network, context = context_of(precision="w4a8")
+    apply(MixedPrecision(1.0), network, context)
+    assert_same_tensors(context.float_network.state_dict(), trained().state_dict())

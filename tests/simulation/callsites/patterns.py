@@ -278,7 +278,7 @@ class ReadsKept(nn.Module):
 
 
 class InPlaceSkip(nn.Module):
-    """The first ReLU of the block changes what the shortcut hands on."""
+    """The first ReLU of the block changes what the shortcut passes on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -454,7 +454,7 @@ class Mixed(nn.Module):
 
 
 class Features(nn.Module):
-    """A hook of the network's own changes what a block hands on."""
+    """A hook of the network's own changes what a block returns."""
 
     def __init__(self) -> None:
         super().__init__()

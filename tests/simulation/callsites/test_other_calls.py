@@ -58,7 +58,7 @@ OTHER_CALLS: dict[str, Callable[[Varying, Tensor], Tensor]] = {
     "mean": lambda m, x: x.mean(m.either(2, 3)),
     "out": lambda m, x: torch.mul(x.detach(), 2, out=torch.empty_like(x)) + x,
 }
-# Computed by the function itself, in float, where the module cannot; the user is told.
+# Computed by the function itself, in float, where the module cannot, with a warning.
 IN_FLOAT = {"one of two functions", "one of two operators", "alpha", "rounding", "stride"}
 IN_FLOAT |= {"dilation", "output padding", "epsilon", "axes", "epsilon by name", "limits in tensors"}
 

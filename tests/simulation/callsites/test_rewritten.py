@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.deploy.bundle import export_bundle
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.ladder.rungs.layer_outputs import unrounded
 from tests.helpers.networks import calibrated, call
 from tests.helpers.qdq import NO_EMULATOR, emulated
@@ -179,7 +179,7 @@ def test_every_value_is_rounded_and_the_npu_computes_it(
     assert len(rounded[0].unique()) <= 256
     assert (rounded - expected).abs().max() < 0.05 * (expected.max() - expected.min())
     bundle = export_bundle(known, tmp_path / "bundle", [call(IMAGES)])
-    assert bundle.manifest["parity"]["psnr_db"] is None or bundle.manifest["parity"]["psnr_db"] > 50
+    assert bundle.manifest.parity.psnr_db > 50
     if NO_EMULATOR is None:
         report, (output,) = emulated(onnx.load(bundle.qdq), tmp_path / "device", **{"x": IMAGES[:1].numpy()})
         assert not report.float_islands

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.deploy.bundle import export_bundle
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.simulation.callsites.safe_division import SafeDivide
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.helpers.networks import calibrated, call
 
 
 class Divided(nn.Module):
-    """Each row divided by a number of its own, which is tiny beside others: less than a step of 8 bits."""
+    """Each row divided by a number of its own, which is tiny compared to others: less than a step of 8 bits."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def test_it_trains_and_its_file_computes_the_same(tmp_path: Path, way: str) -> N
     assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
     assert any(p.grad is not None for p in network.parameters())
     bundle = export_bundle(known, tmp_path / "bundle", [call(ROWS)])
-    assert bundle.manifest["parity"]["psnr_db"] is None or bundle.manifest["parity"]["psnr_db"] > 60
+    assert bundle.manifest.parity.psnr_db > 60
 
 
 def test_a_divisor_of_either_sign_is_unchanged() -> None:

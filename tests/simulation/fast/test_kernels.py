@@ -294,4 +294,4 @@ def test_without_the_kernels_aimet_does_the_work() -> None:
         )
         said.append((done.stdout.rpartition("sum")[2], "on AIMET's own kernels" in done.stderr))
     assert said[0][0] == said[1][0]
-    assert [told for _, told in said] == [True, False]
+    assert [reported for _, reported in said] == [True, False]

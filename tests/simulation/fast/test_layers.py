@@ -220,7 +220,7 @@ def test_cached_weights_are_quantized_once(monkeypatch: pytest.MonkeyPatch) -> N
             assert torch.equal(network(images()), expected)
             assert torch.equal(network(images()), expected)
             assert count == 1
-            weight.mul_(1.5)  # a weight that changes is quantized anew
+            weight.mul_(1.5)  # a weight that changes is quantized again
             changed = network(images())
             assert count == 2
         network(images())  # with gradients nothing is held

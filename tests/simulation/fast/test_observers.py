@@ -29,10 +29,10 @@ def test_the_noise_of_grids_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(observers, "_AT_A_TIME", 200_000)
     generator = torch.Generator().manual_seed(0)
     counts = torch.randint(0, 50, (7, 512), generator=generator).float()
-    centres = torch.randn(7, 512, generator=generator).sort(dim=1).values
+    centers = torch.randn(7, 512, generator=generator).sort(dim=1).values
     scales = torch.rand(7, 101, generator=generator) * 0.1 + 0.01
     offsets = torch.round(-torch.rand(7, 101, generator=generator) * 100)
-    arguments = counts, centres, scales, offsets, 255, 3.0
+    arguments = counts, centers, scales, offsets, 255, 3.0
     ours, theirs = observers.noise_of_all_grids(*arguments), observers.quantization_noise(*arguments)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
     assert torch.equal(ours.argmin(dim=1), theirs.argmin(dim=1))

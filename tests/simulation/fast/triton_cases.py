@@ -74,6 +74,6 @@ def assert_alike(ours: Results, theirs: Results, grad: Tensor, *, codes: bool) -
     for mine, other in ((ours.low, theirs.low), (ours.high, theirs.high)):
         assert (mine is None) == (other is None)
         if mine is not None and other is not None:
-            # a code is at most 1/480 of a step beside the rounding error, up or down
+            # a code is at most 1/480 of a step off the rounding error, up or down
             noise = (grad.square().sum().sqrt() / 100 if codes else grad.abs().sum() * 1e-5) + 1e-6
             assert ((mine - other).abs() <= noise + 1e-4 * other.abs()).all() or equal(mine, other)

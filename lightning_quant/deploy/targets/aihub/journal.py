@@ -1,4 +1,4 @@
-"""What was asked of a service and what it answered, on disk the moment it is known."""
+"""What was asked of a service and what it returned, on disk the moment it is known."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_quant.errors import DeviceError
-from lightning_quant.utilities.parsing import check, check_version, fitting, read_json
+from lightning_quant.utilities.files import atomic_write
+from lightning_quant.utilities.parsing import check, check_version, parse_as, read_json
 
 _FORMAT_VERSION = 1
 
@@ -33,20 +34,20 @@ class Journal:
             try:
                 content = read_json(path)
                 check_version(content, _FORMAT_VERSION)
-                self._entries = fitting(content.get("entries"), dict[str, dict[str, Any]], "entries")
+                self._entries = parse_as(content.get("entries"), dict[str, dict[str, Any]], "entries")
                 for key, entry in self._entries.items():
                     for name, value in entry.items():
                         where = f"entries.{key}.{name}"
-                        fitting(value, int if name == "attempt" else str, where)
+                        parse_as(value, int if name == "attempt" else str, where)
                         check(name != "attempt" or value > 0, where, value, "a number above 0")
             except (OSError, ValueError) as error:
                 raise DeviceError(
                     f"The journal {path} cannot be read ({error}). It says what was uploaded and submitted already: "
-                    "move it away to begin anew."
+                    "move it away to start over."
                 ) from error
 
     def entry(self, key: str) -> dict[str, Any]:
-        """A copy of an entry; empty if there is none."""
+        """Return a copy of an entry; an empty one if there is none."""
         return dict(self._entries.get(key, {}))
 
     def note(self, key: str, **values: Any) -> None:
@@ -62,10 +63,7 @@ class Journal:
         self._write()
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        with atomic_write(self.path, private=True) as partial, partial.open("w") as file:
             json.dump({"format_version": _FORMAT_VERSION, "entries": self._entries}, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, self.path)

@@ -7,7 +7,6 @@ token stays in the user's ``client.ini`` and in that process.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import re
@@ -18,27 +17,22 @@ import urllib.request
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 from typing_extensions import override
 
 from lightning_quant.deploy.bundle import Bundle, load_bundle
 from lightning_quant.deploy.device_report import DeviceReport
-from lightning_quant.deploy.samples import Tensors, hash_of
+from lightning_quant.deploy.samples import Tensors
+from lightning_quant.deploy.targets.aihub.job import RUNTIMES, Job, Outcome, Outcomes, Source
+from lightning_quant.deploy.targets.aihub.profile import Profile
 from lightning_quant.deploy.targets.target import LONGEST, Measured, Target, folder_name
 from lightning_quant.deploy.targets.worker import run_worker
 from lightning_quant.errors import ConfigurationError, DeviceError
+from lightning_quant.utilities.hashing import arrays_hash, short_hash
 from lightning_quant.utilities.parsing import check, read_arrays
 
-# What AI Hub compiles to, and the framework a device must offer for it.
-RUNTIMES = {
-    "qnn_dlc": "qnn",
-    "qnn_context_binary": "qnn",
-    "tflite": "tflite",
-    "onnx": "onnx",
-    "precompiled_qnn_onnx": "onnx",
-}
 SOURCES = ("aimet", "qdq")
 JOURNAL_NAME = "journal.json"
 
@@ -58,15 +52,15 @@ class AiHubTarget(Target):
         source: what to upload: ``"aimet"`` (ONNX and encodings) or ``"qdq"`` (QuantizeLinear/DequantizeLinear).
         compare_float: compile and measure the float network as well, to know how much faster the quantized one is.
         wait: wait for the results. Otherwise upload, submit and return; :func:`~lightning_quant.deploy.push.resume`
-            goes on later.
+            fetches them later.
         timeout: seconds for everything, waiting for jobs in the queue included.
         patience: seconds for which a failing service is asked again before giving up.
 
     Raises:
-        ConfigurationError: for an unknown runtime or source, or a limit that is none.
+        ConfigurationError: for an unknown runtime or source, or a limit that is not a time.
     """
 
-    tier = "aihub"
+    name = "aihub"
 
     def __init__(
         self,
@@ -74,7 +68,7 @@ class AiHubTarget(Target):
         runtimes: Sequence[str] = ("qnn_dlc",),
         options: str = "",
         profile: str | None = None,
-        source: str = "aimet",
+        source: Literal["aimet", "qdq"] = "aimet",
         compare_float: bool = True,
         wait: bool = True,
         timeout: float = 3600.0,
@@ -118,7 +112,7 @@ class AiHubTarget(Target):
             return f"there is no AI Hub token at {path}: run `qai-hub configure --api_token <token>` once"
         found = re.search(r"^\s*api_url\s*[=:]\s*(\S+)", path.read_text(errors="replace"), re.MULTILINE)
         if not found:
-            return f"{path} has no api_url: run `qai-hub configure --api_token <token>` to write it anew"
+            return f"{path} has no api_url: run `qai-hub configure --api_token <token>` to write it again"
         url = urllib.parse.urlsplit(found[1])
         host = url.hostname or ""
         if url.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
@@ -135,90 +129,84 @@ class AiHubTarget(Target):
 
     @override
     def run(self, bundle: Bundle, inputs: list[Tensors], folder: Path) -> list[Measured]:
-        names = bundle.manifest["output_names"]
         with tempfile.TemporaryDirectory(prefix="lightning-quant-aihub-") as scratch:
             work = Path(scratch)
             quantized = self._quantized_source(bundle, work)
             np.savez(work / "inputs.npz", **_stacked(inputs))  # type: ignore[arg-type]
-            job = {
-                "profile": self.profile,
-                "quantized": quantized,
-                "float": self._float_source(bundle, work) if self.compare_float else None,
-                "inputs_hash": hash_of(inputs)[:12],
-                "input_names": bundle.manifest["input_names"],
-                "output_names": names,
-                "output_shapes": _shapes(bundle),
-                "precision": bundle.manifest["precision"],
-                "needs_int16": bundle.needs_int16,
-                "devices": self.devices,
-                "runtimes": {name: RUNTIMES[name] for name in self.runtimes},
-                "options": self.options,
-                "wait": self.wait,
-                "timeout": self.timeout,
-                "patience": self.patience,
-                "poll_seconds": self.poll_seconds,
-                "journal": str((folder / JOURNAL_NAME).absolute()),
-                "folder": str(folder.absolute()),
-            }
+            job = Job(
+                profile=self.profile,
+                quantized=quantized,
+                float_network=_float_source(bundle) if self.compare_float else None,
+                inputs_hash=arrays_hash(inputs),
+                input_names=bundle.manifest.input_names,
+                output_names=bundle.manifest.output_names,
+                output_shapes=_shapes(bundle),
+                activation_bits=bundle.manifest.precision.activation_bits,
+                int16_activations=bundle.manifest.int16_activations,
+                devices=self.devices,
+                runtimes=self.runtimes,
+                options=self.options,
+                wait=self.wait,
+                timeout=self.timeout,
+                patience=self.patience,
+                poll_seconds=self.poll_seconds,
+                journal=str((folder / JOURNAL_NAME).absolute()),
+                folder=str(folder.absolute()),
+            )
             worker = "lightning_quant.deploy.targets.aihub.worker"
-            found = run_worker(worker, job, work, self.timeout + _GRACE)
+            outcomes = run_worker(worker, job, work, self.timeout + _GRACE, Outcomes)
         try:
-            measured = [self._measured(one, bundle, folder) for one in found["results"]]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            measured = [self._measured(one, bundle, folder) for one in outcomes.results]
+        except (OSError, ValueError) as error:
             raise DeviceError(
-                f"AI Hub returned a profile or outputs that cannot be read: {error!r}. Expected those of its client "
+                f"AI Hub returned a profile or outputs that cannot be read: {error}. Expected those of its client "
                 f"qai-hub {importlib.metadata.version('qai-hub')}; they are in {folder}. Run again."
             ) from error
         if all(one.report.status == "failed" for one in measured):
             raise DeviceError("; ".join(f"{one.report.device}: {one.report.error}" for one in measured))
         return measured
 
-    def _quantized_source(self, bundle: Bundle, work: Path) -> dict[str, str]:
-        """What is uploaded, zipped here: the client would zip a folder into a temporary file that it never removes."""
+    def _quantized_source(self, bundle: Bundle, work: Path) -> Source:
+        """Return what is uploaded, zipped here: the client would leave its temporary zip file behind."""
         if self.source == "qdq":
-            return {"path": str(bundle.qdq), "hash": _hash(bundle, bundle.qdq)}
+            return Source(str(bundle.qdq), _hash(bundle, bundle.qdq))
         path = work / "model.aimet.zip"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             for file in sorted(bundle.aimet.iterdir()):
                 archive.write(file, f"model.aimet/{file.name}")
-        return {"path": str(path), "hash": _hash(bundle, *sorted(bundle.aimet.iterdir()))}
+        return Source(str(path), _hash(bundle, *sorted(bundle.aimet.iterdir())))
 
-    def _float_source(self, bundle: Bundle, work: Path) -> dict[str, str]:
-        path = bundle.aimet / "model.onnx"
-        return {"path": str(path), "hash": _hash(bundle, path)}
-
-    def _measured(self, found: dict[str, Any], bundle: Bundle, folder: Path) -> Measured:
-        where = folder / folder_name(found["device"], found["runtime"])
+    def _measured(self, outcome: Outcome, bundle: Bundle, folder: Path) -> Measured:
+        where = folder / folder_name(outcome.device, outcome.runtime)
         report = DeviceReport(
-            tier=self.tier,
-            device=found["device"],
-            precision=bundle.manifest["precision"],
-            status=found["status"],
-            soc=found.get("soc"),
-            runtime=found["runtime"],
-            versions={"qai-hub": importlib.metadata.version("qai-hub"), **found.get("versions", {})},
-            jobs=found["jobs"],
-            seconds=found.get("seconds", {}),
-            artifacts=found.get("artifacts", {}),
-            error=found.get("error"),
+            tier=self.name,
+            device=outcome.device,
+            precision=bundle.manifest.precision,
+            status=outcome.status,
+            soc=outcome.soc,
+            runtime=outcome.runtime,
+            versions={"qai-hub": importlib.metadata.version("qai-hub"), **outcome.versions},
+            jobs=outcome.jobs,
+            artifacts=outcome.artifacts,
+            error=outcome.error,
         )
-        if profile := found.get("profile"):
-            _fill_in(report, profile)
-        if float_profile := found.get("float_profile"):
-            report.float_latency_us = _latencies(float_profile["execution_summary"])
-        DeviceReport.from_dict(report.to_dict())
+        if outcome.profile:
+            _fill_in(report, Profile.from_json(outcome.profile, "profile"))
+        if outcome.float_profile:
+            report.float_latency_us = Profile.from_json(outcome.float_profile, "float_profile").latency_us
+        report.validate()
         if "compiled" in report.artifacts:
             report.bytes["compiled"] = (where / report.artifacts["compiled"]).stat().st_size
-        report.warnings += found.get("warnings", [])
+        report.warnings += outcome.warnings
         outputs: list[Tensors] = []
         if "outputs" in report.artifacts:
             file = where / Path(report.artifacts["outputs"]).name
             try:
                 arrays = read_arrays(file)
                 check(len(arrays) > 0, "the number of outputs", 0, "at least one")
-                check(all(value.ndim > 0 for value in arrays.values()), "an output", "a number", "a row a sample")
+                check(all(value.ndim > 0 for value in arrays.values()), "an output", "a number", "a row per sample")
             except (OSError, ValueError) as error:
-                raise DeviceError(f"{file} holds no outputs: {error}. Run again to fetch it anew.") from error
+                raise DeviceError(f"{file} holds no outputs: {error}. Run again to fetch it again.") from error
             count = min(len(value) for value in arrays.values())
             outputs = [{name: value[index] for name, value in arrays.items()} for index in range(count)]
         return Measured(report, outputs, where)
@@ -228,13 +216,17 @@ def _stacked(inputs: list[Tensors]) -> Tensors:
     return {name: np.stack([tensors[name] for tensors in inputs]) for name in inputs[0]}
 
 
+def _float_source(bundle: Bundle) -> Source:
+    path = bundle.aimet / "model.onnx"
+    return Source(str(path), _hash(bundle, path))
+
+
 def _hash(bundle: Bundle, *files: Path) -> str:
-    digests = [bundle.manifest["files"][str(file.relative_to(bundle.path))]["sha256"] for file in files]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
+    return short_hash("".join(bundle.manifest.files[str(file.relative_to(bundle.path))].sha256 for file in files))
 
 
 def _shapes(bundle: Bundle) -> dict[str, list[int]]:
-    """Shapes of the graph's outputs, to recognize a layout that the compiler changed."""
+    """Return the shapes of the graph's outputs, to recognize a layout that the compiler changed."""
     import onnx
 
     try:
@@ -244,23 +236,13 @@ def _shapes(bundle: Bundle) -> dict[str, list[int]]:
     return {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in graph.output}
 
 
-def _latencies(summary: dict[str, Any]) -> list[int]:
-    return list(summary.get("all_inference_times") or [summary["estimated_inference_time"]])
-
-
-def _fill_in(report: DeviceReport, profile: dict[str, Any]) -> None:
-    """Take a profile over: times in microseconds, memory in bytes, as the client's own formatting implies."""
-    summary = profile["execution_summary"]
-    report.latency_us = _latencies(summary)
-    times = {"first": summary.get("first_load_time"), "warm": summary.get("warm_load_time")}
-    report.load_us = {name: value for name, value in times.items() if value}
-    if memory := summary.get("inference_memory_peak_range"):
-        report.memory_bytes = list(memory)
-    detail = profile.get("execution_detail") or []
-    if detail:
-        report.layers = {"NPU": [], "GPU": [], "CPU": []}
-        for layer in detail:
-            report.layers.setdefault(layer["compute_unit"], []).append(layer["name"])
-        if elsewhere := [name for unit in report.layers if unit != "NPU" for name in report.layers[unit]]:
-            report.fallen_back = dict.fromkeys(elsewhere, "not said by AI Hub")
-            report.warnings.append(f"{len(elsewhere)} layers do not run on the NPU, e.g. {elsewhere[0]}.")
+def _fill_in(report: DeviceReport, profile: Profile) -> None:
+    """Copy the figures of a profile into a report."""
+    report.latency_us = profile.latency_us
+    report.load_us = profile.load_us
+    report.memory_bytes = profile.memory_bytes
+    report.layers = profile.layers
+    elsewhere = [name for unit, names in (profile.layers or {}).items() if unit != "NPU" for name in names]
+    if elsewhere:
+        report.fallen_back = dict.fromkeys(elsewhere, "not said by AI Hub")
+        report.warnings.append(f"{len(elsewhere)} layers do not run on the NPU, e.g. {elsewhere[0]}.")

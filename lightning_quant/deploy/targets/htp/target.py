@@ -23,6 +23,7 @@ from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.samples import Tensors
 from lightning_quant.deploy.socs import HEXAGON, soc_of
+from lightning_quant.deploy.targets.htp.job import Compiled, Job
 from lightning_quant.deploy.targets.target import Measured, Target, folder_name
 from lightning_quant.deploy.targets.worker import run_worker
 from lightning_quant.errors import ConfigurationError
@@ -44,7 +45,7 @@ class HtpEmulatorTarget(Target):
         ConfigurationError: for a device whose chip is not known.
     """
 
-    tier = "htp_emulator"
+    name = "htp_emulator"
 
     def __init__(self, device: str, timeout: float = 1800.0, memory_gb: float = 16.0) -> None:
         self.device = device
@@ -65,7 +66,7 @@ class HtpEmulatorTarget(Target):
 
     @override
     def check(self, bundle: Bundle) -> None:
-        what = bundle.needs_int16
+        what = bundle.manifest.int16_activations
         if what and HEXAGON[self.soc] < 69:
             raise ConfigurationError(
                 f"{what} on {self.device}: expected a chip with 16-bit activations, but the "
@@ -83,40 +84,35 @@ class HtpEmulatorTarget(Target):
             work = Path(scratch)
             for index, tensors in enumerate(inputs):
                 np.savez(work / f"input-{index}.npz", **tensors)  # type: ignore[arg-type]
-            job = {
-                "model": str(bundle.qdq),
-                "soc": self.soc,
-                "samples": len(inputs),
-                "memory_bytes": int(self.memory_gb * 1e9),
-            }
-            result = run_worker("lightning_quant.deploy.targets.htp.worker", job, work, self.timeout)
+            job = Job(str(bundle.qdq), self.soc, len(inputs), int(self.memory_gb * 1e9))
+            result = run_worker("lightning_quant.deploy.targets.htp.worker", job, work, self.timeout, Compiled)
             outputs = [read_arrays(work / f"output-{index}.npz") for index in range(len(inputs))]
             binaries = {}
-            for name, file_name in {"context": "context.onnx", "context_binary": result["binary"]}.items():
+            for name, file_name in {"context": "context.onnx", "context_binary": result.binary}.items():
                 shutil.move(work / file_name, folder / file_name)
                 binaries[name] = file_name
-        on_cpu = result["fallen_back"]
-        layers = {"NPU": result["npu"], "GPU": [], "CPU": list(on_cpu)}
+        on_cpu = result.fallen_back
+        layers = {"NPU": result.npu, "GPU": [], "CPU": list(on_cpu)}
         report = DeviceReport(
-            tier=self.tier,
+            tier=self.name,
             device=self.device,
             soc=self.soc,
-            precision=bundle.manifest["precision"],
+            precision=bundle.manifest.precision,
             runtime="qnn_context_binary",
             versions={name: importlib.metadata.version(name) for name in ("onnxruntime", "onnxruntime-qnn")},
             layers=layers,
-            float_islands=result["float_islands"],
+            float_islands=result.float_islands,
             fallen_back=on_cpu,
-            bytes={"compiled": (folder / result["binary"]).stat().st_size},
-            seconds={**result["seconds"], "all": round(time.perf_counter() - started, 2)},
+            bytes={"compiled": (folder / result.binary).stat().st_size},
+            seconds={**result.seconds, "all": round(time.perf_counter() - started, 2)},
             artifacts=binaries,
         )
-        report.versions["QAIRT"] = result["qairt"]
+        report.versions["QAIRT"] = result.qairt
         if on_cpu:
             report.warnings.append(f"{len(on_cpu)} layers are left to the CPU, e.g. {next(iter(on_cpu))}.")
-        if result["float_islands"]:
+        if result.float_islands:
             report.warnings.append(
-                f"{len(result['float_islands'])} layers on the NPU compute in float between quantized ones, e.g. "
-                f"{result['float_islands'][0]}: slower than integers."
+                f"{len(result.float_islands)} layers on the NPU compute in float between quantized ones, e.g. "
+                f"{result.float_islands[0]}: slower than integers."
             )
         return [Measured(report, outputs, folder)]

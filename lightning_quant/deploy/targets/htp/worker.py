@@ -1,4 +1,4 @@
-"""The process that holds the NPU's compiler and emulator. Not to be imported: run by ``htp_emulator``.
+"""The process that holds the NPU's compiler and emulator. Not to be imported: :mod:`.target` starts it.
 
 Every way in which the emulator silently computes on the CPU instead, or for another chip, is an error here.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lightning_quant.deploy.socs import QNN_SOC_IDS
+from lightning_quant.deploy.targets.htp.job import Compiled, Job
 from lightning_quant.deploy.targets.worker import serve
 from lightning_quant.errors import DeviceError
 
@@ -24,9 +25,9 @@ _FLOAT = {562, 534}
 _ENDS = ("consume a graph input", "generate a graph output")
 
 
-def work(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+def work(job: Job, folder: Path) -> Compiled:
     """Compile, check that it was compiled as asked, compute the samples."""
-    memory = job["memory_bytes"]
+    memory = job.memory_bytes
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     started = time.perf_counter()
     session = _session(job, folder)
@@ -36,22 +37,22 @@ def work(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         assigned[part.ep_name] = assigned.get(part.ep_name, 0) + len(part.get_nodes())
     if not assigned.get(_PROVIDER):
         raise DeviceError(
-            f"No layer of {Path(job['model']).name} was compiled for the NPU of {job['soc']}: the emulator fell back "
-            "to the CPU for all of it, which its session does not tell. Expected a network with fixed shapes and "
+            f"No layer of {Path(job.model).name} was compiled for the NPU of {job.soc}: the emulator fell back "
+            "to the CPU for all of it, which its session does not report. Expected a network with fixed shapes and "
             "quantized layers."
         )
     context = folder / "context.onnx"
     version, soc = _compatibility(context)
-    if soc != QNN_SOC_IDS.get(job["soc"]):
+    if soc != QNN_SOC_IDS.get(job.soc):
         raise DeviceError(
-            f"The network was compiled for chip number {soc}, expected {QNN_SOC_IDS.get(job['soc'])} "
-            f"({job['soc']}): the installed compiler does not know this chip. Choose another device or install a newer "
+            f"The network was compiled for chip number {soc}, expected {QNN_SOC_IDS.get(job.soc)} "
+            f"({job.soc}): the installed compiler does not know this chip. Choose another device or install a newer "
             "onnxruntime-qnn."
         )
     names = [value.name for value in session.get_outputs()]
     wanted = {value.name for value in session.get_inputs()}
     started = time.perf_counter()
-    for index in range(job["samples"]):
+    for index in range(job.samples):
         with np.load(folder / f"input-{index}.npz") as file:
             feeds = {name: file[name] for name in file.files if name in wanted}
         try:
@@ -62,20 +63,17 @@ def work(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             ) from error
         np.savez(folder / f"output-{index}.npz", **dict(zip(names, outputs, strict=True)))
     npu, fallen_back = _placement(folder)
-    return {
-        "npu": npu,
-        "fallen_back": fallen_back,
-        "float_islands": _float_islands(folder),
-        "binary": next(folder.glob("*.bin")).name,
-        "qairt": version,
-        "seconds": {
-            "compile": round(compiling, 2),
-            "emulate": round(time.perf_counter() - started, 2),
-        },
-    }
+    return Compiled(
+        npu=npu,
+        fallen_back=fallen_back,
+        float_islands=_float_islands(folder),
+        binary=next(folder.glob("*.bin")).name,
+        qairt=version,
+        seconds={"compile": round(compiling, 2), "emulate": round(time.perf_counter() - started, 2)},
+    )
 
 
-def _session(job: dict[str, Any], folder: Path) -> Any:
+def _session(job: Job, folder: Path) -> Any:
     import onnxruntime
     import onnxruntime_qnn
 
@@ -93,7 +91,7 @@ def _session(job: dict[str, Any], folder: Path) -> Any:
         options.add_session_config_entry(key, value)
     provider = {
         "backend_path": onnxruntime_qnn.get_qnn_htp_path(),
-        "soc_model": job["soc"],
+        "soc_model": job.soc,
         "enable_framework_op_trace": "1",
         "framework_op_trace_dir": str(folder),
         "dump_json_qnn_graph": "1",
@@ -101,15 +99,15 @@ def _session(job: dict[str, Any], folder: Path) -> Any:
     }
     options.add_provider_for_devices(devices, provider)
     try:
-        session = onnxruntime.InferenceSession(job["model"], sess_options=options)
+        session = onnxruntime.InferenceSession(job.model, sess_options=options)
     except Exception as error:  # the library raises classes of its own, one for each status code
         raise DeviceError(f"The NPU's compiler refused the network: {type(error).__name__}: {error}") from error
-    session.disable_fallback()  # else an error while running makes ONNX Runtime go on with the CPU, silently
+    session.disable_fallback()  # else after an error ONNX Runtime continues on the CPU, silently
     return session
 
 
 def _compatibility(context: Path) -> tuple[str, int | None]:
-    """Version of the SDK and number of the chip that a compiled model says it is for."""
+    """Return the version of the SDK and the number of the chip that a compiled model names."""
     import onnx
 
     if not context.is_file():
@@ -121,7 +119,7 @@ def _compatibility(context: Path) -> tuple[str, int | None]:
 
 
 def _placement(folder: Path) -> tuple[list[str], dict[str, str]]:
-    """The layers that were compiled for the NPU, and those that were not with the reasons."""
+    """Return the layers that were compiled for the NPU, and those that were not with the reasons."""
     trace = json.loads((folder / "qnn_op_trace.json").read_text())
     npu = [op["dst_name"] for part in trace["subgraph_traces"] for op in part["op_mappings"]]
     fallen_back = {
@@ -133,7 +131,7 @@ def _placement(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def _float_islands(folder: Path) -> list[str]:
-    """Layers of the compiled graph that put out float; conversions from and to integers around them are not named."""
+    """Return the layers of the compiled graph that output float; the conversions around them are not named."""
     islands = []
     for file in sorted(folder.glob(f"{_PROVIDER}*.json")):
         if file.name.endswith("_tensor_log.json"):
@@ -147,4 +145,4 @@ def _float_islands(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    serve(work)
+    serve(work, Job)

@@ -28,7 +28,7 @@ def einsum(equation: str, *operands: Any) -> Tensor:
 
 
 def supports_einsum(equation: Any, *operands: Any) -> bool:
-    """Return whether it is a product of two tensors without ellipses, diagonals or letters that the output makes up."""
+    """Return whether it is a product of two tensors without ellipses, diagonals or new letters in the output."""
     tensors = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     if not isinstance(equation, str) or "." in equation or len(tensors) != 2 or equation.count(",") != 1:
         return False

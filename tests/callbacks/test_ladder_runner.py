@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from typing_extensions import override
 
 import lightning_quant as lq
 from lightning_quant.errors import CheckpointError, ConfigurationError
-from lightning_quant.ladder.rung import Technique, Workbench
-from lightning_quant.simulation.calibrate import calibrate
+from lightning_quant.ladder.rung import Rung, RungContext
+from lightning_quant.simulation.calibrate import calibrate, weight_quantizers
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.helpers.small import (
     EpochSampler,
@@ -38,7 +39,7 @@ from tests.helpers.trainers import quiet_trainer
 
 MakeTrainer = Callable[..., Trainer]
 ROOT = Path(__file__).resolve().parents[2]
-HERE = "tests.callbacks.test_ladder"
+HERE = "tests.callbacks.test_ladder_runner"
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def _stalling(module: SmallModule) -> Any:
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def test_validation_that_training_left_out_is_made_up_for(trainer: MakeTrainer, trained: SmallNet) -> None:
+def test_a_training_without_validation_is_validated_at_its_end(trainer: MakeTrainer, trained: SmallNet) -> None:
     callback = qat(max_drop=-10.0)
     module = module_of(trained)
     fit(trainer, module, callback, max_epochs=2, check_val_every_n_epoch=5)
@@ -188,7 +189,7 @@ def test_by_default_nothing_is_measured(trainer: MakeTrainer, trained: SmallNet)
     assert callback.best_model_path == ""
 
 
-# Beside other callbacks and loggers
+# With other callbacks and loggers
 
 
 def test_measuring_is_hidden_from_callbacks_that_decide_and_from_the_logger(
@@ -244,17 +245,17 @@ def test_a_float_metric_that_is_nan(trainer: MakeTrainer, trained: SmallNet) -> 
         fit(trainer, Nan(copy.deepcopy(trained)), qat(max_drop=0.1))
 
 
-def test_a_float_network_no_better_than_chance_is_warned_of(trainer: MakeTrainer) -> None:
+def test_a_float_network_no_better_than_chance_gives_a_warning(trainer: MakeTrainer) -> None:
     with pytest.warns(UserWarning, match="no better than chance"):
         fit(trainer, SmallModule(small_net(3)), qat("w8a8", max_drop=1.0))
 
 
-def test_a_wrong_mode_is_warned_of(trainer: MakeTrainer, trained: SmallNet) -> None:
+def test_a_wrong_mode_gives_a_warning(trainer: MakeTrainer, trained: SmallNet) -> None:
     with pytest.warns(UserWarning, match=r"no better than chance.*Is mode right"):
         fit(trainer, module_of(trained), qat("w8a8", max_drop=1.0, mode="max"))
 
 
-def test_a_trained_network_is_not_warned_of(
+def test_a_trained_network_gives_no_warning(
     trainer: MakeTrainer, trained: SmallNet, recwarn: pytest.WarningsRecorder
 ) -> None:
     fit(trainer, module_of(trained), qat("w8a8", max_drop=1.0))
@@ -287,22 +288,22 @@ def test_a_module_that_is_quantized_already(trainer: MakeTrainer, trained: Small
         fit(trainer, module, qat(max_drop=0.1))
 
 
-# Stopping anywhere and going on
+# Stopping anywhere and resuming
 
 
-class Shift(Technique):
-    """Adds a constant to the head's bias; may be told to fail."""
+class Shift(Rung):
+    """Adds a constant to the head's bias; fails on demand."""
 
     name = "shift"
     amount = 0.0
     fails: Callable[[], None] | None = None
 
     @override
-    def apply(self, network: QuantizedNetwork, bench: Workbench) -> str:
+    def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
         if Shift.fails is not None:
             Shift.fails()
         network.get_parameter("network.head.bias").add_(self.amount)
-        calibrate(network, bench.samples(), weights=False)
+        calibrate(network, context.samples(), weights=False)
         return "shifted"
 
 
@@ -314,7 +315,7 @@ def fail() -> None:
 
 
 @pytest.mark.parametrize("max_epochs", [0, 2])
-def test_a_fit_that_was_stopped_within_the_ladder_goes_on(
+def test_a_fit_stopped_in_the_ladder_is_resumed(
     trainer: MakeTrainer, trained: SmallNet, monkeypatch: pytest.MonkeyPatch, max_epochs: int, tmp_path: Path
 ) -> None:
     whole, expected = module_of(trained), qat(max_drop=-10.0, rungs=RUNGS)
@@ -353,7 +354,7 @@ def test_what_a_run_resumes_from_stays_as_it_is(trainer: MakeTrainer, trained: S
 
 
 @pytest.mark.slow
-def test_a_kill_in_a_rung_leaves_a_checkpoint_to_go_on_from(
+def test_a_kill_in_a_rung_leaves_a_checkpoint_to_resume_from(
     trainer: MakeTrainer, trained: SmallNet, tmp_path: Path
 ) -> None:
     torch.save(trained.state_dict(), tmp_path / "float.pt")
@@ -378,9 +379,7 @@ one.fit(module_of(network.eval()), data(), small_loader())
     assert [rung.rung for rung in callback.result.rungs] == ["ptq", "bias_correction", "shift", "seq_mse"]
 
 
-def test_a_fit_that_was_stopped_within_training_goes_on(
-    trainer: MakeTrainer, trained: SmallNet, tmp_path: Path
-) -> None:
+def test_a_fit_stopped_in_training_is_resumed(trainer: MakeTrainer, trained: SmallNet, tmp_path: Path) -> None:
     whole, expected = module_of(trained), qat(max_drop=-10.0)
     fit(trainer, whole, expected, max_epochs=4)
 
@@ -407,7 +406,7 @@ def test_a_checkpoint_measured_by_another_metric(trainer: MakeTrainer, trained: 
         fit(trainer, module_of(trained), qat("w8a8", max_drop=1.0, monitor="val_acc"), ckpt_path=first.best_model_path)
 
 
-def test_raised_layers_survive_checkpoint_and_export(trainer: MakeTrainer, trained: SmallNet, tmp_path: Path) -> None:
+def test_promoted_layers_survive_checkpoint_and_export(trainer: MakeTrainer, trained: SmallNet, tmp_path: Path) -> None:
     module = module_of(trained)
     callback = qat("w4a16", max_drop=-10.0, rungs=("ptq", {"mixed": {"budget": 1.0}}))
     export = lq.DeviceExport(tmp_path / "export", name="net", samples=2)
@@ -485,7 +484,7 @@ def test_resuming_a_finished_training_ends_with_the_best_too(
     assert val_loss(trainer, module, callback) == callback.result.best.metric
 
 
-def test_a_second_fit_is_measured_anew(trainer: MakeTrainer, trained: SmallNet) -> None:
+def test_a_second_fit_is_measured_again(trainer: MakeTrainer, trained: SmallNet) -> None:
     module, callback = module_of(trained), qat(max_drop=-10.0)
     fit(trainer, module, callback, max_epochs=1)
     module.called.clear()
@@ -512,7 +511,7 @@ def test_validating_another_module_keeps_the_result(trainer: MakeTrainer, traine
 
 
 @pytest.mark.parametrize("arguments", [{"max_steps": 0}, {"limit_train_batches": 0}])
-def test_a_fit_that_lightning_leaves_out_is_refused(
+def test_a_fit_that_lightning_would_skip_is_refused(
     trainer: MakeTrainer, trained: SmallNet, arguments: dict[str, Any]
 ) -> None:
     with pytest.raises(ConfigurationError, match="Use max_epochs=0 for rungs only"):
@@ -536,9 +535,66 @@ def test_a_rung_that_fails_leaves_the_modes_as_they_were(
     assert module.model.training
 
 
-def test_rungs_that_come_too_late_are_told(trainer: MakeTrainer, trained: SmallNet) -> None:
+def test_rungs_that_come_too_late_give_a_warning(trainer: MakeTrainer, trained: SmallNet) -> None:
     first = qat(max_drop=-10.0)
     fit(trainer, module_of(trained), first)
     with pytest.warns(UserWarning, match="The climb was over in the checkpoint: cle are not tried"):
         fit(trainer, module_of(trained), qat(max_drop=-10.0, rungs=("ptq", "cle")),
             ckpt_path=first.best_model_path, max_epochs=3)  # fmt: skip
+
+
+# How it measures
+
+
+class Halving(Rung):
+    """Halves every weight behind autograd's back, and measures before and after."""
+
+    name = "halving"
+    measured: list[float]
+    quantized: list[int]
+
+    @override
+    def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
+        self.measured, self.quantized = [], []
+        self.measure(network, context)
+        for parameter in network.parameters():
+            parameter.data.mul_(0.5)  # ranges, too
+        self.measure(network, context)
+        context.calibrate(network)
+        return "half of every weight"
+
+    def measure(self, network: QuantizedNetwork, context: RungContext) -> None:
+        calls: list[Any] = []
+        quantizer = weight_quantizers(network)[0]
+        handle = quantizer.register_forward_hook(lambda *_: calls.append(None))
+        self.measured.append(context.measure())
+        handle.remove()
+        self.quantized.append(len(calls))
+
+
+def climbed(trainer: MakeTrainer) -> tuple[Halving, list[float | None]]:
+    rung = Halving()
+    callback = lq.QuantizationAwareTraining("w8a8", monitor="val_loss", mode="min", rungs=("ptq", rung, "cle"))
+    trainer(callback, max_epochs=0).fit(SmallModule(), small_loader(), small_loader())
+    return rung, [result.metric for result in callback.result.rungs]
+
+
+def test_a_measurement_quantizes_each_weight_once_as_it_is_then(
+    trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rung, metrics = climbed(trainer)
+    monkeypatch.setattr(QuantizedNetwork, "cached_weights", lambda self: nullcontext())
+    every_batch, same_metrics = climbed(trainer)
+    assert rung.quantized == [1, 1]
+    assert every_batch.quantized == [len(small_loader())] * 2
+    assert rung.measured == every_batch.measured
+    assert rung.measured[0] != rung.measured[1]
+    assert metrics == same_metrics
+
+
+def test_ptq_with_another_estimator_is_a_rung_of_its_own(trainer: MakeTrainer) -> None:
+    rungs = ({"ptq": {"range_estimator": "tf_enhanced"}},)
+    callback = lq.QuantizationAwareTraining("w8a8", monitor="val_loss", mode="min", rungs=rungs)
+    trainer(callback, max_epochs=0).fit(SmallModule(), small_loader(), small_loader())
+    assert [result.rung for result in callback.result.rungs] == ["tf_enhanced"]
+    assert callback.result.rungs[0].changed.startswith("tf_enhanced ranges from")

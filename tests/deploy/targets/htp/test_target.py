@@ -17,8 +17,9 @@ from torch import nn
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 import lightning_quant as lq
-from lightning_quant.deploy.bundle import Bundle, export_bundle
+from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.push import Push, device_folder
 from lightning_quant.deploy.samples import Samples
 from lightning_quant.deploy.socs import HEXAGON, QNN_SOC_IDS, soc_of
@@ -57,7 +58,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture
 def inputs(bundle: Bundle) -> list[dict[str, np.ndarray]]:
-    (name,) = bundle.manifest["input_names"]
+    (name,) = bundle.manifest.input_names
     return [{name: images(1, seed=seed).numpy()} for seed in (1, 2)]
 
 
@@ -92,7 +93,7 @@ def test_large_samples_are_taken_in_part(
     assert len(outputs) == 1
 
 
-def test_a_graph_without_fixed_shapes_is_no_npu_graph(inputs: Any, tmp_path: Path) -> None:
+def test_a_graph_without_fixed_shapes_does_not_run_on_the_npu(inputs: Any, tmp_path: Path) -> None:
     mine = export_bundle(calibrated(Body()), tmp_path / "net", [call(images(1))])
     model = onnx.load(mine.qdq)
     for value in model.graph.input:
@@ -116,7 +117,7 @@ def test_a_chip_the_compiler_does_not_know(bundle: Bundle, inputs: Any, tmp_path
 
 
 def test_an_error_while_running_is_not_retried_on_the_cpu(bundle: Bundle, inputs: Any, tmp_path: Path) -> None:
-    (name,) = bundle.manifest["input_names"]
+    (name,) = bundle.manifest.input_names
     wrong = [{name: inputs[0][name][..., :-1]}]
     with pytest.raises(DeviceError, match="emulator failed in sample 0"):
         HtpEmulatorTarget("SM8650").run(bundle, wrong, tmp_path)
@@ -145,7 +146,7 @@ def test_what_the_preflight_says_of_one_output_channel_is_so(tmp_path: Path) -> 
         network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3))
         network = calibrated(network.eval(), call(images(1)), precision="w4a8", **recipe)
         mine = export_bundle(network.eval(), tmp_path / name, [call(images(1))])
-        return HtpEmulatorTarget("SM8650").run(mine, [{mine.manifest["input_names"][0]: images(1).numpy()}], tmp_path)
+        return HtpEmulatorTarget("SM8650").run(mine, [{mine.manifest.input_names[0]: images(1).numpy()}], tmp_path)
 
     with pytest.raises(DeviceError, match="compiler refused the network"):
         emulated("narrow")
@@ -201,7 +202,7 @@ def test_emulator_and_simulation_agree(trained: Any, trainer: MakeTrainer, tmp_p
             report = measured.report
         assert report.soc == chip
         assert report.against_simulation is not None
-        assert report.against_simulation["psnr_db"] >= FLOORS[name][precision]
+        assert report.against_simulation.psnr_db >= FLOORS[name][precision]
         assert (report.float_islands, report.fallen_back) == ([], {})
 
 
@@ -210,7 +211,7 @@ def test_ffnet_40s_has_no_float_islands(tmp_path: Path) -> None:
     inputs = NetworkInputs((torch.rand(1, 3, 64, 128),))
     network = calibrated(ffnet_40s(), inputs)
     mine = export_bundle(network, tmp_path / "net", [inputs])
-    given = {mine.manifest["input_names"][0]: inputs.args[0].numpy()}
+    given = {mine.manifest.input_names[0]: inputs.args[0].numpy()}
     (measured,) = HtpEmulatorTarget("SM8650").run(mine, [given], tmp_path)
     assert measured.report.float_islands == []
     assert json.loads(json.dumps(measured.report.to_dict()))["float_islands"] == []

@@ -1,4 +1,4 @@
-"""A quantized network of the rung cases, calibrated, with the workbench that techniques get."""
+"""A quantized network of the rung cases, calibrated, with the context that rungs get."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_quant.ladder.rung import Workbench
+from lightning_quant.ladder.rung import RungContext
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate
@@ -30,9 +30,9 @@ def quality(network: nn.Module, targets: torch.Tensor) -> float:
     return float(10 * torch.log10(targets.square().sum() / error.square().sum()))
 
 
-def bench_of(
+def context_of(
     change: Callable[[Any], None] | None = None, network: nn.Module | None = None, enough: float = 1e9, **recipe: Any
-) -> tuple[QuantizedNetwork, Workbench]:
+) -> tuple[QuantizedNetwork, RungContext]:
     """Quantize and calibrate ``network`` (the trained one of the cases by default); ``enough`` is a quality in dB."""
     own = copy.deepcopy(trained() if network is None else network).eval()
     if change is not None:
@@ -44,11 +44,12 @@ def bench_of(
     quantized = quantize(own, calls[0].first(1), QuantRecipe(**{"calibration_samples": 128, **recipe})).eval()
     with torch.no_grad():
         calibrate(quantized, calls)
-    bench = Workbench(
+    context = RungContext(
         float_network=float_network,
         inputs=calls[0].first(1),
         samples=lambda: iter(calls),
         measure=lambda: quality(quantized, targets),
         suffices=lambda metric: metric >= enough,
+        measure_float=lambda network: 0.0,
     )
-    return quantized, bench
+    return quantized, context

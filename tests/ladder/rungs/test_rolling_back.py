@@ -1,4 +1,4 @@
-"""One technique on top of another, each taken back bit for bit, interrupted, and trained on."""
+"""One rung on top of another, each rolled back bit for bit, interrupted, and trained on."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from lightning_quant.errors import LightningQuantError
-from lightning_quant.ladder.registry import techniques
-from lightning_quant.ladder.rung import Technique, Workbench
+from lightning_quant.ladder.registry import parse_rungs
+from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.callbacks.rung_cases import images, unequal
 from tests.helpers.small import assert_same_tensors
-from tests.ladder.rungs.benches import batches, bench_of
+from tests.ladder.rungs.contexts import batches, context_of
 from tests.ladder.rungs.test_bn_reestimation import normed
 
 pytestmark = pytest.mark.slow
@@ -33,26 +33,26 @@ RUNGS: list[Any] = [
 ]
 
 
-def apply(technique: Technique, network: QuantizedNetwork, bench: Workbench) -> None:
+def apply(rung: Rung, network: QuantizedNetwork, context: RungContext) -> None:
     with torch.no_grad():
-        technique.apply(network, bench)
+        rung.apply(network, context)
 
 
 def ends(network: QuantizedNetwork) -> dict[str, bool]:
-    """Which parameters learn, and which ranges may be computed anew."""
+    """Which parameters learn, and which ranges may be computed again."""
     flags = {name: value.requires_grad for name, value in network.named_parameters()}
     modules = network.network.named_modules()
     return flags | {name: module._allow_overwrite for name, module in modules if hasattr(module, "_allow_overwrite")}
 
 
 @pytest.mark.parametrize("precision", ["w4a8", "w8a8"])
-def test_every_state_on_the_way_can_be_gone_back_to(precision: str) -> None:
-    network, bench = bench_of(network=normed(), precision=precision)
+def test_every_state_on_the_way_can_be_restored(precision: str) -> None:
+    network, context = context_of(network=normed(), precision=precision)
     states = [(network.snapshot(), network(images()).detach())]
     parameters, flags = dict(network.named_parameters()), ends(network)
-    for technique in techniques(RUNGS):
-        if technique.unsuitable(network, bench) is None:
-            apply(technique, network, bench)
+    for rung in parse_rungs(RUNGS):
+        if rung.skip_reason(network, context) is None:
+            apply(rung, network, context)
             states.append((network.snapshot(), network(images()).detach()))
             (before, _), (after, _) = states[-2:]
             with pytest.raises(AssertionError):  # it has changed something
@@ -67,26 +67,26 @@ def test_every_state_on_the_way_can_be_gone_back_to(precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["w4a8", "w8a8"])
-def test_the_recipe_is_gone_back_to_from_anywhere(precision: str) -> None:
-    network, bench = bench_of(network=normed(), precision=precision)
+def test_the_recipe_can_be_restored_from_any_state(precision: str) -> None:
+    network, context = context_of(network=normed(), precision=precision)
     snapshot = network.snapshot()
-    for technique in techniques(RUNGS):
-        if technique.unsuitable(network, bench) is None:
-            apply(technique, network, bench)
+    for rung in parse_rungs(RUNGS):
+        if rung.skip_reason(network, context) is None:
+            apply(rung, network, context)
     with torch.no_grad():
-        network.reset_to(bench.prepared.network)
-    apply(techniques(["ptq"])[0], network, bench)
+        network.reset_to(context.prepared.network)
+    apply(parse_rungs(["ptq"])[0], network, context)
     assert_same_tensors(network.state_dict(), snapshot)
 
 
-def test_training_goes_on_from_a_network_that_every_technique_has_changed() -> None:
-    network, bench = bench_of(network=normed(), precision="w4a8")
-    before = copy.deepcopy(bench.float_network.state_dict())
-    for technique in techniques(RUNGS[1:-1]):
-        apply(technique, network, bench)
+def test_a_network_that_every_rung_has_changed_can_be_trained() -> None:
+    network, context = context_of(network=normed(), precision="w4a8")
+    before = copy.deepcopy(context.float_network.state_dict())
+    for rung in parse_rungs(RUNGS[1:-1]):
+        apply(rung, network, context)
     start = {name: value.detach().clone() for name, value in network.named_parameters()}
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    targets = bench.float_network(images()).detach()
+    targets = context.float_network(images()).detach()
     losses = []
     for _ in range(10):
         losses.append(F.mse_loss(network(images()), targets))
@@ -96,7 +96,7 @@ def test_training_goes_on_from_a_network_that_every_technique_has_changed() -> N
     assert losses[-1] < losses[0]
     still = {name for name, value in network.named_parameters() if torch.equal(value, start[name])}
     assert still == {name for name, value in network.named_parameters() if not value.requires_grad}
-    assert_same_tensors(bench.float_network.state_dict(), before)
+    assert_same_tensors(context.float_network.state_dict(), before)
 
 
 def _interruptions() -> list[Any]:
@@ -109,11 +109,11 @@ def _interruptions() -> list[Any]:
 
 
 @pytest.mark.parametrize(("rung", "passes"), _interruptions())
-def test_an_interruption_leaves_nothing_that_going_back_does_not_mend(rung: Any, passes: int) -> None:
-    network, bench = bench_of(network=normed(), precision="w4a8")
+def test_an_interrupted_rung_is_rolled_back(rung: Any, passes: int) -> None:
+    network, context = context_of(network=normed(), precision="w4a8")
     snapshot, flags, answer = network.snapshot(), ends(network), network(images())
     places = [(name, id(module)) for name, module in network.network.named_modules()]
-    (technique,) = techniques([rung])
+    (rung,) = parse_rungs([rung])
     done = 0
 
     def fail(*_: Any) -> None:
@@ -124,7 +124,7 @@ def test_an_interruption_leaves_nothing_that_going_back_does_not_mend(rung: Any,
 
     handle = network.network.last.register_forward_pre_hook(fail)
     try:
-        apply(technique, network, bench)
+        apply(rung, network, context)
     except (LightningQuantError, RuntimeError):
         assert done == passes
     handle.remove()
@@ -140,24 +140,24 @@ def test_an_interruption_leaves_nothing_that_going_back_does_not_mend(rung: Any,
 
 @pytest.mark.parametrize("percentile", [99.9, 99.99])
 def test_percentiles_suffice_where_extremes_do_not(percentile: float) -> None:
-    network, bench = bench_of(precision="w8a8")
+    network, context = context_of(precision="w8a8")
     first, *others = batches()
     first = first.map(torch.clone)
     first.args[0][0, 0, 0, 0] = 300.0  # one broken pixel in the calibration data
-    bench.samples = lambda: iter([first, *others])
+    context.samples = lambda: iter([first, *others])
     reached = {}
-    for technique in techniques(["min_max", {"percentile": {"percentile": percentile}}]):
-        apply(technique, network, bench)
-        reached[technique.name] = bench.measure()
+    for rung in parse_rungs(["min_max", {"percentile": {"percentile": percentile}}]):
+        apply(rung, network, context)
+        reached[rung.name] = context.measure()
     assert reached["min_max"] < 25
     assert reached["percentile"] > 29
 
 
 def test_equalization_on_top_of_other_repairs_starts_from_float_again() -> None:
-    once, bench = bench_of(unequal, precision="w4a8")
-    (cle, *others) = techniques(["cle", "seq_mse", "bias_correction", {"mixed": {"budget": 1.0}}])
-    apply(cle, once, bench)
-    twice, bench = bench_of(unequal, precision="w4a8")
-    for technique in (cle, *others, cle):
-        apply(technique, twice, bench)
+    once, context = context_of(unequal, precision="w4a8")
+    (cle, *others) = parse_rungs(["cle", "seq_mse", "bias_correction", {"mixed": {"budget": 1.0}}])
+    apply(cle, once, context)
+    twice, context = context_of(unequal, precision="w4a8")
+    for rung in (cle, *others, cle):
+        apply(rung, twice, context)
     assert_same_tensors(twice.state_dict(), once.state_dict())

@@ -1,0 +1,182 @@
+"""Export: a calibrated network written as a bundle, checked against the simulation, whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_quant.deploy import audit, parity
+from lightning_quant.deploy.bundle import MANIFEST_NAME, Bundle
+from lightning_quant.deploy.graph.files import ENCODINGS_VERSION, QDQ_OPSET, OnnxFiles, write_onnx
+from lightning_quant.deploy.graph.qdq import exact_session
+from lightning_quant.deploy.manifest import BundleFile, BundleManifest
+from lightning_quant.deploy.single_samples import first_samples
+from lightning_quant.errors import ExportError
+from lightning_quant.simulation.exportable import FLOAT_OPSET
+from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
+from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.utilities.files import exclusive_lock
+from lightning_quant.utilities.hashing import file_sha256
+from lightning_quant.utilities.modules import on_cpu_in_eval
+
+
+def export_bundle(network: nn.Module | QuantizedNetwork, path: str | Path, samples: Iterable[NetworkInputs]) -> Bundle:
+    """Export a calibrated network, check the files against the simulation, and put them in place.
+
+    Everything is written to a folder ``.<name>.new`` next to ``path`` and renamed at the end, so a full disk or a
+    kill leaves the previous bundle, or none, but never half of one; the next export removes what is left over. Two
+    exports into one folder at a time are refused.
+
+    Args:
+        network: the calibrated network.
+        path: folder of the bundle; its last part names the files. An earlier bundle there is replaced.
+        samples: calls to compare simulation and export on, e.g. some calibration samples. At least one. The files are
+            for the size that the network was built with, or that of the first sample if none has it; they are compared
+            on samples of that size.
+
+    Returns:
+        The bundle; its manifest holds hashes, versions, sizes, parity and the tensors without encodings.
+
+    Raises:
+        ExportError: when not calibrated, a tensor lacks an encoding, or the files cannot be written.
+        ParityError: when ONNX Runtime computes something else from the files than the simulation.
+    """
+    path = Path(path).absolute()
+    known = QuantizedNetwork.of(network)
+    if known is None or not known.calibrated:
+        raise ExportError(
+            "The network is not calibrated: expected one that was run by a callback's fit, validate, test or "
+            "predict, or passed to calibrate()."
+        )
+    if path.exists() and not (path / MANIFEST_NAME).is_file():
+        raise ExportError(
+            f"{path} exists and is not a bundle (it has no {MANIFEST_NAME}): expected a new folder or an earlier "
+            "bundle. Give another folder."
+        )
+    network = known
+    with on_cpu_in_eval(network.network):
+        calls = [call.to(torch.device("cpu")).batched_like(network.inputs) for call in samples]
+        if not calls:
+            raise ExportError("No samples to check the export with: expected at least one.")
+        calls = first_samples(calls, sum(call.batch_size for call in calls), network.inputs)
+        busy = ExportError(
+            f"Another process is exporting to {path}: expected a folder for each. Give another folder or name, or wait."
+        )
+        try:
+            with exclusive_lock(path.with_name(f".{path.name}.lock"), busy):
+                manifest = _write_whole(network, path, calls)
+        except OSError as error:
+            raise ExportError(
+                f"Writing the bundle {path} failed: {error}. Nothing was changed there; free some space or choose "
+                "another folder that is writable and export again."
+            ) from error
+    return Bundle(path, manifest)
+
+
+def _write_whole(network: QuantizedNetwork, path: Path, calls: Sequence[NetworkInputs]) -> BundleManifest:
+    staging, retired = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    if retired.is_dir() and not path.exists():  # killed between the two renames
+        os.replace(retired, path)
+    for leftover in (staging, retired):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staging.mkdir()
+    try:
+        manifest = _write(network, staging, path.name, calls)
+        _move_into_place(staging, path, retired)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return manifest
+
+
+def _write(network: QuantizedNetwork, staging: Path, name: str, calls: Sequence[NetworkInputs]) -> BundleManifest:
+    folder = staging / f"{name}.aimet"
+    folder.mkdir()
+    float_onnx, encodings_file = folder / "model.onnx", folder / "model.encodings"
+    qdq = staging / f"{name}.onnx"
+    written = write_onnx(network, calls[0], float_onnx, qdq)
+    encoded = [e["name"] for part in ("activation_encodings", "param_encodings") for e in written.encodings[part]]
+    explained, missing = audit.unexplained(written.model, encoded, network.findings)
+    if missing:
+        raise ExportError(
+            f"{len(missing)} tensors of the exported network have no encoding, e.g. {', '.join(missing[:5])}: the "
+            "device would make ranges up for them. Expected a quantizer on each. Was one removed, or is there an "
+            "operation AIMET does not quantize? Use nn modules for it, or run with strict=True to find it."
+        )
+    measured = parity.compare(_outputs(network, qdq, written, calls))
+    parity.check_parity(measured, network.recipe.precision)
+    manifest = BundleManifest(
+        **vars(network.manifest()),
+        name=name,
+        encodings_version=ENCODINGS_VERSION,
+        opset={"float": FLOAT_OPSET, "qdq": QDQ_OPSET},
+        onnx=importlib.metadata.version("onnx"),
+        onnxruntime=importlib.metadata.version("onnxruntime"),
+        input_names=written.input_names,
+        output_names=written.output_names,
+        bytes={"float": float_onnx.stat().st_size, "quantized": qdq.stat().st_size},
+        parity=measured.rounded(),
+        without_encoding={name: str(explanation) for name, explanation in explained.items()},
+        files={
+            str(file.relative_to(staging)): BundleFile(file_sha256(file), file.stat().st_size)
+            for file in (float_onnx, encodings_file, qdq)
+        },
+    )
+    (staging / MANIFEST_NAME).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n")
+    return manifest
+
+
+def _outputs(
+    network: QuantizedNetwork, qdq: Path, written: OnnxFiles, calls: Iterable[NetworkInputs]
+) -> Iterator[tuple[list[np.ndarray], list[np.ndarray]]]:
+    """Yield the outputs of the simulation and of the QDQ file in ONNX Runtime, sample by sample."""
+    session = exact_session(qdq)
+    wanted = {value.name for value in session.get_inputs()}
+    output_names = written.output_names
+    for sample in calls:
+        given = zip(written.input_names, sample.tensors, strict=True)
+        feeds = {name: tensor.numpy() for name, tensor in given if name in wanted}
+        expected = [tensor.numpy() for tensor in tensors_in(sample.call(network.network))]
+        computed = session.run(None, feeds)
+        sizes = [[one.shape for one in outputs] for outputs in (expected, computed)]
+        if sizes[0] != sizes[1]:
+            raise ExportError(
+                f"{network.float_class.__name__} returns {_sizes(output_names, sizes[0])} for a sample, "
+                f"but the graph exported from another one returns {_sizes(output_names, sizes[1])}: its size "
+                "depends on values. Expected outputs of fixed sizes, the only ones a device compiles. Move the "
+                "post-processing out of the network (return all scores and boxes, select in the step), or "
+                "quantize the part before it (network='model.backbone')."
+            )
+        for index, name in enumerate(output_names):  # the device returns it rounded
+            if name in written.passed:
+                expected[index] = written.passed[name].round(expected[index])
+        yield expected, computed
+
+
+def _sizes(names: Sequence[str], sizes: Sequence[tuple[int, ...]]) -> str:
+    return ", ".join(f"{name!r} of {list(size)}" for name, size in zip(names, sizes, strict=False))
+
+
+def _move_into_place(staging: Path, path: Path, retired: Path) -> None:
+    for file in staging.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    if path.exists():
+        os.replace(path, retired)
+        try:
+            os.replace(staging, path)
+        except OSError:
+            os.replace(retired, path)
+            raise
+        finally:
+            shutil.rmtree(retired, ignore_errors=True)
+    else:
+        os.replace(staging, path)

@@ -1,0 +1,61 @@
+"""A rung in a user's file: in a fit, from Python, Lightning's command line and Hydra."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
+
+import lightning_quant as lq
+from lightning_quant.errors import ConfigurationError
+from tests.helpers.rungs import ScaledWeights
+from tests.helpers.small import SmallModule, small_loader
+
+MakeTrainer = Callable[..., Trainer]
+PATH = "tests.helpers.rungs.ScaledWeights"
+GIVEN: list[Any] = [PATH, {PATH: {"factor": 1.1}}]
+
+
+def made_by(callback: lq.QuantizationAwareTraining) -> tuple[type, float]:
+    _, mine = callback.rungs
+    assert isinstance(mine, ScaledWeights)
+    return type(mine), mine.factor
+
+
+@pytest.mark.parametrize("rung", [ScaledWeights(1.1), {"scaled_weights": {"factor": 1.1}}])
+def test_it_is_tried_and_judged(trainer: MakeTrainer, rung: Any) -> None:
+    quantization = lq.QuantizationAwareTraining("w8a8", monitor="val_loss", mode="min", rungs=("ptq", rung))
+    trainer(quantization, max_epochs=0).fit(SmallModule(), small_loader(), small_loader())
+    assert [result.rung for result in quantization.result.rungs] == ["ptq", "scaled_weights"]
+    assert quantization.result.rungs[1].changed == "weight ranges 1.1 times as wide"
+
+
+@pytest.mark.parametrize("rung", [*GIVEN, {"class_path": PATH, "init_args": {"factor": 1.1}}])
+def test_from_lightnings_command_line(rung: Any) -> None:
+    arguments = {"rungs": ["ptq", rung]}
+    callback = {"class_path": "lightning_quant.QuantizationAwareTraining", "init_args": arguments}
+    trainer = {"accelerator": "cpu", "logger": False, "callbacks": [callback]}
+    cli = LightningCLI(SmallModule, args={"trainer": trainer}, run=False, save_config_callback=None)
+    (made,) = [one for one in cli.trainer.callbacks if isinstance(one, lq.QuantizationAwareTraining)]
+    assert made_by(made) == (ScaledWeights, 1.05 if rung == PATH else 1.1)
+
+
+@pytest.mark.parametrize("rung", [*GIVEN, {"_target_": PATH, "factor": 1.1}])
+def test_from_hydra(rung: Any) -> None:
+    made = instantiate({"_target_": "lightning_quant.QuantizationAwareTraining", "rungs": ["ptq", rung]})
+    assert made_by(made) == (ScaledWeights, 1.05 if rung == PATH else 1.1)
+
+
+def test_everything_after_precision_is_taken_by_keyword() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        lq.QuantizationAwareTraining("w8a8", "model")  # type: ignore[misc]
+
+
+def test_a_metric_is_needed_only_where_something_is_compared() -> None:
+    assert not lq.QuantizationAwareTraining(monitor=None).climbs
+    with pytest.raises(ConfigurationError, match="monitor=None"):
+        lq.QuantizationAwareTraining(monitor=None, max_drop=0.1)

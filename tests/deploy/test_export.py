@@ -1,0 +1,424 @@
+"""The bundle: what is in it, that it is whole or not there, and that nothing in it computes something else."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+
+from lightning_quant.deploy import export as module
+from lightning_quant.deploy.bundle import Bundle, load_bundle
+from lightning_quant.deploy.export import export_bundle
+from lightning_quant.deploy.graph.files import name_tensors
+from lightning_quant.errors import ExportError, ParityError
+from lightning_quant.precision import Precision
+from lightning_quant.simulation import aimet
+from lightning_quant.simulation.inputs import NetworkInputs
+from tests.helpers.networks import (
+    AnyInputs,
+    Body,
+    Chain,
+    DataclassOutput,
+    DictInput,
+    DictOutput,
+    NestedOutput,
+    Options,
+    OrderedOutput,
+    TupleOutput,
+    TwoInputs,
+    calibrated,
+    call,
+    images,
+    quantized,
+    seeded,
+)
+
+SAMPLES = [call(images(3, seed=9))]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle that tests only read."""
+    return export_bundle(calibrated(Body()), tmp_path_factory.mktemp("read") / "net", SAMPLES)
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Bundle:
+    """An earlier bundle at ``tmp_path / "net"``, alone in its folder."""
+    return export_bundle(calibrated(Body()), tmp_path / "net", SAMPLES)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_files_of_a_bundle(exported: Bundle) -> None:
+    assert sorted(contents(exported.path)) == [
+        "manifest.json",
+        "net.aimet/model.encodings",
+        "net.aimet/model.onnx",
+        "net.onnx",
+    ]
+    assert sorted(file.name for file in exported.aimet.iterdir()) == ["model.encodings", "model.onnx"]
+    assert list(exported.path.parent.iterdir()) == [exported.path]
+    assert exported.path.stat().st_mode & 0o055 == 0o055  # others may read it, as any folder one makes
+    onnx.checker.check_model(onnx.load(exported.aimet / "model.onnx"), full_check=True)
+    encodings = json.loads((exported.aimet / "model.encodings").read_text())
+    assert encodings["version"] == exported.manifest.encodings_version == "1.0.0"
+
+
+def test_manifest_says_how_it_was_made(exported: Bundle) -> None:
+    manifest = json.loads((exported.path / "manifest.json").read_text())
+    assert exported.manifest == load_bundle(exported.path).manifest
+    assert exported.manifest.to_dict() == manifest
+    assert manifest["precision"] == "w8a8"
+    assert manifest["hardware"] == "htp_v75"
+    assert manifest["calibrated"] is True
+    assert manifest["name"] == "net"
+    assert {"lightning_quant", "aimet_torch", "torch", "onnx", "onnxruntime"} <= manifest.keys()
+    assert manifest["parity"]["tier"] == "onnxruntime"
+    assert manifest["parity"]["samples"] == 3
+    assert manifest["parity"]["psnr_db"] is None or manifest["parity"]["psnr_db"] >= 35
+    assert manifest["bytes"] == {
+        "float": (exported.aimet / "model.onnx").stat().st_size,
+        "quantized": exported.qdq.stat().st_size,
+    }
+    assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == {
+        name: len(data) for name, data in contents(exported.path).items() if name != "manifest.json"
+    }
+
+
+class Wide(nn.Module):
+    """Weights enough to outweigh everything else in the file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 64, 3, padding=1)
+        self.second = nn.Conv2d(64, 64, 3, padding=1)
+        seeded(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("precision", "weights", "activations", "smaller"),
+    [
+        ("w8a8", "INT8", "UINT8", 3.3),
+        ("w8a16", "INT8", "UINT16", 3.3),
+        ("w4a8", "INT4", "UINT8", 5.5),
+        ("w4a16", "INT4", "UINT16", 5.5),
+    ],
+)
+def test_weights_are_integers_of_the_right_width(
+    tmp_path: Path, precision: str, weights: str, activations: str, smaller: float
+) -> None:
+    made = calibrated(Wide(), precision=precision)
+    bundle = export_bundle(made, tmp_path / "net", SAMPLES)
+    model = onnx.load(bundle.qdq)
+    types = {i.name: onnx.TensorProto.DataType.Name(i.data_type) for i in model.graph.initializer}
+    dequantized = [node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    stored = [name for name in dequantized if name in types]
+    assert sorted((name.rpartition(".")[2], types[name]) for name in stored) == [
+        ("bias_q", "INT32"),
+        ("bias_q", "INT32"),
+        ("weight_q", weights),
+        ("weight_q", weights),
+    ]
+    quantize = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    zero_points = {node.input[2] for node in quantize}
+    constants = {i.name: i for i in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            constants[node.output[0]] = node.attribute[0].t
+    assert {onnx.TensorProto.DataType.Name(constants[name].data_type) for name in zero_points} == {activations}
+    # no float copy of a weight is left: floats are scales and biases
+    floats = [i for i in model.graph.initializer if i.data_type == onnx.TensorProto.FLOAT]
+    assert max(int(np.prod(i.dims)) for i in floats) <= 64
+    assert bundle.manifest.bytes["float"] / bundle.manifest.bytes["quantized"] > smaller
+    assert bundle.manifest.bytes["float"] > 4 * sum(value.numel() for value in Wide().state_dict().values())
+    # and it computes what the simulation computes, seen from the file alone
+    session = onnxruntime.InferenceSession(str(bundle.qdq), providers=["CPUExecutionProvider"])
+    (actual,) = session.run(None, {"x": images(1, seed=4).numpy()})
+    expected = made(images(1, seed=4)).detach().numpy()
+    assert np.abs(actual - expected).max() < (0.02 if "a8" in precision else 0.002) * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("network", "inputs", "names", "outputs"),
+    [
+        (Body, call(images(2)), ["x"], ["output"]),
+        (TwoInputs, call(images(2), images(2, 1)), ["image", "other"], ["output"]),
+        (TwoInputs, call(images(2), other=images(2, 1)), ["image", "other"], ["output"]),
+        (TwoInputs, call(other=images(2, 1), image=images(2)), ["other", "image"], ["output"]),
+        (AnyInputs, call(images(2), images(2, 1)), ["input_0", "input_1"], ["output"]),
+        (DictInput, call({"image": images(2), "other": images(2, 1)}), ["image", "other"], ["output"]),
+        (Options, call(images(2), mask=images(2, 1, channels=1), flag=False), ["x", "mask"], ["output"]),
+        (Options, call(images(2), None, 3.0), ["x"], ["output"]),
+        (DictOutput, call(images(2)), ["x"], ["logits", "doubled"]),
+        (OrderedOutput, call(images(2)), ["x"], ["logits", "doubled"]),
+        (TupleOutput, call(images(2)), ["x"], ["output_0", "output_1_0"]),
+        (DataclassOutput, call(images(2)), ["x"], ["output_0", "output_1"]),
+        (NestedOutput, call(images(2)), ["x"], ["main_out", "aux_out", "x_1"]),
+    ],
+)
+def test_names_of_inputs_and_outputs(
+    tmp_path: Path, network: Any, inputs: NetworkInputs, names: list[str], outputs: list[str]
+) -> None:
+    bundle = export_bundle(calibrated(network(), inputs), tmp_path / "net", [inputs])
+    assert bundle.manifest.input_names == names
+    assert bundle.manifest.output_names == outputs
+    for file in (bundle.qdq, bundle.aimet / "model.onnx"):
+        graph = onnx.load(file).graph
+        assert [value.name for value in graph.input] == names
+        assert [value.name for value in graph.output] == outputs
+    assert bundle.manifest.parity.samples == 2
+
+
+def test_names_without_a_signature(exported: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a forward that is not written in Python, and of one that somebody put another in the place of."""
+    made, inputs = calibrated(Body()), call(images(1))
+    output = inputs.call(made)
+    monkeypatch.setattr(made.network, "forward", functools.partial(getattr))  # has none to read
+    assert name_tensors(made, inputs, output) == (["input_0"], ["output"])
+    monkeypatch.setattr(made.network, "forward", lambda picture, flag=None: picture)
+    assert name_tensors(made, inputs, output) == (["picture"], ["output"])
+
+
+def test_outputs_without_samples_or_of_integers(tmp_path: Path) -> None:
+    class Several(Body):
+        def forward(self, x: Tensor) -> Any:
+            scores = self.scores(x)
+            return scores.argmax(1), scores.mean()
+
+    bundle = export_bundle(calibrated(Several()), tmp_path / "net", SAMPLES)
+    assert bundle.manifest.parity.samples == 3
+
+
+def test_network_is_left_as_it_was(tmp_path: Path) -> None:
+    made = calibrated(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(4, 4, 1))).train()
+    made.network.get_submodule("2").eval()  # a frozen part
+    modes = {name: part.training for name, part in made.named_modules()}
+    state = {name: value.clone() for name, value in made.state_dict().items() if isinstance(value, Tensor)}
+    with torch.inference_mode():
+        export_bundle(made, tmp_path / "a", SAMPLES)
+        assert torch.is_inference_mode_enabled()
+    with torch.no_grad():
+        export_bundle(made, tmp_path / "b", SAMPLES)
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+    assert {name: part.training for name, part in made.named_modules()} == modes
+    after = made.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in state.items())
+    assert not any(value.is_inference() for value in made.parameters())
+    made(images(2)).sum().backward()
+    assert all(p.grad is not None for name, p in made.named_parameters() if name.endswith("0.weight"))
+
+
+def test_network_is_left_as_it_was_when_the_export_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = calibrated(Body()).train()
+    monkeypatch.setattr(module.audit, "unexplained", lambda *_: ({}, ["made up"]))
+    with pytest.raises(ExportError, match=r"e\.g\. made up"):
+        export_bundle(made, tmp_path / "net", SAMPLES)
+    assert made.training
+    assert all(part.training for part in made.modules())
+    assert torch.is_grad_enabled()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_network_is_back_on_its_device(tmp_path: Path) -> None:
+    made = calibrated(Body()).cuda()
+    export_bundle(made, tmp_path / "net", [call(images(2).cuda())])
+    assert {value.device.type for value in made.parameters()} == {"cuda"}
+
+
+def test_the_same_network_gives_the_same_files(exported: Bundle, tmp_path: Path) -> None:
+    again = export_bundle(calibrated(Body()), tmp_path / "net", SAMPLES)
+    assert contents(again.path) == contents(exported.path)
+
+
+def test_refusals_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="not calibrated"):
+        export_bundle(quantized(Body()), tmp_path / "net", SAMPLES)
+    with pytest.raises(ExportError, match="No samples to check the export with"):
+        export_bundle(calibrated(Body()), tmp_path / "net", [])
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ExportError, match=r"Writing the bundle .* failed"):
+        export_bundle(calibrated(Body()), tmp_path / "file" / "net", SAMPLES)
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty", "file"])
+def test_what_is_not_a_bundle_is_never_replaced(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "net"
+    if kind == "file":
+        path.write_text("mine")
+    else:
+        path.mkdir()
+    if kind == "folder":
+        (path / "thesis.txt").write_text("mine")
+    with pytest.raises(ExportError, match=r"exists and is not a bundle.*Give another folder"):
+        export_bundle(calibrated(Body()), path, SAMPLES)
+    assert list(tmp_path.iterdir()) == [path]
+    assert kind != "folder" or contents(path) == {"thesis.txt": b"mine"}
+    assert kind != "file" or path.read_text() == "mine"
+
+
+def test_previous_bundle_is_replaced_whole(old: Bundle, tmp_path: Path) -> None:
+    (old.path / "stale.txt").write_text("of the old one")
+    new = export_bundle(calibrated(Body(), precision="w4a16"), old.path, SAMPLES)
+    assert load_bundle(old.path).manifest.precision == Precision(4, 16)
+    assert "stale.txt" not in contents(new.path)
+    assert list(tmp_path.iterdir()) == [new.path]
+
+
+def test_failing_rename_puts_the_previous_bundle_back(
+    old: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, real, calls = contents(old.path), os.replace, []
+
+    def replace(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        real(*args)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(ExportError, match=r"Writing the bundle .* failed.*Nothing was changed there"):
+        export_bundle(calibrated(Body(), precision="w4a16"), old.path, SAMPLES)
+    assert contents(old.path) == before
+    assert list(tmp_path.iterdir()) == [old.path]
+
+
+def _tamper(file: Path, factor: float) -> None:
+    """Scale the first weight's scale in a QDQ file."""
+    model = onnx.load(file)
+    for initializer in model.graph.initializer:
+        if initializer.data_type == onnx.TensorProto.FLOAT and "scale" in initializer.name and initializer.dims:
+            array = onnx.numpy_helper.to_array(initializer) * np.float32(factor)
+            initializer.CopyFrom(onnx.numpy_helper.from_array(array, initializer.name))
+            onnx.save(model, file)
+            return
+    raise AssertionError([initializer.name for initializer in model.graph.initializer])
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w8a16", "w4a16"])
+def test_a_file_that_computes_something_else_fails_loudly(
+    old: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    real, before = aimet.export, contents(old.path)
+    made = calibrated(Body(), precision=precision)
+
+    def export(model: Any, args: Any, file: str, **options: Any) -> None:
+        real(model, args, file, **options)
+        _tamper(Path(file), 1.2)
+
+    monkeypatch.setattr(aimet, "export", export)
+    with pytest.raises(ParityError, match=rf"differs from the simulation: .* at {precision}.*The files were not kept"):
+        export_bundle(made, old.path, SAMPLES)
+    assert contents(old.path) == before
+    assert list(tmp_path.iterdir()) == [old.path]
+    monkeypatch.undo()
+    export_bundle(made, old.path, SAMPLES)  # the same without tampering passes
+
+
+def test_samples_of_another_size_are_left_out_of_the_comparison(tmp_path: Path) -> None:
+    network = calibrated(Chain(), call(images(2)))
+    sizes = [call(images(2)[..., :6]), call(images(3)), call(images(2)[..., :4])]
+    bundle = export_bundle(network, tmp_path / "net", sizes)
+    assert bundle.manifest.parity.samples == 3
+
+
+def test_two_exports_to_one_place_at_a_time_are_refused(tmp_path: Path) -> None:
+    network = calibrated(Body())
+    taken = FileLock(tmp_path / ".net.lock")
+    with taken, pytest.raises(ExportError, match="Another process is exporting to"):
+        export_bundle(network, tmp_path / "net", [call(images())])
+    assert not (tmp_path / "net").exists()
+    export_bundle(network, tmp_path / "net", [call(images())])
+
+
+def test_a_bundle_that_a_kill_left_beside_its_place_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two renames, and then the next export fails."""
+    network = calibrated(Body())
+    export_bundle(network, tmp_path / "net", [call(images())])
+    (tmp_path / "net").rename(tmp_path / ".net.old")
+    (tmp_path / ".net.new").mkdir()
+    with pytest.raises(ExportError, match="not calibrated"):
+        export_bundle(quantized(Body()), tmp_path / "net", [call(images())])
+    monkeypatch.setattr(module, "_write", fails_for_space)
+    with pytest.raises(ExportError, match="No space"):
+        export_bundle(network, tmp_path / "net", [call(images())])
+    assert load_bundle(tmp_path / "net").manifest.precision == Precision(8, 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["net"]
+
+
+def fails_for_space(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_kill_or_a_full_disk_at_any_moment_leaves_a_whole_bundle_or_none(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.deploy.killed_export", str(tmp_path)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    attempts = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    moments = [attempt for attempt in attempts if attempt["kind"] == "moment"]
+    assert len(moments) == 8
+    for attempt in moments:
+        # the old one, the new one if it was finished, or none (between two renames)
+        assert attempt["after"] in {attempt["before"], "w8a16", "nothing"}, attempt
+        assert attempt["killed"], attempt
+
+    renames = {attempt["moment"]: attempt for attempt in attempts if attempt["kind"] == "rename"}
+    assert {moment: attempt["after"] for moment, attempt in renames.items()} == {
+        "before 0": "w8a8",
+        "after 0": "nothing",
+        "before 1": "nothing",
+        "after 1": "w8a16",
+    }
+    assert all(attempt["killed"] for attempt in renames.values())
+
+    full = [attempt for attempt in attempts if attempt["kind"] == "full"]
+    assert len(full) == 5
+    for attempt in full[:-1]:
+        assert attempt["code"] == 17, attempt  # ExportError: File too large
+        assert attempt["after"] == attempt["before"], attempt
+        assert attempt["leftovers"] == [], attempt
+    for attempt in attempts:
+        assert not attempt["after"].startswith("broken"), attempt
+        assert all(name in (".net.new", ".net.old", ".net.lock") for name in attempt["leftovers"]), attempt
+
+
+def test_an_operation_that_onnx_lacks_is_named_in_one_line(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 2), nn.AdaptiveAvgPool2d(2))  # of 7 by 7
+    with pytest.raises(
+        ExportError, match=r"^Sequential cannot be written as ONNX: SymbolicValueError: .*adaptive"
+    ) as caught:
+        export_bundle(calibrated(network), tmp_path / "net", [call(images(1))])
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
