@@ -157,6 +157,6 @@ def test_a_bias_is_rounded_as_on_the_cpu() -> None:
     for channels, steps in ((3000, 255.0), (1000, 15.0), (1, 255.0)):
         high = torch.rand(channels, 1, 1, 1) + 1e-3
         given = (bias, torch.tensor(-0.3), torch.tensor(1.1), -high, high)
-        grids = (65535.0, 1e-8), (steps, 1e-8)
-        on_gpu = gpu.round_bias(*(one.cuda() for one in given), *grids)
-        assert torch.equal(on_gpu.cpu(), biases._Rounded.apply(*given, *grids))
+        grids = 65535.0, 1e-8, steps, 1e-8
+        on_gpu = biases.round_bias(*(one.cuda() for one in given), *grids)
+        assert torch.equal(on_gpu.cpu(), biases.round_bias(*given, *grids))

@@ -173,9 +173,10 @@ def _note_roundings(sim: Any) -> None:
 
     found: dict[Any, set[Any]] = {}
     for op in sim.connected_graph.ordered_ops:
-        module = sim._get_qmodule(op)
+        module: Any = sim._get_qmodule(op)
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and op.inputs:
-            own = module.input_quantizers[0] if len(getattr(module, "input_quantizers", ())) else None
+            quantizers: Any = getattr(module, "input_quantizers", ())
+            own = quantizers[0] if len(quantizers) else None
             found.setdefault(module, set()).add(own or rounding(sim, op.inputs[0].producer))
     for module, roundings in found.items():
         (module.__dict__[ROUNDED_BY],) = roundings if len(roundings) == 1 else (None,)

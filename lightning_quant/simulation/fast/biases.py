@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.simulation.fast import gpu, in_graphs
+from lightning_quant.simulation.fast import gpu, in_graphs, kernels
 from lightning_quant.simulation.fast.quantizer import is_fast, is_known, smallest_scale
 
 # Name of what a layer with a bias remembers: the quantizer that rounds its input.
@@ -32,11 +32,43 @@ def rounded_bias(layer: Any) -> Tensor | None:
     of_weight = layer._modules["param_quantizers"]._modules.get("weight")
     if not (_has_grid(of_input) and _has_grid(of_weight)) or bias.dtype is not torch.float32:
         return bias
-    grids = [(one, *one._parameters.values(), float(one.qmax - one.qmin)) for one in (of_input, of_weight)]
-    ends = [end for _, low, high, _ in grids for end in (low, high)]
-    steps = [(steps, smallest_scale(one.qmax - one.qmin)) for one, _, _, steps in grids]
-    rounded: Tensor = _Rounded.apply(bias, *ends, *steps)
-    return rounded
+    grids = [
+        value
+        for steps in (of_input.qmax - of_input.qmin, of_weight.qmax - of_weight.qmin)
+        for value in (float(steps), smallest_scale(steps))
+    ]
+    return round_bias(bias, *of_input._parameters.values(), *of_weight._parameters.values(), *grids)
+
+
+def round_bias(
+    bias: Tensor,
+    input_low: Tensor,
+    input_high: Tensor,
+    weight_low: Tensor,
+    weight_high: Tensor,
+    input_steps: float,
+    input_smallest: float,
+    weight_steps: float,
+    weight_smallest: float,
+) -> Tensor:
+    """Round a bias to whole multiples of two scales' product; the gradient passes straight through.
+
+    Args:
+        bias: float32, one value for each output channel.
+        input_low: lower end of the input's range.
+        input_high: its upper end.
+        weight_low: lower end of the weight's range, one or one for each channel.
+        weight_high: its upper end.
+        input_steps: the number of steps from one end of the input's grid to the other.
+        input_smallest: the smallest scale there is on it.
+        weight_steps: the number of steps of the weight's grid.
+        weight_smallest: the smallest scale there.
+    """
+    given = (input_low, input_high, weight_low, weight_high, input_steps, input_smallest, weight_steps, weight_smallest)
+    if bias.is_cpu and not in_graphs.is_tracing() and kernels.unavailable() is None:
+        rounded: Tensor = torch.ops.lightning_quant.round_bias(bias, *given)
+        return rounded
+    return _Rounded.apply(bias, *given)
 
 
 @contextmanager
@@ -61,30 +93,24 @@ def _has_grid(quantizer: Any) -> bool:
 
 
 class _Rounded(torch.autograd.Function):
+    """On a GPU, in compiled graphs, and where there are no kernels."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        bias: Tensor,
-        input_low: Tensor,
-        input_high: Tensor,
-        weight_low: Tensor,
-        weight_high: Tensor,
-        input_grid: tuple[float, float],
-        weight_grid: tuple[float, float],
-    ) -> Tensor:
+    def forward(ctx: Any, bias: Tensor, *given: Any) -> Tensor:
         if bias.is_cuda and not in_graphs.is_tracing() and gpu.unavailable() is None:
-            return gpu.round_bias(bias, input_low, input_high, weight_low, weight_high, input_grid, weight_grid)
-        scale = _scale(weight_low.flatten(), weight_high.flatten(), weight_grid)
-        scale = scale * _scale(input_low, input_high, input_grid)
+            return gpu.round_bias(bias, *given)
+        input_low, input_high, weight_low, weight_high, *grids = given
+        scale = _scale(weight_low.flatten(), weight_high.flatten(), *grids[2:]) * _scale(
+            input_low, input_high, *grids[:2]
+        )
         if 1 < scale.numel() < bias.numel():  # a transposed convolution in groups: each group has the same scales
             scale = scale.repeat(bias.numel() // scale.numel())
         return torch.round(bias.double() / scale).float() * scale.float()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return (grad, *[None] * 6)
+        return (grad, *[None] * 8)
 
 
-def _scale(low: Tensor, high: Tensor, grid: tuple[float, float]) -> Tensor:
-    steps, smallest = grid
+def _scale(low: Tensor, high: Tensor, steps: float, smallest: float) -> Tensor:
     return ((high - low) / steps).abs().clamp_min(smallest).double()

@@ -103,15 +103,14 @@ def fake_quantize(
 
 
 def round_bias(
-    bias: Tensor, input_low: Tensor, input_high: Tensor, weight_low: Tensor, weight_high: Tensor,
-    input_grid: tuple[float, float], weight_grid: tuple[float, float],
-) -> Tensor:  # fmt: skip
-    """Round a bias to the input's scale times the weight's; each grid is its number of steps and smallest scale."""
+    bias: Tensor, input_low: Tensor, input_high: Tensor, weight_low: Tensor, weight_high: Tensor, *grids: float
+) -> Tensor:
+    """Round a bias in one launch: see :func:`lightning_quant.simulation.fast.biases.round_bias`."""
     rounded = torch.empty_like(bias)
     if bias.numel():
         _kernels().round_bias(
             -(-bias.numel() // _ROW), (bias, rounded, input_low, input_high, weight_low, weight_high),
-            (bias.numel(), weight_low.numel()), (*input_grid, *weight_grid), (_ROW,),
+            (bias.numel(), weight_low.numel()), grids, (_ROW,),
         )  # fmt: skip
     return rounded
 

@@ -20,7 +20,7 @@ from filelock import FileLock
 log = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
-_SOURCES = [_FOLDER / name for name in ("fake_quantize.cpp", "calibration.cpp")]
+_SOURCES = [_FOLDER / name for name in ("fake_quantize.cpp", "biases.cpp", "calibration.cpp")]
 _HEADER = _FOLDER / "layout.h"
 # By the start of PyTorch's name for what the processor can do; a folder that several machines share has a build for
 # each.

@@ -141,7 +141,7 @@ class FastTransposed(FastWeighted):
 @contextlib.contextmanager
 def _replaced(layer: nn.Module, **parameters: Tensor | None) -> Iterator[None]:
     """Let a layer compute with other parameters for the length of a block."""
-    before = [layer._parameters if name in layer._parameters else layer.__dict__ for name in parameters]
+    before: list[Any] = [layer._parameters if name in layer._parameters else layer.__dict__ for name in parameters]
     own = [holder[name] for holder, name in zip(before, parameters, strict=True)]
     for holder, (name, value) in zip(before, parameters.items(), strict=True):
         holder[name] = value
