@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 from torch import Tensor, nn
-from torchvision.models import mobilenet_v3_small
+from torchvision.models import mobilenet_v3_small, resnet18
 
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.simulation.fast import biases, gpu
@@ -116,15 +117,14 @@ def test_the_simulation_adds_the_integers_of_the_file(precision: str, tmp_path: 
         assert any(np.array_equal(bias.numpy(), other.ravel()) for other in in_file.values()), name
 
 
-def test_the_file_computes_what_the_simulation_computes(tmp_path: Path) -> None:
-    """To the bit, or a value on the border between two integers that fell the other way."""
-    torch.manual_seed(0)
-    network = calibrated(mobilenet_v3_small(num_classes=7).eval(), call(photos := torch.randn(4, 3, 64, 64)))
-    layers = calibrated(seeded(Layers()))
-    for made, batch in ((network, photos), (layers, images(4))):
-        calls = [call(image[None]) for image in batch]
-        parities = [export_bundle(made, tmp_path / "bundle", [one]).manifest.parity.psnr_db for one in calls]
-        assert parities.count(math.inf) >= 2, parities
+@pytest.mark.parametrize("make", [mobilenet_v3_small, resnet18])
+def test_the_file_computes_what_the_simulation_computes(make: Any, tmp_path: Path) -> None:
+    """To the bit; on another processor a value on the border between two integers may fall the other way."""
+    photos = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    network = calibrated(seeded(make(num_classes=7).eval()), call(photos))
+    calls = [call(photo[None]) for photo in photos]
+    parities = [export_bundle(network, tmp_path / "bundle", [one]).manifest.parity.psnr_db for one in calls]
+    assert parities.count(math.inf) >= 2, parities
 
 
 def test_the_gradient_passes_straight_through() -> None:
