@@ -1,0 +1,1 @@
+"""Where two computations of one network part ways: which layer, by how much, and why."""

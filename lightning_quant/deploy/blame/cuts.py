@@ -1,0 +1,109 @@
+"""A file cut into pieces at the tensors that it rounds: each piece computes one of them from those before it.
+
+All pieces are one graph. What a DequantizeLinear returns becomes an input of it, to be given from elsewhere, and the
+same node under another name an output: one run then computes every piece on inputs that carry no error of the pieces
+before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lightning_quant.deploy.graph.qdq import QdqGraph
+
+if TYPE_CHECKING:
+    import onnx
+
+@dataclass(frozen=True)
+class Cut:
+    """A float tensor that a file rounds to integers.
+
+    Args:
+        tensor: its name, before rounding.
+        quantizer: the node that rounds it; ``None`` where the simulation rounds it and the file does not.
+        values: the names under which the rest of the graph takes it, as floats after rounding.
+    """
+
+    tensor: str
+    quantizer: onnx.NodeProto | None
+    values: tuple[str, ...]
+
+
+def cuts_of(graph: QdqGraph) -> list[Cut]:
+    """Return the activations that a file rounds, in the order of computation."""
+    found = []
+    for node in graph.model.graph.node:
+        if node.op_type == "QuantizeLinear":
+            takers = [taker for taker in graph.consumers[node.output[0]] if taker.op_type == "DequantizeLinear"]
+            found.append(Cut(node.input[0], node, tuple(taker.output[0] for taker in takers)))
+    return [cut for cut in found if cut.values]
+
+
+def piece_of(graph: QdqGraph, tensor: str, cuts: Iterable[Cut]) -> list[onnx.NodeProto]:
+    """Return the nodes that compute a tensor from the cuts before it, constants included, in the file's order."""
+    ends = {name for cut in cuts for name in cut.values}
+    needed: set[int] = set()
+    open_names = [tensor]
+    while open_names:
+        name = open_names.pop()
+        node = graph.producers.get(name)
+        if node is None or id(node) in needed or (name in ends and name != tensor):
+            continue
+        needed.add(id(node))
+        open_names += node.input
+    return [node for node in graph.model.graph.node if id(node) in needed]
+
+
+def watched(model: onnx.ModelProto, cuts: Sequence[Cut]) -> onnx.ModelProto:
+    """Return the whole file with every cut among its outputs: what has arrived there."""
+    twin = copy.deepcopy(model)
+    known = {value.name for value in twin.graph.output}
+    twin.graph.output.extend(_float(name) for cut in cuts for name in cut.values if name not in known)
+    return twin
+
+
+def pieces(model: onnx.ModelProto, cuts: Sequence[Cut]) -> onnx.ModelProto:
+    """Return all pieces as one graph.
+
+    Its inputs are those of the file and every name in the ``values`` of a cut. Its outputs are what the pieces compute
+    for these names (:func:`own`), the tensors before rounding, and the file's outputs that are not rounded.
+    """
+    twin = copy.deepcopy(model)
+    given = dict.fromkeys(name for cut in cuts for name in cut.values)
+    for node in twin.graph.node:
+        for index, name in enumerate(node.output):
+            if name in given:
+                node.output[index] = own(name)
+    inputs = {value.name for value in twin.graph.input} | given.keys()
+    before = dict.fromkeys(cut.tensor for cut in cuts if cut.tensor not in inputs)
+    kept = [value for value in twin.graph.output if value.name not in given and value.name not in before]
+    del twin.graph.output[:]
+    twin.graph.output.extend(_float(name) for name in [*map(own, given), *before])
+    twin.graph.output.extend(kept)
+    twin.graph.input.extend(_float(name) for name in given)
+    return twin
+
+
+def own(name: str) -> str:
+    """Return the name of what a piece computes, where ``name`` is given to the pieces behind it."""
+    return f"{name}__of_the_piece"
+
+
+def grid_of(graph: QdqGraph, node: onnx.NodeProto) -> tuple[np.ndarray, np.ndarray]:
+    """Return scale and zero point of a QuantizeLinear or DequantizeLinear."""
+    scale = graph.known(node.input[1])
+    zero_point = graph.known(node.input[2]) if len(node.input) > 2 else np.uint8(0)
+    if scale is None or zero_point is None:
+        return np.float32(np.nan).reshape(()), np.uint8(0).reshape(())
+    return scale, np.asarray(zero_point)
+
+
+def _float(name: str) -> onnx.ValueInfoProto:
+    from onnx import TensorProto, helper
+
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
