@@ -31,12 +31,14 @@ class RoundedTensor:
     Args:
         layer: name of the layer.
         side: whether it is an input or an output of the layer.
-        values: after rounding, in units of the tensor.
+        before: what was rounded, in units of the tensor.
+        values: after rounding.
         quantizer: what rounded it.
     """
 
     layer: str
     side: Side
+    before: Tensor
     values: Tensor
     quantizer: Quantizer
 
@@ -81,4 +83,5 @@ class _Recorder:
         if is_input:  # layers tied to each other have one quantizer on both sides: the inputs come first
             awaited.remove(quantizer)
         side = Side.INPUT if is_input else Side.OUTPUT
-        self.seen.append(RoundedTensor(name, side, output.detach().as_subclass(Tensor).clone(), quantizer))
+        before, values = (tensor.detach().as_subclass(Tensor).clone() for tensor in (args[0], output))
+        self.seen.append(RoundedTensor(name, side, before, values, quantizer))

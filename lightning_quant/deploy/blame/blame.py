@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from lightning_quant.deploy.blame.places import layer_of, match
 from lightning_quant.deploy.blame.result import Blame, Cause, LayerBlame, Reason
 from lightning_quant.deploy.bundle import Bundle, load_bundle
 from lightning_quant.deploy.graph.files import write_onnx
-from lightning_quant.deploy.graph.qdq import QdqGraph, exact_session, hands_on, sizes_of
+from lightning_quant.deploy.graph.qdq import QdqGraph, exact_session, hands_on
 from lightning_quant.deploy.single_samples import first_samples
 from lightning_quant.errors import ConfigurationError, ExportError
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
@@ -31,6 +30,9 @@ from lightning_quant.utilities.modules import on_cpu_in_eval
 
 if TYPE_CHECKING:
     import onnx
+
+Arrays = dict[str, np.ndarray]
+_NO_OPERATION = ("QuantizeLinear", "DequantizeLinear", "Constant")
 
 
 def blame(
@@ -88,9 +90,7 @@ def compare_layers(
         input_names: its inputs, in the order of the tensors of a call.
         calls: of one sample each, of the file's sizes.
     """
-    graph = QdqGraph(model)
-    layers = quantized_layers(network)
-    comparison = _Comparison(network, graph, layers)
+    comparison = _Comparison(network, QdqGraph(model))
     wanted = {value.name for value in model.graph.input}
     for call in calls:
         named = zip(input_names, call.tensors, strict=True)
@@ -99,117 +99,120 @@ def compare_layers(
 
 
 class _Comparison:
-    def __init__(self, network: QuantizedNetwork, graph: QdqGraph, layers: Any) -> None:
-        self.network, self.graph, self.layers = network, graph, layers
-        self.outputs = [value.name for value in graph.model.graph.output]
+    """Both figures of every tensor, collected sample by sample; the file is cut at the first one."""
+
+    def __init__(self, network: QuantizedNetwork, graph: QdqGraph) -> None:
+        self.network, self.graph, self.layers = network, graph, quantized_layers(network)
         self.plain = exact_session(graph.model)
-        self.cuts: list[tuple[Cut, int]] = []
+        self.output_names = [value.name for value in graph.model.graph.output]
+        self.tensors: list[_Tensor] = []
         self.unmatched: list[str] = []
-        self.quantizers: list[Any] = []
-        self.differences: list[tuple[Differences, Differences]] = []
-        self.of_outputs: dict[str, tuple[Differences, Differences]] = {}
-        self.pairs: list[tuple[list[np.ndarray], list[np.ndarray]]] = []
+        self.outputs: list[tuple[list[np.ndarray], list[np.ndarray]]] = []
         self.observed_runs = True
 
-    def add(self, call: NetworkInputs, feeds: dict[str, np.ndarray]) -> None:
+    def add(self, call: NetworkInputs, feeds: Arrays) -> None:
         seen, returned = rounded_tensors(self.network, call)
-        expected = [tensor.detach().numpy() for tensor in tensors_in(returned)]
-        if not self.cuts:
-            self._cut(seen)
-        arrived = dict(zip(self.watched_names, self.watched.run(self.watched_names, feeds), strict=True))
-        plain = self.plain.run(self.outputs, feeds)
-        self.observed_runs &= all(
-            np.array_equal(one, arrived[name], equal_nan=one.dtype.kind == "f")
-            for name, one in zip(self.outputs, plain, strict=True)
-        )
-        self.pairs.append((expected, plain))
-        tensors = [seen[position].values.numpy() for _, position in self.cuts]
+        if not self.tensors:
+            self._cut(seen, feeds)
+        plain = _run(self.plain, feeds)
+        arrived = {**feeds, **_run(self.watched, feeds)}
         given = {
-            name: tensor.reshape(arrived[name].shape)
-            for (cut, _), tensor in zip(self.cuts, tensors, strict=True)
-            for name in cut.values
+            name: seen[one.cut.position].values.numpy().reshape(arrived[name].shape)
+            for one in self.tensors
+            if one.cut is not None and not one.cut.handed_on
+            for name in one.cut.values
         }
-        session_inputs = {value.name for value in self.pieces.get_inputs()}
-        computed = dict(
-            zip(
-                self.piece_names,
-                self.pieces.run(
-                    self.piece_names, {n: v for n, v in {**feeds, **given}.items() if n in session_inputs}
-                ),
-                strict=True,
-            )
-        )
-        for (cut, _), tensor, quantizer, (by_itself, so_far) in zip(
-            self.cuts, tensors, self.quantizers, self.differences, strict=True
-        ):
-            step = float(quantizer.get_scale().reshape(-1)[0])
-            before = computed.get(cut.tensor, given.get(cut.tensor, feeds.get(cut.tensor)))
-            unrounded = before if cut.quantizer is not None else None
-            worst = max(cut.values, key=lambda name: _distance(tensor, computed[own(name)]))
-            by_itself.add(tensor, computed[own(worst)], step, unrounded)
-            so_far.add(tensor, arrived[worst], step)
-        for name, reference, whole in zip(self.outputs, expected, plain, strict=True):
-            if name in self.of_outputs:
-                by_itself, so_far = self.of_outputs[name]
-                by_itself.add(reference, computed[name])
-                so_far.add(reference, whole)
+        computed = {**feeds, **given, **_run(self.pieces, {**feeds, **given})}
+        expected = [tensor.detach().numpy() for tensor in tensors_in(returned)]
+        references = dict(zip(self.output_names, expected, strict=True))
+        for one in self.tensors:
+            one.add(seen, computed, arrived, references)
+        self.observed_runs &= all(np.array_equal(plain[name], arrived[name]) for name in self.output_names)
+        self.outputs.append((expected, [plain[name] for name in self.output_names]))
 
-    def _cut(self, seen: list[RoundedTensor]) -> None:
-        graph, model = self.graph, self.graph.model
-        sizes = {name: math.prod(size) for name, size in sizes_of(model).items()}
-        places = match(graph, seen, sizes, self.layers)
-        self.cuts, self.unmatched = places.cuts, places.unmatched
-        if not self.cuts:
+    def _cut(self, seen: list[RoundedTensor], feeds: Arrays) -> None:
+        model = self.graph.model
+
+        def measure(names: Iterable[str]) -> dict[str, int]:
+            inner = _run(exact_session(watched(model, names)), feeds)
+            return {name: value.size for name, value in inner.items()}
+
+        cuts, self.unmatched = match(self.graph, seen, measure, self.layers)
+        if not cuts:
             raise ExportError(
                 f"No tensor of the file is one of {self.network.float_class.__name__}'s: expected a bundle that was "
                 "exported from this network. Export it again."
             )
-        self.quantizers = [seen[position].quantizer for _, position in self.cuts]
-        self.differences = [(Differences(), Differences()) for _ in self.cuts]
-        cuts = [cut for cut, _ in self.cuts]
-        taken = {name for cut in cuts for name in cut.values}
-        self.of_outputs = {n: (Differences(), Differences()) for n in self.outputs if n not in taken}
-        self.watched = exact_session(watched(model, cuts))
-        self.watched_names = [value.name for value in self.watched.get_outputs()]
+        rounded = {name for cut in cuts for name in cut.values}
+        for cut in cuts:
+            inside = any(node.op_type == "QuantizeLinear" for node in piece_of(self.graph, cut.tensor, cuts))
+            self.tensors.append(_Tensor(cut.tensor, cut, seen[cut.position].quantizer, inside))
+        self.tensors += [_Tensor(name) for name in self.output_names if name not in rounded]
+        self.watched = exact_session(watched(model, rounded))
         self.pieces = exact_session(pieces(model, cuts))
-        self.piece_names = [value.name for value in self.pieces.get_outputs()]
 
     def result(self) -> Blame:
-        graph, cuts = self.graph, [cut for cut, _ in self.cuts]
+        cuts = [one.cut for one in self.tensors if one.cut is not None]
         parameters = Parameters(self.network)
-        found = []
-        for (cut, _), quantizer, (by_itself, so_far) in zip(
-            self.cuts, self.quantizers, self.differences, strict=True
-        ):
-            reasons = list(of_grid(graph, cut, quantizer))
-            found.append(self._layer(cut.tensor, cuts, parameters, by_itself, so_far, reasons))
-        for name, (by_itself, so_far) in self.of_outputs.items():
-            found.append(self._layer(name, cuts, parameters, by_itself, so_far, []))
-        return Blame(
-            tuple(found), parity.compare(self.pairs), len(self.pairs), self.observed_runs, tuple(self.unmatched)
-        )
+        layers = tuple(self._layer(one, cuts, parameters) for one in self.tensors)
+        output = parity.compare(self.outputs)
+        return Blame(layers, output, len(self.outputs), self.observed_runs, tuple(self.unmatched))
 
-    def _layer(
-        self,
-        tensor: str,
-        cuts: list[Cut],
-        parameters: Parameters,
-        by_itself: Differences,
-        so_far: Differences,
-        reasons: list[Reason],
-    ) -> LayerBlame:
-        graph = self.graph
-        piece = piece_of(graph, tensor, cuts)
-        computing = [node for node in piece if node.op_type not in ("QuantizeLinear", "DequantizeLinear", "Constant")]
-        modules = tuple(dict.fromkeys(name for node in computing if (name := layer_of(node, self.layers))))
+    def _layer(self, one: _Tensor, cuts: list[Cut], parameters: Parameters) -> LayerBlame:
+        piece = piece_of(self.graph, one.name, cuts)
+        operations = [node for node in piece if node.op_type not in _NO_OPERATION]
+        modules = tuple(dict.fromkeys(name for node in operations if (name := layer_of(node, self.layers))))
         weighted = [name for name in modules if getattr(self.layers.get(name), "weight", None) is not None]
-        computed = [layer_of(node, self.layers) for node in computing if not hands_on(node)]
-        layer = next(filter(None, [*weighted, *computed, *modules, tensor]))
-        reasons += parameters.differences(graph, piece, modules)
-        own_error = by_itself.result()
-        if own_error.unexplained and not reasons:
+        computing = [layer_of(node, self.layers) for node in operations if not hands_on(node)]
+        layer = next(filter(None, [*weighted, *computing, *modules, one.name]))
+        reasons = [] if one.cut is None else [*of_grid(self.graph, one.cut, one.quantizer)]
+        reasons += parameters.differences(self.graph, piece, modules)
+        by_itself = one.by_itself.result()
+        if by_itself.unexplained and not reasons:
             reasons.append(Reason(Cause.OPERATION))
-        return LayerBlame(layer, tensor, modules, own_error, so_far.result(), tuple(reasons))
+        return LayerBlame(layer, one.name, modules, by_itself, one.arrived.result(), tuple(reasons))
+
+
+class _Tensor:
+    """One tensor that is compared.
+
+    Args:
+        name: its name in the file.
+        cut: where it is rounded; ``None`` for an output that is not.
+        quantizer: what rounds it in the simulation.
+        rounded_before: whether its piece of the file rounds something else on the way, as the simulation does not.
+    """
+
+    def __init__(
+        self, name: str, cut: Cut | None = None, quantizer: Any = None, rounded_before: bool = False
+    ) -> None:
+        self.name, self.cut, self.quantizer, self.rounded_before = name, cut, quantizer, rounded_before
+        self.by_itself, self.arrived = Differences(), Differences()
+
+    def add(self, seen: Sequence[RoundedTensor], computed: Arrays, arrived: Arrays, outputs: Arrays) -> None:
+        """Add one sample.
+
+        Args:
+            seen: the simulation's tensors.
+            computed: what the pieces of the file compute from these.
+            arrived: what the whole file computes.
+            outputs: what the simulation returns.
+        """
+        if self.cut is None:
+            self.by_itself.add(outputs[self.name], computed[self.name])
+            self.arrived.add(outputs[self.name], arrived[self.name])
+            return
+        step = float(self.quantizer.get_scale().reshape(-1)[0])
+        before = computed[self.name] if self.cut.quantizer is not None else computed[own(self.name)]
+        one = seen[self.cut.position]
+        reference, unrounded = one.values.numpy(), one.before.numpy()
+        if self.cut.handed_on:
+            reference = unrounded = before
+        elif self.rounded_before:
+            before = unrounded
+        name = max(self.cut.values, key=lambda name: _largest(reference, computed[own(name)]))
+        self.by_itself.add(reference, computed[own(name)], step, (unrounded, before))
+        self.arrived.add(reference, arrived[name], step)
 
 
 def _network(module: nn.Module | QuantizedNetwork) -> QuantizedNetwork:
@@ -236,6 +239,12 @@ def _read(file: Path) -> onnx.ModelProto:
     return onnx.load(file)
 
 
-def _distance(expected: np.ndarray, actual: np.ndarray) -> float:
-    distance = float(np.abs(expected.reshape(-1) - actual.reshape(-1)).max(initial=0.0))
-    return distance if distance == distance else float("inf")
+def _run(session: Any, feeds: Arrays) -> Arrays:
+    names = [value.name for value in session.get_outputs()]
+    wanted = {value.name for value in session.get_inputs()}
+    computed = session.run(names, {name: value for name, value in feeds.items() if name in wanted})
+    return dict(zip(names, computed, strict=True))
+
+
+def _largest(expected: np.ndarray, actual: np.ndarray) -> float:
+    return float(np.nan_to_num(np.abs(expected.reshape(-1) - actual.reshape(-1)), nan=np.inf).max(initial=0.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # Ranges that the hardware ties are one in the file and may differ in their last digits in the simulation.
 _SAME_SCALE = 1e-4
+# What AIMET and the export add to the name of a constant that several operations take.
+_COPY = re.compile(r"(_own_\d+|_dup_\d+)+$")
 
 
 def of_grid(graph: QdqGraph, cut: Cut, quantizer: Quantizer) -> Iterator[Reason]:
@@ -87,7 +90,7 @@ class Parameters:
         """
         used: set[str] = set()
         for node in piece:
-            name = node.input[0].removesuffix("_q") if node.input else ""
+            name = _COPY.sub("", node.input[0].removesuffix("_q")) if node.input else ""
             if of_integers(node) and name in self._values and graph.known(node.input[0]) is not None:
                 used.add(name)
                 yield from self._compared(graph, node, name)

@@ -19,6 +19,7 @@ from lightning_quant.deploy.graph.qdq import QdqGraph
 if TYPE_CHECKING:
     import onnx
 
+
 @dataclass(frozen=True)
 class Cut:
     """A float tensor that a file rounds to integers.
@@ -27,14 +28,20 @@ class Cut:
         tensor: its name, before rounding.
         quantizer: the node that rounds it; ``None`` where the simulation rounds it and the file does not.
         values: the names under which the rest of the graph takes it, as floats after rounding.
+        position: where the simulation's tensor is among all that it rounds in one pass. Of one that is handed on, where
+            its origin is.
+        handed_on: whether it holds values that were rounded to this grid before, in another form: a reshape, a slice.
+            The simulation rounds it a single time, and there is nothing to compare it with but itself.
     """
 
     tensor: str
     quantizer: onnx.NodeProto | None
     values: tuple[str, ...]
+    position: int = -1
+    handed_on: bool = False
 
 
-def cuts_of(graph: QdqGraph) -> list[Cut]:
+def rounded_in(graph: QdqGraph) -> list[Cut]:
     """Return the activations that a file rounds, in the order of computation."""
     found = []
     for node in graph.model.graph.node:
@@ -59,31 +66,33 @@ def piece_of(graph: QdqGraph, tensor: str, cuts: Iterable[Cut]) -> list[onnx.Nod
     return [node for node in graph.model.graph.node if id(node) in needed]
 
 
-def watched(model: onnx.ModelProto, cuts: Sequence[Cut]) -> onnx.ModelProto:
-    """Return the whole file with every cut among its outputs: what has arrived there."""
+def watched(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
+    """Return the whole file with inner tensors among its outputs: what has arrived there."""
     twin = copy.deepcopy(model)
-    known = {value.name for value in twin.graph.output}
-    twin.graph.output.extend(_float(name) for cut in cuts for name in cut.values if name not in known)
+    known = {value.name for value in (*twin.graph.output, *twin.graph.input)}
+    twin.graph.output.extend(_named(name) for name in dict.fromkeys(names) if name not in known)
     return twin
 
 
 def pieces(model: onnx.ModelProto, cuts: Sequence[Cut]) -> onnx.ModelProto:
     """Return all pieces as one graph.
 
-    Its inputs are those of the file and every name in the ``values`` of a cut. Its outputs are what the pieces compute
-    for these names (:func:`own`), the tensors before rounding, and the file's outputs that are not rounded.
+    Its inputs are those of the file and the ``values`` of each cut that is not handed on. Its outputs are what the
+    pieces compute for all ``values`` (:func:`own`), the tensors before rounding, and the file's outputs that are not
+    rounded. What is handed on goes into the next piece as it was before it was rounded once more.
     """
     twin = copy.deepcopy(model)
-    given = dict.fromkeys(name for cut in cuts for name in cut.values)
+    given = dict.fromkeys(name for cut in cuts if not cut.handed_on for name in cut.values)
+    handed_on = {name: cut.tensor for cut in cuts if cut.handed_on for name in cut.values}
     for node in twin.graph.node:
-        for index, name in enumerate(node.output):
-            if name in given:
-                node.output[index] = own(name)
+        node.input[:] = [handed_on.get(name, name) for name in node.input]
+        node.output[:] = [own(name) if name in given or name in handed_on else name for name in node.output]
     inputs = {value.name for value in twin.graph.input} | given.keys()
     before = dict.fromkeys(cut.tensor for cut in cuts if cut.tensor not in inputs)
-    kept = [value for value in twin.graph.output if value.name not in given and value.name not in before]
+    computed = {*given, *handed_on, *before}
+    kept = [value for value in twin.graph.output if value.name not in computed]
     del twin.graph.output[:]
-    twin.graph.output.extend(_float(name) for name in [*map(own, given), *before])
+    twin.graph.output.extend(_named(name) for name in [*map(own, [*given, *handed_on]), *before])
     twin.graph.output.extend(kept)
     twin.graph.input.extend(_float(name) for name in given)
     return twin
@@ -95,12 +104,18 @@ def own(name: str) -> str:
 
 
 def grid_of(graph: QdqGraph, node: onnx.NodeProto) -> tuple[np.ndarray, np.ndarray]:
-    """Return scale and zero point of a QuantizeLinear or DequantizeLinear."""
+    """Return scale and zero point of a QuantizeLinear or DequantizeLinear; NaN for a scale that is computed."""
     scale = graph.known(node.input[1])
     zero_point = graph.known(node.input[2]) if len(node.input) > 2 else np.uint8(0)
     if scale is None or zero_point is None:
-        return np.float32(np.nan).reshape(()), np.uint8(0).reshape(())
+        return np.asarray(np.float32(np.nan)), np.asarray(np.uint8(0))
     return scale, np.asarray(zero_point)
+
+
+def _named(name: str) -> onnx.ValueInfoProto:
+    from onnx import helper
+
+    return helper.make_empty_tensor_value_info(name)
 
 
 def _float(name: str) -> onnx.ValueInfoProto:

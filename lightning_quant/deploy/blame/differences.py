@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 # Floats that differ by less, relative to the largest, are sums in another order.
-_NOISE = 2.0**-19
-# Distance from the middle between two integers, in steps, up to which a sum in another order rounds the other way.
-_TIE = 1e-3
+_NOISE = 2.0**-17
+# The same in steps of a coarse grid, where sums are of numbers much larger than their result.
+_COARSE_NOISE = 0.02
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Difference:
         largest: the largest difference, in steps of the reference's grid; of a tensor that is not rounded, in parts of
             2^16 of its largest value.
         differing: share of the values on another integer, 0 to 1.
-        unexplained: how many of them rounding alone does not explain: values that were not on the border between two
-            neighboring integers.
+        unexplained: how many values rounding alone does not explain: they differed before they were rounded, by more
+            than sums in another order do, or were rounded to others than the nearest integer.
     """
 
     psnr_db: float
@@ -40,7 +40,11 @@ class Differences:
         self._peak = self._squares = self._largest = 0.0
 
     def add(
-        self, reference: np.ndarray, actual: np.ndarray, step: float | None = None, unrounded: np.ndarray | None = None
+        self,
+        reference: np.ndarray,
+        actual: np.ndarray,
+        step: float | None = None,
+        before: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
         """Add one sample.
 
@@ -48,22 +52,23 @@ class Differences:
             reference: the values that are expected.
             actual: the values to compare, of the same size.
             step: distance of two integers of the reference's grid; ``None`` for a tensor that is not rounded.
-            unrounded: the values to compare before they were rounded.
+            before: both before they were rounded, where that is known.
         """
-        expected, got = (one.astype(np.float64).reshape(-1) for one in (reference, actual))
+        expected, got = (_flat(one) for one in (reference, actual))
         peak = float(np.abs(expected).max(initial=0.0))
-        distance = np.where(expected == got, 0.0, np.abs(expected - got))
-        distance[~np.isfinite(distance)] = np.inf
+        distance = _distance(expected, got)
         unit = step or (peak or 1.0) * 2.0**-16
         # a scale that is off in its last digits moves all values a little, by no step
         differing = distance > 0.25 * unit + 2e-5 * np.abs(expected)
         unexplained = differing
-        if step is not None and unrounded is not None:
-            before = unrounded.astype(np.float64).reshape(-1) / step
-            from_middle = np.abs(before - np.floor(before) - 0.5)
-            noise = _NOISE * float(np.abs(before[np.isfinite(before)]).max(initial=0.0))
-            tie = (distance < 1.5 * unit) & (from_middle <= max(_TIE, noise))
-            unexplained = differing & ~tie
+        if step is not None and before is not None:
+            wanted, made = (_flat(one) for one in before)
+            finite = np.abs(wanted[np.isfinite(wanted)])
+            noise = max(_COARSE_NOISE * step, _NOISE * float(finite.max(initial=0.0)))
+            moved = _distance(wanted, made) > noise
+            middles = [np.abs(np.abs(one - np.floor(one)) - 0.5) * step for one in (wanted / step, made / step)]
+            tie = (distance < 1.5 * unit) & (np.minimum(*middles) <= noise)
+            unexplained = moved | (differing & ~tie)
         self._count += expected.size
         self._differing += int(differing.sum())
         self._unexplained += int(unexplained.sum())
@@ -78,3 +83,16 @@ class Differences:
         if mean and self._peak and math.isfinite(mean):
             psnr = 20 * math.log10(self._peak / math.sqrt(mean))
         return Difference(psnr, self._largest, self._differing / max(self._count, 1), self._unexplained)
+
+
+def _flat(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float64).reshape(-1)
+
+
+def _distance(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """Return how far values are apart; infinite ones and NaN are equal to themselves and infinitely far from others."""
+    with np.errstate(invalid="ignore"):
+        same = (one == two) | (np.isnan(one) & np.isnan(two))
+        distance = np.where(same, 0.0, np.abs(one - two))
+    distance[~np.isfinite(distance)] = np.inf
+    return distance

@@ -5,87 +5,181 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lightning_quant.deploy.audit import module_of
-from lightning_quant.deploy.blame.cuts import Cut, cuts_of, grid_of
-from lightning_quant.deploy.graph.qdq import QdqGraph
+from lightning_quant.deploy.blame.cuts import Cut, grid_of, rounded_in
+from lightning_quant.deploy.graph.qdq import QdqGraph, hands_on
 from lightning_quant.simulation.rounded_tensors import RoundedTensor, Side
 
 if TYPE_CHECKING:
     import onnx
 
-
-@dataclass(frozen=True)
-class Places:
-    """Where file and simulation can be compared.
-
-    Args:
-        cuts: tensors of the file, each with the position of the simulation's among all that it rounds in one pass.
-        unmatched: tensors that the file rounds and no quantizer of the simulation was found for.
-    """
-
-    cuts: list[tuple[Cut, int]]
-    unmatched: list[str]
+# Ratio of two scales that are one range, tied by the hardware and off in their last digits; as a logarithm.
+_ONE_RANGE = 1e-3
+Sizes = Mapping[str, int]
 
 
 def match(
-    graph: QdqGraph, seen: Sequence[RoundedTensor], sizes: Mapping[str, int], layers: Collection[str]
-) -> Places:
+    graph: QdqGraph,
+    seen: Sequence[RoundedTensor],
+    measure: Callable[[Iterable[str]], Sizes],
+    layers: Collection[str],
+) -> tuple[list[Cut], list[str]]:
     """Find the simulation's tensor for each that a file rounds.
 
     A layer's outputs are matched by the layer's name and their order, everything else with what the layers behind it
-    round of their inputs. Where the simulation rounds a layer's output and the file does not, the output is compared
-    all the same.
+    round of their inputs. Where the simulation rounds a tensor and the file does not, it is compared all the same.
 
     Args:
         graph: the file.
         seen: what the simulation rounds in one pass.
-        sizes: numbers of elements of the file's tensors, by name.
+        measure: returns the numbers of elements of tensors of the file.
         layers: names of all quantized layers.
+
+    Returns:
+        The tensors with the simulation's position, in the order of computation, and the names of those that the file
+        rounds and no quantizer of the simulation was found for.
     """
-    outputs, inputs = _by_layer(seen, Side.OUTPUT), _by_layer(seen, Side.INPUT)
-    cuts = cuts_of(graph)
-    found: dict[str, int] = {}
-    of_layer: dict[str, list[Cut]] = defaultdict(list)
-    for cut in cuts:
-        of_layer[layer_of(graph.producers.get(cut.tensor), layers)].append(cut)
-    added: list[Cut] = []
-    for layer, positions in outputs.items():
-        mine = of_layer.get(layer, [])
-        if len(mine) < len(positions):
-            left_out = _unrounded_outputs(graph, layer, layers, {cut.tensor for cut in mine})
-            if len(mine) + len(left_out) == len(positions):
-                added += left_out
-                order = {name: place for place, name in enumerate(graph.producers)}
-                mine = sorted([*mine, *left_out], key=lambda cut: order[cut.tensor])
-        left = list(positions)
-        for cut in mine:
-            same_size = [one for one in left if _fits(cut, seen[one], sizes)]
-            if same_size and len(mine) <= len(positions):
-                found[cut.tensor] = same_size[0]
-                left = left[left.index(same_size[0]) + 1 :]
-    taken = set(found.values())
-    for cut in cuts:
-        if cut.tensor in found:
-            continue
-        behind = {layer_of(taker, layers) for name in cut.values for taker in graph.consumers[name]}
+    return _Match(graph, seen, measure, layers).run()
+
+
+class _Match:
+    def __init__(
+        self,
+        graph: QdqGraph,
+        seen: Sequence[RoundedTensor],
+        measure: Callable[[Iterable[str]], Sizes],
+        layers: Collection[str],
+    ) -> None:
+        self.graph, self.seen, self.layers = graph, seen, layers
+        self.nodes: dict[str, list[onnx.NodeProto]] = defaultdict(list)  # by layer
+        for node in graph.model.graph.node:
+            if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+                self.nodes[layer_of(node, layers)].append(node)
+        self.order = {name: place for place, name in enumerate(graph.producers)}
+        self.cuts = rounded_in(graph)
+        self.unrounded = self._unrounded()
+        self.sizes = measure([cut.values[0] for cut in [*self.cuts, *self.unrounded]])
+        self.found: dict[str, Cut] = {}
+        self.free = set(range(len(seen)))
+
+    def run(self) -> tuple[list[Cut], list[str]]:
+        self._by_outputs()
+        for cut in self.cuts:
+            if cut.tensor not in self.found:
+                self._by_inputs(cut)
+        self._missing_inputs()
+        ordered = sorted(self.found.values(), key=lambda cut: self.order.get(cut.tensor, -1))
+        return ordered, [cut.tensor for cut in self.cuts if cut.tensor not in self.found]
+
+    def _by_outputs(self) -> None:
+        of_layer: dict[str, list[Cut]] = defaultdict(list)
+        behind: dict[str, list[Cut]] = defaultdict(list)  # nodes that belong to no layer stand between
+        for cut in self.cuts:
+            producer = self.graph.producers.get(cut.tensor)
+            (of_layer if layer_of(producer, self.layers) in self.layers else behind)[self._origin(producer)].append(cut)
+        for layer, positions in self._positions(Side.OUTPUT).items():
+            mine = of_layer.get(layer, [])
+            for others in (behind.get(layer, []), [one for one in self.unrounded if self._leaves(one, layer)]):
+                if len(mine) < len(positions) and len(mine) + len(others) == len(positions):
+                    mine = sorted([*mine, *others], key=lambda cut: self.order[cut.tensor])
+            if len(mine) > len(positions):
+                continue
+            for cut in mine:
+                fitting = [one for one in positions if one in self.free and self._fits(cut, one)]
+                if fitting:
+                    self._take(cut, fitting[0])
+                    positions = positions[positions.index(fitting[0]) + 1 :]
+
+    def _by_inputs(self, cut: Cut) -> None:
+        behind = {layer_of(taker, self.layers) for name in cut.values for taker in self._takers(name)}
+        inputs = self._positions(Side.INPUT)
         candidates = [
             position
             for layer in behind
             for position in inputs.get(layer, ())
-            if position not in taken and _fits(cut, seen[position], sizes)
+            if position in self.free and self._fits(cut, position)
         ]
-        if candidates:
-            found[cut.tensor] = min(candidates, key=lambda one: (_distance(graph, cut, seen[one]), one))
-            taken.add(found[cut.tensor])
-    order = {name: place for place, name in enumerate(graph.producers)}
-    known = sorted((cut for cut in [*cuts, *added] if cut.tensor in found), key=lambda cut: order.get(cut.tensor, -1))
-    return Places(
-        [(cut, found[cut.tensor]) for cut in known], [cut.tensor for cut in cuts if cut.tensor not in found]
-    )
+        best = min(candidates, key=lambda one: (self._distance(cut, one), one), default=None)
+        origin = self._handed_on_from(cut)
+        if best is not None and (origin is None or self._distance(cut, best) < _ONE_RANGE):
+            self._take(cut, best)
+        elif origin is not None:
+            self.found[cut.tensor] = replace(cut, position=origin.position, handed_on=True)
+
+    def _missing_inputs(self) -> None:
+        """Find what layers round of their inputs in the simulation, and take unrounded in the file."""
+        for layer, positions in self._positions(Side.INPUT).items():
+            taken = {name for node in self.nodes.get(layer, ()) for name in node.input}
+            for cut in self.unrounded:
+                fitting = [one for one in positions if one in self.free and self._fits(cut, one)]
+                if cut.tensor in taken and not self._leaves(cut, layer) and fitting and cut.tensor not in self.found:
+                    self._take(cut, fitting[0])
+
+    def _take(self, cut: Cut, position: int) -> None:
+        self.found[cut.tensor] = replace(cut, position=position)
+        self.free.discard(position)
+
+    def _positions(self, side: Side) -> dict[str, list[int]]:
+        positions: dict[str, list[int]] = defaultdict(list)
+        for position, one in enumerate(self.seen):
+            if one.side is side:
+                positions[one.layer].append(position)
+        return positions
+
+    def _origin(self, node: onnx.NodeProto | None) -> str:
+        """Return the layer whose output comes to a node through nodes that belong to none."""
+        while node is not None and node.op_type != "DequantizeLinear" and node.input:
+            if (layer := layer_of(node, self.layers)) in self.layers:
+                return layer
+            node = self.graph.producers.get(node.input[0])
+        return ""
+
+    def _unrounded(self) -> list[Cut]:
+        """Return what goes from one layer into another without being rounded."""
+        rounded = {cut.tensor for cut in self.cuts}
+        found = []
+        for layer, nodes in self.nodes.items():
+            for name in (name for node in nodes if layer in self.layers for name in node.output):
+                takers = self.graph.consumers[name]
+                elsewhere = any(layer_of(taker, self.layers) != layer for taker in takers)
+                if (elsewhere or name in self.graph.outputs) and name not in rounded:
+                    found.append(Cut(name, None, (name,)))
+        return found
+
+    def _leaves(self, cut: Cut, layer: str) -> bool:
+        return layer_of(self.graph.producers.get(cut.tensor), self.layers) == layer
+
+    def _handed_on_from(self, cut: Cut) -> Cut | None:
+        node = self.graph.producers.get(cut.tensor)
+        while node is not None and (hands_on(node) or node.op_type == "MaxPool"):
+            of = next((one for one in self.found.values() if node.input[0] in one.values), None)
+            if of is not None:
+                return of
+            node = self.graph.producers.get(node.input[0])
+        return None
+
+    def _takers(self, name: str) -> list[onnx.NodeProto]:
+        """Return what takes a tensor, behind nodes that hand it on as it is."""
+        found = []
+        for taker in self.graph.consumers[name]:
+            known = layer_of(taker, self.layers) in self.layers
+            found += [taker] if known or not hands_on(taker) else self._takers(taker.output[0])
+        return found
+
+    def _fits(self, cut: Cut, position: int) -> bool:
+        return self.sizes.get(cut.values[0]) == self.seen[position].values.numel()
+
+    def _distance(self, cut: Cut, position: int) -> float:
+        """Return how far the scales of both are apart, as the logarithm of their ratio."""
+        if cut.quantizer is None:
+            return 0.0
+        scale = float(grid_of(self.graph, cut.quantizer)[0].reshape(-1)[0])
+        ratio = scale / float(self.seen[position].quantizer.get_scale().reshape(-1)[0])
+        return abs(math.log(ratio)) if ratio > 0 else math.inf
 
 
 def layer_of(node: onnx.NodeProto | None, layers: Collection[str]) -> str:
@@ -104,38 +198,3 @@ def layer_of(node: onnx.NodeProto | None, layers: Collection[str]) -> str:
         if ".".join(numbered) in layers:
             return ".".join(numbered)
     return name
-
-
-def _by_layer(seen: Sequence[RoundedTensor], side: Side) -> dict[str, list[int]]:
-    positions: dict[str, list[int]] = defaultdict(list)
-    for position, one in enumerate(seen):
-        if one.side is side:
-            positions[one.layer].append(position)
-    return positions
-
-
-def _unrounded_outputs(graph: QdqGraph, layer: str, layers: Collection[str], rounded: set[str]) -> list[Cut]:
-    """Return what leaves a layer without being rounded."""
-    found = []
-    for node in graph.model.graph.node:
-        if layer_of(node, layers) != layer or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            continue
-        for name in node.output:
-            takers = graph.consumers[name]
-            leaves = name in graph.outputs or any(layer_of(taker, layers) != layer for taker in takers)
-            if leaves and name not in rounded and not any(taker.op_type == "QuantizeLinear" for taker in takers):
-                found.append(Cut(name, None, (name,)))
-    return found
-
-
-def _fits(cut: Cut, seen: RoundedTensor, sizes: Mapping[str, int]) -> bool:
-    return sizes.get(cut.values[0]) == seen.values.numel()
-
-
-def _distance(graph: QdqGraph, cut: Cut, seen: RoundedTensor) -> float:
-    """Return how far two scales are apart, as the logarithm of their ratio."""
-    if cut.quantizer is None:
-        return 0.0
-    scale = grid_of(graph, cut.quantizer)[0]
-    ratio = float(scale.reshape(-1)[0]) / float(seen.quantizer.get_scale().reshape(-1)[0])
-    return abs(math.log(ratio)) if ratio > 0 else math.inf
