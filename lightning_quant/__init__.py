@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_quant.callbacks.post_training import PostTrainingQuantization
     from lightning_quant.callbacks.resume_point import ResumePoint
     from lightning_quant.callbacks.training import QuantizationAwareTraining
+    from lightning_quant.deploy.blame.blame import blame
     from lightning_quant.deploy.export import export_bundle
     from lightning_quant.deploy.targets.target import Target
     from lightning_quant.ladder.rung import Rung
@@ -33,6 +34,7 @@ _HOMES = {
     "ResumePoint": "lightning_quant.callbacks.resume_point",
     "Rung": "lightning_quant.ladder.rung",
     "Target": "lightning_quant.deploy.targets.target",
+    "blame": "lightning_quant.deploy.blame.blame",
     "export_bundle": "lightning_quant.deploy.export",
     "load_quantized": "lightning_quant.callbacks.checkpoint",
     "read_manifest": "lightning_quant.callbacks.checkpoint",
@@ -49,6 +51,7 @@ __all__ = [
     "ResumePoint",
     "Rung",
     "Target",
+    "blame",
     "export_bundle",
     "load_quantized",
     "read_manifest",

@@ -91,12 +91,28 @@ def _resume(folder: Path) -> bool:
     return whole
 
 
+def _blame(folder: Path) -> bool:
+    """Print which layers of an exported file compute something else than the simulation; return whether none does."""
+    from lightning_quant.cli.blame import blame_run
+
+    try:
+        found, path = blame_run(folder)
+    except LightningQuantError as error:
+        log.error("%s: %s", type(error).__name__, error)
+        return False
+    print(f"{found}\n{path}")
+    return not found.guilty
+
+
 def main() -> None:
     """Run the app; the exit status is 1 if a run failed."""
     sys.path.append(str(Path.cwd()))  # rungs, estimators and networks of the user's own lie here, as for ``python -m``
     if sys.argv[1:2] == ["resume"]:
         logging.basicConfig(format="%(message)s")
         sys.exit(0 if _resume(Path(sys.argv[2] if len(sys.argv) > 2 else ".")) else 1)
+    if sys.argv[1:2] == ["blame"]:
+        logging.basicConfig(format="%(message)s")
+        sys.exit(0 if _blame(Path(sys.argv[2] if len(sys.argv) > 2 else ".")) else 1)
     if "sensitivity" in sys.argv[1:]:  # Hydra takes key=value only
         sys.argv[sys.argv.index("sensitivity", 1)] = "job=sensitivity"
     _job()

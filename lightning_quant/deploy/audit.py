@@ -244,4 +244,10 @@ def _scope(node: onnx.NodeProto) -> str:
 
 def module_of(node: onnx.NodeProto) -> str:
     """Return the qualified name of the module a node belongs to; empty for the network's own level."""
-    return ".".join(part.rpartition(".")[2] for part in _scope(node).split("/")[2:])
+    names: list[str] = []
+    outer = ""
+    for part in _scope(node).split("/")[2:]:  # body/body.0: the second within the first
+        prefix = f"{re.sub(r'_[0-9]+$', '', outer)}."
+        names.append(part.removeprefix(prefix))
+        outer = part
+    return ".".join(names)

@@ -183,9 +183,7 @@ class _Tensor:
         rounded_before: whether its piece of the file rounds something else on the way, as the simulation does not.
     """
 
-    def __init__(
-        self, name: str, cut: Cut | None = None, quantizer: Any = None, rounded_before: bool = False
-    ) -> None:
+    def __init__(self, name: str, cut: Cut | None = None, quantizer: Any = None, rounded_before: bool = False) -> None:
         self.name, self.cut, self.quantizer, self.rounded_before = name, cut, quantizer, rounded_before
         self.by_itself, self.arrived = Differences(), Differences()
 

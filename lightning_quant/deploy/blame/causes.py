@@ -67,7 +67,7 @@ class Parameters:
         for layer, module in quantized_layers(network).items():
             own: Any = module
             for parameter, value in own.named_parameters(recurse=False):
-                quantizer = own.param_quantizers[parameter] if parameter in own.param_quantizers else None
+                quantizer = dict(own.param_quantizers.items()).get(parameter)
                 with torch.no_grad():
                     if quantizer is not None and quantizer.is_initialized():
                         made, step = quantizer(value), quantizer.get_scale()
@@ -109,7 +109,10 @@ class Parameters:
         axis = axis_of(node) % max(integers.ndim, 1)
         along = [-1 if place == axis else 1 for place in range(integers.ndim)]
         if scale.size > 1:
-            scale, zero_point = scale.reshape(along), np.asarray(zero_point).reshape(along if zero_point.size > 1 else [])
+            scale, zero_point = (
+                scale.reshape(along),
+                np.asarray(zero_point).reshape(along if zero_point.size > 1 else []),
+            )
         found = (integers.astype(np.float64) - zero_point.astype(np.float64)) * scale.astype(np.float64)
         if found.shape != expected.shape:
             return

@@ -22,8 +22,8 @@ class Difference:
         largest: the largest difference, in steps of the reference's grid; of a tensor that is not rounded, in parts of
             2^16 of its largest value.
         differing: share of the values on another integer, 0 to 1.
-        unexplained: how many values rounding alone does not explain: they differed before they were rounded, by more
-            than sums in another order do, or were rounded to others than the nearest integer.
+        unexplained: how many of them rounding alone does not explain: they differed before they were rounded, by more
+            than sums in another order do, or were not on the border between two integers.
     """
 
     psnr_db: float
@@ -67,8 +67,7 @@ class Differences:
             noise = max(_COARSE_NOISE * step, _NOISE * float(finite.max(initial=0.0)))
             moved = _distance(wanted, made) > noise
             middles = [np.abs(np.abs(one - np.floor(one)) - 0.5) * step for one in (wanted / step, made / step)]
-            tie = (distance < 1.5 * unit) & (np.minimum(*middles) <= noise)
-            unexplained = moved | (differing & ~tie)
+            unexplained = differing & ((distance > 1.5 * unit) | moved | (np.minimum(*middles) > noise))
         self._count += expected.size
         self._differing += int(differing.sum())
         self._unexplained += int(unexplained.sum())

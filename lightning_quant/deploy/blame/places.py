@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Ratio of two scales that are one range, tied by the hardware and off in their last digits; as a logarithm.
 _ONE_RANGE = 1e-3
+# Operations that output values of their input, or zeros.
+_ON_ITS_GRID = ("MaxPool", "Pad")
 Sizes = Mapping[str, int]
 
 
@@ -73,7 +75,8 @@ class _Match:
                 self._by_inputs(cut)
         self._missing_inputs()
         ordered = sorted(self.found.values(), key=lambda cut: self.order.get(cut.tensor, -1))
-        return ordered, [cut.tensor for cut in self.cuts if cut.tensor not in self.found]
+        unknown = [cut for cut in self.cuts if cut.tensor not in self.found and not self._rounded_again(cut)]
+        return ordered, [cut.tensor for cut in unknown]
 
     def _by_outputs(self) -> None:
         of_layer: dict[str, list[Cut]] = defaultdict(list)
@@ -155,12 +158,26 @@ class _Match:
 
     def _handed_on_from(self, cut: Cut) -> Cut | None:
         node = self.graph.producers.get(cut.tensor)
-        while node is not None and (hands_on(node) or node.op_type == "MaxPool"):
+        while node is not None and (hands_on(node) or node.op_type in _ON_ITS_GRID):
             of = next((one for one in self.found.values() if node.input[0] in one.values), None)
             if of is not None:
                 return of
             node = self.graph.producers.get(node.input[0])
         return None
+
+    def _rounded_again(self, cut: Cut) -> bool:
+        """Return whether a tensor is rounded to the grid of the activation function behind it, which changes nothing.
+
+        The files do so where the hardware computes both as one; the simulation rounds behind the function.
+        """
+        takers = [taker for name in cut.values for taker in self.graph.consumers[name]]
+        behind = [one for taker in takers for name in taker.output for one in self.graph.consumers[name]]
+        grids = [
+            tuple(float(part.reshape(-1)[0]) for part in grid_of(self.graph, one))
+            for one in (cut.quantizer, *behind)
+            if one is not None and one.op_type == "QuantizeLinear"
+        ]
+        return all(taker.op_type in ("Relu", "Clip") for taker in takers) and len(set(grids)) == 1 < len(grids)
 
     def _takers(self, name: str) -> list[onnx.NodeProto]:
         """Return what takes a tensor, behind nodes that hand it on as it is."""

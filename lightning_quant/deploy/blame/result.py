@@ -145,9 +145,7 @@ class Blame:
         for one in self.layers:
             why = "; ".join(map(str, one.reasons))
             mark = "→" if one.guilty else ""
-            rows.append(
-                (mark, one.layer, _decibels(one.own), f"{one.own.differing:.2%}", _decibels(one.arrived), why)
-            )
+            rows.append((mark, one.layer, _decibels(one.own), f"{one.own.differing:.2%}", _decibels(one.arrived), why))
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
         lines = [
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]).rstrip()

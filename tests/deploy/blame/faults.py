@@ -378,5 +378,3 @@ def stride_offset(planted: Planted) -> None:
     for attribute in nodes[0].attribute:
         if attribute.name == "coordinate_transformation_mode":
             attribute.s = b"align_corners"
-
-

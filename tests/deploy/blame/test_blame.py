@@ -20,10 +20,11 @@ from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.graph.files import OnnxFiles, write_onnx
 from lightning_quant.errors import ConfigurationError, ExportError
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.rounded_tensors import rounded_tensors
 from lightning_quant.utilities.modules import on_cpu_in_eval
 from tests.deploy.blame.faults import FAULTS, NotThere, Planted
-from tests.helpers.networks import Body, Chain, calibrated, call, images, seeded
-from tests.helpers.small import small_net
+from tests.helpers.networks import Body, Chain, SharedConv, calibrated, call, images, seeded
+from tests.helpers.small import SmallModule, small_net
 
 
 class Branches(nn.Module):
@@ -112,3 +113,90 @@ def test_the_layer_with_a_fault_is_named(fault: str, name: str, precision: str, 
         pytest.skip("no layer of this network can have it")
     for layer, result in found:
         assert {one.layer for one in result.guilty} == {layer}, f"{fault} in {layer}:\n{result}"
+
+
+def test_a_fault_is_not_blamed_on_the_layers_behind_it(folder: Path) -> None:
+    made = exported("body", "w8a8", folder)
+    planted = Planted(copy.deepcopy(made.model), "conv")
+    FAULTS["channel_pruned"](planted)
+    found = made.blame(planted.model)
+    assert [one.layer for one in found.guilty] == ["conv"]
+    assert found.first is not None
+    (reason,) = found.first.reasons
+    assert reason.cause is Cause.WEIGHTS
+    assert reason.parameter == "conv.weight"
+    assert reason.channels == (5,)
+    by_layer = {one.layer: one for one in found.layers}
+    assert by_layer["head"].own.differing < 0.01 < by_layer["head"].arrived.differing
+    assert by_layer["conv"].own.psnr_db == by_layer["conv"].arrived.psnr_db < 40
+    assert "conv" in str(found)
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["layers"][1]["reasons"][0]["cause"] == "weights"
+
+
+def test_the_figure_of_a_layer_by_itself_is_the_one_that_ONNX_Runtime_gives_alone(folder: Path) -> None:
+    """The last layer of the file, run by itself on the simulation's tensor."""
+    made = exported("body", "w8a8", folder)
+    planted = Planted(copy.deepcopy(made.model), "head")
+    FAULTS["encoding_5_percent_off"](planted)
+    found = {one.layer: one for one in made.blame(planted.model).layers}["head"]
+    errors, peak = [], 0.0
+    with on_cpu_in_eval(made.network.network):
+        for seed in (3, 4):
+            seen, output = rounded_tensors(made.network, call(images(1, seed=seed)))
+            scale = 1.05 * made.network.network.head.output_quantizers[0].get_scale()
+            zero_point = -made.network.network.head.output_quantizers[0].get_offset()
+            before = seen[-1].before
+            by_hand = ((before / scale).round() + zero_point).clamp(0, 255).sub(zero_point) * scale
+            errors.append(((by_hand - output) ** 2).mean())
+            peak = max(peak, float(output.abs().max()))
+    expected = 20 * torch.log10(peak / torch.stack(errors).mean().sqrt())
+    assert found.own.psnr_db == pytest.approx(float(expected), abs=1e-3)
+    assert {reason.cause for reason in found.reasons} == {Cause.SCALE}
+    assert found.reasons[0].found == pytest.approx(1.05 * found.reasons[0].expected, rel=1e-5)
+
+
+def test_a_module_and_a_batch(tmp_path: Path) -> None:
+    network = calibrated(Chain())
+    found = blame(network, images(3))
+    assert found.samples == 2
+    assert not found.guilty
+    module = SmallModule(network.network)
+    assert blame(module, call(images(1))).samples == 1
+    bundle = export_bundle(network, tmp_path / "net", [call(images(2))])
+    assert blame(network, images(2), bundle.path) == blame(network, images(2), bundle)
+
+
+def test_modules_that_cannot_be_looked_at() -> None:
+    with pytest.raises(ConfigurationError, match="holds no calibrated network"):
+        blame(Chain(), images())
+    with pytest.raises(ConfigurationError, match="holds 2 quantized networks"):
+        blame(nn.ModuleList([calibrated(Chain()).network, calibrated(Chain()).network]), images())
+    with pytest.raises(ConfigurationError, match="No samples to compare file and simulation on"):
+        blame(calibrated(Chain()), [])
+
+
+def test_a_bundle_of_another_network(tmp_path: Path) -> None:
+    bundle = export_bundle(calibrated(Chain()), tmp_path / "net", [call(images(2))])
+    with pytest.raises(ExportError, match="No tensor of the file is one of SmallNet's"):
+        blame(calibrated(small_net()), images(), bundle)
+
+
+def test_names_of_modules_in_containers_that_are_not_called_themselves() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), nn.Conv2d(3, 2, 1)])
+            seeded(self)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.parts[1](self.parts[0](x))
+
+    found = blame(calibrated(Listed()), images())
+    assert [one.layer for one in found.layers] == ["x", "parts.0.0", "parts.1"]
+    assert found.layers[1].modules == ("parts.0.0", "parts.0.1")
+
+
+def test_a_module_called_twice() -> None:
+    found = blame(calibrated(SharedConv()), images())
+    assert [one.layer for one in found.layers] == ["x", "conv.conv2d", "conv.conv2d_1"]
+    assert not found.guilty

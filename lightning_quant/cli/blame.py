@@ -1,0 +1,70 @@
+"""``lightning-quant blame FOLDER``: the exported file of a run, compared with its simulation layer by layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from lightning_quant.callbacks.calibration import calibration_inputs
+from lightning_quant.callbacks.calls import InputCatcher
+from lightning_quant.callbacks.data import calibration_loader
+from lightning_quant.cli.parts import Parts
+from lightning_quant.deploy.blame.blame import blame
+from lightning_quant.deploy.blame.result import Blame
+from lightning_quant.deploy.bundle import MANIFEST_NAME, load_bundle
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.report.record import RECORD_NAME, RunRecord
+from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.utilities.files import atomic_write
+
+BLAME_NAME = "blame.json"
+
+
+def blame_run(folder: Path, count: int = 2) -> tuple[Blame, Path]:
+    """Compare the bundle of a finished run with its simulation, on calibration samples.
+
+    The network is built from the run's own record, and its weights and ranges come from its checkpoint.
+
+    Args:
+        folder: of a run, or of the bundle in it.
+        count: how many samples are compared.
+
+    Returns:
+        What was found, and where it was written: ``blame.json`` in the run's folder.
+
+    Raises:
+        ConfigurationError: when the folder is not of a run that exported something.
+    """
+    folder = folder.absolute()
+    run = folder.parent.parent if (folder / MANIFEST_NAME).is_file() else folder
+    if not (run / RECORD_NAME).is_file():
+        raise ConfigurationError(
+            f"{folder} is neither a run of lightning-quant nor a bundle in one: {run / RECORD_NAME} is missing, which "
+            "says how the network is built. For a network of your own, call lq.blame(module, samples, bundle=...)."
+        )
+    record = RunRecord.read(run / RECORD_NAME)
+    missing = [name for name in ("bundle", "checkpoint") if not (run / record.artifacts.get(name, "none")).exists()]
+    if missing:
+        raise ConfigurationError(f"The run {run} has no {missing[0]}: expected a run that exported a network.")
+    parts = Parts(OmegaConf.create(record.config), run)
+    task = parts.task()
+    trainer = parts.trainer(
+        parts.post_training(), enable_progress_bar=False, enable_model_summary=False, limit_val_batches=1
+    )
+    trainer.validate(
+        task,
+        datamodule=parts.data,
+        ckpt_path=str(run / record.artifacts["checkpoint"]),
+        verbose=False,
+        weights_only=True,
+    )
+    name, network = next(QuantizedNetwork.named_in(task))
+    catcher = InputCatcher(trainer, task, name, network)
+    samples = calibration_inputs(trainer, calibration_loader(trainer, task, None), catcher, count)
+    found = blame(network, samples, load_bundle(run / record.artifacts["bundle"]), count=count)
+    path = run / BLAME_NAME
+    with atomic_write(path) as partial:
+        partial.write_text(json.dumps(found.to_dict(), indent=2) + "\n")
+    return found, path
