@@ -6,6 +6,7 @@ one is either explained here, with the reason recorded in the bundle's manifest,
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -244,10 +245,8 @@ def _scope(node: onnx.NodeProto) -> str:
 
 def module_of(node: onnx.NodeProto) -> str:
     """Return the qualified name of the module a node belongs to; empty for the network's own level."""
+    parts = _scope(node).split("/")[1:]
     names: list[str] = []
-    outer = ""
-    for part in _scope(node).split("/")[2:]:  # body/body.0: the second within the first
-        prefix = f"{re.sub(r'_[0-9]+$', '', outer)}."
-        names.append(part.removeprefix(prefix))
-        outer = part
+    for outer, part in itertools.pairwise(parts):  # body/body.0: the second within the first
+        names.append(part.removeprefix(f"{re.sub(r'_[0-9]+$', '', outer)}."))
     return ".".join(names)

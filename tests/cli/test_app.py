@@ -362,3 +362,18 @@ def test_float_is_measured_as_the_16_bit_activations_are(tmp_path: Path) -> None
     record = RunRecord.read(tmp_path / "out/results.json")
     assert record.ladder is not None
     assert record.metric["float"] == record.ladder.float_metric
+
+
+def test_blame_compares_the_file_of_a_run_with_its_simulation(sweep: tuple[Path, str]) -> None:
+    folder, _ = sweep
+    run = folder / "multirun/tried/0-ffnet_nano-w8a8"
+    output = lightning_quant(folder, "blame", str(run))
+    assert "Every layer computes what the simulation computes" in output
+    found = json.loads((run / "blame.json").read_text())
+    assert len(found["layers"]) > 20
+    assert found["observed_runs"]
+    bundle = run / RunRecord.read(run / "results.json").artifacts["bundle"]
+    assert lightning_quant(folder, "blame", str(bundle)) == output
+    assert "is neither a run of lightning-quant nor a bundle in one" in lightning_quant(
+        folder, "blame", str(folder), status=1
+    )
