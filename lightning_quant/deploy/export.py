@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,18 +15,25 @@ import torch
 from torch import nn
 
 from lightning_quant.deploy import audit, parity
+from lightning_quant.deploy.blame.blame import compare_layers
 from lightning_quant.deploy.bundle import MANIFEST_NAME, Bundle
 from lightning_quant.deploy.graph.files import ENCODINGS_VERSION, QDQ_OPSET, OnnxFiles, write_onnx
 from lightning_quant.deploy.graph.qdq import exact_session
 from lightning_quant.deploy.manifest import BundleFile, BundleManifest
+from lightning_quant.deploy.parity import Parity
 from lightning_quant.deploy.single_samples import first_samples
-from lightning_quant.errors import ExportError
+from lightning_quant.errors import ExportError, ParityError
 from lightning_quant.simulation.exportable import FLOAT_OPSET
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.utilities.files import exclusive_lock
 from lightning_quant.utilities.hashing import file_sha256
 from lightning_quant.utilities.modules import on_cpu_in_eval
+
+log = logging.getLogger(__name__)
+
+# Samples that are compared layer by layer where the outputs do not agree.
+_COMPARED_BY_LAYER = 2
 
 
 def export_bundle(network: nn.Module | QuantizedNetwork, path: str | Path, samples: Iterable[NetworkInputs]) -> Bundle:
@@ -111,7 +119,7 @@ def _write(network: QuantizedNetwork, staging: Path, name: str, calls: Sequence[
             "operation AIMET does not quantize? Use nn modules for it, or run with strict=True to find it."
         )
     measured = parity.compare(_outputs(network, qdq, written, calls))
-    parity.check_parity(measured, network.recipe.precision)
+    _check_agreement(measured, network, qdq, written, calls)
     manifest = BundleManifest(
         **vars(network.manifest()),
         name=name,
@@ -131,6 +139,34 @@ def _write(network: QuantizedNetwork, staging: Path, name: str, calls: Sequence[
     )
     (staging / MANIFEST_NAME).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n")
     return manifest
+
+
+def _check_agreement(
+    measured: Parity, network: QuantizedNetwork, qdq: Path, written: OnnxFiles, calls: Sequence[NetworkInputs]
+) -> None:
+    """Refuse a file that computes something else, with the name of the layer; one that only rounds otherwise is kept.
+
+    Single values on the border between two integers are rounded either way, as sums are added in another order. A
+    network with untrained weights amplifies that without limit, so its outputs prove nothing; its layers do.
+    """
+    try:
+        parity.check_parity(measured, network.recipe.precision)
+    except ParityError as error:
+        import onnx
+
+        found = compare_layers(network, onnx.load(qdq), written.input_names, calls[:_COMPARED_BY_LAYER])
+        if found.first is not None:
+            why = "; ".join(map(str, found.first.reasons))
+            raise ParityError(f"{error} The first layer that differs is {found.first.layer!r}: {why}.") from None
+        if not found.observed_runs:
+            raise
+        log.warning(
+            "The output of the exported file agrees with the simulation by %s only, but each of its %d layers computes "
+            "what the simulation computes: values on the border between two integers are rounded either way, and this "
+            "network amplifies it, as untrained ones do. The files were kept.",
+            measured,
+            len(found.layers),
+        )
 
 
 def _outputs(

@@ -375,5 +375,5 @@ def test_blame_compares_the_file_of_a_run_with_its_simulation(sweep: tuple[Path,
     bundle = run / RunRecord.read(run / "results.json").artifacts["bundle"]
     assert lightning_quant(folder, "blame", str(bundle)) == output
     assert "is neither a run of lightning-quant nor a bundle in one" in lightning_quant(
-        folder, "blame", str(folder), status=1
+        folder, "blame", str(folder), status=1, fresh=True
     )

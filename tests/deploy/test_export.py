@@ -45,6 +45,7 @@ from tests.helpers.networks import (
     quantized,
     seeded,
 )
+from tests.helpers.qdq import tamper
 
 SAMPLES = [call(images(3, seed=9))]
 
@@ -304,18 +305,6 @@ def test_failing_rename_puts_the_previous_bundle_back(
     assert list(tmp_path.iterdir()) == [old.path]
 
 
-def _tamper(file: Path, factor: float) -> None:
-    """Scale the first weight's scale in a QDQ file."""
-    model = onnx.load(file)
-    for initializer in model.graph.initializer:
-        if initializer.data_type == onnx.TensorProto.FLOAT and "scale" in initializer.name and initializer.dims:
-            array = onnx.numpy_helper.to_array(initializer) * np.float32(factor)
-            initializer.CopyFrom(onnx.numpy_helper.from_array(array, initializer.name))
-            onnx.save(model, file)
-            return
-    raise AssertionError([initializer.name for initializer in model.graph.initializer])
-
-
 @pytest.mark.parametrize("precision", ["w8a8", "w8a16", "w4a16"])
 def test_a_file_that_computes_something_else_fails_loudly(
     old: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
@@ -325,15 +314,48 @@ def test_a_file_that_computes_something_else_fails_loudly(
 
     def export(model: Any, args: Any, file: str, **options: Any) -> None:
         real(model, args, file, **options)
-        _tamper(Path(file), 1.2)
+        tamper(Path(file), 1.2)
 
     monkeypatch.setattr(aimet, "export", export)
-    with pytest.raises(ParityError, match=rf"differs from the simulation: .* at {precision}.*The files were not kept"):
+    with pytest.raises(ParityError, match=rf"differs from the simulation: .* at {precision}.*not kept.*") as caught:
         export_bundle(made, old.path, SAMPLES)
+    assert "The first layer that differs is 'conv': " in str(caught.value)
+    assert "of the values of conv.weight" in str(caught.value)
     assert contents(old.path) == before
     assert list(tmp_path.iterdir()) == [old.path]
     monkeypatch.undo()
     export_bundle(made, old.path, SAMPLES)  # the same without tampering passes
+
+
+class Amplifier(nn.Module):
+    """The difference of two channels that are nearly equal: a step of one of them is most of what it outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 2, 5, padding=2, bias=False)
+        self.second = nn.Conv2d(2, 2, 1, bias=False)
+        seeded(self)
+        with torch.no_grad():
+            self.first.weight[1] = self.first.weight[0]
+            self.first.weight[1, 0, 0, 0] -= self.first.weight[1, 0, 0, 0].sign() * self.first.weight.abs().max() / 7
+            self.second.weight.copy_(torch.tensor([[1.0, -1.0], [-1.0, 1.0]])[..., None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def test_an_output_that_ties_alone_change_is_no_reason_to_refuse(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = calibrated(Amplifier(), precision="w4a8")
+    first = made.network.first
+    step = 8 * first.input_quantizers[0].get_scale() * first.param_quantizers["weight"].get_scale().max()
+    with torch.no_grad():  # one sum in eight is in the middle between two integers
+        first.output_quantizers[0].min.copy_(-128 * step)
+        first.output_quantizers[0].max.copy_(127 * step)
+    bundle = export_bundle(made, tmp_path / "net", [call(images(3, seed=9) / 4)])
+    assert bundle.manifest.parity.psnr_db < 35
+    assert "The files were kept" in caplog.text
 
 
 def test_samples_of_another_size_are_left_out_of_the_comparison(tmp_path: Path) -> None:

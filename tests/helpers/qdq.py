@@ -125,3 +125,15 @@ def emulated(model: onnx.ModelProto, folder: Path, **inputs: np.ndarray) -> Any:
 def psnr(expected: np.ndarray, actual: np.ndarray) -> float:
     error = np.sqrt(((expected - actual) ** 2).mean())
     return float("inf") if error == 0 else float(20 * np.log10(np.abs(expected).max() / error))
+
+
+def tamper(file: Path, factor: float) -> None:
+    """Scale the first weight's scale in a QDQ file."""
+    model = onnx.load(file)
+    for initializer in model.graph.initializer:
+        if initializer.data_type == TensorProto.FLOAT and "scale" in initializer.name and initializer.dims:
+            array = numpy_helper.to_array(initializer) * np.float32(factor)
+            initializer.CopyFrom(numpy_helper.from_array(array, initializer.name))
+            onnx.save(model, file)
+            return
+    raise AssertionError([initializer.name for initializer in model.graph.initializer])
