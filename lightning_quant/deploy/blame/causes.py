@@ -127,9 +127,18 @@ class Parameters:
         if is_bias and not found.any():
             yield Reason(Cause.BIAS_MISSING, parameter)
             return
-        rows, wanted = found.reshape(found.shape[0], -1)[first], expected.reshape(found.shape[0], -1)[first]
-        if len(channels) > 1 and np.allclose(np.sort(rows, 0), np.sort(wanted, 0), rtol=1e-5, atol=1e-12):
+        if (
+            not is_bias
+            and len(channels) > 1
+            and _permuted((found / scale)[first], (expected / self._steps[name])[first])
+        ):
             cause = Cause.WEIGHTS_PERMUTED
         else:
             cause = Cause.BIAS if is_bias else Cause.WEIGHTS
         yield Reason(cause, parameter, share=float(other.mean()), channels=channels)
+
+
+def _permuted(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Return whether integers are those expected, the channels in another order."""
+    rows = [{row.tobytes() for row in np.rint(one).astype(np.int64).reshape(len(one), -1)} for one in (found, expected)]
+    return rows[0] == rows[1]

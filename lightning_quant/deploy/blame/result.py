@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 from lightning_quant.deploy.blame.differences import Difference
-from lightning_quant.deploy.parity import Parity
+from lightning_quant.deploy.parity import LOWEST_PSNR, Parity
 
 
 class Cause(Enum):
@@ -47,7 +47,7 @@ class Reason:
 
     def __str__(self) -> str:
         """Return it as a clause."""
-        share = "" if self.share is None else f"{self.share:.3g}" if self.share > 1 else f"{self.share:.2%}"
+        share = "" if self.share is None else f"{self.share:.2%}"
         channels = ", ".join(map(str, self.channels[:4])) + (", …" if len(self.channels) > 4 else "")
         where = f" (channel {channels})" if channels else ""
         match self.cause:
@@ -59,12 +59,10 @@ class Reason:
                 return f"zero point {self.found:.0f} instead of {self.expected:.0f}"
             case Cause.BITS:
                 return f"{self.found:.0f} bits instead of {self.expected:.0f}"
-            case Cause.WEIGHTS:
-                return f"{share} of the values of {self.parameter} are others{where}"
             case Cause.WEIGHTS_PERMUTED:
                 return f"channels of {self.parameter} in another order{where}"
-            case Cause.BIAS:
-                return f"{share} of the values of {self.parameter} are others{where}"
+            case Cause.WEIGHTS | Cause.BIAS:
+                return f"{share} of the values of {self.parameter} differ{where}"
             case Cause.BIAS_MISSING:
                 return f"{self.parameter} is missing"
             case Cause.OPERATION:
@@ -127,6 +125,19 @@ class Blame:
         """The first of them."""
         return next(iter(self.guilty), None)
 
+    @property
+    def advice(self) -> str:
+        """What to do next; empty where every layer is right."""
+        causes = {reason.cause for one in self.guilty for reason in one.reasons}
+        if not causes:
+            return ""
+        if causes == {Cause.OPERATION}:
+            return "Please report it with the network and the file."
+        return (
+            "The file is not what this network exports. Export it again: "
+            'lq.export_bundle(module.model, "export/net", samples)'
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; an infinite PSNR as ``None``."""
         made = asdict(self)
@@ -134,7 +145,8 @@ class Blame:
         for layer in made["layers"]:
             for figures in (layer["own"], layer["arrived"]):
                 figures.update({name: None for name, value in figures.items() if value == math.inf})
-                figures["psnr_db"] = figures["psnr_db"] and max(figures["psnr_db"], -200.0)
+                if figures["psnr_db"] is not None:
+                    figures["psnr_db"] = max(figures["psnr_db"], LOWEST_PSNR)
             for reason in layer["reasons"]:
                 reason["cause"] = reason["cause"].value
         return made
@@ -160,6 +172,7 @@ class Blame:
         else:
             names = ", ".join(dict.fromkeys(one.layer for one in self.guilty))
             said.append(f"{len(self.guilty)} of {len(self.layers)} tensors computed differently, in: {names}.")
+            said.append(self.advice)
         if not self.observed_runs:
             said.append("The file returns something else when its inner tensors are read: the figures are not its own.")
         return " ".join(said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,6 +132,31 @@ def test_a_fault_is_not_blamed_on_the_layers_behind_it(folder: Path) -> None:
     assert by_layer["conv"].own.psnr_db == by_layer["conv"].arrived.psnr_db < 40
     assert "conv" in str(found)
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["layers"][1]["reasons"][0]["cause"] == "weights"
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause", "said"),
+    [
+        ("encoding_doubled", Cause.SCALE, "scale .* instead of"),
+        ("zero_point_off_by_one", Cause.ZERO_POINT, "zero point .* instead of"),
+        ("float_left_in", Cause.NOT_ROUNDED, "an encoding is missing"),
+        ("bias_dropped", Cause.BIAS_MISSING, "branch.bias is missing"),
+        ("bias_input_removed", Cause.BIAS_MISSING, "branch.bias is missing"),
+        ("one_bias_off", Cause.BIAS, r"16.67% of the values of branch.bias differ \(channel 1\)"),
+        ("one_weight_rounded_the_other_way", Cause.WEIGHTS, "of the values of branch.weight differ"),
+        ("output_channels_swapped", Cause.WEIGHTS_PERMUTED, r"in another order \(channel 0, 1\)"),
+        ("activation_channels_swapped", Cause.OPERATION, "same parameters and grids"),
+    ],
+)
+def test_the_reason(fault: str, cause: Cause, said: str, folder: Path) -> None:
+    made = exported("body", "w8a8", folder)
+    planted = Planted(copy.deepcopy(made.model), "branch")
+    FAULTS[fault](planted)
+    found = made.blame(planted.model)
+    assert found.first is not None
+    assert [reason.cause for reason in found.first.reasons] == [cause]
+    assert re.search(said, str(found))
+    assert ("Please report" if cause is Cause.OPERATION else "lq.export_bundle(") in found.advice
 
 
 def test_the_figure_of_a_layer_by_itself_is_the_one_that_ONNX_Runtime_gives_alone(folder: Path) -> None:
