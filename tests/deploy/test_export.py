@@ -320,7 +320,7 @@ def test_a_file_that_computes_something_else_fails_loudly(
     with pytest.raises(ParityError, match=rf"differs from the simulation: .* at {precision}.*not kept.*") as caught:
         export_bundle(made, old.path, SAMPLES)
     assert "The first layer that differs is 'conv': " in str(caught.value)
-    assert "of the values of conv.weight" in str(caught.value)
+    assert "scale of conv.weight" in str(caught.value)
     assert contents(old.path) == before
     assert list(tmp_path.iterdir()) == [old.path]
     monkeypatch.undo()

@@ -109,10 +109,8 @@ class Parameters:
         axis = axis_of(node) % max(integers.ndim, 1)
         along = [-1 if place == axis else 1 for place in range(integers.ndim)]
         if scale.size > 1:
-            scale, zero_point = (
-                scale.reshape(along),
-                np.asarray(zero_point).reshape(along if zero_point.size > 1 else []),
-            )
+            scale = scale.reshape(along)
+            zero_point = zero_point.reshape(along if zero_point.size > 1 else [])
         found = (integers.astype(np.float64) - zero_point.astype(np.float64)) * scale.astype(np.float64)
         if found.shape != expected.shape:
             return
@@ -127,18 +125,20 @@ class Parameters:
         if is_bias and not found.any():
             yield Reason(Cause.BIAS_MISSING, parameter)
             return
-        if (
-            not is_bias
-            and len(channels) > 1
-            and _permuted((found / scale)[first], (expected / self._steps[name])[first])
-        ):
-            cause = Cause.WEIGHTS_PERMUTED
-        else:
-            cause = Cause.BIAS if is_bias else Cause.WEIGHTS
+        if is_bias:
+            yield Reason(Cause.BIAS, parameter, share=float(other.mean()), channels=channels)
+            return
+        steps = np.where(self._steps[name] > 0, self._steps[name], 1.0)
+        rows, wanted = (_integers(one)[first] for one in (found / scale, expected / steps))
+        if np.array_equal(rows, wanted):
+            wished, written = (float(np.broadcast_to(one, found.shape)[other][0]) for one in (steps, scale))
+            yield Reason(Cause.SCALE, parameter, wished, written, channels=channels)
+            return
+        permuted = sorted(map(bytes, rows)) == sorted(map(bytes, wanted))
+        cause = Cause.WEIGHTS_PERMUTED if permuted else Cause.WEIGHTS
         yield Reason(cause, parameter, share=float(other.mean()), channels=channels)
 
 
-def _permuted(found: np.ndarray, expected: np.ndarray) -> bool:
-    """Return whether integers are those expected, the channels in another order."""
-    rows = [{row.tobytes() for row in np.rint(one).astype(np.int64).reshape(len(one), -1)} for one in (found, expected)]
-    return rows[0] == rows[1]
+def _integers(steps: np.ndarray) -> np.ndarray:
+    """Return the integers of a weight, one row for each channel."""
+    return np.ascontiguousarray(np.rint(steps).astype(np.int64).reshape(len(steps), -1))

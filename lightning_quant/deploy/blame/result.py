@@ -54,7 +54,8 @@ class Reason:
             case Cause.NOT_ROUNDED:
                 return "its output is not rounded in the file: an encoding is missing"
             case Cause.SCALE:
-                return f"scale {self.found:.6g} instead of {self.expected:.6g}"
+                of = f" of {self.parameter}" if self.parameter else ""
+                return f"scale{of} {self.found:.6g} instead of {self.expected:.6g}{where}"
             case Cause.ZERO_POINT:
                 return f"zero point {self.found:.0f} instead of {self.expected:.0f}"
             case Cause.BITS:
@@ -134,8 +135,8 @@ class Blame:
         if causes == {Cause.OPERATION}:
             return "Please report it with the network and the file."
         return (
-            "The file is not what this network exports. Export it again: "
-            'lq.export_bundle(module.model, "export/net", samples)'
+            'The file is not what this network exports: lq.export_bundle(module.model, "export/net", samples) writes '
+            "another. If it was just exported, please report it with the network and the file."
         )
 
     def to_dict(self) -> dict[str, Any]:

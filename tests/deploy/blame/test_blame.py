@@ -144,6 +144,7 @@ def test_a_fault_is_not_blamed_on_the_layers_behind_it(folder: Path) -> None:
         ("bias_input_removed", Cause.BIAS_MISSING, "branch.bias is missing"),
         ("one_bias_off", Cause.BIAS, r"16.67% of the values of branch.bias differ \(channel 1\)"),
         ("one_weight_rounded_the_other_way", Cause.WEIGHTS, "of the values of branch.weight differ"),
+        ("one_scale_off", Cause.SCALE, r"scale of branch.weight .* instead of .* \(channel 0\)"),
         ("output_channels_swapped", Cause.WEIGHTS_PERMUTED, r"in another order \(channel 0, 1\)"),
         ("activation_channels_swapped", Cause.OPERATION, "same parameters and grids"),
     ],
