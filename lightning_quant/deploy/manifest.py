@@ -65,6 +65,10 @@ class BundleManifest(Manifest):
         fine = [f"{name} in {precision}" for name, precision in layers.items() if _is_fine(precision)]
         return f"{self.precision} with {', '.join(fine)}" if fine else None
 
+    def __getitem__(self, entry: str) -> Any:
+        """Return an entry as ``manifest.json`` has it, such as ``manifest["parity"]["psnr_db"]``."""
+        return self.to_dict()[entry]
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         own = {name: getattr(self, name) for name in _own_fields()}

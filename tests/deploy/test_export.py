@@ -85,6 +85,7 @@ def test_manifest_says_how_it_was_made(exported: Bundle) -> None:
     manifest = json.loads((exported.path / "manifest.json").read_text())
     assert exported.manifest == load_bundle(exported.path).manifest
     assert exported.manifest.to_dict() == manifest
+    assert exported.manifest["parity"] == manifest["parity"]
     assert manifest["precision"] == "w8a8"
     assert manifest["hardware"] == "htp_v75"
     assert manifest["calibrated"] is True
