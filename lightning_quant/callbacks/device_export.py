@@ -39,6 +39,7 @@ from lightning_quant.deploy.samples import Samples
 from lightning_quant.deploy.single_samples import first_samples
 from lightning_quant.deploy.targets.target import REPORT_NAME, Target
 from lightning_quant.errors import ConfigurationError, LightningQuantError
+from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 
@@ -108,7 +109,8 @@ class DeviceExport(AnyCallback):
         passed_over: why no better target was taken, by its name.
 
     Raises:
-        ConfigurationError: for an unknown value, or without a quantization callback before it.
+        ConfigurationError: for an unknown value, without a quantization callback before it, or at ``setup`` for a
+            device that does not exist or cannot run the network, see :meth:`check_target`.
         ExportError, ParityError: see :func:`~lightning_quant.deploy.export.export_bundle`.
         DeviceError: with ``on_failure="raise"``.
         DeviceBoundError: when a bound is not kept.
@@ -174,6 +176,7 @@ class DeviceExport(AnyCallback):
         self.bundles: dict[str, Bundle] = {}
         self.reports: list[DeviceReport] = []
         self.passed_over: dict[str, str] = {}
+        self._checked: set[str | None] = set()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -192,6 +195,40 @@ class DeviceExport(AnyCallback):
                 f"DeviceExport(network={self.network!r}): expected a network that is quantized, one of "
                 f"{', '.join(map(repr, dict.fromkeys(names)))}."
             )
+        if self.push is not None and stage != "predict":
+            self._check_networks(trainer, pl_module)
+
+    def _check_networks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        refusal = None
+        if trainer.is_global_zero:
+            try:
+                for name, network in quantized_networks(pl_module).items():
+                    if self.network in (None, name):
+                        self.check_target(network.recipe)
+            except ConfigurationError as error:
+                refusal = error
+        refusal = trainer.strategy.broadcast(refusal)  # or the other processes would wait for this one
+        if refusal is not None:
+            raise refusal
+
+    def check_target(self, recipe: QuantRecipe) -> None:
+        """Refuse a device that does not exist, or cannot run what the recipe makes, before any work is spent.
+
+        ``setup`` does so: from tables, and from AI Hub if it answers within seconds. What it does not answer is logged
+        and not asked again until the bundle is run.
+
+        Args:
+            recipe: how the network will be quantized.
+
+        Raises:
+            UnknownDeviceError: for a device that does not exist, with near names.
+            ConfigurationError: for a runtime or precision that the device lacks.
+        """
+        if self.push is None or recipe.int16_activations in self._checked:
+            return
+        for reason in self.push.check(recipe):
+            rank_zero_log(f"Not known before the export whether {self.push.where} can run the network: {reason}")
+        self._checked.add(recipe.int16_activations)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

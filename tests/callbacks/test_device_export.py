@@ -162,6 +162,24 @@ def test_listed_before_the_quantization_callback(trainer: MakeTrainer, tmp_path:
         trainer(lq.DeviceExport(tmp_path), lq.PostTrainingQuantization()).fit(SmallModule(), small_loader())
 
 
+@pytest.mark.parametrize("precision", [{"precision": "w8a16"}, {"precision": "w8a8", "overrides": {"head": "w8a16"}}])
+@pytest.mark.parametrize("target", ["htp_emulator", "auto"])
+def test_activations_that_the_chip_lacks_are_refused_before_training(
+    trainer: MakeTrainer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: dict[str, Any],
+    target: str,
+) -> None:
+    monkeypatch.setenv("QAIHUB_CLIENT_INI", str(tmp_path / "none.ini"))
+    module = SmallModule()
+    export = lq.DeviceExport(tmp_path / "out", target=target, device="Samsung Galaxy S21")
+    with pytest.raises(ConfigurationError, match="w8a16 on Samsung Galaxy S21: expected a chip with 16-bit"):
+        trainer(lq.QuantizationAwareTraining(**precision), export, max_epochs=1).fit(module, small_loader())
+    assert "training" not in module.called
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -16,6 +16,36 @@ RUNTIMES = {
 
 
 @dataclass(frozen=True)
+class DeviceCheck:
+    """Devices to find before anything is trained for them.
+
+    Args:
+        profile: name of the client's configuration.
+        devices: their names.
+        runtimes: what to compile to, of :data:`RUNTIMES`.
+        int16_activations: the part of the network with 16-bit activations, if any.
+        timeout: seconds for everything.
+    """
+
+    profile: str | None
+    devices: list[str]
+    runtimes: list[str]
+    int16_activations: str | None
+    timeout: float
+
+
+@dataclass(frozen=True)
+class DevicesFound:
+    """The devices that can run the network.
+
+    Args:
+        devices: their names.
+    """
+
+    devices: list[str]
+
+
+@dataclass(frozen=True)
 class Source:
     """A file to upload.
 

@@ -25,11 +25,21 @@ from typing_extensions import override
 from lightning_quant.deploy.bundle import Bundle, load_bundle
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.samples import Tensors
-from lightning_quant.deploy.targets.aihub.job import RUNTIMES, Job, Outcome, Outcomes, Source
+from lightning_quant.deploy.socs import check_activations
+from lightning_quant.deploy.targets.aihub.job import (
+    RUNTIMES,
+    DeviceCheck,
+    DevicesFound,
+    Job,
+    Outcome,
+    Outcomes,
+    Source,
+)
 from lightning_quant.deploy.targets.aihub.profile import Profile
 from lightning_quant.deploy.targets.target import LONGEST, Measured, Target, folder_name
 from lightning_quant.deploy.targets.worker import run_worker
-from lightning_quant.errors import ConfigurationError, DeviceError
+from lightning_quant.errors import ConfigurationError, DeviceError, DeviceUnavailableError
+from lightning_quant.recipe import QuantRecipe
 from lightning_quant.utilities.hashing import arrays_hash, short_hash
 from lightning_quant.utilities.parsing import check, read_arrays
 
@@ -38,6 +48,8 @@ JOURNAL_NAME = "journal.json"
 
 # The worker keeps the limits itself; should its library hang, it is killed this much later.
 _GRACE = 60.0
+# Before training devices are only looked up, and not for longer than a user waits for nothing.
+_CHECK_SECONDS, _CHECK_GRACE = 6.0, 4.0
 
 
 class AiHubTarget(Target):
@@ -122,6 +134,21 @@ class AiHubTarget(Target):
         except OSError as error:
             return f"AI Hub at {host} cannot be reached ({error})"
         return None
+
+    @override
+    def check_recipe(self, recipe: QuantRecipe) -> None:
+        what = recipe.int16_activations
+        for device in self.devices:
+            check_activations(device, what)
+        if self.unavailable() is not None:
+            return
+        job = DeviceCheck(self.profile, self.devices, self.runtimes, what, _CHECK_SECONDS)
+        worker = "lightning_quant.deploy.targets.aihub.devices"
+        with tempfile.TemporaryDirectory(prefix="lightning-quant-aihub-") as scratch:
+            try:
+                run_worker(worker, job, Path(scratch), _CHECK_SECONDS + _CHECK_GRACE, DevicesFound)
+            except DeviceUnavailableError:
+                raise DeviceUnavailableError("AI Hub gave no list of its devices within a few seconds.") from None
 
     @override
     def check(self, bundle: Bundle) -> None:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from lightning_quant.report.record import RunRecord
 from lightning_quant.simulation.calibrate import calibrate
 from tests.aihub import faults
 from tests.aihub.standin import StandIn
+from tests.deploy.targets.aihub.conftest import TOKEN
 from tests.helpers.networks import Body, call, images, quantized
 from tests.helpers.small import SmallModule, small_loader
 
@@ -46,22 +47,7 @@ pytestmark = pytest.mark.slow
 
 MakeTrainer = Callable[..., Trainer]
 
-TOKEN = "t0ken-that-must-not-be-found-anywhere"
 S24 = "Samsung Galaxy S24"
-IMPATIENT = Path(__file__).resolve().parents[3] / "aihub" / "impatient"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    """A stand-in that the default configuration leads to; the worker's delays are short."""
-    root = IMPATIENT.parents[2]
-    monkeypatch.setenv("PYTHONPATH", f"{IMPATIENT}{os.pathsep}{root}")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("NETRC", os.devnull)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    with StandIn(tmp_path / "hub", TOKEN, part_size=4096) as hub:
-        monkeypatch.setenv("QAIHUB_CLIENT_INI", str(hub.write_ini(tmp_path / "secret" / "client.ini")))
-        yield hub
 
 
 def samples_and_bundle(path: Path, precision: str = "w8a8", **recipe: Any) -> tuple[Bundle, Samples]:
