@@ -51,7 +51,7 @@ class Source:
 
     Args:
         path: where it is.
-        hash: of what it was made of; names the upload.
+        hash: of what makes it the same to AI Hub; names the upload.
     """
 
     path: str
@@ -80,6 +80,7 @@ class Job:
         patience: seconds for which a failing service is asked again.
         poll_seconds: between questions for a job's state, at most.
         journal: path of the journal.
+        locks: folder of the locks by which the processes of this machine upload a model once.
         folder: where artifacts go, in a folder for each device and runtime.
     """
 
@@ -100,6 +101,7 @@ class Job:
     patience: float
     poll_seconds: float
     journal: str
+    locks: str
     folder: str
 
 

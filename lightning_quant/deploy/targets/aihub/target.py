@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from lightning_quant.deploy.bundle import Bundle, load_bundle
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.graph.structure import structure_sha256
 from lightning_quant.deploy.samples import Tensors
 from lightning_quant.deploy.socs import check_activations
 from lightning_quant.deploy.targets.aihub.job import (
@@ -178,6 +179,7 @@ class AiHubTarget(Target):
                 patience=self.patience,
                 poll_seconds=self.poll_seconds,
                 journal=str((folder / JOURNAL_NAME).absolute()),
+                locks=tempfile.gettempdir(),
                 folder=str(folder.absolute()),
             )
             worker = "lightning_quant.deploy.targets.aihub.worker"
@@ -244,8 +246,12 @@ def _stacked(inputs: list[Tensors]) -> Tensors:
 
 
 def _float_source(bundle: Bundle) -> Source:
+    """Return the float network; only its latency is of interest, so that of any other weights is the same one."""
     path = bundle.aimet / "model.onnx"
-    return Source(str(path), _hash(bundle, path))
+    try:
+        return Source(str(path), short_hash(structure_sha256(path)))
+    except Exception as error:  # of protobuf's own classes
+        raise DeviceError(f"{path} cannot be read as ONNX: {error}. Export it again.") from error
 
 
 def _hash(bundle: Bundle, *files: Path) -> str:
