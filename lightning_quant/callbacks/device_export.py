@@ -95,6 +95,8 @@ class DeviceExport(AnyCallback):
         timeout: seconds for the target, queues included.
         on_failure: ``"warn"`` when the target fails, so that no training run is lost to a service that is down, or
             ``"raise"``. The bundle is there in either case.
+        on_parity: ``"raise"`` when ONNX Runtime computes something else from the files than the simulation, and keep
+            them as ``<name>.failed``; or ``"warn"`` and export them anyway.
         min_psnr: fail below this PSNR in dB against the float network.
         max_metric_drop: fail when ``monitor`` is worse than the float network's by more than this.
         report: write ``<dirpath>/<name>.report/report.html``, one page for everything that was found out, and give
@@ -134,6 +136,7 @@ class DeviceExport(AnyCallback):
         wait: bool = True,
         timeout: float = 3600.0,
         on_failure: Literal["warn", "raise"] = "warn",
+        on_parity: Literal["warn", "raise"] = "raise",
         min_psnr: float | None = None,
         max_metric_drop: float | None = None,
         report: bool = True,
@@ -143,8 +146,9 @@ class DeviceExport(AnyCallback):
             raise ConfigurationError(f"samples={samples!r}: expected a whole number of at least 1.")
         if name is not None and (not name or Path(name).name != name):
             raise ConfigurationError(f"name={name!r}: expected a plain file name without a folder.")
-        if on_failure not in POLICIES:
-            raise ConfigurationError(f"on_failure={on_failure!r}: expected one of {', '.join(POLICIES)}.")
+        for argument, policy in {"on_failure": on_failure, "on_parity": on_parity}.items():
+            if policy not in POLICIES:
+                raise ConfigurationError(f"{argument}={policy!r}: expected one of {', '.join(POLICIES)}.")
         if mode not in ("max", "min"):
             raise ConfigurationError(f"mode={mode!r}: expected max or min.")
         self.push = None
@@ -168,6 +172,7 @@ class DeviceExport(AnyCallback):
         self.monitor = monitor
         self.mode = mode
         self.on_failure = on_failure
+        self.on_parity = on_parity
         self.min_psnr = min_psnr
         self.max_metric_drop = max_metric_drop
         self.report = report
@@ -261,7 +266,7 @@ class DeviceExport(AnyCallback):
             root = Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "export")
             stem = (self.name or f"{network.float_class.__name__}-{network.recipe.precision}") + suffix
             with progress(trainer, f"Exporting {stem}"):
-                bundle = export_bundle(network, root / stem, calls)
+                bundle = export_bundle(network, root / stem, calls, self.on_parity)
             self.bundle = self.bundles[name] = bundle
             exported = _Exported(trainer, pl_module, name, network, calls, bundle)
             parity = bundle.manifest.parity
