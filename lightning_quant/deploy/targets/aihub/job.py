@@ -80,7 +80,7 @@ class Job:
         patience: seconds for which a failing service is asked again.
         poll_seconds: between questions for a job's state, at most.
         journal: path of the journal.
-        locks: folder of the locks by which the processes of this machine upload a model once.
+        locks: folder of the locks by which a user's processes on this machine upload a model once.
         folder: where artifacts go, in a folder for each device and runtime.
     """
 

@@ -72,8 +72,9 @@ class Submissions:
 
     @contextlib.contextmanager
     def _alone(self, key: str) -> Iterator[None]:
-        """Hold a lock for a block; it is a file for each user and name, which stays, for others may wait for it."""
-        path = Path(self.job.locks) / f"lightning-quant-{short_hash(str(Path.home()))}-{key}.lock"
+        """Hold a lock for a block. Its empty file stays, for others may wait for it."""
+        path = Path(self.job.locks) / f"{key}.lock"
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         try:
             with FileLock(path, timeout=max(0.0, self.service.deadline - time.monotonic())):
                 yield

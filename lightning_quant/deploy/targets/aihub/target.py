@@ -179,7 +179,7 @@ class AiHubTarget(Target):
                 patience=self.patience,
                 poll_seconds=self.poll_seconds,
                 journal=str((folder / JOURNAL_NAME).absolute()),
-                locks=tempfile.gettempdir(),
+                locks=str(Path(tempfile.gettempdir()) / f"lightning-quant-{short_hash(str(Path.home()))}"),
                 folder=str(folder.absolute()),
             )
             worker = "lightning_quant.deploy.targets.aihub.worker"
