@@ -225,8 +225,8 @@ def measured(name: str, camvid: Path, epochs: int, precision: str) -> dict[str, 
     result["qat"] = metrics[monitor]
     folder = Path("outputs/elsewhere") / f"{name}-{precision}"
     export = lq.DeviceExport(
-        folder, "htp_emulator", emulator.DEVICE, samples=EMULATED, monitor=monitor, mode="max", report=False,
-        on_failure="raise", timeout=1200,
+        folder, target="htp_emulator", device=emulator.DEVICE, samples=EMULATED, monitor=monitor, mode="max",
+        report=False, on_failure="raise", timeout=1200,
     )  # fmt: skip
     trainer(export).validate(task, datamodule=data, verbose=False)
     assert export.bundle is not None

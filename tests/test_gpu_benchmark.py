@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu import Case, Turns, cases, measured, rendered
+from benchmarks.gpu import Card, Case, Turns, cases, measured, rendered
 
 CPU = torch.device("cpu")
 
@@ -38,7 +40,7 @@ def test_a_row_that_fails_is_written_with_its_reason(tmp_path: Path) -> None:
         rows.extend([] if row is None else [row])
         (tmp_path / "gpu.json").write_text(json.dumps({"rows": rows}))
 
-    measured(Case("step", "no_such_network", (8, 8), 2), arguments, False, save)
+    measured(Case("step", "no_such_network", (8, 8), 2), arguments, False, Card(None), save)
     (row,) = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert row["error"].startswith("KeyError: 'no_such_network'")
     facts = dict.fromkeys(("card", "torch", "aimet", "commit", "date"), "")
@@ -53,3 +55,19 @@ def test_the_first_rows_are_those_that_count() -> None:
     ]
     every = {(case.kind, case.precision, case.channels_last) for case in cases(["lraspp"], tiny=False)}
     assert len([case for case in every if case[0] == "step"]) == 6
+
+
+def test_one_process_measures_while_the_others_wait(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    code = (
+        "import sys, time; from pathlib import Path; from benchmarks.gpu import Card\n"
+        "card = Card(Path(sys.argv[1])); card.shared(); card.alone()\n"
+        "start = time.monotonic(); time.sleep(0.3); print(start, time.monotonic())"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    (first_start, first_end), (second_start, second_end) = (
+        map(float, process.communicate()[0].split()) for process in processes
+    )
+    assert first_end <= second_start or second_end <= first_start

@@ -147,8 +147,8 @@ def _load_again(module: ZooModule, path: Path, example: tuple[Tensor, ...]) -> N
 def _export(module: ZooModule, precision: str, folder: Path, record: Record) -> None:
     target = "htp_emulator" if emulator.available() else None
     export = lq.DeviceExport(
-        folder / "export", target, emulator.DEVICE, samples=2, name=precision, on_failure="raise", report=False,
-        timeout=record.left_s,
+        folder / "export", target=target, device=emulator.DEVICE, samples=2, name=precision,
+        on_failure="raise", report=False, timeout=record.left_s,
     )  # fmt: skip
     failed: Exception | None = None
     with record.stage("export"):

@@ -132,6 +132,7 @@ def _restoring(held: list[Any], shallow: list[dict[str, Any]], network: nn.Modul
         elif isinstance(value, dict):
             undo.append(of_dict(value))
             if 0 < len(value) <= _MANY:
+                _replace_inference_tensors(value)
                 waiting += value.values()
             if type(value) not in _DICTS and _is_open(value):
                 waiting.append(vars(value))
@@ -151,6 +152,14 @@ def _restoring(held: list[Any], shallow: list[dict[str, Any]], network: nn.Modul
     finally:
         for restore in undo:
             restore()
+
+
+def _replace_inference_tensors(value: dict[Any, Any]) -> None:
+    """Replace tensors made in inference mode by copies that a step can update, such as metrics of a validation."""
+    if not torch.is_inference_mode_enabled():
+        for key, one in value.items():
+            if type(one) is Tensor and one.is_inference():
+                value[key] = one.clone()
 
 
 def _is_open(value: Any) -> bool:

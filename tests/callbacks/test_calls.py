@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchmetrics import MeanMetric
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.callbacks.calls import InputCatcher
@@ -232,6 +233,33 @@ class Caught(pl.Callback):
         batch = next(iter(trainer.validate_loop._data_source.dataloader()))
         self.calls = InputCatcher(trainer, pl_module, "model").catch(batch, 0)
         self.examples = PostTrainingQuantization()._examples(trainer, pl_module)
+
+
+def test_a_metric_of_an_earlier_validation_is_updated_between_calls(trainer: MakeTrainer) -> None:
+    """Lightning validates in inference mode, and outside of it nothing updates what was made there."""
+
+    class Measured(SmallModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.metric = MeanMetric()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            self.metric.update(self.model(batch[0]))
+            self.metric.update(self.model(batch[0] * 5 + 1))
+
+        def on_validation_epoch_end(self) -> None:
+            self.metric.reset()
+
+    module, caught = Measured(), Caught()
+    trainer().validate(module, small_loader(), verbose=False)
+    state = module.metric.mean_value
+    assert state.is_inference()
+    catcher = InputCatcher(trainer(), module, "model")
+    assert len(catcher.catch(next(iter(small_loader())), 0)) == 2
+    assert module.metric.mean_value is state
+    assert state.item() == 0
+    trainer(caught).validate(module, small_loader(), verbose=False)
+    assert len(caught.calls) == 2
 
 
 def test_a_state_that_is_none_at_first(trainer: MakeTrainer) -> None:
