@@ -79,11 +79,11 @@ class Push:
         """
         unasked: list[str] = []
         if (target := self._target) is not None:
-            if reason := target.unavailable():
-                unasked.append(f"{reason}.")
             try:
+                if reason := target.unavailable():
+                    unasked.append(f"{reason}.")
                 target.check_recipe(recipe)
-            except DeviceError as error:
+            except (DeviceError, OSError) as error:  # such as a configuration that cannot be read
                 unasked.append(str(error))
             return unasked
         self._unknown_to = {}
@@ -92,7 +92,7 @@ class Push:
                 TARGETS.make(name, self._offered).check_recipe(recipe)
             except UnknownDeviceError as error:
                 self._unknown_to[name] = error
-            except DeviceError as error:
+            except (DeviceError, OSError) as error:
                 unasked.append(str(error))
         if {"aihub", "htp_emulator"} <= self._unknown_to.keys():
             raise self._unknown_to["aihub"]  # the one that knows all phones

@@ -167,7 +167,7 @@ class Submissions:
     ) -> str:
         """Return the id in the journal; else that of what bears the name already; else of what is made now.
 
-        Without ``shared`` only this bundle's journal gives names, and what was never asked for is not looked for.
+        With ``shared``, what another bundle made under that name is looked for, even if this one never asked for it.
         """
         entry = self.journal.entry(key)
         if "id" in entry:

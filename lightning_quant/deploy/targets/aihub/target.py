@@ -246,7 +246,7 @@ def _stacked(inputs: list[Tensors]) -> Tensors:
 
 
 def _float_source(bundle: Bundle) -> Source:
-    """Return the float network; only its latency is of interest, so that of any other weights is the same one."""
+    """Return the float network, named by its structure: only its latency counts, whatever the weights are."""
     path = bundle.aimet / "model.onnx"
     try:
         return Source(str(path), short_hash(structure_sha256(path)))
