@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 PRECISION = "w8a8"
 # Three times what the slowest takes; the NPU's compiler needs minutes for some networks that are left in float.
-LIMIT_S = 60
+LIMIT_S = 120
 # Every stage, with no layer of the NPU in float, none on the CPU and an output that resembles the simulation's.
 NETWORKS = (
     "torchvision/resnet18",
