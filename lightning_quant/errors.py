@@ -14,6 +14,10 @@ class ConfigurationError(LightningQuantError, ValueError):
     """An argument, a combination of arguments, or the Trainer around them cannot work."""
 
 
+class UnknownDeviceError(ConfigurationError):
+    """A target does not have the device that was named."""
+
+
 class DataError(LightningQuantError, ValueError):
     """A data set is missing, laid out differently than expected, or holds a damaged file."""
 

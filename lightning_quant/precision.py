@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,19 @@ class Precision:
         if not isinstance(other, Precision):
             return NotImplemented
         return (self.weight_bits, self.activation_bits) < (other.weight_bits, other.activation_bits)
+
+
+def int16_activations(precision: Precision, layers: Mapping[str, Precision]) -> str | None:
+    """Return the part of a network with 16-bit activations, which not every chip computes; ``None`` without any.
+
+    Args:
+        precision: of the whole network.
+        layers: precision of single ones, by name or glob.
+    """
+    if precision.activation_bits == 16:
+        return str(precision)
+    fine = [f"{name} in {one}" for name, one in layers.items() if one.activation_bits == 16]
+    return f"{precision} with {', '.join(fine)}" if fine else None
 
 
 # Integer kernels of the Hexagon NPU: 4- or 8-bit weights with 8- or 16-bit activations.

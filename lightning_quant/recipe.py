@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.precision import Precision
+from lightning_quant.precision import Precision, int16_activations
 from lightning_quant.simulation.range_estimators import MinMax, RangeEstimator
 from lightning_quant.utilities.hashing import file_sha256
 from lightning_quant.utilities.parsing import parse_as, read_json
@@ -75,6 +75,11 @@ class QuantRecipe:
     def has_fine_grids(self) -> bool:
         """Whether it gives some layer activations with more than 8 bits."""
         return any(one.activation_bits > 8 for one in (self.precision, *self.overrides.values()))
+
+    @property
+    def int16_activations(self) -> str | None:
+        """The part of the network with 16-bit activations; ``None`` without any."""
+        return int16_activations(self.precision, self.overrides)
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be the same quantized network, as JSON values."""

@@ -39,6 +39,7 @@ from lightning_quant.deploy.samples import Samples
 from lightning_quant.deploy.single_samples import first_samples
 from lightning_quant.deploy.targets.target import REPORT_NAME, Target
 from lightning_quant.errors import ConfigurationError, LightningQuantError
+from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 
@@ -94,6 +95,8 @@ class DeviceExport(AnyCallback):
         timeout: seconds for the target, queues included.
         on_failure: ``"warn"`` when the target fails, so that no training run is lost to a service that is down, or
             ``"raise"``. The bundle is there in either case.
+        on_parity: ``"raise"`` when ONNX Runtime computes something else from the files than the simulation, and keep
+            them as ``<name>.failed``; or ``"warn"`` and export them anyway.
         min_psnr: fail below this PSNR in dB against the float network.
         max_metric_drop: fail when ``monitor`` is worse than the float network's by more than this.
         report: write ``<dirpath>/<name>.report/report.html``, one page for everything that was found out, and give
@@ -108,7 +111,8 @@ class DeviceExport(AnyCallback):
         passed_over: why no better target was taken, by its name.
 
     Raises:
-        ConfigurationError: for an unknown value, or without a quantization callback before it.
+        ConfigurationError: for an unknown value, without a quantization callback before it, or at ``setup`` for a
+            device that does not exist or cannot run the network, see :meth:`check_target`.
         ExportError, ParityError: see :func:`~lightning_quant.deploy.export.export_bundle`.
         DeviceError: with ``on_failure="raise"``.
         DeviceBoundError: when a bound is not kept.
@@ -132,6 +136,7 @@ class DeviceExport(AnyCallback):
         wait: bool = True,
         timeout: float = 3600.0,
         on_failure: Literal["warn", "raise"] = "warn",
+        on_parity: Literal["warn", "raise"] = "raise",
         min_psnr: float | None = None,
         max_metric_drop: float | None = None,
         report: bool = True,
@@ -141,8 +146,9 @@ class DeviceExport(AnyCallback):
             raise ConfigurationError(f"samples={samples!r}: expected a whole number of at least 1.")
         if name is not None and (not name or Path(name).name != name):
             raise ConfigurationError(f"name={name!r}: expected a plain file name without a folder.")
-        if on_failure not in POLICIES:
-            raise ConfigurationError(f"on_failure={on_failure!r}: expected one of {', '.join(POLICIES)}.")
+        for argument, policy in {"on_failure": on_failure, "on_parity": on_parity}.items():
+            if policy not in POLICIES:
+                raise ConfigurationError(f"{argument}={policy!r}: expected one of {', '.join(POLICIES)}.")
         if mode not in ("max", "min"):
             raise ConfigurationError(f"mode={mode!r}: expected max or min.")
         self.push = None
@@ -166,6 +172,7 @@ class DeviceExport(AnyCallback):
         self.monitor = monitor
         self.mode = mode
         self.on_failure = on_failure
+        self.on_parity = on_parity
         self.min_psnr = min_psnr
         self.max_metric_drop = max_metric_drop
         self.report = report
@@ -174,6 +181,7 @@ class DeviceExport(AnyCallback):
         self.bundles: dict[str, Bundle] = {}
         self.reports: list[DeviceReport] = []
         self.passed_over: dict[str, str] = {}
+        self._checked: set[str | None] = set()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -192,6 +200,40 @@ class DeviceExport(AnyCallback):
                 f"DeviceExport(network={self.network!r}): expected a network that is quantized, one of "
                 f"{', '.join(map(repr, dict.fromkeys(names)))}."
             )
+        if self.push is not None and stage != "predict":
+            self._check_networks(trainer, pl_module)
+
+    def _check_networks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        refusal = None
+        if trainer.is_global_zero:
+            try:
+                for name, network in quantized_networks(pl_module).items():
+                    if self.network in (None, name):
+                        self.check_target(network.recipe)
+            except ConfigurationError as error:
+                refusal = error
+        refusal = trainer.strategy.broadcast(refusal)  # or the other processes would wait for this one
+        if refusal is not None:
+            raise refusal
+
+    def check_target(self, recipe: QuantRecipe) -> None:
+        """Refuse a device that does not exist, or cannot run what the recipe makes, before any work is spent.
+
+        ``setup`` does so: from tables, and from AI Hub if it answers within seconds. What it does not answer is logged
+        and not asked again until the bundle is run.
+
+        Args:
+            recipe: how the network will be quantized.
+
+        Raises:
+            UnknownDeviceError: for a device that does not exist, with near names.
+            ConfigurationError: for a runtime or precision that the device lacks.
+        """
+        if self.push is None or recipe.int16_activations in self._checked:
+            return
+        for reason in self.push.check(recipe):
+            rank_zero_log(f"Not known before the export whether {self.push.where} can run the network: {reason}")
+        self._checked.add(recipe.int16_activations)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -224,7 +266,7 @@ class DeviceExport(AnyCallback):
             root = Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "export")
             stem = (self.name or f"{network.float_class.__name__}-{network.recipe.precision}") + suffix
             with progress(trainer, f"Exporting {stem}"):
-                bundle = export_bundle(network, root / stem, calls)
+                bundle = export_bundle(network, root / stem, calls, self.on_parity)
             self.bundle = self.bundles[name] = bundle
             exported = _Exported(trainer, pl_module, name, network, calls, bundle)
             parity = bundle.manifest.parity

@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 from lightning_quant.callbacks.calibration import calibration_inputs
 from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import calibration_loader
+from lightning_quant.callbacks.device_export import DeviceExport
 from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.measured_precision import hook_measuring
 from lightning_quant.callbacks.resume_point import ResumePoint
@@ -57,7 +58,8 @@ class Stages:
     def quantize(self) -> None:
         """Climb the ladder from the float network, and export the best one."""
         callback = self.parts.training()  # wrong arguments are refused first, wrong data next
-        self.parts.device_export("checked")
+        export = self.parts.device_export(f"{self.record.model}_{self.record.precision}")
+        export.check_target(callback.recipe)
         with self._stage("data"):
             self._set_up_data()
         with self._stage("float"):
@@ -67,7 +69,7 @@ class Stages:
         with self._stage("ladder"):
             quantized = self._climb(float_module, callback)
         with self._stage("export"):
-            trainer = self._export(quantized)
+            trainer = self._export(quantized, export)
             self._draw(trainer, float_module, quantized)
         (self.folder / "ladder.part").unlink(missing_ok=True)
 
@@ -159,10 +161,8 @@ class Stages:
         self._measure(self.record.exported, task)
         return task
 
-    def _export(self, quantized: pl.LightningModule) -> pl.Trainer:
+    def _export(self, quantized: pl.LightningModule, export: DeviceExport) -> pl.Trainer:
         """Export the network, have the target measure it, and look at each layer; return the Trainer that did so."""
-        name = f"{self.record.model}_{self.record.precision}"
-        export = self.parts.device_export(name)
         trainer = self.parts.trainer(
             self.parts.post_training(),  # finds the network quantized already
             export,
@@ -174,7 +174,7 @@ class Stages:
             trainer.validate(quantized, datamodule=self.parts.data, verbose=False)
         finally:  # of a network that falls below a bound, too, everything made is kept
             if export.bundle is not None:
-                checkpoint = self.folder / f"{name}.ckpt"
+                checkpoint = self.folder / f"{export.name}.ckpt"
                 trainer.save_checkpoint(checkpoint, weights_only=True)
                 manifest = export.bundle.manifest
                 self.record.bytes = manifest.bytes

@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +22,6 @@ from lightning_quant.deploy.bundle import MANIFEST_NAME, Bundle
 from lightning_quant.deploy.graph.files import ENCODINGS_VERSION, QDQ_OPSET, OnnxFiles, write_onnx
 from lightning_quant.deploy.graph.qdq import exact_session
 from lightning_quant.deploy.manifest import BundleFile, BundleManifest
-from lightning_quant.deploy.parity import Parity
 from lightning_quant.deploy.single_samples import first_samples
 from lightning_quant.errors import ExportError, ParityError
 from lightning_quant.simulation.exportable import FLOAT_OPSET
@@ -32,11 +33,17 @@ from lightning_quant.utilities.modules import on_cpu_in_eval
 
 log = logging.getLogger(__name__)
 
+OnParity = Literal["raise", "warn"]
 # Samples that are compared layer by layer where the outputs do not agree.
 _COMPARED_BY_LAYER = 2
 
 
-def export_bundle(network: nn.Module | QuantizedNetwork, path: str | Path, samples: Iterable[NetworkInputs]) -> Bundle:
+def export_bundle(
+    network: nn.Module | QuantizedNetwork,
+    path: str | Path,
+    samples: Iterable[NetworkInputs],
+    on_parity: OnParity = "raise",
+) -> Bundle:
     """Export a calibrated network, check the files against the simulation, and put them in place.
 
     Everything is written to a folder ``.<name>.new`` next to ``path`` and renamed at the end, so a full disk or a
@@ -49,13 +56,17 @@ def export_bundle(network: nn.Module | QuantizedNetwork, path: str | Path, sampl
         samples: calls to compare simulation and export on, e.g. some calibration samples. At least one. The files are
             for the size that the network was built with, or that of the first sample if none has it; they are compared
             on samples of that size.
+        on_parity: what to do when the files compute something else than the simulation: ``"raise"`` keeps them as
+            ``<name>.failed``, beside an earlier bundle; ``"warn"`` makes them the bundle anyway. The next export
+            into the folder removes ``<name>.failed``.
 
     Returns:
         The bundle; its manifest holds hashes, versions, sizes, parity and the tensors without encodings.
 
     Raises:
         ExportError: when not calibrated, a tensor lacks an encoding, or the files cannot be written.
-        ParityError: when ONNX Runtime computes something else from the files than the simulation.
+        ParityError: when ONNX Runtime computes something else from the files than the simulation, with
+            ``on_parity="raise"``.
     """
     path = Path(path).absolute()
     known = QuantizedNetwork.of(network)
@@ -64,11 +75,12 @@ def export_bundle(network: nn.Module | QuantizedNetwork, path: str | Path, sampl
             "The network is not calibrated: expected one that was run by a callback's fit, validate, test or "
             "predict, or passed to calibrate()."
         )
-    if path.exists() and not (path / MANIFEST_NAME).is_file():
-        raise ExportError(
-            f"{path} exists and is not a bundle (it has no {MANIFEST_NAME}): expected a new folder or an earlier "
-            "bundle. Give another folder."
-        )
+    for folder in (path, _failed_folder(path)):
+        if folder.exists() and not (folder / MANIFEST_NAME).is_file():
+            raise ExportError(
+                f"{folder} exists and is not a bundle (it has no {MANIFEST_NAME}): expected a new folder or an earlier "
+                "bundle. Give another folder."
+            )
     network = known
     with on_cpu_in_eval(network.network):
         calls = [call.to(torch.device("cpu")).batched_like(network.inputs) for call in samples]
@@ -80,7 +92,7 @@ def export_bundle(network: nn.Module | QuantizedNetwork, path: str | Path, sampl
         )
         try:
             with exclusive_lock(path.with_name(f".{path.name}.lock"), busy):
-                manifest = _write_whole(network, path, calls)
+                manifest = _write_whole(network, path, calls, on_parity)
         except OSError as error:
             raise ExportError(
                 f"Writing the bundle {path} failed: {error}. Nothing was changed there; free some space or choose "
@@ -89,7 +101,9 @@ def export_bundle(network: nn.Module | QuantizedNetwork, path: str | Path, sampl
     return Bundle(path, manifest)
 
 
-def _write_whole(network: QuantizedNetwork, path: Path, calls: Sequence[NetworkInputs]) -> BundleManifest:
+def _write_whole(
+    network: QuantizedNetwork, path: Path, calls: Sequence[NetworkInputs], on_parity: OnParity
+) -> BundleManifest:
     staging, retired = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     if retired.is_dir() and not path.exists():  # killed between the two renames
         os.replace(retired, path)
@@ -98,10 +112,68 @@ def _write_whole(network: QuantizedNetwork, path: Path, calls: Sequence[NetworkI
     staging.mkdir()
     try:
         manifest = _write(network, staging, path.name, calls)
+        shutil.rmtree(_failed_folder(path), ignore_errors=True)  # of a network before
+        _check_parity(network, manifest, staging, path, calls, on_parity)
         _move_into_place(staging, path, retired)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return manifest
+
+
+def _failed_folder(path: Path) -> Path:
+    return path.with_name(f"{path.name}.failed")
+
+
+def _check_parity(
+    network: QuantizedNetwork,
+    manifest: BundleManifest,
+    staging: Path,
+    path: Path,
+    calls: Sequence[NetworkInputs],
+    on_parity: OnParity,
+) -> None:
+    """Refuse files that compute something else, and keep them where no target takes them from; or warn."""
+    try:
+        parity.check_parity(manifest.parity, manifest.precision)
+    except ParityError as error:
+        difference = _difference(error, network, manifest, staging / f"{path.name}.onnx", calls)
+        if difference is None:
+            return
+        if on_parity == "warn":
+            warnings.warn(f"{difference} Exported anyway, with on_parity='warn'.", stacklevel=4)
+            return
+        failed = _failed_folder(path)
+        os.replace(staging, failed)
+        raise ParityError(
+            f"{difference} The files are kept in {failed}, not as the bundle: what runs on the device would not be "
+            "what was measured. on_parity='warn' exports them anyway. Please report it with the network."
+        ) from None
+
+
+def _difference(
+    error: ParityError, network: QuantizedNetwork, manifest: BundleManifest, qdq: Path, calls: Sequence[NetworkInputs]
+) -> str | None:
+    """Return what differs, with the name of the layer; ``None`` if each layer computes what the simulation computes.
+
+    Single values on the border between two integers are rounded either way, as sums are added in another order. A
+    network with untrained weights amplifies that without limit, so its outputs prove nothing; its layers do.
+    """
+    import onnx
+
+    found = compare_layers(network, onnx.load(qdq), manifest.input_names, calls[:_COMPARED_BY_LAYER])
+    if found.first is not None:
+        why = "; ".join(map(str, found.first.reasons))
+        return f"{error} The first layer that differs is {found.first.layer!r}: {why}."
+    if not found.observed_runs:
+        return str(error)
+    log.warning(
+        "The output of the exported file agrees with the simulation by %s only, but each of its %d layers computes "
+        "what the simulation computes: values on the border between two integers are rounded either way, and this "
+        "network amplifies it, as untrained ones do. The files were kept.",
+        manifest.parity,
+        len(found.layers),
+    )
+    return None
 
 
 def _write(network: QuantizedNetwork, staging: Path, name: str, calls: Sequence[NetworkInputs]) -> BundleManifest:
@@ -119,7 +191,6 @@ def _write(network: QuantizedNetwork, staging: Path, name: str, calls: Sequence[
             "operation AIMET does not quantize? Use nn modules for it, or run with strict=True to find it."
         )
     measured = parity.compare(_outputs(network, qdq, written, calls))
-    _check_agreement(measured, network, qdq, written, calls)
     manifest = BundleManifest(
         **vars(network.manifest()),
         name=name,
@@ -139,34 +210,6 @@ def _write(network: QuantizedNetwork, staging: Path, name: str, calls: Sequence[
     )
     (staging / MANIFEST_NAME).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n")
     return manifest
-
-
-def _check_agreement(
-    measured: Parity, network: QuantizedNetwork, qdq: Path, written: OnnxFiles, calls: Sequence[NetworkInputs]
-) -> None:
-    """Refuse a file that computes something else, with the name of the layer; one that only rounds otherwise is kept.
-
-    Single values on the border between two integers are rounded either way, as sums are added in another order. A
-    network with untrained weights amplifies that without limit, so its outputs prove nothing; its layers do.
-    """
-    try:
-        parity.check_parity(measured, network.recipe.precision)
-    except ParityError as error:
-        import onnx
-
-        found = compare_layers(network, onnx.load(qdq), written.input_names, calls[:_COMPARED_BY_LAYER])
-        if found.first is not None:
-            why = "; ".join(map(str, found.first.reasons))
-            raise ParityError(f"{error} The first layer that differs is {found.first.layer!r}: {why}.") from None
-        if not found.observed_runs:
-            raise
-        log.warning(
-            "The output of the exported file agrees with the simulation by %s only, but each of its %d layers computes "
-            "what the simulation computes: values on the border between two integers are rounded either way, and this "
-            "network amplifies it, as untrained ones do. The files were kept.",
-            measured,
-            len(found.layers),
-        )
 
 
 def _outputs(

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_quant.deploy.parity import Parity, of_export
-from lightning_quant.precision import Precision
+from lightning_quant.precision import int16_activations
 from lightning_quant.simulation.manifest import FORMAT_VERSION, Manifest
 from lightning_quant.utilities.parsing import check, check_version, parse_as
 
@@ -58,12 +58,8 @@ class BundleManifest(Manifest):
 
     @property
     def int16_activations(self) -> str | None:
-        """The part of the network with 16-bit activations, which not every chip computes; ``None`` without any."""
-        if _is_fine(self.precision):
-            return str(self.precision)
-        layers = {**self.overrides, **self.promoted}
-        fine = [f"{name} in {precision}" for name, precision in layers.items() if _is_fine(precision)]
-        return f"{self.precision} with {', '.join(fine)}" if fine else None
+        """The part of the network with 16-bit activations; ``None`` without any."""
+        return int16_activations(self.precision, {**self.overrides, **self.promoted})
 
     def __getitem__(self, entry: str) -> Any:
         """Return an entry as ``manifest.json`` has it, such as ``manifest["parity"]["psnr_db"]``."""
@@ -96,7 +92,3 @@ def _own_fields() -> dict[str, Any]:
     """Return the fields that the manifest of a network does not have, with their types."""
     hints = typing.get_type_hints(BundleManifest)
     return {name: hints[name] for name in BundleManifest.__annotations__}
-
-
-def _is_fine(precision: Precision) -> bool:
-    return precision.activation_bits == 16

@@ -147,6 +147,5 @@ def check_parity(parity: Parity, precision: Precision) -> None:
         raise ParityError(
             f"The exported model differs from the simulation: {parity.psnr_db:.1f} dB{share} over "
             f"{parity.samples} samples at {precision}; expected at least {bar:.0f} dB"
-            f"{'' if precision.activation_bits >= 16 else ' and 99 %'}. The files were not kept: what runs on the "
-            "device would not be what was measured. Please report it with the network."
+            f"{'' if precision.activation_bits >= 16 else ' and 99 %'}."
         )

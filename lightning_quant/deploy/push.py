@@ -20,7 +20,9 @@ from lightning_quant.errors import (
     DeviceBoundError,
     DeviceError,
     DeviceUnavailableError,
+    UnknownDeviceError,
 )
+from lightning_quant.recipe import QuantRecipe
 from lightning_quant.utilities.monitor import Monitor
 from lightning_quant.utilities.registry import Spec
 
@@ -51,12 +53,50 @@ class Push:
         self.options = options
         self.passed_over: dict[str, str] = {}
         self._target: Target | None = None
+        self._unknown_to: dict[str, UnknownDeviceError] = {}
         if target == "auto":
             self._check_single("auto")
         else:  # wrong arguments are refused now, not after training
             self._target = TARGETS.make(target, self._offered)
         self._kept = isinstance(target, str) and (target == "auto" or target in TARGETS.homes)
         self.where = target.name if isinstance(target, Target) else ", ".join(self.devices)
+
+    def check(self, recipe: QuantRecipe) -> list[str]:
+        """Refuse, before a network is trained, a device that does not exist or cannot run what the recipe makes.
+
+        With ``"auto"`` a device is refused if neither AI Hub nor the emulator has it. Without an answer of AI Hub that
+        is not known, and the targets are chosen by :meth:`run`.
+
+        Args:
+            recipe: how the network will be quantized.
+
+        Returns:
+            Why a target could not be asked, a sentence each.
+
+        Raises:
+            UnknownDeviceError: for a device that does not exist, with near names.
+            ConfigurationError: for a runtime or precision that the device lacks.
+        """
+        unasked: list[str] = []
+        if (target := self._target) is not None:
+            try:
+                if reason := target.unavailable():
+                    unasked.append(f"{reason}.")
+                target.check_recipe(recipe)
+            except (DeviceError, OSError) as error:  # such as a configuration that cannot be read
+                unasked.append(str(error))
+            return unasked
+        self._unknown_to = {}
+        for name in TARGETS.homes:
+            try:
+                TARGETS.make(name, self._offered).check_recipe(recipe)
+            except UnknownDeviceError as error:
+                self._unknown_to[name] = error
+            except (DeviceError, OSError) as error:
+                unasked.append(str(error))
+        if {"aihub", "htp_emulator"} <= self._unknown_to.keys():
+            raise self._unknown_to["aihub"]  # the one that knows all phones
+        return unasked
 
     def run(self, bundle: Bundle, samples: Samples) -> list[Measured]:
         """Run a bundle and write a report for each device and runtime; artifacts are kept next to the bundle.
@@ -93,6 +133,8 @@ class Push:
             return target
         for name in TARGETS.homes:
             try:
+                if name in self._unknown_to:
+                    raise self._unknown_to[name]
                 target = TARGETS.make(name, self._offered)
                 if (reason := target.unavailable()) is None:
                     target.check(bundle)

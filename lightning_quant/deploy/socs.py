@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 
-from lightning_quant.errors import ConfigurationError
+from lightning_quant.errors import ConfigurationError, UnknownDeviceError
+
+# From this version of the Hexagon NPU on activations may have 16 bits.
+HEXAGON_WITH_INT16 = 69
 
 # Chips that the NPU's compiler knows (QAIRT 2.51), with the version of their Hexagon NPU.
 # Names and chips of phones: Qualcomm AI Hub's list of devices (attributes chipset:… and hexagon:…).
@@ -64,19 +67,38 @@ _DEVICES = {
     "Snapdragon X2 Elite CRD": "SC8480XP",
 }
 
+_SOCS = {name.lower(): soc for name, soc in _DEVICES.items()} | {soc.lower(): soc for soc in HEXAGON}
+
 
 def soc_of(device: str) -> str:
     """Return the chip of a device, e.g. ``"SM8650"`` for ``"Samsung Galaxy S24"``; the name of a chip as it is.
 
     Raises:
-        ConfigurationError: if it is not known, with near names.
+        UnknownDeviceError: if it is not known, with near names.
     """
-    known = {name.lower(): soc for name, soc in _DEVICES.items()} | {soc.lower(): soc for soc in HEXAGON}
-    soc = known.get(device.strip().lower())
+    soc = _SOCS.get(device.strip().lower())
     if soc is None:
         near = difflib.get_close_matches(device, [*_DEVICES, *HEXAGON], n=3, cutoff=0.4)
-        raise ConfigurationError(
+        raise UnknownDeviceError(
             f"No chip known for device {device!r}: expected one of {', '.join(near or _DEVICES)}, or the name of a "
             f"chip ({', '.join(HEXAGON)})."
         )
     return soc
+
+
+def check_activations(device: str, int16_activations: str | None) -> None:
+    """Refuse 16-bit activations on a device whose chip is known not to have them.
+
+    Args:
+        device: its name, or that of a chip; one that is not in the table passes.
+        int16_activations: the part of the network that has them, if any.
+
+    Raises:
+        ConfigurationError: naming that part and the chip.
+    """
+    soc = _SOCS.get(device.strip().lower())
+    if int16_activations and soc is not None and HEXAGON[soc] < HEXAGON_WITH_INT16:
+        raise ConfigurationError(
+            f"{int16_activations} on {device}: expected a chip with 16-bit activations, but the Hexagon "
+            f"v{HEXAGON[soc]} of {soc} has 8-bit ones only. Use w8a8 or w4a8, or a newer device."
+        )

@@ -214,6 +214,8 @@ class Service:
     def _list_models(self, call: Call) -> Message:
         producer = call.option("producer")
         models = [model for model in self._store.all(Model) if producer in ("", model.producer)]
+        # what a deleted job made is deleted with it
+        models = [model for model in models if not model.producer or self._store.find(Job, model.producer)]
         found = [self._model_message(model) for model in _page(call, models)]
         return pb.ModelList(models=found, total_query_count=len(models))
 

@@ -164,10 +164,29 @@ def test_listed_before_the_quantization_callback(trainer: MakeTrainer, tmp_path:
         trainer(lq.DeviceExport(tmp_path), lq.PostTrainingQuantization()).fit(SmallModule(), small_loader())
 
 
+@pytest.mark.parametrize("precision", [{"precision": "w8a16"}, {"precision": "w8a8", "overrides": {"head": "w8a16"}}])
+@pytest.mark.parametrize("target", ["htp_emulator", "auto"])
+def test_activations_that_the_chip_lacks_are_refused_before_training(
+    trainer: MakeTrainer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: dict[str, Any],
+    target: str,
+) -> None:
+    monkeypatch.setenv("QAIHUB_CLIENT_INI", str(tmp_path / "none.ini"))
+    module = SmallModule()
+    export = lq.DeviceExport(tmp_path / "out", target=target, device="Samsung Galaxy S21")
+    with pytest.raises(ConfigurationError, match="w8a16 on Samsung Galaxy S21: expected a chip with 16-bit"):
+        trainer(lq.QuantizationAwareTraining(**precision), export, max_epochs=1).fit(module, small_loader())
+    assert "training" not in module.called
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"on_failure": "cry"}, r"on_failure='cry': expected one of warn, raise"),
+        ({"on_parity": "ignore"}, r"on_parity='ignore': expected one of warn, raise"),
         ({"mode": "best"}, r"mode='best': expected max or min"),
         ({"target": "htp_emulator", "device": "Nokia 3310"}, r"No chip known for device 'Nokia 3310'"),
         ({"target": "aihub", "runtime": "coreml"}, r"Unknown runtime 'coreml'"),
@@ -182,7 +201,7 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         lq.DeviceExport(**arguments)
 
 
-def test_files_that_compute_something_else_are_not_kept(
+def test_files_that_compute_something_else_are_kept_under_a_name_that_says_so(
     trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = aimet.export
@@ -196,7 +215,26 @@ def test_files_that_compute_something_else_are_not_kept(
         trainer(lq.PostTrainingQuantization("w4a8"), lq.DeviceExport(tmp_path / "out")).fit(
             SmallModule(), small_loader()
         )
-    assert files_below(tmp_path / "out") == set()
+    assert files_below(tmp_path / "out") == {
+        "SmallNet-w4a8.failed/SmallNet-w4a8.aimet/model.onnx",
+        "SmallNet-w4a8.failed/SmallNet-w4a8.aimet/model.encodings",
+        "SmallNet-w4a8.failed/SmallNet-w4a8.onnx",
+        "SmallNet-w4a8.failed/manifest.json",
+    }
+
+
+def test_files_that_compute_something_else_are_exported_if_that_is_asked_for(
+    trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_quant.deploy import parity
+
+    monkeypatch.setattr(parity, "COARSE_BAR", 200.0)
+    export = lq.DeviceExport(tmp_path / "out", target="onnxruntime", name="net", on_parity="warn", report=False)
+    with pytest.warns(UserWarning, match=r"expected at least 200 dB and 99 %\. Exported anyway"):
+        trainer(lq.PostTrainingQuantization("w4a8"), export).fit(SmallModule(), small_loader())
+    assert load_bundle(tmp_path / "out/net").manifest.parity.psnr_db < 200
+    assert len(export.reports) == 1
+    assert not (tmp_path / "out/net.failed").exists()
 
 
 def test_by_default_the_best_target_that_is_there(

@@ -178,6 +178,14 @@ def test_a_second_run_in_the_same_folder_is_refused(sweep: tuple[Path, str]) -> 
     assert not (folder / "taken/results.json").exists()
 
 
+def test_a_device_that_cannot_run_it_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    arguments = ["precision=w8a16", "target=htp_emulator", "target.device=Samsung Galaxy S21", "hydra.run.dir=out"]
+    output = lightning_quant(tmp_path, *SMALL, *arguments, status=1)
+    assert "ConfigurationError: w8a16 on Samsung Galaxy S21: expected a chip with 16-bit activations" in output
+    assert RunRecord.read(tmp_path / "out/results.json").seconds == {}
+    assert not (tmp_path / "outputs/float").exists()
+
+
 def test_tables_of_a_run_that_was_stopped_are_kept(sweep: tuple[Path, str]) -> None:
     folder, _ = sweep
     arguments = [*SMALL, "hydra.run.dir=tables", "precision=w8a16", "skip_finished=true"]

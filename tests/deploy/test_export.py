@@ -318,11 +318,20 @@ def test_a_file_that_computes_something_else_fails_loudly(
         tamper(Path(file), 1.2)
 
     monkeypatch.setattr(aimet, "export", export)
-    with pytest.raises(ParityError, match=rf"differs from the simulation: .* at {precision}.*not kept.*") as caught:
+    expected = rf"differs from .* at {precision}.*The files are kept in .*net\.failed"
+    with pytest.raises(ParityError, match=expected) as caught:
         export_bundle(made, old.path, SAMPLES)
     assert "The first layer that differs is 'conv': " in str(caught.value)
     assert "scale of conv.weight" in str(caught.value)
     assert contents(old.path) == before
+    failed = tmp_path / "net.failed"
+    assert sorted(tmp_path.iterdir()) == [old.path, failed]
+    assert contents(failed).keys() == before.keys()
+    with pytest.raises(ExportError, match="in a folder of the name they were exported to"):
+        load_bundle(failed)  # no target takes it from there
+    with pytest.warns(UserWarning, match=r"differs from the simulation: .* Exported anyway"):
+        bundle = export_bundle(made, old.path, SAMPLES, on_parity="warn")
+    assert load_bundle(bundle.path).manifest.parity.psnr_db < 60
     assert list(tmp_path.iterdir()) == [old.path]
     monkeypatch.undo()
     export_bundle(made, old.path, SAMPLES)  # the same without tampering passes

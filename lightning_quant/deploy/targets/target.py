@@ -14,6 +14,7 @@ from lightning_quant.utilities.registry import Registry
 if TYPE_CHECKING:  # a worker process needs none of what these import: PyTorch, which takes seconds
     from lightning_quant.deploy.bundle import Bundle
     from lightning_quant.deploy.samples import Tensors
+    from lightning_quant.recipe import QuantRecipe
 
 REPORT_NAME = "report.json"
 # Seconds of a limit, at most; systems cannot wait for ever.
@@ -79,6 +80,18 @@ class Target(ABC):
     def unavailable(self) -> str | None:
         """Return why this target cannot be used here and now, or ``None`` if it can. Costs seconds at most."""
         return None
+
+    def check_recipe(self, recipe: QuantRecipe) -> None:  # noqa: B027
+        """Refuse, before a network is trained, what cannot run here however it is trained. Costs seconds at most.
+
+        Args:
+            recipe: how the network will be quantized.
+
+        Raises:
+            UnknownDeviceError: for a device that does not exist here, with near names.
+            ConfigurationError: for a device that lacks what the network or the options need.
+            DeviceError: when that cannot be found out now. It is logged, and found out when the bundle is run.
+        """
 
     def check(self, bundle: Bundle) -> None:  # noqa: B027
         """Refuse what cannot work before any work is spent on it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lightning_quant.deploy.samples import Samples
 from lightning_quant.deploy.targets.onnxruntime import OnnxRuntimeTarget
 from lightning_quant.deploy.targets.target import TARGETS, Measured, folder_name
 from lightning_quant.errors import ConfigurationError, DeviceError, DeviceUnavailableError
+from lightning_quant.recipe import QuantRecipe
 from lightning_quant.report.record import RunRecord
 from lightning_quant.simulation.calibrate import calibrate
 from tests.helpers.networks import Body, call, images, quantized
@@ -114,6 +116,30 @@ def test_a_class_without_run_cannot_be_made() -> None:
 
     with pytest.raises(ConfigurationError, match=r"Target 'nothing' with options {}: .*abstract.*run"):
         lq.DeviceExport(target="nothing")
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"), [(ConfigurationError("no such board"), True), (DeviceError("the board is asleep"), False)]
+)
+def test_refuses_or_cannot_know_before_training(
+    trainer: MakeTrainer, tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception, refused: bool
+) -> None:
+    asked = []
+
+    class Choosy(Board):
+        def check_recipe(self, recipe: QuantRecipe) -> None:
+            asked.append(str(recipe.precision))
+            raise error
+
+    export = lq.DeviceExport(tmp_path, target=Choosy(), name="net", samples=1, report=False)
+    one = trainer(lq.PostTrainingQuantization("w8a8", calibration_dataloader=small_loader()), export)
+    with pytest.raises(ConfigurationError, match="no such board") if refused else nullcontext():
+        one.validate(SmallModule(), small_loader(), verbose=False)
+    assert asked == ["w8a8"]
+    assert export.bundles.keys() == (set() if refused else {"model"})
+    assert ("Not known before the export whether board can run the network: the board is asleep" in caplog.text) is (
+        not refused
+    )
 
 
 def test_from_fit_to_report(trainer: MakeTrainer, tmp_path: Path) -> None:

@@ -16,12 +16,42 @@ RUNTIMES = {
 
 
 @dataclass(frozen=True)
+class DeviceCheck:
+    """Devices to find before anything is trained for them.
+
+    Args:
+        profile: name of the client's configuration.
+        devices: their names.
+        runtimes: what to compile to, of :data:`RUNTIMES`.
+        int16_activations: the part of the network with 16-bit activations, if any.
+        timeout: seconds for everything.
+    """
+
+    profile: str | None
+    devices: list[str]
+    runtimes: list[str]
+    int16_activations: str | None
+    timeout: float
+
+
+@dataclass(frozen=True)
+class DevicesFound:
+    """The devices that can run the network.
+
+    Args:
+        devices: their names.
+    """
+
+    devices: list[str]
+
+
+@dataclass(frozen=True)
 class Source:
     """A file to upload.
 
     Args:
         path: where it is.
-        hash: of what it was made of; names the upload.
+        hash: of what makes it the same to AI Hub; names the upload.
     """
 
     path: str
@@ -50,6 +80,7 @@ class Job:
         patience: seconds for which a failing service is asked again.
         poll_seconds: between questions for a job's state, at most.
         journal: path of the journal.
+        locks: folder of the locks by which a user's processes on this machine upload a model once.
         folder: where artifacts go, in a folder for each device and runtime.
     """
 
@@ -70,6 +101,7 @@ class Job:
     patience: float
     poll_seconds: float
     journal: str
+    locks: str
     folder: str
 
 

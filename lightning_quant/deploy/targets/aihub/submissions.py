@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from lightning_quant.deploy.targets.aihub.job import Job, Source
 from lightning_quant.deploy.targets.aihub.journal import Journal
 from lightning_quant.deploy.targets.aihub.service import PAGE, Gone, Service
@@ -37,7 +39,15 @@ class Submissions:
         self.journal = journal
 
     def upload_model(self, source: Source) -> str:
-        """Upload a model unless it was; return its id."""
+        """Upload a model unless it was, by this bundle or by any other; return its id.
+
+        The float network of a sweep is the same for every precision, so the others find it at AI Hub by its name.
+        Processes of one machine that want the same model wait for the one that uploads it.
+        """
+        with self._alone(f"model-{source.hash}"):
+            return self._upload_model(source)
+
+    def _upload_model(self, source: Source) -> str:
         key = f"model-{source.hash}"
         service = self.service
 
@@ -48,7 +58,7 @@ class Submissions:
             found = service.find_by_name(name, lambda offset: service.client.get_models(offset, PAGE))
             return found and found.model_id
 
-        identity = self._make_once(key, "uploading the model", upload, find)
+        identity = self._make_once(key, "uploading the model", upload, find, shared=True)
 
         def is_complete() -> bool:
             return service.api.get_model(service.config, identity).file_upload_complete
@@ -59,6 +69,20 @@ class Submissions:
                     "uploading the model", lambda: service.api.upload_model(service.config, source.path, identity)
                 )
         return identity
+
+    @contextlib.contextmanager
+    def _alone(self, key: str) -> Iterator[None]:
+        """Hold a lock for a block. Its empty file stays, for others may wait for it."""
+        path = Path(self.job.locks) / f"{key}.lock"
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        try:
+            with FileLock(path, timeout=max(0.0, self.service.deadline - time.monotonic())):
+                yield
+        except Timeout:
+            raise DeviceTimeoutError(
+                f"AI Hub did not finish in time: another process was still uploading {key} after "
+                f"{self.job.timeout:g} s. Run again to resume."
+            ) from None
 
     def upload_inputs(self, path: Path) -> str:
         """Upload the samples unless they were; return the id of the data set."""
@@ -133,15 +157,25 @@ class Submissions:
         self.journal.note(key, url=url)
         return url
 
-    def _make_once(self, key: str, what: str, request: Callable[[str], str], find: Callable[[str], str | None]) -> str:
-        """Return the id in the journal; else that of what bears the name already; else of what is made now."""
+    def _make_once(
+        self,
+        key: str,
+        what: str,
+        request: Callable[[str], str],
+        find: Callable[[str], str | None],
+        shared: bool = False,
+    ) -> str:
+        """Return the id in the journal; else that of what bears the name already; else of what is made now.
+
+        With ``shared``, what another bundle made under that name is looked for, even if this one never asked for it.
+        """
         entry = self.journal.entry(key)
         if "id" in entry:
             return entry["id"]
         name = f"lq-{key}" + (f"-{entry['attempt']}" if "attempt" in entry else "")
         service = self.service
         found = None
-        if entry.get("state") == "asked":  # an earlier run asked for it and never knew what became of that
+        if shared or entry.get("state") == "asked":  # an earlier run may not have known what became of its request
             found = service.read(f"looking for {name}", lambda: find(name))
         self.journal.note(key, state="asked", name=name)
         identity = found or service.make(what, lambda: request(name), lambda: find(name))

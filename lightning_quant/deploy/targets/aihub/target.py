@@ -24,12 +24,23 @@ from typing_extensions import override
 
 from lightning_quant.deploy.bundle import Bundle, load_bundle
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.graph.structure import structure_sha256
 from lightning_quant.deploy.samples import Tensors
-from lightning_quant.deploy.targets.aihub.job import RUNTIMES, Job, Outcome, Outcomes, Source
+from lightning_quant.deploy.socs import check_activations
+from lightning_quant.deploy.targets.aihub.job import (
+    RUNTIMES,
+    DeviceCheck,
+    DevicesFound,
+    Job,
+    Outcome,
+    Outcomes,
+    Source,
+)
 from lightning_quant.deploy.targets.aihub.profile import Profile
 from lightning_quant.deploy.targets.target import LONGEST, Measured, Target, folder_name
 from lightning_quant.deploy.targets.worker import run_worker
-from lightning_quant.errors import ConfigurationError, DeviceError
+from lightning_quant.errors import ConfigurationError, DeviceError, DeviceUnavailableError
+from lightning_quant.recipe import QuantRecipe
 from lightning_quant.utilities.hashing import arrays_hash, short_hash
 from lightning_quant.utilities.parsing import check, read_arrays
 
@@ -38,6 +49,8 @@ JOURNAL_NAME = "journal.json"
 
 # The worker keeps the limits itself; should its library hang, it is killed this much later.
 _GRACE = 60.0
+# Before training devices are only looked up, and not for longer than a user waits for nothing.
+_CHECK_SECONDS, _CHECK_GRACE = 6.0, 4.0
 
 
 class AiHubTarget(Target):
@@ -124,6 +137,21 @@ class AiHubTarget(Target):
         return None
 
     @override
+    def check_recipe(self, recipe: QuantRecipe) -> None:
+        what = recipe.int16_activations
+        for device in self.devices:
+            check_activations(device, what)
+        if self.unavailable() is not None:
+            return
+        job = DeviceCheck(self.profile, self.devices, self.runtimes, what, _CHECK_SECONDS)
+        worker = "lightning_quant.deploy.targets.aihub.devices"
+        with tempfile.TemporaryDirectory(prefix="lightning-quant-aihub-") as scratch:
+            try:
+                run_worker(worker, job, Path(scratch), _CHECK_SECONDS + _CHECK_GRACE, DevicesFound)
+            except DeviceUnavailableError:
+                raise DeviceUnavailableError("AI Hub gave no list of its devices within a few seconds.") from None
+
+    @override
     def check(self, bundle: Bundle) -> None:
         load_bundle(bundle.path)  # every file is the one that was exported
 
@@ -151,6 +179,7 @@ class AiHubTarget(Target):
                 patience=self.patience,
                 poll_seconds=self.poll_seconds,
                 journal=str((folder / JOURNAL_NAME).absolute()),
+                locks=str(Path(tempfile.gettempdir()) / f"lightning-quant-{short_hash(str(Path.home()))}"),
                 folder=str(folder.absolute()),
             )
             worker = "lightning_quant.deploy.targets.aihub.worker"
@@ -217,8 +246,12 @@ def _stacked(inputs: list[Tensors]) -> Tensors:
 
 
 def _float_source(bundle: Bundle) -> Source:
+    """Return the float network, named by its structure: only its latency counts, whatever the weights are."""
     path = bundle.aimet / "model.onnx"
-    return Source(str(path), _hash(bundle, path))
+    try:
+        return Source(str(path), short_hash(structure_sha256(path)))
+    except Exception as error:  # of protobuf's own classes
+        raise DeviceError(f"{path} cannot be read as ONNX: {error}. Export it again.") from error
 
 
 def _hash(bundle: Bundle, *files: Path) -> str:

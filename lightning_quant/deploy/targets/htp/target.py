@@ -22,11 +22,11 @@ from typing_extensions import override
 from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.samples import Tensors
-from lightning_quant.deploy.socs import HEXAGON, soc_of
+from lightning_quant.deploy.socs import check_activations, soc_of
 from lightning_quant.deploy.targets.htp.job import Compiled, Job
 from lightning_quant.deploy.targets.target import Measured, Target, folder_name
 from lightning_quant.deploy.targets.worker import run_worker
-from lightning_quant.errors import ConfigurationError
+from lightning_quant.recipe import QuantRecipe
 from lightning_quant.utilities.parsing import read_arrays
 
 # Emulating takes some 0.3 to 4 s for 3×256×512 numbers: of larger samples fewer are taken.
@@ -42,7 +42,7 @@ class HtpEmulatorTarget(Target):
         memory_gb: address space the process may use, in 10^9 bytes.
 
     Raises:
-        ConfigurationError: for a device whose chip is not known.
+        UnknownDeviceError: for a device whose chip is not known.
     """
 
     name = "htp_emulator"
@@ -65,13 +65,12 @@ class HtpEmulatorTarget(Target):
         return None
 
     @override
+    def check_recipe(self, recipe: QuantRecipe) -> None:
+        check_activations(self.device, recipe.int16_activations)
+
+    @override
     def check(self, bundle: Bundle) -> None:
-        what = bundle.manifest.int16_activations
-        if what and HEXAGON[self.soc] < 69:
-            raise ConfigurationError(
-                f"{what} on {self.device}: expected a chip with 16-bit activations, but the "
-                f"Hexagon v{HEXAGON[self.soc]} of {self.soc} has 8-bit ones only. Use w8a8 or w4a8, or a newer device."
-            )
+        check_activations(self.device, bundle.manifest.int16_activations)
 
     @override
     def run(self, bundle: Bundle, inputs: list[Tensors], folder: Path) -> list[Measured]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from filelock import FileLock
 from lightning.pytorch import Trainer
 
 import lightning_quant as lq
-from lightning_quant.deploy.bundle import Bundle
+from lightning_quant.deploy.bundle import Bundle, load_bundle
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.push import Push, check_bounds, device_folder, resume
@@ -39,6 +41,7 @@ from lightning_quant.report.record import RunRecord
 from lightning_quant.simulation.calibrate import calibrate
 from tests.aihub import faults
 from tests.aihub.standin import StandIn
+from tests.deploy.targets.aihub.conftest import TOKEN
 from tests.helpers.networks import Body, call, images, quantized
 from tests.helpers.small import SmallModule, small_loader
 
@@ -46,22 +49,7 @@ pytestmark = pytest.mark.slow
 
 MakeTrainer = Callable[..., Trainer]
 
-TOKEN = "t0ken-that-must-not-be-found-anywhere"
 S24 = "Samsung Galaxy S24"
-IMPATIENT = Path(__file__).resolve().parents[3] / "aihub" / "impatient"
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    """A stand-in that the default configuration leads to; the worker's delays are short."""
-    root = IMPATIENT.parents[2]
-    monkeypatch.setenv("PYTHONPATH", f"{IMPATIENT}{os.pathsep}{root}")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("NETRC", os.devnull)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    with StandIn(tmp_path / "hub", TOKEN, part_size=4096) as hub:
-        monkeypatch.setenv("QAIHUB_CLIENT_INI", str(hub.write_ini(tmp_path / "secret" / "client.ini")))
-        yield hub
 
 
 def samples_and_bundle(path: Path, precision: str = "w8a8", **recipe: Any) -> tuple[Bundle, Samples]:
@@ -146,6 +134,35 @@ def test_quantized_against_float_on_the_device(hub: StandIn, exported: Any) -> N
     assert one.report.speedup == 1
     assert {"float compile", "float inference"} <= one.report.jobs.keys()
     assert "1.0 times as fast as float" in one.report.sentence()
+
+
+def test_the_float_network_of_a_sweep_is_uploaded_once(hub: StandIn, tmp_path: Path) -> None:
+    """Its weights are others for each precision, which AI Hub does not measure."""
+    bundles = [samples_and_bundle(tmp_path / precision / "net", precision) for precision in ("w8a8", "w8a16", "w4a16")]
+    floats = {exported[0].manifest.files["net.aimet/model.onnx"].sha256 for exported in bundles}
+    assert len(floats) > 1
+    with ThreadPoolExecutor(len(bundles)) as pool:  # a process each, at the same time
+        found = list(pool.map(lambda exported: push(exported, compare_float=True), bundles))
+    assert all(one.report.speedup == 1 for (one,) in found)
+    assert len(hub.posts("models")) == len(bundles) + 1
+    assert not [what for what in hub.duplicates() if what.startswith("model")]
+
+
+def test_a_model_that_waits_too_long_for_another_process(
+    hub: StandIn, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.inject(faults.late(3), faults.CREATE_MODEL)
+    other = (load_bundle(exported[0].path), exported[1])
+    copied = tmp_path / "other" / "net"
+    shutil.copytree(other[0].path, copied)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(push, exported)
+        while not hub.posts("models"):
+            time.sleep(0.05)
+        with pytest.raises(DeviceTimeoutError, match="another process was still uploading model-"):
+            push((load_bundle(copied), exported[1]), timeout=1)
+        assert first.result()[0].report.status == "finished"
+    assert len(hub.posts("models")) == 1
 
 
 def test_several_devices_of_which_one_fails(hub: StandIn, exported: Any) -> None:

@@ -22,7 +22,6 @@ from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.push import Push, device_folder
 from lightning_quant.deploy.samples import Samples
-from lightning_quant.deploy.socs import HEXAGON, QNN_SOC_IDS, soc_of
 from lightning_quant.deploy.targets.htp import target as htp_emulator
 from lightning_quant.deploy.targets.htp.target import HtpEmulatorTarget
 from lightning_quant.domains.segmentation.cityscapes import NUM_CLASSES
@@ -152,13 +151,6 @@ def test_what_the_preflight_says_of_one_output_channel_is_so(tmp_path: Path) -> 
         emulated("narrow")
     (wide,) = emulated("wide", overrides={"2": Precision.parse("w8a8")})
     assert wide.report.fallen_back == {}
-
-
-def test_every_device_has_a_chip_that_the_compiler_knows() -> None:
-    assert HEXAGON.keys() == QNN_SOC_IDS.keys()
-    assert soc_of("samsung galaxy s24 ") == soc_of("sm8650") == "SM8650"
-    with pytest.raises(ConfigurationError, match=r"expected one of Samsung Galaxy S2.*or the name of a chip"):
-        soc_of("Samsung Galaxy S2")
 
 
 @pytest.fixture(scope="module", params=["ffnet_nano", "lraspp"])
