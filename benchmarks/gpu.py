@@ -260,9 +260,11 @@ class Loop:
     def validating(self) -> Iterator[None]:
         """Eval mode, and what a validation loop holds."""
         _mode(self.variant.learner, False)
-        with self.variant.held():
-            yield
-        _mode(self.variant.learner, True)
+        try:
+            with self.variant.held():
+                yield
+        finally:
+            _mode(self.variant.learner, True)
 
     def saved(self) -> int:
         """What a forward pass leaves for the backward pass; on a CPU what autograd says that it keeps."""
@@ -421,17 +423,26 @@ def measure_steps(
     targets = targets.to(turns.device)
     row["errors"] = turns.errors
     loops: dict[str, Loop] = {}
-    for name, make in variants(case, images, compiled).items():
-        if wanted is not None and name not in wanted:
-            continue
-        loop = turns.attempt(name, lambda make=make: Loop(make(), images, targets, case.precision))
-        if loop is not None:
+    makers = {
+        name: lambda make=make: Loop(make(), images, targets, case.precision)
+        for name, make in variants(case, images, compiled).items()
+        if wanted is None or name in wanted
+    }
+    for name, make in makers.items():
+        # what fails beside others, which fill the memory too, may run alone: that decides
+        with contextlib.suppress(Exception):
+            loops[name] = make()
+            _mode(loops[name].variant.learner, True)
+            loops[name].train()
+            with loops[name].validating():
+                loops[name].validate()
+        _tidy()
+    card.alone()
+    for name, make in makers.items():
+        if name not in loops and (loop := turns.attempt(name, make)) is not None:
             loops[name] = loop
             _mode(loop.variant.learner, True)
-            turns.attempt(name, loop.train)
-            with loop.validating():
-                turns.attempt(name, loop.validate)
-    card.alone()
+    loops = {name: loops[name] for name in makers if name in loops}
     row["what"] = {name: loop.variant.what for name, loop in loops.items() if loop.variant.what}
     row["train_s"] = turns.medians({name: loop.train for name, loop in loops.items()})
     save()

@@ -10,7 +10,7 @@ import argparse
 import sys
 import types
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -132,7 +132,7 @@ def _restoring(held: list[Any], shallow: list[dict[str, Any]], network: nn.Modul
         elif isinstance(value, dict):
             undo.append(of_dict(value))
             if 0 < len(value) <= _MANY:
-                _replace_inference_tensors(value)
+                _replace_inference_tensors(value, value.items())
                 waiting += value.values()
             if type(value) not in _DICTS and _is_open(value):
                 waiting.append(vars(value))
@@ -140,6 +140,8 @@ def _restoring(held: list[Any], shallow: list[dict[str, Any]], network: nn.Modul
             if not isinstance(value, tuple):
                 undo.append(of_collection(value))
             if len(value) <= _MANY and not isinstance(value, set):
+                if not isinstance(value, tuple):
+                    _replace_inference_tensors(value, enumerate(value))
                 waiting += value
         elif _is_open(value):
             waiting.append(vars(value))
@@ -154,12 +156,12 @@ def _restoring(held: list[Any], shallow: list[dict[str, Any]], network: nn.Modul
             restore()
 
 
-def _replace_inference_tensors(value: dict[Any, Any]) -> None:
+def _replace_inference_tensors(holder: Any, items: Iterable[tuple[Any, Any]]) -> None:
     """Replace tensors made in inference mode by copies that a step can update, such as metrics of a validation."""
     if not torch.is_inference_mode_enabled():
-        for key, one in value.items():
+        for key, one in items:
             if type(one) is Tensor and one.is_inference():
-                value[key] = one.clone()
+                holder[key] = one.clone()
 
 
 def _is_open(value: Any) -> bool:

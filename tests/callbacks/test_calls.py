@@ -235,28 +235,42 @@ class Caught(pl.Callback):
         self.examples = PostTrainingQuantization()._examples(trainer, pl_module)
 
 
-def test_a_metric_of_an_earlier_validation_is_updated_between_calls(trainer: MakeTrainer) -> None:
+@pytest.mark.parametrize("kept_in", ["metric", "buffer", "list", "dict"])
+def test_what_an_earlier_validation_made_is_updated_between_calls(trainer: MakeTrainer, kept_in: str) -> None:
     """Lightning validates in inference mode, and outside of it nothing updates what was made there."""
 
     class Measured(SmallModule):
         def __init__(self) -> None:
             super().__init__()
             self.metric = MeanMetric()
+            self.register_buffer("seen", torch.zeros(()))
+            self.counts, self.sums = [torch.zeros(())], {"all": torch.zeros(())}
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-            self.metric.update(self.model(batch[0]))
-            self.metric.update(self.model(batch[0] * 5 + 1))
+            for images in (batch[0], batch[0] * 5 + 1):
+                self.update(self.model(images).mean())
+
+        def update(self, value: Tensor) -> None:
+            if kept_in == "metric":
+                self.metric.update(value)
+            else:
+                self.state().add_(value)
+
+        def state(self) -> Tensor:
+            states = {"metric": self.metric.mean_value, "buffer": self.seen}
+            return {**states, "list": self.counts[0], "dict": self.sums["all"]}[kept_in]
 
         def on_validation_epoch_end(self) -> None:
             self.metric.reset()
+            self.seen, self.counts[0], self.sums["all"] = torch.zeros(()), torch.zeros(()), torch.zeros(())
 
     module, caught = Measured(), Caught()
     trainer().validate(module, small_loader(), verbose=False)
-    state = module.metric.mean_value
+    state = module.state()
     assert state.is_inference()
     catcher = InputCatcher(trainer(), module, "model")
     assert len(catcher.catch(next(iter(small_loader())), 0)) == 2
-    assert module.metric.mean_value is state
+    assert module.state() is state
     assert state.item() == 0
     trainer(caught).validate(module, small_loader(), verbose=False)
     assert len(caught.calls) == 2
