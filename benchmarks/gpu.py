@@ -56,6 +56,7 @@ NETWORKS = {"ffnet_40s": ((512, 1024), 32), "resnet50": ((224, 224), 256), "lras
 TINY = {"ffnet_40s": ((64, 128), 4), "resnet50": ((64, 64), 4), "lraspp": ((64, 64), 4)}
 SMALL_BATCH = {False: 8, True: 2}
 CALIBRATION_BATCHES = 4
+LONGEST = 15  # kernels of a step that are listed
 
 FLOAT, FOLDED, COMPILED = "float", "float folded", "float folded compiled"
 LEARNED, FROZEN, STOCK = "ours learned", "ours frozen", "stock"
@@ -220,6 +221,19 @@ def variants(case: Case, images: Tensor, compiled: bool) -> dict[str, Callable[[
     return made
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """What a step runs on the GPU.
+
+    Args:
+        launches: how many the host starts.
+        longest: milliseconds and count of those that take longest in all, by name.
+    """
+
+    launches: int
+    longest: dict[str, tuple[float, int]]
+
+
 @dataclass
 class Loop:
     """Steps of training and validation of one variant, as the Trainer runs them."""
@@ -282,15 +296,21 @@ class Loop:
         before = torch.cuda.memory_allocated() if self.images.is_cuda else 0
         return peak_bytes(self.train) - before
 
-    def launches(self) -> int | None:
-        """Kernels started in a step of training; unknown on a CPU."""
+    def kernels(self) -> Kernels | None:
+        """What a step of training runs on the GPU; unknown on a CPU."""
         if not self.images.is_cuda:
             return None
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profiler:
             self.train()
             torch.cuda.synchronize()
-        return sum(e.count for e in profiler.key_averages() if "LaunchKernel" in e.key or "GraphLaunch" in e.key)
+        events = profiler.key_averages()
+        ran = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA and "#" not in e.key]
+        ran = sorted(ran, key=lambda e: -e.self_device_time_total)[:LONGEST]
+        return Kernels(
+            sum(e.count for e in events if "LaunchKernel" in e.key or "GraphLaunch" in e.key),
+            {e.key[:120]: (round(e.self_device_time_total / 1e3, 3), e.count) for e in ran},
+        )
 
 
 def _mode(network: nn.Module, training: bool) -> None:
@@ -446,10 +466,11 @@ def measure_steps(
     row["what"] = {name: loop.variant.what for name, loop in loops.items() if loop.variant.what}
     row["train_s"] = turns.medians({name: loop.train for name, loop in loops.items()})
     save()
-    for what in ("saved", "peak", "launches"):
-        row[what] = {}
-        for name, loop in loops.items():
-            row[what][name] = turns.attempt(name, getattr(loop, what))
+    for what in ("saved", "peak"):
+        row[what] = {name: turns.attempt(name, getattr(loop, what)) for name, loop in loops.items()}
+    ran = {name: turns.attempt(name, loop.kernels) for name, loop in loops.items()}
+    row["launches"] = {name: one.launches for name, one in ran.items() if one}
+    row["kernels"] = {name: one.longest for name, one in ran.items() if one}
     save()
     with contextlib.ExitStack() as stack:
         for loop in loops.values():

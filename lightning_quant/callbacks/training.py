@@ -85,7 +85,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             ``"percentile"``, ``"cle"``, ``"bn_reestimation"``, ``"bias_correction"``, ``"seq_mse"``, ``"adaround"``,
             ``"mixed"``; with options as ``{"mixed": {"budget": 0.05}}``; or a ``Rung`` of your own, an
             instance or the dotted path of the class.
-        train_ranges: learn the ranges too. ``False`` keeps them as calibrated.
+        train_ranges: learn the ranges too, all but those of the network's inputs. ``False`` keeps them as calibrated.
         distillation: weight of a second loss, the squared difference from the float network's output relative to
             its power, beside your own. 0: none.
         statistics_cache: folder that keeps what calibration saw, so that other precisions with the same width of

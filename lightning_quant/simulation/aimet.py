@@ -211,6 +211,7 @@ class Product(Protocol):
 
     shape: Any
     is_parm: bool
+    is_model_input: bool
     producer: Operation | None
 
 

@@ -21,6 +21,7 @@ from lightning_quant.simulation import aimet
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.callsites.rules.table import RULES
+from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.prepare import relative_difference
 from tests.helpers.networks import (
@@ -343,7 +344,7 @@ def test_network_without_any_tensor_in_its_output() -> None:
         quantized(Silent())
 
 
-def testrelative_difference() -> None:
+def test_relative_difference() -> None:
     a = torch.tensor([1.0, -4.0])
     assert relative_difference({"x": a}, {"x": a}) == 0
     assert relative_difference(a, a + torch.tensor([0.0, 1.0])) == pytest.approx(0.25)
@@ -416,3 +417,38 @@ def test_an_activation_that_the_hardware_computes_with_a_convolution_has_the_onl
     network = quantized(Activated(activation).eval(), call(images())).network
     convolutions: Any = (network.first, network.second)
     assert [layer.output_quantizers[0] for layer in convolutions] == [None, None]
+
+
+class TwoImages(nn.Module):
+    """An image that is used twice, before and behind a layer, and another that is only moved first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, image: Tensor, other: Tensor) -> Tensor:
+        return self.second(self.first(image) + image) + self.second(other.flip(-1))
+
+
+def test_the_ranges_of_inputs_do_not_learn_and_images_need_no_gradient() -> None:
+    network = seeded(TwoImages())
+    given = NetworkInputs((torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)))
+    made = quantize(network, given, QuantRecipe("w8a8"))
+    calibrate(made, [given])
+    made.learn_ranges(True)
+    made.train()
+    needs_gradient = {}
+    for name, module in made.network.named_modules():
+        if hasattr(module, "input_quantizers"):
+            for place, one in enumerate(module.input_quantizers):
+                if one is not None:
+                    one.register_forward_hook(
+                        lambda _m, _i, out, key=(name, place): needs_gradient.update({key: out.requires_grad})
+                    )
+    made(*given.args).sum().backward()
+    assert needs_gradient and not any(needs_gradient.values()), needs_gradient
+    assert made.network.first.output_quantizers[0].max.grad is not None
+    assert made.network.first.param_quantizers["weight"].max.grad is not None
+    made.learn_ranges(False)
+    made.learn_ranges(True)
+    assert not any(p.requires_grad for p in made.network.first.input_quantizers.parameters())

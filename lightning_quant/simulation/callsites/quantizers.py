@@ -32,6 +32,7 @@ def complete(sim: Any) -> None:
     _quantize_constants(sim)
     _guard_divisions(sim)
     _note_roundings(sim)
+    _keep_ranges_of_inputs(sim)
 
 
 def _sites(sim: Any) -> list[Any]:
@@ -180,3 +181,22 @@ def _note_roundings(sim: Any) -> None:
             found.setdefault(module, set()).add(own or rounding(sim, op.inputs[0].producer))
     for module, roundings in found.items():
         (module.__dict__[ROUNDED_BY],) = roundings if len(roundings) == 1 else (None,)
+
+
+def _keep_ranges_of_inputs(sim: Any) -> None:
+    """Let the ranges of the network's inputs stay as calibrated.
+
+    Training does not change what a camera gives, and the gradient of such a range needs that of the image, which no
+    float network computes.
+    """
+    of_activations = {one for op in sim.connected_graph.ordered_ops for one in _outputs(sim, op)}
+    for op in sim.connected_graph.ordered_ops:
+        own: Any = getattr(sim._get_qmodule(op), "input_quantizers", ())
+        for quantizer, product in zip(own, op.inputs, strict=False):
+            if quantizer is not None and product.is_model_input and quantizer not in of_activations:
+                for parameter in quantizer.parameters():
+                    parameter.requires_grad_(False)
+
+
+def _outputs(sim: Any, op: Any) -> Any:
+    return getattr(sim._get_qmodule(op), "output_quantizers", ())
