@@ -52,7 +52,7 @@ from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.utilities.files import atomic_write
 
 # Image size, and a batch that fills a card of 80 GB.
-NETWORKS = {"ffnet_40s": ((512, 1024), 32), "resnet50": ((224, 224), 256), "lraspp": ((512, 512), 64)}
+NETWORKS = {"ffnet_40s": ((512, 1024), 128), "resnet50": ((224, 224), 256), "lraspp": ((512, 512), 64)}
 TINY = {"ffnet_40s": ((64, 128), 4), "resnet50": ((64, 64), 4), "lraspp": ((64, 64), 4)}
 SMALL_BATCH = {False: 8, True: 2}
 CALIBRATION_BATCHES = 4
@@ -61,6 +61,7 @@ LONGEST = 15  # kernels of a step that are listed
 FLOAT, FOLDED, COMPILED = "float", "float folded", "float folded compiled"
 LEARNED, FROZEN, STOCK = "ours learned", "ours frozen", "stock"
 LEARNED_COMPILED, FROZEN_COMPILED = "ours learned compiled", "ours frozen compiled"
+COMPILED_GRAPHS, LEARNED_GRAPHS = "float folded CUDA graphs", "ours learned CUDA graphs"
 DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 PEERS = ("modelopt", "torchao")
 
@@ -91,6 +92,11 @@ class Case:
         """Random numbers, the same each time."""
         images = torch.randn(self.batch, 3, *self.size, generator=torch.Generator().manual_seed(0)).to(device)
         return images.contiguous(memory_format=self.memory_format)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the host takes longer to start kernels than the GPU to run them."""
+        return self.batch in SMALL_BATCH.values()
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -181,11 +187,11 @@ def variants(case: Case, images: Tensor, compiled: bool) -> dict[str, Callable[[
         calibrate(made, [NetworkInputs((images,))])
         return made
 
-    def ours(learned: bool, compiled: bool = False) -> Variant:
+    def ours(learned: bool, compiled: bool = False, **options: str) -> Variant:
         made = copy.deepcopy(calibrated())
         made.learn_ranges(learned)
         if compiled:
-            return Variant(InPlace(Compiled(made.network)), made.network)
+            return Variant(InPlace(Compiled(made.network, options)), made.network)
         return Variant(made.network, made.network, made.cached_weights)
 
     def stock() -> Variant:
@@ -195,9 +201,9 @@ def variants(case: Case, images: Tensor, compiled: bool) -> dict[str, Callable[[
         slow_down(made.learner)
         return Variant(made.network, made.learner)
 
-    def with_torch_compile() -> Variant:
+    def with_torch_compile(**options: str) -> Variant:
         made = plain(folded)
-        return Variant(torch.compile(made.learner), made.learner)
+        return Variant(torch.compile(made.learner, **options), made.learner)
 
     def of_peer(name: str) -> Variant:
         made = plain(folded).learner.eval()
@@ -218,6 +224,9 @@ def variants(case: Case, images: Tensor, compiled: bool) -> dict[str, Callable[[
         made[COMPILED] = with_torch_compile
         made[LEARNED_COMPILED] = lambda: ours(True, compiled=True)
         made[FROZEN_COMPILED] = lambda: ours(False, compiled=True)
+    if case.is_small:
+        made[COMPILED_GRAPHS] = lambda: with_torch_compile(mode="reduce-overhead")
+        made[LEARNED_GRAPHS] = lambda: ours(True, compiled=True, mode="reduce-overhead")
     return made
 
 

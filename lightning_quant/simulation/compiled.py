@@ -166,7 +166,7 @@ class Compiled:
         for name, hooks in self._hooks:
             if hooks:
                 raise CannotCompileError(Why.HOOK, name)
-        tensors = [*self.network.parameters(), *self.network.buffers()]
+        tensors = self._tensors()
         state = (
             call_key((args, kwargs)),
             mode_key(),
@@ -202,10 +202,15 @@ class Compiled:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             raise CannotCompileError(Why.COMPILER, reason) from error
 
+    def _tensors(self) -> list[Tensor]:
+        """Return parameters and buffers; ``nn.Module`` takes longer to find them than a small network to compute."""
+        of_modules = [values for values in self._modes for values in (values["_parameters"], values["_buffers"])]
+        return [one for one in dict.fromkeys([one for given in of_modules for one in given.values()]) if one is not None]
+
     def _compile(self) -> Callable[..., Any]:
         """Compile the forward pass in the current state of the modules."""
         network, forward = self.network, _forward_of(self.network)
-        own = [*network.parameters(), *network.buffers()]
+        own = self._tensors()
         calibrated = _calibrated(network)
 
         def run(tensors: list[Tensor], args: Any, kwargs: Any) -> Any:

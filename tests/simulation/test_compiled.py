@@ -115,13 +115,14 @@ def test_a_step_is_the_same(name: str, learned: bool) -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("name", ["body", "normed"])
-def test_a_step_that_saves_codes_is_the_same(
-    name: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "learned"), [("body", True), ("body", False), ("normed", True)])
+def test_a_step_that_saves_bytes_is_the_same(
+    name: str, learned: bool, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, where a byte per value is saved: only the gradients of ranges are rounded."""
-    monkeypatch.setattr(in_graphs, "_saves_codes", lambda x: True)
+    monkeypatch.setattr(in_graphs, "_saves_bytes", lambda x: True)
     known, _ = made(name)
+    known.learn_ranges(learned)
     network = known.network.train().to(memory_format=layout)
     twin = copy.deepcopy(network)
     batch = images(2, 12).to(memory_format=layout)

@@ -83,15 +83,19 @@ def fake_quantize(
     x: Tensor, low: Tensor, high: Tensor, qmin: int, qmax: int, symmetric: bool, smallest: float, activation: Activation
 ) -> Tensor:
     """Fake-quantize ``activation(x)``: as :func:`lightning_quant.simulation.fast.gpu.fake_quantize`."""
-    learned = torch.is_grad_enabled() and (low.requires_grad or high.requires_grad)
+    records = torch.is_grad_enabled()
+    learned = records and (low.requires_grad or high.requires_grad)
     grid = (float(qmin), float(qmax), symmetric, smallest)
-    if learned and low.numel() == 1 and activation in _CUTS and _saves_codes(x):
-        return _Coded.apply(x, low, high, grid, activation)
+    if low.numel() == 1 and activation in _CUTS and _saves_bytes(x):
+        if learned:
+            return _Coded.apply(x, low, high, grid, activation)
+        if records and x.requires_grad:
+            return _Masked.apply(x, low, high, grid, activation)
     value = x if activation is Activation.NONE else _ACTIVATIONS[activation](x.float())
     return _FakeQuantize.apply(value, low, high, grid, learned).to(x.dtype)
 
 
-def _saves_codes(x: Tensor) -> bool:
+def _saves_bytes(x: Tensor) -> bool:
     """Return whether a byte per value is saved instead of the value: on a GPU, whose memory is scarce."""
     return x.is_cuda
 
@@ -125,6 +129,27 @@ _CUTS: dict[Activation, Callable[[Tensor], Tensor] | None] = {
 }
 # As in `triton_kernels.py`.
 _ABOVE, _BELOW, _CUT_OFF, _CODE_SCALE = 127, -128, 126, 240.0
+
+
+class _Masked(torch.autograd.Function):
+    """On a GPU, where the range does not learn: one byte per value is saved, whether its gradient passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, low: Tensor, high: Tensor, grid: tuple[Any, ...], activation: Activation
+    ) -> Tensor:
+        scale, offset, _, _ = _grid_of(low, high, grid)
+        passes = _CUTS[activation]
+        value = x.float() if passes is None else _ACTIVATIONS[activation](x.float())
+        q, _, inside = _rounded(value, scale, offset, grid, False)
+        ctx.save_for_backward(inside if passes is None else inside & passes(x))
+        ctx.dtype = x.dtype
+        return (q * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (mask,) = ctx.saved_tensors
+        return torch.where(mask, grad, 0).to(ctx.dtype), None, None, None, None
 
 
 class _Coded(torch.autograd.Function):
@@ -162,16 +187,22 @@ class _Coded(torch.autograd.Function):
         given = grad.float()
         error = torch.where(cut, 0, code.float() * (1 / _CODE_SCALE))
         q = torch.where(above, qmax + offset, qmin + offset)
-        # in two stages, of which the first is in the pass that makes `out`: the compiler fuses a sum with it only where
-        # both go over the same rows
-        rows = _rows_of(code)
-        by_scale = (given * torch.where(inside, error, q)).sum(rows).sum()
-        by_offset = torch.where(inside, 0, given).sum(rows).sum()
+        by_scale = _sum_like(low, given * torch.where(inside, error, q), code)
+        by_offset = _sum_like(low, torch.where(inside, 0, given), code)
         return (out, *_range_gradients(by_scale, by_offset, low, scale, raw, free, grid), None, None)
 
 
 # Enough for the sums of rows to be little beside the rows.
 _LEAST_ROW = 64
+
+
+def _sum_like(low: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    """Sum values that are computed from ``x`` and lie in memory as it does, to one or one for each range.
+
+    One is summed in two stages, of which the first is in the pass that makes the gradient of ``x``: the compiler fuses
+    a sum with it only where both go over the same rows.
+    """
+    return values.sum(_rows_of(x)).sum() if low.numel() == 1 else values.sum_to_size(low.shape)
 
 
 def _rows_of(x: Tensor) -> list[int]:
@@ -223,6 +254,6 @@ class _FakeQuantize(torch.autograd.Function):
         if not learned:
             return out, None, None, None, None
         given = grad.float()
-        by_scale = (given * torch.where(inside, error, q)).sum_to_size(low.shape)
-        by_offset = torch.where(inside, 0, given).sum_to_size(low.shape)
+        by_scale = _sum_like(low, given * torch.where(inside, error, q), x)
+        by_offset = _sum_like(low, torch.where(inside, 0, given), x)
         return (out, *_range_gradients(by_scale, by_offset, low, scale, raw, free, grid), None, None)
