@@ -23,10 +23,10 @@ from lightning_quant.callbacks.lightning_internals import make_optimizers
 from lightning_quant.callbacks.lightning_packages import is_overridden
 from lightning_quant.callbacks.logs import log
 from lightning_quant.errors import CalibrationError
-from lightning_quant.ladder.rungs.layer_outputs import unrounded
 from lightning_quant.simulation.batch_axes import Axes, NoBatchAxisError, find_axes, fit
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.switched_off import unrounded
 
 # Relative to the largest output: a batch is computed in another order than a sample.
 _TOLERANCE = 1e-3

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.ladder.rungs.layer_outputs import unrounded
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.callsites.attributes import FOLDED
 from lightning_quant.simulation.normalize import use_torch_classes
+from lightning_quant.simulation.switched_off import unrounded
 from tests.helpers.networks import Body, calibrated, call, images, quantized, seeded
 
 timm = pytest.importorskip("timm")

@@ -9,7 +9,8 @@ from pathlib import Path
 from lightning_quant.deploy.push import Push
 from lightning_quant.errors import DeviceError
 from tests.aihub.standin import StandIn
-from tests.deploy.targets.aihub.test_target import IMPATIENT, S24, samples_and_bundle
+from tests.deploy.targets.aihub.conftest import IMPATIENT
+from tests.deploy.targets.aihub.test_target import S24, samples_and_bundle
 from tests.torture.runs import Outcome
 
 

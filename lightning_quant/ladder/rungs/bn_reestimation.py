@@ -20,11 +20,11 @@ from lightning_quant.ladder.rungs.layer_outputs import (
     hooked,
     per_channel,
     statistics,
-    weights_only,
 )
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
 from lightning_quant.simulation.prepare import output_factors
+from lightning_quant.simulation.switched_off import weights_only
 
 
 class BatchNormReestimation(Rung):

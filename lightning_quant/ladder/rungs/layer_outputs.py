@@ -17,22 +17,6 @@ from lightning_quant.ladder.rung import RungContext
 from lightning_quant.ladder.rungs.cle import equalize
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs
-from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.precisions import quantized_layers
-
-
-@contextmanager
-def weights_only(network: QuantizedNetwork) -> Iterator[None]:
-    """Round weights only: activations pass as they are."""
-    with aimet.remove_activation_quantizers(list(quantized_layers(network).values())):
-        yield
-
-
-@contextmanager
-def unrounded(network: QuantizedNetwork) -> Iterator[None]:
-    """Round nothing: the float network that these weights are."""
-    with aimet.remove_all_quantizers(list(quantized_layers(network).values())):
-        yield
 
 
 @contextmanager

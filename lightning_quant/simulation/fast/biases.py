@@ -72,7 +72,7 @@ def round_bias(
 
 
 @contextmanager
-def unrounded_biases(layers: Iterable[nn.Module]) -> Iterator[None]:
+def unrounded_biases(layers: Iterable[Any]) -> Iterator[None]:
     """Add biases as they are for the length of a block, whatever rounds the input."""
     known = {layer: layer.__dict__.pop(ROUNDED_BY) for layer in layers if ROUNDED_BY in layer.__dict__}
     try:

@@ -13,8 +13,8 @@ from lightning_quant.deploy.export import export_bundle
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.ladder.rungs.bn_reestimation import BatchNormReestimation
 from lightning_quant.ladder.rungs.cle import CrossLayerEqualization
-from lightning_quant.ladder.rungs.layer_outputs import unrounded, weights_only
 from lightning_quant.simulation.precisions import quantized_layers
+from lightning_quant.simulation.switched_off import unrounded, weights_only
 from tests.callbacks.rung_cases import Chain, images, shrinking, trained
 from tests.ladder.rungs.contexts import batches, context_of
 

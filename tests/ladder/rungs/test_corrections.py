@@ -16,11 +16,12 @@ from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.ladder.rungs.bias_correction import BiasCorrection
 from lightning_quant.ladder.rungs.bn_reestimation import BatchNormReestimation
 from lightning_quant.ladder.rungs.cle import CrossLayerEqualization
-from lightning_quant.ladder.rungs.layer_outputs import hooked, unrounded, weights_only
+from lightning_quant.ladder.rungs.layer_outputs import hooked
 from lightning_quant.simulation.calibrate import calibrate_weights
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
+from lightning_quant.simulation.switched_off import unrounded, weights_only
 from tests.callbacks.rung_cases import halfway, images
 from tests.helpers.small import assert_same_tensors
 from tests.ladder.rungs.contexts import batches, context_of

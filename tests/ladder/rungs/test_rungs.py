@@ -12,8 +12,9 @@ from torch import nn
 from lightning_quant.errors import LightningQuantError
 from lightning_quant.ladder.registry import parse_rungs
 from lightning_quant.ladder.rung import RUNGS, Rung
-from lightning_quant.ladder.rungs.layer_outputs import hooked, statistics, unrounded, weights_only
+from lightning_quant.ladder.rungs.layer_outputs import hooked, statistics
 from lightning_quant.simulation.precisions import quantized_layers
+from lightning_quant.simulation.switched_off import unrounded, weights_only
 from tests.callbacks.rung_cases import dead_outliers, halfway, images, unequal
 from tests.helpers.small import assert_same_tensors
 from tests.ladder.rungs.contexts import batches, context_of

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.ladder.rungs.layer_outputs import unrounded
 from lightning_quant.simulation.callsites.passes import noting
 from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.switched_off import unrounded
 from tests.simulation.callsites.test_patterns import quantized
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.ladder.rungs.layer_outputs import unrounded
 from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize
@@ -18,6 +17,7 @@ from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.callsites.attributes import is_range
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.switched_off import unrounded
 from tests.simulation.callsites.patterns import PATTERNS, Pattern
 
 # Sums in another order, relative to the largest value; a wrong one is off by far more.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_quant.deploy.export import export_bundle
-from lightning_quant.ladder.rungs.layer_outputs import unrounded
+from lightning_quant.simulation.switched_off import unrounded
 from tests.helpers.networks import calibrated, call
 from tests.helpers.qdq import NO_EMULATOR, emulated
 from tests.simulation.callsites.patterns import ReadsKept

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_quant.ladder.rungs.layer_outputs import unrounded
+from lightning_quant.simulation.switched_off import unrounded
 from tests.helpers.networks import call
 from tests.simulation.callsites.patterns import image
 from tests.simulation.callsites.test_patterns import assert_same, quantized, run, state_of
