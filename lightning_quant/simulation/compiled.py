@@ -205,7 +205,9 @@ class Compiled:
     def _tensors(self) -> list[Tensor]:
         """Return parameters and buffers; ``nn.Module`` takes longer to find them than a small network to compute."""
         of_modules = [values for values in self._modes for values in (values["_parameters"], values["_buffers"])]
-        return [one for one in dict.fromkeys([one for given in of_modules for one in given.values()]) if one is not None]
+        return [
+            one for one in dict.fromkeys([one for given in of_modules for one in given.values()]) if one is not None
+        ]
 
     def _compile(self) -> Callable[..., Any]:
         """Compile the forward pass in the current state of the modules."""
