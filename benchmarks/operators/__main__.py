@@ -40,7 +40,7 @@ def main() -> None:
     if not arguments.table:
         _measure_missing(chosen, arguments.precisions, path, arguments.again)
     if path == RESULTS:
-        lines = read(path)
+        lines = [line for line in read(path) if line["network"] in catalogue()]
         page.write(lines)
         shipped.write(lines)
 

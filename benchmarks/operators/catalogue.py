@@ -226,7 +226,8 @@ def _arithmetic() -> list[Operator]:
         of("minimum", torch.minimum),
         of("clamp to 0…1", lambda x: x.clamp(0, 1), MAP),
         of("clamp, minimum only", lambda x: x.clamp(min=-0.5), MAP),
-        of("cumsum", lambda x: x.cumsum(1), MAP),
+        of("cumsum over channels", lambda x: x.cumsum(1), MAP),
+        of("cumsum over width", lambda x: x.cumsum(3), MAP),
     ]
 
 
@@ -274,6 +275,8 @@ def _pooling() -> list[Operator]:
     return [
         of("MaxPool2d 2×2", lambda: nn.MaxPool2d(2)),
         of("AvgPool2d 2×2", lambda: nn.AvgPool2d(2)),
+        of("AvgPool2d 3×3, stride 2", lambda: nn.AvgPool2d(3, 2)),
+        of("AvgPool2d 4×4", lambda: nn.AvgPool2d(4)),
         of("AdaptiveAvgPool2d to 1×1", lambda: nn.AdaptiveAvgPool2d(1)),
         of("AdaptiveAvgPool2d to 2×2", lambda: nn.AdaptiveAvgPool2d(2)),
         of("AdaptiveMaxPool2d to 1×1", lambda: nn.AdaptiveMaxPool2d(1)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ CHIPS = ("SM8350", "SM8450", "SM8550", "SM8650", "SM8750", "SM8850")
 _LIMIT_S = 60.0
 # Share of the output's grid by which no rounding moves a value.
 _WRONG = 0.1
+_CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 
 
 def versions() -> dict[str, str]:
@@ -78,7 +80,7 @@ def on_chip(
         check_activations(chip, bundle.manifest.int16_activations)
         placed, outputs = emulator.emulate(bundle.qdq, samples, folder, _LIMIT_S, chip)
     except Exception as error:  # whatever refuses it is a result here
-        return {"placement": _failed(error, folder).value, "error": described(error)}
+        return {"placement": _failed(error, folder).value, "error": described(error), "cpu": _reasons(folder)}
     found = agreement(bundle, simulated, outputs)
     placement = Placement.CPU if placed.fallen_back else Placement.FLOAT if placed.float_islands else Placement.NPU
     if found["steps"] is not None and found["steps"] > _WRONG * 2**bundle.manifest.precision.activation_bits:
@@ -94,6 +96,13 @@ def _failed(error: Exception, folder: Path) -> Placement:
     if died and not (folder / ERROR).is_file():  # nothing was raised in the process
         return Placement.CRASHED
     return Placement.REFUSED
+
+
+def _reasons(folder: Path) -> dict[str, str]:
+    """Return what the compiler says of the operators that it left; nothing where it did not come that far."""
+    trace = folder / "qnn_op_trace.json"
+    nodes = json.loads(trace.read_text())["unsupported_nodes"] if trace.is_file() else []
+    return {node["node_name"]: node["reason"] for node in nodes if node["op_type"] not in _CONVERSIONS}
 
 
 def agreement(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,10 @@ is off by more than a tenth of its range.
 ## Every operator
 
 A figure is the share of outputs that are the integers of the simulation, and the largest difference in steps of the \
-output's grid; without a word before it the operator is on the NPU, in integers. Chips that computed the same bits for \
-every operator share a column. A dash: the operator has no weights, so its figures are those of 8-bit weights; or the \
-chip lacks 16-bit activations (SM8350), which this package refuses with a `ConfigurationError`.
+output's grid; without a word before it the operator is on the NPU, in integers. Chips that agree in every figure \
+share a column. Columns of older chips stand behind that of the newest, and hold only what differs. A dash: the \
+operator has no weights, so that its figures are those of 8-bit weights. SM8350 has no 16-bit activations, which this \
+package refuses with a `ConfigurationError`.
 """
 
 _TAIL = """
@@ -117,11 +118,21 @@ def _result(found: Mapping[str, Any]) -> tuple[Any, ...] | None:
 
 
 def _of_family(members: Sequence[str], found: Mapping[tuple[str, str], Line], groups: Groups) -> str:
-    heads = ["operator", *(f"{precision.upper()}, {_short(group)}" for precision in COLUMNS for group in groups)]
-    rows = []
-    for name in members:
-        cells = [_cell(found.get((name, precision)), group) for precision in COLUMNS for group in groups]
-        rows.append([name.replace("|", "/"), *cells])
+    """Return a table: for each precision the newest chips, and the older ones where they differ."""
+    columns: list[tuple[str, ...]] = []
+    for precision in COLUMNS:
+        lines = [found.get((name, precision)) for name in members]
+        *older, newest = groups
+        first = [_cell(line, newest) for line in lines]
+        columns.append((f"{precision.upper()}, {_short(newest)}", *first))
+        for group in reversed(older):
+            cells = [
+                "" if (cell := _cell(line, group)) in ("–", same) else cell
+                for line, same in zip(lines, first, strict=True)
+            ]
+            if any(cells):
+                columns.append((_short(group), *cells))
+    heads, *rows = zip(("operator", *(name.replace("|", "/") for name in members)), *columns, strict=True)
     return table(heads, rows) + "\n"
 
 
@@ -152,6 +163,7 @@ def _percent(share: float) -> str:
 
 def _leaving(order: Iterable[str], found: Mapping[tuple[str, str], Line]) -> str:
     rows = []
+    chips = {chip for line in found.values() for chip in line["chips"]}
     for name in order:
         reasons: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         operation = None
@@ -165,29 +177,34 @@ def _leaving(order: Iterable[str], found: Mapping[tuple[str, str], Line]) -> str
             for chip, result in line["chips"].items():
                 placement = Placement(result["placement"])
                 if placement is not Placement.NPU and _result(result) is not None:
-                    reasons[_WORDS[placement], _why(placement, result)][precision.upper()].append(chip)
+                    reasons[_WORDS[placement], _why(placement, chip, result)][precision.upper()].append(chip)
         for (where, why), precisions in reasons.items():
-            rows.append([name, where, _everywhere(precisions), why, REMEDIES.get(operation or "", "–")])
+            rows.append([name, where, _everywhere(precisions, chips), why, REMEDIES.get(operation or "", "–")])
     return table(["operator", "where", "at, on", "why", "instead"], rows)
 
 
-def _everywhere(precisions: Mapping[str, Sequence[str]]) -> str:
-    """Return precisions with their chips, those of the same chips together."""
+def _everywhere(precisions: Mapping[str, Sequence[str]], chips: Collection[str]) -> str:
+    """Return precisions with their chips, those of the same chips together; a stage that failed is of no chip."""
     alike: dict[str, list[str]] = defaultdict(list)
-    for precision, chips in precisions.items():
-        alike[_short(chips) if chips[0].startswith("S") else ""].append(precision)
-    return "; ".join(", ".join(names) + (f" on {chips}" if chips else "") for chips, names in alike.items())
+    for precision, where in precisions.items():
+        tried = [chip for chip in where if chip in chips]
+        # 16-bit activations are never tried on chips that lack them
+        every = len(tried) >= len(chips) - precision.endswith("A16")
+        alike["every chip" if every else _short(tried) if tried else ""].append(precision)
+    return "; ".join(", ".join(names) + (f" on {where}" if where else "") for where, names in alike.items())
 
 
-def _why(placement: Placement, result: Mapping[str, Any]) -> str:
-    if reasons := list(result.get("cpu", {}).values()):
-        return _plain(reasons[0])
+def _why(placement: Placement, chip: str, result: Mapping[str, Any]) -> str:
+    if placement is Placement.CPU:
+        return _plain(next(iter(result["cpu"].values()), "the compiler gives no reason"))
     if placement is Placement.WRONG:
         return f"{_percent(result['equal'])} of the outputs are equal, one is off by {result['steps']:.0f} steps"
     if placement is Placement.FLOAT:
         kinds = sorted({island.rpartition("/")[2].partition("_token")[0] for island in result["islands"]})
-        return f"in float: {', '.join(kinds)}"
-    return _said(result["error"])
+        return f"in float: {_plain(', '.join(kinds))}"
+    if placement is Placement.CRASHED:
+        return "the compiler's process dies"
+    return _said(result["error"]).replace(chip, "the chip")
 
 
 def _said(error: Mapping[str, str]) -> str:

@@ -23,6 +23,7 @@ from lightning_quant.callbacks.lightning_internals import callbacks_of
 from lightning_quant.callbacks.lightning_packages import AnyCallback
 from lightning_quant.callbacks.logs import rank_zero_log
 from lightning_quant.callbacks.networks import quantized_networks
+from lightning_quant.callbacks.off_the_npu import report_off_the_npu
 from lightning_quant.callbacks.progress import progress
 from lightning_quant.callbacks.quantization import (
     QuantizationCallback,
@@ -113,6 +114,7 @@ class DeviceExport(AnyCallback):
     Raises:
         ConfigurationError: for an unknown value, without a quantization callback before it, or at ``setup`` for a
             device that does not exist or cannot run the network, see :meth:`check_target`.
+        PreflightError: at ``setup``, with ``strict=True``, for layers that the device does not compute in integers.
         ExportError, ParityError: see :func:`~lightning_quant.deploy.export.export_bundle`.
         DeviceError: with ``on_failure="raise"``.
         DeviceBoundError: when a bound is not kept.
@@ -202,6 +204,9 @@ class DeviceExport(AnyCallback):
             )
         if self.push is not None and stage != "predict":
             self._check_networks(trainer, pl_module)
+            for name, network in quantized_networks(pl_module).items():
+                if self.network in (None, name):
+                    report_off_the_npu(name, network, self.push.runs_on)
 
     def _check_networks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         refusal = None

@@ -60,20 +60,26 @@ _PROBLEMS = {
 
 # What is on the NPU and computes the same, or nearly so, by operation.
 REMEDIES = {
-    "PReLU": "use nn.LeakyReLU, or relu(x) - a * relu(-x)",
-    "SELU": "use nn.ELU",
-    "Celu": "use nn.ELU, which is the same for alpha=1",
-    "Erf": "use nn.GELU if it is part of one, or tanh",
-    "Pow": "use square, sqrt and products: they are on the NPU, and so are the powers 2, 3, 0.5 and -0.5",
-    "LogSigmoid": "use -softplus(-x), which is the same",
-    "Logsumexp": "use log(sum(exp(x - max))), which is the same",
-    "LayerNorm over 3 axes": "use nn.GroupNorm(1, channels), which is the same up to its weights",
-    "Var": "use mean((x - mean(x)) ** 2), which is the same without the correction",
     "AdaptiveMaxPool2D": "use amax over height and width, if it is to 1x1",
-    "MaxPool1D": "use max_pool2d of a map of height 1",
+    "AdaptiveMaxPool2d": "use amax over height and width, if it is to 1x1",
+    "AvgPool2d 4x4": "use nn.AvgPool2d(2) twice, which is the same",
+    "AvgPool3d": "use avg_pool2d over height and width, then over depth",
+    "CELU": "use nn.ELU, which is the same for alpha=1",
+    "ConvTranspose2d depthwise": "use interpolate and a depthwise convolution, or bias=False",
+    "ConvTranspose2d grouped": "use groups=1, or interpolate and a convolution",
+    "Erf": "use nn.GELU if it is part of one, or tanh",
+    "InstanceNorm2d without weights": "use affine=True",
+    "LayerNorm over 3 axes": "use nn.GroupNorm(1, channels), which is the same up to its weights",
+    "LogSigmoid": "use -softplus(-x), which is the same",
+    "Logsumexp": "use log(sum(exp(x - max))) + max, which is the same",
+    "MaxPool1D": "use nn.MaxPool1d, the module",
     "MaxPool3D": "use max_pool2d over height and width, then over depth",
-    "Topk": "leave it out of the network: return all scores and select in the step",
-    "Sort": "leave it out of the network: return the values and sort in the step",
+    "MaxPool3d": "use max_pool2d over height and width, then over depth",
+    "PReLU": "use nn.LeakyReLU",
+    "Pow": "use square, sqrt and products: they are on the NPU, and so are the powers 2, 3, 0.5 and -0.5",
+    "Prod": "use products of slices",
+    "SELU": "use nn.ELU",
+    "Var": "use mean((x - mean(x)) ** 2), which is the same without the correction",
 }
 
 
@@ -117,6 +123,11 @@ def operation_of(layer: QuantizedLayer) -> str:
             parts.append("to one channel")
         if layer.bias is None and (layer.transposed or layer.out_channels == 1):
             parts.append("without bias")
+    if isinstance(layer, nn.AvgPool2d) and layer.kernel_size == layer.stride:
+        size = layer.kernel_size
+        parts.append("x".join(map(str, size if isinstance(size, tuple) else (size, size))))
+    if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.weight is None:
+        parts.append("without weights")
     if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1:
         parts.append(f"over {len(layer.normalized_shape)} axes")
     return " ".join(parts)
