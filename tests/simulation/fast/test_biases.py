@@ -63,7 +63,11 @@ def test_a_bias_is_integers_of_both_scales(
     assert np.array_equal(biases.round_bias(*arguments).numpy(), expected)
     assert np.array_equal(biases._Rounded.apply(*arguments).numpy(), expected)  # in graphs
     if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
-        assert np.array_equal(gpu.round_bias(*arguments).numpy(), expected)
+        arguments[0].requires_grad_()
+        rounded = gpu.round_bias(*arguments)
+        assert np.array_equal(rounded.detach().numpy(), expected)
+        rounded.sum().backward()
+        assert torch.equal(arguments[0].grad, torch.ones(len(bias)))  # straight through
 
 
 def test_biases_are_rounded_once_where_weights_are_cached_until_something_changes(
