@@ -72,6 +72,17 @@ class Behind(nn.Module):
         return self.function(*(F.relu(x) if x.is_floating_point() else x for x in inputs))
 
 
+class Masked(nn.Module):
+    """Values of one tensor or another, by a mask that belongs to the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.rand(1, 8, 8, 8) > 0.5)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(self.mask, F.relu(a), F.relu(b))
+
+
 class Classes(nn.Module):
     """The class of the highest score."""
 
@@ -350,7 +361,7 @@ def _reductions() -> list[Operator]:
                  (MAP,), ("Conv2d",)),
         selected("topk", lambda x: x.topk(3, dim=-1)[0], TOKENS),
         selected("sort", lambda x: x.sort(dim=-1)[0], TOKENS),
-        selected("where", lambda a, b: torch.where(a > 0.5, a, b), MAP, MAP),
+        Operator("Reductions and selections", "where, by a mask", Masked, (MAP, MAP), ("ReLU",)),
         selected("masked_fill", lambda a, b: a.masked_fill(b > 0.5, 1.0), MAP, MAP),
         selected("greater than", lambda a, b: (a > b).float(), MAP, MAP),
     ]  # fmt: skip

@@ -75,12 +75,20 @@ def test_nothing_is_claimed_of_an_operation_that_was_not_measured() -> None:
     assert made.findings == []
 
 
-def test_the_remedy_for_few_bits_is_an_override_that_works() -> None:
+def test_a_precision_that_the_npu_takes_is_the_remedy() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=4))
+    (finding,) = found(network, precision="w4a16")
+    assert (finding.module, finding.kind) == ("1", FindingKind.REFUSED)
+    assert finding.problem == "Conv2d depthwise 1x1 makes the NPU's compiler crash (Hexagon v75, w4a16)"
+    assert finding.remedy == 'give it another precision: overrides={"1": "w8a16"}'
+    assert found(network, precision="w4a16", overrides={"1": Precision(8, 16)}) == []
+
+
+def test_a_precision_at_which_the_npu_computes_something_else_is_not() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 2, stride=2, groups=4))
     (finding,) = found(network, precision="w4a8")
     assert (finding.module, finding.kind) == ("1", FindingKind.REFUSED)
-    # with 8-bit weights it is taken, but computes something else: no remedy
-    assert "overrides" not in finding.remedy
+    assert finding.remedy == REMEDIES["ConvTranspose2d depthwise"]
     assert [one.kind for one in found(network, precision="w8a8")] == [FindingKind.WRONG_ON_NPU]
 
 
