@@ -20,7 +20,7 @@ from lightning_quant.simulation import aimet
 from lightning_quant.simulation.aimet import QuantizedLayer
 from lightning_quant.simulation.precisions import layer_precision, quantized_layers
 from lightning_quant.simulation.preflight import Finding, FindingKind, refused_in_few_bits
-from lightning_quant.utilities.parsing import check, parse_as, read_json
+from lightning_quant.utilities.parsing import parse_as, read_json
 
 if TYPE_CHECKING:
     from lightning_quant.simulation.network import QuantizedNetwork
@@ -37,16 +37,6 @@ class Placement(Enum):
     REFUSED = "refused"
     CRASHED = "crashed"
     WRONG = "wrong"
-
-    @classmethod
-    def from_json(cls, value: Any, where: str = "") -> Placement:
-        """Read what a file holds.
-
-        Raises:
-            FieldError: for anything but the value of a placement.
-        """
-        check(value in [one.value for one in cls], where, value, " or ".join(one.value for one in cls))
-        return cls(value)
 
 
 # For people, and what kind of finding it is.
