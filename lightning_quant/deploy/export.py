@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lightning_quant.deploy import audit, parity
-from lightning_quant.deploy.blame.blame import compare_layers
+from lightning_quant.deploy.blame.file import compare_file
 from lightning_quant.deploy.bundle import MANIFEST_NAME, Bundle
 from lightning_quant.deploy.graph.files import ENCODINGS_VERSION, QDQ_OPSET, OnnxFiles, write_onnx
 from lightning_quant.deploy.graph.qdq import exact_session
@@ -160,7 +160,7 @@ def _difference(
     """
     import onnx
 
-    found = compare_layers(network, onnx.load(qdq), manifest.input_names, calls[:_COMPARED_BY_LAYER])
+    found = compare_file(network, onnx.load(qdq), manifest.input_names, calls[:_COMPARED_BY_LAYER])
     if found.first is not None:
         why = "; ".join(map(str, found.first.reasons))
         return f"{error} The first layer that differs is {found.first.layer!r}: {why}."
