@@ -11,7 +11,7 @@ from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import calibration_loader
 from lightning_quant.cli.parts import Parts
 from lightning_quant.deploy.blame.blame import blame
-from lightning_quant.deploy.blame.result import BLAME_NAME, Blame, write_blames
+from lightning_quant.deploy.blame.result import BLAME_NAME, Against, Blame, write_blames
 from lightning_quant.deploy.bundle import MANIFEST_NAME, load_bundle
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.report.record import RECORD_NAME, RunRecord
@@ -19,9 +19,10 @@ from lightning_quant.simulation.network import QuantizedNetwork
 
 
 def blame_run(folder: Path, count: int = 2) -> tuple[list[Blame], Path]:
-    """Compare the simulation of a finished run with float and with the bundle, on calibration samples.
+    """Compare the simulation of a finished run with float, the bundle, and the emulator if it was sent to one.
 
-    The network is built from the run's own record, and its weights and ranges come from its checkpoint.
+    The samples are those of calibration. The network is built from the run's own record, and its weights and ranges
+    come from its checkpoint.
 
     Args:
         folder: of a run, or of the bundle in it.
@@ -62,4 +63,7 @@ def blame_run(folder: Path, count: int = 2) -> tuple[list[Blame], Path]:
     calls = list(samples)
     bundle = load_bundle(run / record.artifacts["bundle"])
     found = [blame(network, calls, against="float", count=count), blame(network, calls, bundle, count=count)]
+    emulated = next((one for one in record.device if one.tier == Against.EMULATOR.value), None)
+    if emulated is not None:
+        found.append(blame(network, calls, bundle, against="htp_emulator", device=emulated.device))
     return found, write_blames(run / BLAME_NAME, found)

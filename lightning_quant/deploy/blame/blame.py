@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.deploy.blame.emulator import compare_with_emulator
 from lightning_quant.deploy.blame.file import compare_file
 from lightning_quant.deploy.blame.result import Against, Blame
 from lightning_quant.deploy.blame.rounding import compare_with_float
 from lightning_quant.deploy.bundle import Bundle, load_bundle
 from lightning_quant.deploy.graph.files import write_onnx
 from lightning_quant.deploy.single_samples import first_samples
-from lightning_quant.errors import ConfigurationError
+from lightning_quant.deploy.targets.htp.target import HtpEmulatorTarget
+from lightning_quant.errors import ConfigurationError, DeviceUnavailableError
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.utilities.modules import on_cpu_in_eval
@@ -30,10 +32,11 @@ def blame(
     samples: Tensor | NetworkInputs | Iterable[NetworkInputs],
     bundle: Bundle | str | Path | None = None,
     *,
-    against: Literal["file", "float"] = "file",
+    against: Literal["file", "float", "htp_emulator"] = "file",
     count: int = 2,
+    device: str = "Samsung Galaxy S24",
 ) -> Blame:
-    """Find the layers that make the difference between a simulation and its float network, or its file.
+    """Find the layers that make the difference between a simulation and its float network, its file or the NPU.
 
     Every layer is run on the reference's own tensors, so that a layer which only passes an error on is told apart from
     the one that adds it: on those of the float network with ``"float"``, else on those of the simulation.
@@ -42,6 +45,8 @@ def blame(
       tensors that it rounds, and all pieces run at once: one pass of the simulation, two of the file for each sample.
     - ``"float"``: what rounding costs each layer, why, and what helps. Two passes of the simulation for each sample, in
       the first of which every layer computes up to three times.
+    - ``"htp_emulator"``: which layers of the file the NPU computes otherwise, in float or not at all, as its emulator
+      shows. The file is compiled and computed three times, for one sample.
 
     Examples:
         >>> print(lq.blame(module, images, against="float"))  # doctest: +SKIP
@@ -51,14 +56,18 @@ def blame(
         samples: what it is run on: a batch, or calls of the network.
         bundle: the file to look at. Default: what an export of the network writes, whether or not it agrees.
         against: what to compare the simulation with.
-        count: how many samples are compared.
+        count: how many samples are compared; one with the emulator.
+        device: the phone whose NPU is emulated.
 
     Raises:
-        ConfigurationError: when the module holds no calibrated network, or several, or ``against`` is unknown.
+        ConfigurationError: when the module holds no calibrated network, or several, or ``against`` or ``device`` is
+            unknown.
         ExportError: when the network cannot be written as ONNX, or the bundle is not of this network.
+        DeviceError: when the emulator is not installed, or fails.
     """
     network = _network(module)
     other = _other(against)
+    target = _emulator(device) if other is Against.EMULATOR else None
     if isinstance(samples, Tensor):
         samples = NetworkInputs((samples,))
     given = [samples] if isinstance(samples, NetworkInputs) else samples
@@ -69,13 +78,23 @@ def blame(
         calls = first_samples(calls, count, network.inputs)
         if other is Against.FLOAT:
             return compare_with_float(network, calls)
-        if bundle is not None:
-            known = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-            return compare_file(network, _read(known.qdq), known.manifest.input_names, calls)
         with tempfile.TemporaryDirectory() as folder:
-            qdq = Path(folder) / "model_qdq.onnx"
-            written = write_onnx(network, calls[0], Path(folder) / "model.onnx", qdq)
-            return compare_file(network, _read(qdq), written.input_names, calls)
+            if bundle is None:
+                qdq = Path(folder) / "model_qdq.onnx"
+                input_names = write_onnx(network, calls[0], Path(folder) / "model.onnx", qdq).input_names
+            else:
+                known = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+                qdq, input_names = known.qdq, known.manifest.input_names
+            if target is not None:
+                return compare_with_emulator(network, _read(qdq), input_names, calls[0], target)
+            return compare_file(network, _read(qdq), input_names, calls)
+
+
+def _emulator(device: str) -> HtpEmulatorTarget:
+    target = HtpEmulatorTarget(device)
+    if reason := target.unavailable():
+        raise DeviceUnavailableError(f"target={target.name!r} cannot be used: {reason}.")
+    return target
 
 
 def _other(against: str) -> Against:

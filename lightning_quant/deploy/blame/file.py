@@ -12,10 +12,10 @@ from lightning_quant.deploy import parity
 from lightning_quant.deploy.blame.causes import Parameters, of_grid
 from lightning_quant.deploy.blame.cuts import Cut, own, piece_of, pieces, watched
 from lightning_quant.deploy.blame.differences import Differences
-from lightning_quant.deploy.blame.places import layer_of, match
+from lightning_quant.deploy.blame.places import match, modules_in
 from lightning_quant.deploy.blame.reasons import Cause, Change, Reason, Remedy
 from lightning_quant.deploy.blame.result import Blame, LayerBlame
-from lightning_quant.deploy.graph.qdq import QdqGraph, exact_session, hands_on
+from lightning_quant.deploy.graph.qdq import QdqGraph, exact_session
 from lightning_quant.errors import ExportError
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import onnx
 
 Arrays = dict[str, np.ndarray]
-_NO_OPERATION = ("QuantizeLinear", "DequantizeLinear", "Constant")
 
 
 def compare_file(
@@ -46,6 +45,34 @@ def compare_file(
         named = zip(input_names, call.tensors, strict=True)
         comparison.add(call, {name: tensor.numpy() for name, tensor in named if name in wanted})
     return comparison.result()
+
+
+def cuts_of(
+    network: QuantizedNetwork, graph: QdqGraph, seen: Sequence[RoundedTensor], feeds: Arrays
+) -> tuple[list[Cut], list[str]]:
+    """Cut a file at the tensors that it rounds and the simulation as well, see :func:`places.match`.
+
+    Args:
+        network: the simulation.
+        graph: the file.
+        seen: what the simulation rounds in one pass.
+        feeds: inputs of the file.
+
+    Raises:
+        ExportError: when the file is that of another network.
+    """
+
+    def measure(names: Iterable[str]) -> dict[str, int]:
+        inner = _run(exact_session(watched(graph.model, names)), feeds)
+        return {name: value.size for name, value in inner.items()}
+
+    cuts, unmatched = match(graph, seen, measure, quantized_layers(network))
+    if not cuts:
+        raise ExportError(
+            f"No tensor of the file is one of {network.float_class.__name__}'s: expected a bundle that was "
+            "exported from this network. Export it again."
+        )
+    return cuts, unmatched
 
 
 class _Comparison:
@@ -82,17 +109,7 @@ class _Comparison:
 
     def _cut(self, seen: list[RoundedTensor], feeds: Arrays) -> None:
         model = self.graph.model
-
-        def measure(names: Iterable[str]) -> dict[str, int]:
-            inner = _run(exact_session(watched(model, names)), feeds)
-            return {name: value.size for name, value in inner.items()}
-
-        cuts, self.unmatched = match(self.graph, seen, measure, self.layers)
-        if not cuts:
-            raise ExportError(
-                f"No tensor of the file is one of {self.network.float_class.__name__}'s: expected a bundle that was "
-                "exported from this network. Export it again."
-            )
+        cuts, self.unmatched = cuts_of(self.network, self.graph, seen, feeds)
         rounded = {name for cut in cuts for name in cut.values}
         for cut in cuts:
             inside = any(node.op_type == "QuantizeLinear" for node in piece_of(self.graph, cut.tensor, cuts))
@@ -110,11 +127,7 @@ class _Comparison:
 
     def _layer(self, one: _Tensor, cuts: list[Cut], parameters: Parameters) -> LayerBlame:
         piece = piece_of(self.graph, one.name, cuts)
-        operations = [node for node in piece if node.op_type not in _NO_OPERATION]
-        modules = tuple(dict.fromkeys(name for node in operations if (name := layer_of(node, self.layers))))
-        weighted = [name for name in modules if getattr(self.layers.get(name), "weight", None) is not None]
-        computing = [layer_of(node, self.layers) for node in operations if not hands_on(node)]
-        layer = next(filter(None, [*weighted, *computing, *modules, one.name]))
+        layer, modules = modules_in(self.graph, one.name, cuts, self.layers)
         reasons = [] if one.cut is None else [*of_grid(self.graph, one.cut, one.quantizer)]
         reasons += parameters.differences(self.graph, piece, modules)
         by_itself = one.by_itself.result()

@@ -114,7 +114,7 @@ class Remedy:
         """Return :attr:`line`, or a sentence."""
         match self.change:
             case Change.OPERATION:
-                return "use an operation that the NPU has"
+                return "another operation, which the NPU has"
             case Change.REPORT:
                 return "please report it with the network and the file"
             case _:
@@ -197,7 +197,7 @@ class Reason:
             case Cause.FLOAT_ISLAND:
                 return "computed in float on the NPU"
             case Cause.ARITHMETIC:
-                return f"the NPU rounds otherwise: off by up to {self.found:.0f} steps, {share} of the values differ"
+                return f"the NPU computes {share} of the values otherwise, by up to {self.found:.0f} steps of the grid"
 
 
 def merged(remedies: list[Remedy]) -> list[Remedy]:

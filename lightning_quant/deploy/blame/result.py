@@ -119,7 +119,9 @@ class Blame:
                 f"The file is not what this network exports: {Remedy(Change.EXPORT)} writes another. If it was just "
                 "exported, please report it with the network and the file."
             )
-        return f"Try {', '.join(map(str, self.remedies))}."
+        lines, others = ([str(one) for one in self.remedies if bool(one.line) is known] for known in (True, False))
+        said = [f"Try {', '.join(lines)}."] if lines else []
+        return " ".join([*said, *(f"Take {one}." for one in others)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values; an infinite PSNR as ``None``, and what to paste as ``lines``."""
@@ -185,6 +187,8 @@ class Blame:
                 said.append(f"None of {len(self.layers)} layers stands out by what it loses.")
             case _, True:
                 said.append(f"{len(self.guilty)} of {len(self.layers)} tensors computed differently, in: {names}.")
+            case Against.EMULATOR, False:
+                said.append("Every layer is computed in integers on the NPU, which rounds as closely as it does.")
             case _, False:
                 said.append(
                     "Every layer computes what the simulation computes; what differs is rounding of single values."
