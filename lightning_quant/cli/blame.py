@@ -10,15 +10,17 @@ from lightning_quant.callbacks.calibration import calibration_inputs
 from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import calibration_loader
 from lightning_quant.cli.parts import Parts
-from lightning_quant.deploy.blame.blame import blame
+from lightning_quant.deploy.blame.blame import blame_all
 from lightning_quant.deploy.blame.result import BLAME_NAME, Against, Blame, write_blames
 from lightning_quant.deploy.bundle import MANIFEST_NAME, load_bundle
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.report.record import RECORD_NAME, RunRecord
 from lightning_quant.simulation.network import QuantizedNetwork
 
+_SAMPLES = 2
 
-def blame_run(folder: Path, count: int = 2) -> tuple[list[Blame], Path]:
+
+def blame_run(folder: Path) -> tuple[list[Blame], Path]:
     """Compare the simulation of a finished run with float, the bundle, and the emulator if it was sent to one.
 
     The samples are those of calibration. The network is built from the run's own record, and its weights and ranges
@@ -26,7 +28,6 @@ def blame_run(folder: Path, count: int = 2) -> tuple[list[Blame], Path]:
 
     Args:
         folder: of a run, or of the bundle in it.
-        count: how many samples are compared.
 
     Returns:
         What was found, and where it was written: ``blame.json`` in the run's folder.
@@ -59,11 +60,7 @@ def blame_run(folder: Path, count: int = 2) -> tuple[list[Blame], Path]:
     )
     name, network = next(QuantizedNetwork.named_in(task))
     catcher = InputCatcher(trainer, task, name, network)
-    samples = calibration_inputs(trainer, calibration_loader(trainer, task, None), catcher, count)
-    calls = list(samples)
-    bundle = load_bundle(run / record.artifacts["bundle"])
-    found = [blame(network, calls, against="float", count=count), blame(network, calls, bundle, count=count)]
-    emulated = next((one for one in record.device if one.tier == Against.EMULATOR.value), None)
-    if emulated is not None:
-        found.append(blame(network, calls, bundle, against="htp_emulator", device=emulated.device))
+    samples = calibration_inputs(trainer, calibration_loader(trainer, task, None), catcher, _SAMPLES)
+    emulated = next((one.device for one in record.device if one.tier == Against.EMULATOR.value), None)
+    found = blame_all(network, samples, load_bundle(run / record.artifacts["bundle"]), emulated)
     return found, write_blames(run / BLAME_NAME, found)

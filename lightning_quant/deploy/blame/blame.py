@@ -90,6 +90,24 @@ def blame(
             return compare_file(network, _read(qdq), input_names, calls)
 
 
+def blame_all(
+    network: QuantizedNetwork, samples: Iterable[NetworkInputs], bundle: Bundle, emulated: str | None = None
+) -> list[Blame]:
+    """Compare a simulation with float, with its bundle, and with the NPU's emulator.
+
+    Args:
+        network: the simulation.
+        samples: calls of it.
+        bundle: what it was exported to.
+        emulated: the phone whose NPU is emulated; ``None`` for no emulator.
+    """
+    calls = list(samples)
+    found = [blame(network, calls, against="float"), blame(network, calls, bundle)]
+    if emulated is not None:
+        found.append(blame(network, calls, bundle, against="htp_emulator", device=emulated))
+    return found
+
+
 def _emulator(device: str) -> HtpEmulatorTarget:
     target = HtpEmulatorTarget(device)
     if reason := target.unavailable():

@@ -159,6 +159,8 @@ class Reason:
         """
         values = parse_as(value, dict[str, Any], where)
         made: Reason = parse_fields({name: one for name, one in values.items() if name != "sentence"}, cls, where)
+        for name in _MEASURED.get(made.cause, ()):
+            check(getattr(made, name) is not None, f"{where}.{name}", None, f"a number with {made.cause.value}")
         return made
 
     def __str__(self) -> str:
@@ -198,6 +200,16 @@ class Reason:
                 return "computed in float on the NPU"
             case Cause.ARITHMETIC:
                 return f"the NPU computes {share} of the values otherwise, by up to {self.found:.0f} steps of the grid"
+
+
+# What is said of a cause in numbers.
+_MEASURED = {
+    Cause.SCALE: ("found", "expected"),
+    Cause.ZERO_POINT: ("found", "expected"),
+    Cause.BITS: ("found", "expected"),
+    Cause.COARSE_GRID: ("found",),
+    Cause.ARITHMETIC: ("found",),
+}
 
 
 def merged(remedies: list[Remedy]) -> list[Remedy]:

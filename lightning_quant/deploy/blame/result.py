@@ -28,6 +28,9 @@ class Against(Named):
     EMULATOR = "htp_emulator"
 
 
+_NAMES = {Against.FLOAT: "float", Against.FILE: "the file", Against.EMULATOR: "the NPU's emulator"}
+
+
 @dataclass(frozen=True)
 class LayerBlame:
     """One tensor that is rounded, and what computes it.
@@ -147,8 +150,12 @@ class Blame:
         values = parse_as(value, dict[str, Any], where)
         made: Blame = parse_fields({name: one for name, one in values.items() if name != "lines"}, cls, where)
         for at, layer in enumerate(made.layers):
-            shares = [one for one in (layer.lost, layer.own.differing, layer.arrived.differing) if one is not None]
-            check(is_finite(*shares) and min(shares) >= 0, f"{where}.layers.{at}", shares, "shares of at least 0")
+            shares = {"lost": layer.lost, "own.differing": layer.own.differing}
+            shares["arrived.differing"] = layer.arrived.differing
+            for name, share in shares.items():
+                is_share = share is None or (is_finite(share) and share >= 0)
+                missing = name == "lost" and share is None and made.against is Against.FLOAT
+                check(is_share and not missing, f"{where}.layers.{at}.{name}", share, "a share of at least 0")
         return made
 
     @property
@@ -188,7 +195,7 @@ class Blame:
             case _, True:
                 said.append(f"{len(self.guilty)} of {len(self.layers)} tensors computed differently, in: {names}.")
             case Against.EMULATOR, False:
-                said.append("Every layer is computed in integers on the NPU, which rounds as closely as it does.")
+                said.append("Every layer runs in integers on the NPU, and differs by the NPU's rounding only.")
             case _, False:
                 said.append(
                     "Every layer computes what the simulation computes; what differs is rounding of single values."
@@ -197,6 +204,13 @@ class Blame:
         if not self.observed_runs:
             said.append("The file returns something else when its inner tensors are read: the figures are not its own.")
         return " ".join(said)
+
+
+def explanations(found: Iterable[Blame]) -> list[str]:
+    """Return the verdicts on those comparisons in which layers are marked; if there are none, on that with float."""
+    known = list(found)
+    shown = [one for one in known if one.guilty] or [one for one in known if one.against is Against.FLOAT]
+    return [f"Compared with {_NAMES[one.against]}: {one.verdict()}" for one in shown]
 
 
 def write_blames(path: Path, found: Iterable[Blame]) -> Path:

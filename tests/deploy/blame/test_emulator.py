@@ -48,7 +48,7 @@ def test_no_layer_is_named_where_nothing_is_wrong(name: str, precision: str, fol
     assert {one.tensor for one in found.layers} <= {one.tensor for one in made.blame().layers}
     assert len(found.layers) > 4
     assert found.layers[0].own.psnr_db == found.layers[0].arrived.psnr_db > 60
-    assert "in integers on the NPU" in str(found)
+    assert "runs in integers on the NPU" in str(found)
 
 
 def operation_that_the_npu_lacks(planted: Planted) -> None:
