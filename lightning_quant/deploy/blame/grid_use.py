@@ -15,7 +15,7 @@ _FEW = 0.25
 # Almost all values, and the share of the range that they use where it is too wide: three bits are lost.
 _ALMOST_ALL, _WIDE = 0.999, 1 / 8
 # A quantile is taken of so many values at most.
-_LOOKED_AT = 100_000
+_LOOKED_AT = 20_000
 
 
 class GridUse:
@@ -44,16 +44,15 @@ class GridUse:
 
     def add(self, values: Tensor) -> None:
         """Add one tensor of values before rounding."""
-        values = values.detach().as_subclass(Tensor)
+        values = finite(values.detach().as_subclass(Tensor))
         places = values / self._scale - self._offset
-        places = torch.where(values.isfinite(), places, places.new_zeros(()))
         inside = places.clamp(self.quantizer.qmin, self.quantizer.qmax)
-        self._clipping += float(((places - inside) * self._scale).double().square().sum())
-        self._rounding += float(((inside.round() - inside) * self._scale).double().square().sum())
+        self._clipping += _power((places - inside) * self._scale)
+        self._rounding += _power((inside.round() - inside) * self._scale)
         self._clipped += int(((places - inside).abs() > 0.5).sum())
         self._count += values.numel()
-        size = torch.where(values.isfinite(), values, values.new_zeros(())).abs()
-        self._signal += float(size.double().square().sum())
+        size = values.abs()
+        self._signal += _power(size)
         if self.axis is not None:
             channels = size.transpose(0, self.axis).flatten(1).amax(1)
             self._channels = channels if self._channels is None else torch.maximum(self._channels, channels)
@@ -80,3 +79,14 @@ class GridUse:
         if self._scale.numel() == 1 and self._most < _WIDE * self._reach:
             return Reason(Cause.TOO_WIDE, self.parameter, share=self._most / self._reach)
         return Reason(Cause.COARSE_GRID, self.parameter, found=self.quantizer.bitwidth)
+
+
+def finite(values: Tensor) -> Tensor:
+    """Return values with zero for those that are NaN or infinite, such as masked scores."""
+    if bool(values.sum().isfinite()):  # looking at each is slow
+        return values
+    return torch.where(values.isfinite(), values, 0.0)
+
+
+def _power(values: Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_quant.deploy import parity
 from lightning_quant.deploy.blame.differences import Differences
-from lightning_quant.deploy.blame.grid_use import GridUse
+from lightning_quant.deploy.blame.grid_use import GridUse, finite
 from lightning_quant.deploy.blame.reasons import Reason
 from lightning_quant.deploy.blame.remedies import Remedies
 from lightning_quant.deploy.blame.result import Against, Blame, LayerBlame
@@ -236,10 +236,9 @@ class _Noise:
         self._signal: Tensor | float = 0.0
 
     def add(self, reference: Tensor, actual: Tensor, axis: int) -> None:
-        wanted, made = (_by_channel(one.detach().as_subclass(Tensor), axis).double() for one in (reference, actual))
-        finite = wanted.isfinite() & made.isfinite()
-        self._noise = self._noise + torch.where(finite, made - wanted, 0.0).square().sum(1)
-        self._signal = self._signal + torch.where(finite, wanted, 0.0).square().sum(1)
+        wanted, made = (_by_channel(finite(one.detach().as_subclass(Tensor)), axis) for one in (reference, actual))
+        self._noise = self._noise + (made - wanted).square().sum(1, dtype=torch.float64)
+        self._signal = self._signal + wanted.square().sum(1, dtype=torch.float64)
 
     def share(self) -> float:
         """Return the mean over the channels that are not zero."""
