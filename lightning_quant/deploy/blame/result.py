@@ -189,7 +189,7 @@ class Blame:
         names = ", ".join(dict.fromkeys(one.layer for one in self.guilty))
         match self.against, bool(self.guilty):
             case Against.FLOAT, True:
-                said.append(f"{len(self.guilty)} of {len(self.layers)} layers lose most: {names}.")
+                said.append(f"Of {len(self.layers)} layers these lose most: {names}.")
             case Against.FLOAT, False:
                 said.append(f"None of {len(self.layers)} layers stands out by what it loses.")
             case _, True:
