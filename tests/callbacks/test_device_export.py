@@ -221,6 +221,7 @@ def test_files_that_compute_something_else_are_kept_under_a_name_that_says_so(
         "SmallNet-w4a8.failed/SmallNet-w4a8.aimet/model.onnx",
         "SmallNet-w4a8.failed/SmallNet-w4a8.aimet/model.encodings",
         "SmallNet-w4a8.failed/SmallNet-w4a8.onnx",
+        "SmallNet-w4a8.failed/blame.json",
         "SmallNet-w4a8.failed/manifest.json",
     }
 
