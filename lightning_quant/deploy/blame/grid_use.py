@@ -23,11 +23,11 @@ class GridUse:
 
     Args:
         quantizer: rounds it, calibrated.
-        axis: that of the channels; ``None`` for a tensor without.
+        axis: that of the channels, in a tensor of more than one axis.
         parameter: its name, if it is one.
     """
 
-    def __init__(self, quantizer: Quantizer, axis: int | None, parameter: str = "") -> None:
+    def __init__(self, quantizer: Quantizer, axis: int, parameter: str = "") -> None:
         self.quantizer, self.axis, self.parameter = quantizer, axis, parameter
         self._scale, self._offset = (value.detach() for value in (quantizer.get_scale(), quantizer.get_offset()))
         lowest, highest = (self._scale * (self._offset + end) for end in (quantizer.qmin, quantizer.qmax))
@@ -53,7 +53,7 @@ class GridUse:
         self._count += values.numel()
         size = values.abs()
         self._signal += _power(size)
-        if self.axis is not None:
+        if values.dim() > 1:
             channels = size.transpose(0, self.axis).flatten(1).amax(1)
             self._channels = channels if self._channels is None else torch.maximum(self._channels, channels)
         used = size[size > 0]

@@ -212,6 +212,40 @@ def test_layers_that_change_their_input_in_place() -> None:
     assert found[0] == found[1]
 
 
+class Sequences(nn.Module):
+    """Attention, a norm, a recurrent layer and a softmax: layers without channels along the second axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 16, 2, stride=2)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+        self.lstm = nn.LSTM(16, 8, batch_first=True)
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        tokens = self.layer(self.embed(x).flatten(2).transpose(1, 2))
+        return {"scores": self.out(self.lstm(tokens)[0]), "mean": torch.softmax(tokens.mean(1), -1)}
+
+
+def test_attention_norms_and_recurrent_layers() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = calibrated(Sequences().eval(), call(images(8)))
+    found = look(network)
+    layers = [one.layer for one in found.layers]
+    assert {"embed", "layer.norm1", "layer.linear1", "out"} <= set(layers)
+    assert any("lstm" in name for name in layers)
+    assert all(one.own.psnr_db >= 25 for one in found.layers), str(found)
+    with on_cpu_in_eval(network.network), unrounded(network):
+        expected = network.network(images(1))
+    again = blame(network, images(1), against="float")  # nothing is left switched off, or changed
+    with on_cpu_in_eval(network.network):
+        rounded = network.network(images(1))
+    noise = {name: (rounded[name] - expected[name]).square().mean().sqrt() for name in expected}
+    peaks = {name: 20 * torch.log10(expected[name].abs().max() / noise[name]) for name in expected}
+    assert again.output.psnr_db == pytest.approx(float(min(peaks.values())), abs=1e-3)
+
+
 def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
     network = outlier_channel(Body(), PLACES["body"])
     found = [look(network), blame(network, images(2))]
