@@ -14,7 +14,7 @@ from lightning_quant.callbacks.quantization import QuantizationCallback, callbac
 from lightning_quant.callbacks.reproduce import reproduce
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.callbacks.visualizer import class_figures, draw_comparisons, log_pictures
-from lightning_quant.deploy.blame.blame import blame, blame_all
+from lightning_quant.deploy.blame.blame import blame_all
 from lightning_quant.deploy.blame.result import BLAME_NAME, Against, Blame, write_blames
 from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.device_report import DeviceReport
@@ -37,13 +37,25 @@ def report_folder(bundle: Bundle) -> Path:
 
 
 def blame_layers(
-    network: QuantizedNetwork, calls: Sequence[NetworkInputs], bundle: Bundle, devices: Sequence[DeviceReport]
+    network: QuantizedNetwork,
+    calls: Sequence[NetworkInputs],
+    bundle: Bundle | None = None,
+    devices: Sequence[DeviceReport] = (),
 ) -> list[Blame]:
-    """Compare the layers of a network that falls below a bound, with float, file and emulator; warn if that fails."""
+    """Compare the layers of a network with float; and with what it was exported to, where a device falls short.
+
+    No run is lost to it: what fails is a warning.
+
+    Args:
+        network: the quantized network.
+        calls: samples, one each.
+        bundle: what it was exported to; ``None`` for float only.
+        devices: what devices made of that.
+    """
     emulated = next((one.device for one in devices if one.tier == Against.EMULATOR.value), None)
     try:
         return blame_all(network, calls, bundle, emulated)
-    except Exception as error:  # it is the bound that the run fails by
+    except Exception as error:
         rank_zero_warn(f"The layers were not compared: {type(error).__name__}: {error}")
         return []
 
@@ -81,7 +93,7 @@ def write_callback_report(
     comparisons = draw_comparisons(pl_module, network.float_network, network.network, calls)
     overlays = write_comparisons(folder / "overlays", comparisons)
     figures.write(folder)
-    write_blames(folder / BLAME_NAME, blames or [blame(network, calls, against="float")])
+    write_blames(folder / BLAME_NAME, blames or blame_layers(network, calls))
     record = _record(trainer, callback, network, bundle, devices)
     record.legend = legend_of(comparisons)
     # after a fit, the last validation need not be of what was exported

@@ -17,12 +17,12 @@ from lightning_quant.callbacks.data import calibration_loader
 from lightning_quant.callbacks.device_export import DeviceExport
 from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.measured_precision import hook_measuring
+from lightning_quant.callbacks.reporting import blame_layers
 from lightning_quant.callbacks.resume_point import ResumePoint
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.callbacks.visualizer import DrawsComparisons, class_figures, draw_comparisons, log_pictures
 from lightning_quant.cli.float_network import float_task, read_or_refuse
 from lightning_quant.cli.parts import Parts
-from lightning_quant.deploy.blame.blame import blame
 from lightning_quant.deploy.blame.result import BLAME_NAME, write_blames
 from lightning_quant.deploy.push import device_folder
 from lightning_quant.deploy.single_samples import first_samples
@@ -199,7 +199,7 @@ class Stages:
             if self.drift is not None:
                 figures.drift, figures.drift_steps = self.drift.values, self.drift.steps
             self.record.artifacts["layers"] = figures.write(self.folder).name
-            blames = export.blames or [blame(network, samples, against="float")]
+            blames = export.blames or blame_layers(network, samples)
             self.record.artifacts["blame"] = write_blames(self.folder / BLAME_NAME, blames).name
 
     def _draw(self, trainer: pl.Trainer, float_module: pl.LightningModule, quantized: pl.LightningModule) -> None:

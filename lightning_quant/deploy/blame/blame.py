@@ -91,19 +91,24 @@ def blame(
 
 
 def blame_all(
-    network: QuantizedNetwork, samples: Iterable[NetworkInputs], bundle: Bundle, emulated: str | None = None
+    network: QuantizedNetwork,
+    samples: Iterable[NetworkInputs],
+    bundle: Bundle | None = None,
+    emulated: str | None = None,
 ) -> list[Blame]:
     """Compare a simulation with float, with its bundle, and with the NPU's emulator.
 
     Args:
         network: the simulation.
         samples: calls of it.
-        bundle: what it was exported to.
+        bundle: what it was exported to; ``None`` for float only.
         emulated: the phone whose NPU is emulated; ``None`` for no emulator.
     """
     calls = list(samples)
-    found = [blame(network, calls, against="float"), blame(network, calls, bundle)]
-    if emulated is not None:
+    found = [blame(network, calls, against="float")]
+    if bundle is not None:
+        found.append(blame(network, calls, bundle))
+    if bundle is not None and emulated is not None:
         found.append(blame(network, calls, bundle, against="htp_emulator", device=emulated))
     return found
 
