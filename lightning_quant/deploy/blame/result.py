@@ -185,7 +185,8 @@ class Blame:
 
     def verdict(self) -> str:
         """Return what was found, and what to do next, in a few sentences."""
-        said = [f"Output: {self.output} over {self.samples} sample{"s" * (self.samples != 1)}."]
+        count = f"{self.samples} sample" if self.samples == 1 else f"{self.samples} samples"
+        said = [f"Output: {self.output} over {count}."]
         names = ", ".join(dict.fromkeys(one.layer for one in self.guilty))
         match self.against, bool(self.guilty):
             case Against.FLOAT, True:
