@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_quant.errors import PreflightError
 from lightning_quant.recipe import QuantRecipe
@@ -19,7 +19,7 @@ from lightning_quant.simulation.callsites.attributes import BUFFERS
 from lightning_quant.simulation.callsites.watching import written_buffers
 from lightning_quant.simulation.exportable import not_in_onnx
 from lightning_quant.simulation.inplace import copied, state_kept, undone_on_error
-from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork, set_range_estimator
 from lightning_quant.simulation.precisions import layer_precision, matching, quantized_layers, set_precisions
 from lightning_quant.simulation.prepare import prepare_in_place
@@ -97,13 +97,16 @@ def quantize(
 def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> aimet.Simulation:
     """Return AIMET's QuantizationSimModel around the flat form of ``network``, whose modules it changes in place."""
     estimator = recipe.range_estimator
+    flat = FlatNetwork(network, inputs).eval()
+    with state_kept(network):
+        returned = _returned(flat, inputs)
     ignored_before = aimet.QuantizationMixin._ignore_unknown_modules
     try:
         # A class AIMET does not know is the user's own, whose operations are call sites.
         aimet.QuantizationMixin.ignore_unknown_modules(True)
         with state_kept(network), converted_in_place(), shapes_from_traces(), weights_attached(network):
             sim = aimet.QuantizationSimModel(
-                FlatNetwork(network, inputs).eval(),
+                flat,
                 tuple(inputs.tensors),
                 quant_scheme=aimet.QuantScheme[_SCHEMES.get(type(estimator), "min_max")],
                 default_param_bw=recipe.precision.weight_bits,
@@ -122,10 +125,31 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
     if isinstance(estimator, Percentile):
         sim.set_percentile_value(estimator.percentile)
     _tie_resizes(sim)
-    quantizers.complete(sim)
+    quantizers.complete(sim, returned)
     if type(estimator) not in _SCHEMES:
         set_range_estimator(network, estimator)
     return sim
+
+
+def _returned(network: FlatNetwork, inputs: NetworkInputs) -> set[nn.Module]:
+    """Return the layers whose outputs a network returns, as they are or as views, whatever else takes them."""
+    made: list[tuple[nn.Module, Tensor, int]] = []
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        made.extend((module, tensor, tensor._version) for tensor in tensors_in(output))
+
+    layers = [module for module in network.modules() if not any(module.children())]
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        memory = {tensor.untyped_storage().data_ptr() for tensor in network(*inputs.tensors)}
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        module
+        for module, tensor, version in made
+        if tensor.untyped_storage().data_ptr() in memory and tensor._version == version  # not changed in place since
+    }
 
 
 def _accelerate(network: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from lightning_quant.simulation.callsites.attributes import OWNER, is_at_call_site
 
 
-def complete(sim: Any) -> None:
+def complete(sim: Any, returned: Container[nn.Module]) -> None:
     """Give every tensor that the hardware rounds a quantizer, and what is one tensor on the device one quantizer.
 
     Args:
         sim: AIMET's simulation, newly built; changed in place.
+        returned: the layers whose outputs the network returns.
     """
     for module in _sites(sim):
         if module.__dict__["_moves"]:  # values that were rounded stay rounded
@@ -27,7 +29,7 @@ def complete(sim: Any) -> None:
                 parameter.requires_grad_(False)
     _share_weights(sim)
     _share_over_steps(sim)
-    _fuse_activations(sim)
+    _fuse_activations(sim, returned)
     _round_before_activations(sim)
     _quantize_constants(sim)
     _guard_divisions(sim)
@@ -79,26 +81,28 @@ def _share_over_steps(sim: Any) -> None:
                     own[index] = theirs[index]
 
 
-def _fuse_activations(sim: Any) -> None:
-    """Round once behind a ReLU, not before it as well, where one range was tied to both sides.
+def _fuse_activations(sim: Any, returned: Container[nn.Module]) -> None:
+    """Round once behind a ReLU or clip, not before it as well: the NPU computes it with the operation before it.
 
-    AIMET gives the inputs of a concatenation one range, and gives it to the operation before a ReLU there too. It then
-    covers values that the ReLU removes, and the NPU does not fuse a ReLU whose zero is not the least integer.
+    AIMET's configuration does so for single pairs of operations, not behind depthwise convolutions, nor where one range
+    was tied to both sides, which then covers values that a ReLU removes. What the network returns is rounded, which
+    AIMET's graph does not know of.
     """
-    modules = (sim._get_qmodule(op) for op in sim.connected_graph.ordered_ops)
-    users = Counter(one for module in modules for one in getattr(module, "output_quantizers", ()) if one is not None)
+    from lightning_quant.simulation.aimet import custom
+
+    computed_with: Any = (nn.modules.conv._ConvNd, nn.Linear, custom.MatMul, custom.Add)
+    calls = Counter(sim._get_qmodule(op) for op in sim.connected_graph.ordered_ops)
     for op in sim.connected_graph.ordered_ops:
         after = sim._get_qmodule(op)
-        source = op.inputs[0].producer if isinstance(after, (nn.ReLU, nn.ReLU6)) and op.inputs else None
-        if source is None or len(source.output_ops) != 1:
+        source = op.inputs[0].producer if isinstance(after, (nn.ReLU, nn.ReLU6, nn.Hardtanh)) and op.inputs else None
+        before = sim._get_qmodule(source) if source is not None and len(source.output_ops) == 1 else None
+        if not isinstance(before, computed_with) or after.output_quantizers[0] is None:
             continue
-        before = sim._get_qmodule(source)
-        if len(getattr(before, "output_quantizers", ())) != 1:
-            continue
-        quantizer = before.output_quantizers[0]
-        # of these two alone: the hardware configuration has it so
-        if quantizer is not None and quantizer is after.output_quantizers[0] and users[quantizer] > 2:
-            before.output_quantizers[0] = None
+        quantizers: Any = before.output_quantizers
+        if before in returned:
+            quantizers[0] = quantizers[0] or copy.deepcopy(after.output_quantizers[0])
+        elif calls[before] == 1 and sim._hw_version is not None:
+            quantizers[0] = None
 
 
 def _round_before_activations(sim: Any) -> None:
