@@ -124,7 +124,6 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
         aimet.QuantizationMixin.ignore_unknown_modules(ignored_before)
     if isinstance(estimator, Percentile):
         sim.set_percentile_value(estimator.percentile)
-    _tie_resizes(sim)
     quantizers.complete(sim, returned)
     if type(estimator) not in _SCHEMES:
         set_range_estimator(network, estimator)
@@ -158,43 +157,3 @@ def _accelerate(network: nn.Module) -> None:
 
     if left := accelerate(network):
         log.info("%d quantizers, e.g. %s, run on AIMET's own kernels: block sizes or other kinds.", len(left), left[0])
-
-
-def _tie_resizes(sim: aimet.Simulation) -> None:
-    """Give both sides of every ``interpolate`` one range, as the NPU resizes integers without another scale.
-
-    With different scales its compiler falls back to float around the resize: a dequantize, the resize and a quantize
-    in float32. AIMET ties ``nn.Upsample`` itself, but not the functional form that tracing turns into a module; its
-    ``propagate_output_encodings`` would also tie the network whose shape gives the size.
-    """
-    graph = sim.connected_graph
-    if sim._hw_version is None or graph is None or not graph.is_safe():  # as AIMET does for its own
-        return
-    resize: Any
-    resizes: Any = (aimet.custom.Interpolate, nn.Upsample)
-    for op in reversed(graph.ordered_ops):  # a resize of a resize gets its range from behind
-        resize = sim._get_qmodule(op)
-        if isinstance(resize, aimet.custom.Interpolate) and resize.output_quantizers[0] is not None:
-            _quantize_like(sim, op, resize.output_quantizers[0])
-    for op in graph.ordered_ops:  # a tensor that goes into two of them has the range of one
-        resize = sim._get_qmodule(op)
-        if isinstance(resize, resizes) and resize.output_quantizers[0] is not None:
-            before = quantizers.rounding(sim, op.inputs[0].producer)
-            if before not in (None, resize.output_quantizers[0]):
-                resize.input_quantizers[0] = resize.output_quantizers[0]
-
-
-def _quantize_like(sim: aimet.Simulation, op: aimet.Operation, quantizer: aimet.Quantizer) -> None:
-    """Let ``quantizer`` round the tensor that comes into ``op``."""
-    source = next((product for product in op.inputs if product.shape), None)  # the others are numbers: its new size
-    if source is None:
-        return
-    if source.producer is None:  # an input of the network
-        sim._get_qmodule(op).input_quantizers[0] = quantizer
-        return
-    producer = sim._get_qmodule(source.producer)
-    quantizers = [] if producer is None else producer.output_quantizers
-    if len(quantizers) == 1 and quantizers[0] is not None:
-        quantizers[0] = quantizer
-    elif source.producer.is_grid_preserving_op():  # a reshape or a fork: no rounding of its own
-        _quantize_like(sim, source.producer, quantizer)

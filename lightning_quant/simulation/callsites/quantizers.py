@@ -11,6 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.simulation.callsites.attributes import OWNER, is_at_call_site
+from lightning_quant.simulation.callsites.tied_ranges import leave_out_roundings, passes_values, tie_ranges
+
+
+# Hardware that computes a layer and the activation behind it one after the other: not an HTP, and one without a name.
+_COMPUTE_APART = (None, "V66")
 
 
 def complete(sim: Any, returned: Container[nn.Module]) -> None:
@@ -20,10 +25,8 @@ def complete(sim: Any, returned: Container[nn.Module]) -> None:
         sim: AIMET's simulation, newly built; changed in place.
         returned: the layers whose outputs the network returns.
     """
+    leave_out_roundings(sim)
     for module in _sites(sim):
-        if module.__dict__["_moves"]:  # values that were rounded stay rounded
-            for index in range(len(module.output_quantizers)):
-                module.output_quantizers[index] = None
         if "_has_default_weights" in vars(module):  # weights of one: their range is known
             for parameter in module.param_quantizers.parameters():
                 parameter.requires_grad_(False)
@@ -32,6 +35,7 @@ def complete(sim: Any, returned: Container[nn.Module]) -> None:
     _fuse_activations(sim, returned)
     _round_before_activations(sim)
     _quantize_constants(sim)
+    tie_ranges(sim)
     _guard_divisions(sim)
     _note_roundings(sim)
     _keep_ranges_of_inputs(sim)
@@ -84,9 +88,10 @@ def _share_over_steps(sim: Any) -> None:
 def _fuse_activations(sim: Any, returned: Container[nn.Module]) -> None:
     """Round once behind a ReLU or clip, not before it as well: the NPU computes it with the operation before it.
 
-    AIMET's configuration does so for single pairs of operations, not behind depthwise convolutions, nor where one range
-    was tied to both sides, which then covers values that a ReLU removes. What the network returns is rounded, which
-    AIMET's graph does not know of.
+    AIMET's configurations do so for some pairs of operations, not behind depthwise convolutions, nor where one range
+    was tied to both sides, which then covers values that a ReLU removes; those of chips before v73 for fewer, though
+    ONNX Runtime's QNN provider fuses a convolution with a ReLU or Clip for all (``conv_activation_fusion.cc``). What
+    the network returns is rounded, which AIMET's graph does not know of.
     """
     from lightning_quant.simulation.aimet import custom
 
@@ -101,7 +106,7 @@ def _fuse_activations(sim: Any, returned: Container[nn.Module]) -> None:
         quantizers: Any = before.output_quantizers
         if before in returned:
             quantizers[0] = quantizers[0] or copy.deepcopy(after.output_quantizers[0])
-        elif calls[before] == 1 and sim._hw_version is not None:
+        elif calls[before] == 1 and sim._hw_version not in _COMPUTE_APART:
             quantizers[0] = None
 
 
@@ -160,7 +165,7 @@ def rounding(sim: Any, source: Any) -> Any:
         quantizers: Any = getattr(producer, "output_quantizers", ())
         if len(quantizers) == 1 and quantizers[0] is not None:
             return quantizers[0]
-        if not source.is_grid_preserving_op():
+        if not passes_values(sim, source):
             return None
         own: Any = getattr(producer, "input_quantizers", ())
         if len(own) and own[0] is not None:  # an input of the network, which comes here first
