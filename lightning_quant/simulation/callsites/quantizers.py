@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.simulation.callsites.attributes import OWNER, is_at_call_site
-from lightning_quant.simulation.callsites.tied_ranges import leave_out_roundings, passes_values, tie_ranges
-
+from lightning_quant.simulation.callsites.tied_ranges import leave_out_roundings, outputs, rounding, tie_ranges
+from lightning_quant.simulation.fixed_ranges import note_fixed_ranges
 
 # Hardware that computes a layer and the activation behind it one after the other: not an HTP, and one without a name.
 _COMPUTE_APART = (None, "V66")
@@ -38,6 +38,7 @@ def complete(sim: Any, returned: Container[nn.Module]) -> None:
     tie_ranges(sim)
     _guard_divisions(sim)
     _note_roundings(sim)
+    note_fixed_ranges(sim)
     _keep_ranges_of_inputs(sim)
 
 
@@ -96,7 +97,9 @@ def _fuse_activations(sim: Any, returned: Container[nn.Module]) -> None:
     from lightning_quant.simulation.aimet import custom
 
     computed_with: Any = (nn.modules.conv._ConvNd, nn.Linear, custom.MatMul, custom.Add)
-    calls = Counter(sim._get_qmodule(op) for op in sim.connected_graph.ordered_ops)
+    modules = [sim._get_qmodule(op) for op in sim.connected_graph.ordered_ops]
+    calls = Counter(modules)
+    users = Counter(one for module in modules for one in getattr(module, "output_quantizers", ()) if one is not None)
     for op in sim.connected_graph.ordered_ops:
         after = sim._get_qmodule(op)
         source = op.inputs[0].producer if isinstance(after, (nn.ReLU, nn.ReLU6, nn.Hardtanh)) and op.inputs else None
@@ -104,9 +107,11 @@ def _fuse_activations(sim: Any, returned: Container[nn.Module]) -> None:
         if not isinstance(before, computed_with) or after.output_quantizers[0] is None:
             continue
         quantizers: Any = before.output_quantizers
+        # of the two alone, the configuration of such hardware has it so
+        is_tied = quantizers[0] is after.output_quantizers[0] and users[quantizers[0]] > 2
         if before in returned:
             quantizers[0] = quantizers[0] or copy.deepcopy(after.output_quantizers[0])
-        elif calls[before] == 1 and sim._hw_version not in _COMPUTE_APART:
+        elif calls[before] == 1 and (is_tied or sim._hw_version not in _COMPUTE_APART):
             quantizers[0] = None
 
 
@@ -158,22 +163,6 @@ def _guard_divisions(sim: Any) -> None:
                 quantizers[1] = quantizer
 
 
-def rounding(sim: Any, source: Any) -> Any:
-    """Return the quantizer of an operation's output, or of the one whose values it only moves."""
-    while source is not None:
-        producer = sim._get_qmodule(source)
-        quantizers: Any = getattr(producer, "output_quantizers", ())
-        if len(quantizers) == 1 and quantizers[0] is not None:
-            return quantizers[0]
-        if not passes_values(sim, source):
-            return None
-        own: Any = getattr(producer, "input_quantizers", ())
-        if len(own) and own[0] is not None:  # an input of the network, which comes here first
-            return own[0]
-        source = source.inputs[0].producer
-    return None
-
-
 def _note_roundings(sim: Any) -> None:
     """Let layers with a bias know what rounds their input, as the hardware adds the bias in its units.
 
@@ -198,14 +187,10 @@ def _keep_ranges_of_inputs(sim: Any) -> None:
     Training does not change what a camera gives, and the gradient of such a range needs that of the image, which no
     float network computes.
     """
-    of_activations = {one for op in sim.connected_graph.ordered_ops for one in _outputs(sim, op)}
+    of_activations = {one for op in sim.connected_graph.ordered_ops for one in outputs(sim, op)}
     for op in sim.connected_graph.ordered_ops:
         own: Any = getattr(sim._get_qmodule(op), "input_quantizers", ())
         for quantizer, product in zip(own, op.inputs, strict=False):
             if quantizer is not None and product.is_model_input and quantizer not in of_activations:
                 for parameter in quantizer.parameters():
                     parameter.requires_grad_(False)
-
-
-def _outputs(sim: Any, op: Any) -> Any:
-    return getattr(sim._get_qmodule(op), "output_quantizers", ())

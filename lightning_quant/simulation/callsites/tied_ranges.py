@@ -28,6 +28,22 @@ def passes_values(sim: Any, op: Any) -> bool:
     return bool(module.__dict__.get("_moves") or isinstance(module, _CHOOSE) or op.is_grid_preserving_op())
 
 
+def rounding(sim: Any, source: Any) -> Any:
+    """Return the quantizer of an operation's output, or of the one whose values it only moves."""
+    while source is not None:
+        producer = sim._get_qmodule(source)
+        quantizers: Any = getattr(producer, "output_quantizers", ())
+        if len(quantizers) == 1 and quantizers[0] is not None:
+            return quantizers[0]
+        if not passes_values(sim, source):
+            return None
+        own: Any = getattr(producer, "input_quantizers", ())
+        if len(own) and own[0] is not None:  # an input of the network, which comes here first
+            return own[0]
+        source = source.inputs[0].producer
+    return None
+
+
 def leave_out_roundings(sim: Any) -> None:
     """Round no output of an operation that outputs rounded values as they are."""
     for op in sim.connected_graph.ordered_ops:
@@ -48,18 +64,18 @@ def tie_ranges(sim: Any) -> None:
     groups = _Groups()
     operations = sim.connected_graph.ordered_ops
     for op in sim.connected_graph.get_all_ops().values():  # forks too
-        for quantizer in _outputs(sim, op):  # one already, as that of a recurrent layer for all steps
+        for quantizer in outputs(sim, op):  # one already, as that of a recurrent layer for all steps
             groups.join(quantizer, op)
-        for index in _shares_grid_with(sim, op):
+        for index in inputs_of_one_grid(sim, op):
             groups.join(_tensor(op, index), op)
-    joining = [op for op in operations if _is_concatenation(sim, op) or _is_resize(sim, op)]
-    shared = {groups.of(op): quantizer for op in joining for quantizer in _outputs(sim, op)}  # the last of each group
+    # the last of each group
+    shared = {groups.of(op): one for op in operations if hands_on(sim, op) for one in outputs(sim, op)}
     for op in operations:
         module = sim._get_qmodule(op)
         quantizer = shared.get(groups.of(op))
-        outputs: Any = getattr(module, "output_quantizers", ())
-        for index, own in enumerate(outputs):
-            outputs[index] = quantizer if quantizer is not None and own is not None else own
+        places: Any = getattr(module, "output_quantizers", ())
+        for index, own in enumerate(places):
+            places[index] = quantizer if quantizer is not None and own is not None else own
         inputs: Any = getattr(module, "input_quantizers", ())
         for index, (own, product) in enumerate(zip(inputs, op.inputs, strict=False)):
             quantizer = shared.get(groups.of(_tensor(op, index)))
@@ -75,12 +91,17 @@ def _tensor(op: Any, index: int) -> Any:
     return product.producer or (op, index)
 
 
-def _shares_grid_with(sim: Any, op: Any) -> list[int]:
+def inputs_of_one_grid(sim: Any, op: Any) -> list[int]:
     """Return the places of the inputs of an operation that have the grid of its output."""
     tensors = [index for index, one in enumerate(op.inputs) if one.shape is not None and not one.is_parm]
     if _is_concatenation(sim, op):
         return tensors
     return tensors[:1] if _is_resize(sim, op) or passes_values(sim, op) else []  # the others are numbers, its new size
+
+
+def hands_on(sim: Any, op: Any) -> bool:
+    """Return whether an operation has the grid of what it is given: it passes values on, joins or resizes them."""
+    return bool(inputs_of_one_grid(sim, op))
 
 
 def _is_concatenation(sim: Any, op: Any) -> bool:
@@ -96,7 +117,8 @@ def _is_resize(sim: Any, op: Any) -> bool:
     return sim._hw_version is not None and isinstance(sim._get_qmodule(op), (custom.Interpolate, nn.Upsample))
 
 
-def _outputs(sim: Any, op: Any) -> list[Any]:
+def outputs(sim: Any, op: Any) -> list[Any]:
+    """Return the quantizers of what an operation computes."""
     return [one for one in getattr(sim._get_qmodule(op), "output_quantizers", ()) if one is not None]
 
 
