@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +18,7 @@ import lightning_quant as lq
 from benchmarks.accuracy import data, float_task, trainer
 from benchmarks.networks import NETWORKS
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.parity import Parity
 
 RESULTS = Path(__file__).parent / "results" / "devices"
 PRECISIONS = ("w8a8", "w8a16", "w4a16")
@@ -35,7 +37,14 @@ def measure(name: str, precision: str, camvid: str, device: str) -> None:
     )  # fmt: skip
     quantization = lq.PostTrainingQuantization(precision, calibration_samples=64)
     trainer(quantization, export, limit_val_batches=1).validate(task, datamodule=data("camvid", camvid), verbose=False)
+    assert export.bundle is not None
+    _file_path(name, precision).write_text(json.dumps(export.bundle.manifest.parity.to_dict()))
     export.reports[0].write(path)
+
+
+def _file_path(name: str, precision: str) -> Path:
+    """Where the agreement of the exported file with the simulation, in ONNX Runtime, is kept."""
+    return RESULTS / f"{name}-{precision}-file.json"
 
 
 def table() -> str:
@@ -43,7 +52,8 @@ def table() -> str:
     heads = [
         "network",
         "",
-        "PSNR to simulation",
+        "file to simulation",
+        "emulator to simulation",
         "to float",
         "same class as float",
         "mIoU float",
@@ -61,7 +71,9 @@ def table() -> str:
             assert report.against_simulation is not None
             assert report.against_float is not None
             assert report.layers is not None
-            figures = [f"{report.against_simulation.psnr_db:.1f} dB", f"{report.against_float.psnr_db:.1f} dB"]
+            file = _file_path(name, precision)
+            of_file = str(Parity.from_json(json.loads(file.read_text()))) if file.is_file() else ""
+            figures = [of_file, f"{report.against_simulation.psnr_db:.1f} dB", f"{report.against_float.psnr_db:.1f} dB"]
             assert report.against_float.argmax_agreement is not None
             figures.append(f"{100 * report.against_float.argmax_agreement:.1f} %")
             figures += [f"{100 * report.metric[what]:.1f}" for what in ("float", "simulation", "device")]

@@ -25,6 +25,7 @@ import functools
 import gc
 import importlib.metadata
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -408,15 +409,23 @@ class Card:
 
     Args:
         lock: a file that all of them know, or ``None`` where there is one.
+        seconds: how long one may prepare while others wait to measure.
     """
 
-    def __init__(self, lock: Path | None) -> None:
+    def __init__(self, lock: Path | None, seconds: float = math.inf) -> None:
         self._file = None if lock is None else lock.open("w")
+        self._seconds = seconds
+        self._until = math.inf
 
     def shared(self) -> None:
         """Use it beside others; waits for the one that measures."""
         if self._file is not None:
             fcntl.flock(self._file, fcntl.LOCK_SH)
+            self._until = time.monotonic() + self._seconds
+
+    def is_wanted(self) -> bool:
+        """Return whether others have waited long enough."""
+        return time.monotonic() > self._until
 
     def alone(self) -> None:
         """Have it alone; waits until all others have stopped preparing."""
@@ -458,6 +467,9 @@ def measure_steps(
         if wanted is None or name in wanted
     }
     for name, make in makers.items():
+        if card.is_wanted():
+            turns.errors[name] = "left out: the others were prepared by then"
+            continue
         # what fails beside others, which fill the memory too, may run alone: that decides
         with contextlib.suppress(Exception):
             loops[name] = make()
@@ -638,6 +650,9 @@ def main() -> None:
     parser.add_argument("--turns-seconds", type=float, default=12, help="of a row, after which turns are left out")
     parser.add_argument("--turn", type=float, default=None, help="seconds that a variant has at a time")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--prepare-seconds", type=float, default=math.inf, help="side by side; what is not begun then is left out"
+    )
     parser.add_argument("--lock", type=Path, help="measure in turns with the processes that were given the same file")
     parser.add_argument("--commit", default="", help="where git cannot be asked")
     parser.add_argument("--results", type=Path, default=RESULTS / "gpu.json")
@@ -665,7 +680,7 @@ def measure_rows(arguments: argparse.Namespace) -> None:
         arguments.rounds = min(arguments.rounds, 2)
     torch.backends.cudnn.benchmark = True
     results: dict[str, Any] = {**gpu_facts(torch.device(arguments.device), arguments.commit), "rows": []}
-    card = Card(arguments.lock)
+    card = Card(arguments.lock, arguments.prepare_seconds)
 
     def save(row: dict[str, Any] | None = None) -> None:
         if row is not None:

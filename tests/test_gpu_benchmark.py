@@ -71,3 +71,15 @@ def test_one_process_measures_while_the_others_wait(tmp_path: Path) -> None:
         map(float, process.communicate()[0].split()) for process in processes
     )
     assert first_end <= second_start or second_end <= first_start
+
+
+def test_who_prepares_for_too_long_leaves_the_rest_out(tmp_path: Path) -> None:
+    alone, patient, hurried = Card(None, 0), Card(tmp_path / "one", 60), Card(tmp_path / "other", 0)
+    for card in (alone, patient, hurried):
+        card.shared()
+    assert [card.is_wanted() for card in (alone, patient, hurried)] == [False, False, True]
+    arguments = argparse.Namespace(device="cpu", turn=1e-3, rounds=1, turns_seconds=1, variants=["ours learned"])
+    rows: list[dict[str, Any]] = []
+    measured(Case("step", "ffnet_nano", (32, 32), 2), arguments, False, hurried, lambda *row: rows.extend(row))
+    assert rows[0]["errors"] == {"ours learned": "left out: the others were prepared by then"}
+    assert not rows[0]["train_s"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.zoo.record import FILES, GARBAGE_DB, OURS, PLAIN, all_the_way, emulated, garbage, reached, read
-from lightning_quant.deploy.parity import COARSE_BAR, FINE_BAR
+from lightning_quant.deploy.parity import BAR, COARSE_BAR
 from lightning_quant.precision import Precision
 
 TRAINED = Path(__file__).parents[1] / "results" / "elsewhere"
@@ -70,7 +70,7 @@ def page(lines: Sequence[Line]) -> str:
     sources: dict[str, list[str]] = defaultdict(list)
     for name in networks:
         sources[name.partition("/")[0]].append(name)
-    parts = [_HEAD.format(total=len(networks), coarse=COARSE_BAR, fine=FINE_BAR, garbage=GARBAGE_DB), _counts(lines)]
+    parts = [_HEAD.format(total=len(networks), coarse=COARSE_BAR, fine=BAR, garbage=GARBAGE_DB), _counts(lines)]
     for source, members in sources.items():
         parts += [f"\n## {source}\n", _of_source(members, found)]
     parts += ["\n## Where they stop\n", _stops(lines), _TRAINED, _trained(), _TAIL.format(how=_how(lines))]
@@ -151,7 +151,7 @@ def _decibel(line: Line | None, which: str) -> str:
 
 def _close(line: Line) -> bool:
     value = line["parity"]["psnr_db"]
-    bar = FINE_BAR if Precision.parse(line["precision"]).activation_bits >= 16 else COARSE_BAR
+    bar = BAR if Precision.parse(line["precision"]).activation_bits >= 16 else COARSE_BAR
     return value is None or value >= bar
 
 

@@ -74,11 +74,43 @@ def calibration_inputs(
     seen = 0
     while seen < samples:
         caught = [call for index, batch in islice(own, 1) for call in catcher.catch(batch, index)]
-        shares: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(shares, [call.to(torch.device("cpu")) for call in caught])
-        gathered = [call for share in shares for call in share]
+        gathered = _of_all_ranks(trainer, caught)
         if not gathered:
             return
         for new, call in counted(gathered):
             seen += new
-            yield call.to(trainer.strategy.root_device)
+            yield call
+
+
+def _of_all_ranks(trainer: pl.Trainer, calls: list[NetworkInputs]) -> list[NetworkInputs]:
+    """Return the calls of all ranks, by rank: what they consist of is pickled, their tensors go from device to device.
+
+    What was on the CPU, such as the lengths in a PackedSequence, is there again.
+    """
+    device = trainer.strategy.root_device
+    own = [[torch.empty_like(one, device=device).copy_(one) for one in call.tensors] for call in calls]
+    described = [
+        (
+            call.map(lambda one: one.new_empty(0, device="cpu")),
+            [
+                ((sent.shape, sent.stride()), sent.dtype, one.is_cpu)
+                for one, sent in zip(call.tensors, sent, strict=True)
+            ],
+        )
+        for call, sent in zip(calls, own, strict=True)
+    ]
+    shares: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(shares, described)
+    found = []
+    for rank, share in enumerate(shares):
+        for number, (call, tensors) in enumerate(share):
+            given = []
+            for place, (layout, dtype, on_cpu) in enumerate(tensors):
+                is_own = rank == trainer.global_rank
+                tensor = own[number][place] if is_own else torch.empty_strided(*layout, dtype=dtype, device=device)
+                if tensor.numel():  # as bytes: not every type can be sent
+                    flat = tensor.as_strided((tensor.numel(),), (1,))
+                    torch.distributed.broadcast(flat.view(torch.uint8), src=rank)
+                given.append(tensor.cpu() if on_cpu else tensor)
+            found.append(call.with_tensors(given))
+    return found

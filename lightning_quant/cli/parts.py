@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_quant.callbacks.device_export import DeviceExport
 from lightning_quant.callbacks.post_training import PostTrainingQuantization
 from lightning_quant.callbacks.training import QuantizationAwareTraining
+from lightning_quant.errors import LightningQuantError
 from lightning_quant.precision import Precision
 
 _QAT_ARGUMENTS = ("train_ranges", "distillation", "compile")
@@ -39,11 +41,11 @@ class Parts:
         self.config = config
         self.folder = folder
         self.precision = Precision.parse(config.precision)
-        self.data: pl.LightningDataModule = instantiate(config.data)
+        self.data: pl.LightningDataModule = _made(config.data)
 
     def task(self, **options: Any) -> pl.LightningModule:
         """Return a new task with a new network."""
-        task: pl.LightningModule = instantiate(self.config.task, network=instantiate(self.config.model), **options)
+        task: pl.LightningModule = _made(self.config.task, network=_made(self.config.model), **options)
         return task
 
     def logger(self, stage: str) -> Logger | None:
@@ -51,12 +53,12 @@ class Parts:
         if "_target_" not in self.config.logger:
             return None
         # the progress bar would show the last letters of a version
-        logger: Logger = instantiate(self.config.logger)(save_dir=str(self.folder / "logs"), name=stage, version="")
+        logger: Logger = _made(self.config.logger)(save_dir=str(self.folder / "logs"), name=stage, version="")
         return logger
 
     def trainer(self, *callbacks: Callback, logger: Logger | None = None, **options: Any) -> pl.Trainer:
         """Return a Trainer with these callbacks; options take the place of configured ones."""
-        trainer: pl.Trainer = instantiate(
+        trainer: pl.Trainer = _made(
             self.config.trainer,
             callbacks=list(callbacks),
             default_root_dir=str(self.folder),
@@ -88,7 +90,7 @@ class Parts:
 
     def device_export(self, name: str) -> DeviceExport:
         """Return the callback that exports a bundle of this name and has the configured target measure it."""
-        export: DeviceExport = instantiate(
+        export: DeviceExport = _made(
             self.config.target,
             dirpath=str(self.folder / "export"),
             name=name,
@@ -103,3 +105,13 @@ class Parts:
         values = OmegaConf.to_container(self.config[group], resolve=True)
         assert isinstance(values, dict)
         return {str(key): value for key, value in values.items()}
+
+
+def _made(config: DictConfig, **options: Any) -> Any:
+    """Make what a configuration names; an error of ours comes as it is, not wrapped in Hydra's."""
+    try:
+        return instantiate(config, **options)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, LightningQuantError):
+            raise error.__cause__ from error
+        raise

@@ -69,8 +69,8 @@ def _run(config: DictConfig, folder: Path, record: RunRecord) -> RunRecord:
         _keep_logs(folder)
         record.metric, record.class_figures, record.seconds = earlier.metric, earlier.class_figures, earlier.seconds
     record.write(folder)
-    stages = Stages(Parts(config, folder), record, resumes=earlier is not None)
     try:
+        stages = Stages(Parts(config, folder), record, resumes=earlier is not None)
         if config.job == "sensitivity":
             stages.draw_sensitivity()
         else:
@@ -83,6 +83,11 @@ def _run(config: DictConfig, folder: Path, record: RunRecord) -> RunRecord:
         record.write(folder)
         if config.job == "quantize":
             write_report(folder)
+        raise
+    except Exception as error:  # of the user's code, or a defect: the run is over
+        record.status, record.error = "failed", f"{type(error).__name__}: {error}"
+        with suppress(OSError):  # a full disk may be what it failed of
+            record.write(folder)
         raise
     record.status = "finished"
     if config.job == "quantize":

@@ -166,6 +166,8 @@ def _difference(
         return f"{error} The first layer that differs is {found.first.layer!r}: {why}."
     if not found.observed_runs:
         return str(error)
+    if parity.is_explained_by_ties(manifest.parity, manifest.precision):
+        return None
     log.warning(
         "The output of the exported file agrees with the simulation by %s only, but each of its %d layers computes "
         "what the simulation computes: values on the border between two integers are rounded either way, and this "

@@ -78,7 +78,8 @@ class LadderSession:
         if best is None or best.metric is None:
             return "no rung gave a usable network"
         drop = ladder.drop(best.metric)
-        compared = f"{abs(drop):.4f} {'worse' if drop > 0 else 'better'} than" if drop else "equal to"
+        size = f"{abs(drop):.4f}" if abs(drop) >= 5e-5 else f"{abs(drop):.1g}"  # not "0.0000 worse than"
+        compared = f"{size} {'worse' if drop > 0 else 'better'} than" if drop else "equal to"
         reestimated = " with re-estimated batch norms" if ladder.reference != ladder.float_metric else ""
         bound = "" if ladder.max_drop is None else f" (max_drop={ladder.max_drop:g})"
         return (

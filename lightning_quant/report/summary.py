@@ -107,7 +107,7 @@ def print_summary(records: Sequence[RunRecord], title: str) -> None:
         view = Table(title=heading, title_justify="left")
         for index, name in enumerate(header):
             text = index < 2 or name in ("rung", "kept", "device", "tier", "runtime", "Pareto")
-            view.add_column(name, justify="left" if text else "right", overflow="fold")
+            view.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=index < 2)
         for row in rows:
             view.add_row(*row)
         if rows:

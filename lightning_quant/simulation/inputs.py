@@ -80,6 +80,11 @@ class NetworkInputs:
         args, kwargs = apply_to_collection((self.args, self.kwargs), Tensor, function)
         return replace(self, args=args, kwargs=kwargs)
 
+    def with_tensors(self, tensors: Sequence[Tensor]) -> NetworkInputs:
+        """Return the same call with other tensors, in order."""
+        args, kwargs = with_tensors((self.args, self.kwargs), tensors)
+        return replace(self, args=args, kwargs=kwargs)
+
     def first(self, samples: int) -> NetworkInputs:
         """Return the same call with only the first ``samples`` samples of every batched tensor."""
         return self.samples(0, samples)

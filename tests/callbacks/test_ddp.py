@@ -97,6 +97,47 @@ def test_both_ranks_hold_the_network_calibrated_on_all_samples(tmp_path: Path, s
     assert (tmp_path / "export/net" / "manifest.json").is_file() == (stage == "qat")
 
 
+EXCHANGE = """
+import sys
+import torch
+from lightning.pytorch import Callback
+from torch.nn.utils.rnn import pack_sequence
+from lightning_quant.callbacks.calibration import _of_all_ranks
+from lightning_quant.simulation.inputs import NetworkInputs
+from tests.helpers.small import SmallModule, small_loader
+from tests.helpers.trainers import quiet_trainer
+
+def calls(rank):
+    some = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5) + 1000 * rank
+    first = NetworkInputs(
+        (some.float().contiguous(memory_format=torch.channels_last), "text"),
+        {"flags": some > 30, "nested": {"small": some.to(torch.int16), "complex": some * 1j}, "none": None},
+    )
+    sequences = pack_sequence([some[0].float(), some[1, :2].float()], enforce_sorted=False)
+    second = NetworkInputs((sequences, some[..., ::2].float(), torch.empty(0, 3)), last=False)
+    return [first, second] if rank else [first]
+
+class Exchange(Callback):
+    def on_fit_start(self, trainer, pl_module):
+        found = _of_all_ranks(trainer, calls(trainer.global_rank))
+        wanted = [call for rank in range(2) for call in calls(rank)]
+        assert [repr(one) for one in found] == [repr(one) for one in wanted]
+        for one, other in zip(found, wanted, strict=True):
+            for tensor, expected in zip(one.tensors, other.tensors, strict=True):
+                assert torch.equal(tensor, expected) and tensor.dtype == expected.dtype
+        assert found[1].tensors[0].is_contiguous(memory_format=torch.channels_last)
+        assert found[2].args[0].data.shape == (5, 4, 5) and not found[2].last
+        assert _of_all_ranks(trainer, []) == []
+        torch.save(trainer.global_rank, f"{sys.argv[1]}/rank{trainer.global_rank}.pt")
+
+quiet_trainer(sys.argv[1], Exchange(), devices=2, strategy="ddp", max_epochs=1).fit(SmallModule(), small_loader())
+"""
+
+
+def test_calls_of_any_structure_are_exchanged_between_ranks(tmp_path: Path) -> None:
+    assert run_two_ranks(tmp_path, EXCHANGE, str(tmp_path)) == [0, 1]
+
+
 def test_two_nodes_started_by_torchrun(tmp_path: Path) -> None:
     """One process for each of two nodes, as a cluster starts them; both nodes are this machine."""
     (tmp_path / "train.py").write_text(SCRIPT.replace("devices=2", "devices=1, num_nodes=2"))

@@ -316,6 +316,7 @@ def test_a_task_of_the_users_own_is_drawn_and_has_a_table_of_classes(tmp_path: P
         ([*SMALL, "monitor=val_mouse", "float.epochs=0"], "ConfigurationError.*val_mouse.*val_miou"),
         (["quantizer.hardware=htp_v57"], "ConfigurationError.*htp_v57"),
         (["ladder.rungs=[ptq,seqmse]"], "ConfigurationError.*Unknown rung 'seqmse'.*seq_mse"),
+        ([*SMALL, "target.target=iphone"], "ConfigurationError.*Unknown target 'iphone'.*htp_emulator"),
         (["job=dance"], "ConfigurationError.*job='dance': expected one of quantize, sensitivity"),
     ],
 )
@@ -328,6 +329,17 @@ def test_bad_input_ends_with_one_clear_message(tmp_path: Path, arguments: list[s
         record = json.loads((tmp_path / "out/results.json").read_text())
         assert record["status"] == "failed"
         assert record["error"]
+
+
+def test_a_run_that_an_error_of_the_users_code_ended_is_recorded_as_failed(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "class Task:\n    def __init__(self, **options):\n        raise KeyError('lost')\n"
+    )
+    output = lightning_quant(tmp_path, *SMALL, "task._target_=mine.Task", "hydra.run.dir=out", status=1)
+    assert "KeyError('lost')" in output
+    record = json.loads((tmp_path / "out/results.json").read_text())
+    assert record["status"] == "failed"
+    assert "lost" in record["error"]
 
 
 def test_an_unknown_precision_is_answered_by_those_that_exist(tmp_path: Path) -> None:

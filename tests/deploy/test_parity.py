@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_quant.deploy.device_report import DeviceReport
-from lightning_quant.deploy.parity import LOWEST_PSNR, Parity, check_parity, compare
+from lightning_quant.deploy.parity import LOWEST_PSNR, Parity, check_parity, compare, is_explained_by_ties
 from lightning_quant.deploy.push import check_bounds
 from lightning_quant.errors import DeviceBoundError, ExportError, ParityError
 from lightning_quant.precision import Precision
@@ -110,10 +110,10 @@ def test_another_number_of_outputs_is_an_error() -> None:
         ("w8a16", 59.9, 1.0, False),
         ("w4a16", 59.9, None, False),
         ("w4a16", math.inf, None, True),
-        ("w8a8", 35.0, 0.99, True),
-        ("w8a8", 34.9, 1.0, False),
+        ("w8a8", 60.0, 0.99, True),
+        ("w8a8", 59.9, 1.0, False),
         ("w8a8", 60.0, 0.989, False),
-        ("w4a8", 35.0, None, True),
+        ("w4a8", 60.0, None, True),
         ("w4a8", -math.inf, 1.0, False),
         ("w8a8", math.nan, 1.0, False),
     ],
@@ -126,6 +126,23 @@ def test_bars(precision: str, psnr: float, agreement: float | None, passes: bool
     with pytest.raises(ParityError, match=rf"differs from the simulation.*over 3 samples at {precision}") as caught:
         check_parity(measured, Precision.parse(precision))
     assert isinstance(caught.value, ExportError)
+
+
+@pytest.mark.parametrize(
+    ("precision", "psnr", "agreement", "explained"),
+    [
+        ("w8a8", 35.0, 0.99, True),
+        ("w4a8", 35.0, None, True),
+        ("w8a8", 34.9, 1.0, False),
+        ("w8a8", 50.0, 0.98, False),
+        ("w8a16", 50.0, 1.0, False),
+        ("w8a8", math.nan, None, False),
+    ],
+)
+def test_values_on_a_border_explain_so_much(
+    precision: str, psnr: float, agreement: float | None, explained: bool
+) -> None:
+    assert is_explained_by_ties(Parity(psnr, 0.5, agreement, 3), Precision.parse(precision)) is explained
 
 
 def test_integer_outputs_are_compared_as_classes() -> None:

@@ -158,5 +158,8 @@ def test_a_bias_is_rounded_as_on_the_cpu() -> None:
         high = torch.rand(channels, 1, 1, 1) + 1e-3
         given = (bias, torch.tensor(-0.3), torch.tensor(1.1), -high, high)
         grids = 65535.0, 1e-8, steps, 1e-8
-        on_gpu = biases.round_bias(*(one.cuda() for one in given), *grids)
+        leaf = bias.cuda().requires_grad_()
+        on_gpu = biases.round_bias(leaf, *(one.cuda() for one in given[1:]), *grids)
         assert torch.equal(on_gpu.cpu(), biases.round_bias(*given, *grids))
+        on_gpu.sum().backward()
+        assert torch.equal(leaf.grad, torch.ones_like(leaf))

@@ -84,6 +84,7 @@ def test_training_is_recorded_once() -> None:
         ("min", 1.2, "0.2000 worse than float 1.0000"),
         ("min", 0.8, "0.2000 better than float 1.0000"),
         ("max", 1.0, "equal to float 1.0000"),
+        ("max", 0.99998, "2e-05 worse than float 1.0000"),
     ],
 )
 def test_it_says_in_one_line_how_the_best_compares_with_float(mode: str, metric: float, compared: str) -> None:

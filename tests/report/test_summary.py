@@ -69,6 +69,15 @@ def test_the_printed_table_is_not_cut_in_a_file(capsys: pytest.CaptureFixture[st
     assert "…" not in printed
 
 
+def test_names_are_not_broken_in_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, as Rich sees it
+    monkeypatch.setenv("COLUMNS", "80")
+    print_summary([record(model="a_network_of_some_length")], "one run")
+    assert "a_network_of_some_length" in capsys.readouterr().out
+
+
 def test_a_drop_that_rounds_to_nothing_has_no_sign() -> None:
     header, rows = table([record(metric={"float": 0.62140, "ptq": 0.62142}, exported="ptq")])
     assert dict(zip(header, rows[0], strict=True))["drop"] == "0.0000"

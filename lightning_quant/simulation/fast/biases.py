@@ -65,9 +65,12 @@ def round_bias(
         weight_smallest: the smallest scale there.
     """
     given = (input_low, input_high, weight_low, weight_high, input_steps, input_smallest, weight_steps, weight_smallest)
-    if bias.is_cpu and not in_graphs.is_tracing() and kernels.unavailable() is None:
-        rounded: Tensor = torch.ops.lightning_quant.round_bias(bias, *given)
-        return rounded
+    if not in_graphs.is_tracing():
+        if bias.is_cpu and kernels.unavailable() is None:
+            rounded: Tensor = torch.ops.lightning_quant.round_bias(bias, *given)
+            return rounded
+        if bias.is_cuda and gpu.unavailable() is None:
+            return gpu.round_bias(bias, *given)
     return _Rounded.apply(bias, *given)
 
 
@@ -93,12 +96,10 @@ def _has_grid(quantizer: Any) -> bool:
 
 
 class _Rounded(torch.autograd.Function):
-    """On a GPU, in compiled graphs, and where there are no kernels."""
+    """In compiled graphs, and where there are no kernels."""
 
     @staticmethod
     def forward(ctx: Any, bias: Tensor, *given: Any) -> Tensor:
-        if bias.is_cuda and not in_graphs.is_tracing() and gpu.unavailable() is None:
-            return gpu.round_bias(bias, *given)
         input_low, input_high, weight_low, weight_high, *grids = given
         scale = _scale(weight_low.flatten(), weight_high.flatten(), *grids[2:]) * _scale(
             input_low, input_high, *grids[:2]

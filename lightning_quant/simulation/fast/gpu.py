@@ -105,11 +105,13 @@ def fake_quantize(
 def round_bias(
     bias: Tensor, input_low: Tensor, input_high: Tensor, weight_low: Tensor, weight_high: Tensor, *grids: float
 ) -> Tensor:
-    """Round a bias in one launch: see :func:`lightning_quant.simulation.fast.biases.round_bias`."""
-    rounded = torch.empty_like(bias)
+    """Round a bias: see :func:`lightning_quant.simulation.fast.biases.round_bias`."""
+    # autograd takes it for a copy, whose gradient passes straight through: a function of Python would cost the host
+    # several times as much, once for every layer
+    rounded = bias.clone()
     if bias.numel():
         _kernels().round_bias(
-            -(-bias.numel() // _ROW), (bias, rounded, input_low, input_high, weight_low, weight_high),
+            -(-bias.numel() // _ROW), (bias, rounded.detach(), input_low, input_high, weight_low, weight_high),
             (bias.numel(), weight_low.numel()), grids, (_ROW,),
         )  # fmt: skip
     return rounded

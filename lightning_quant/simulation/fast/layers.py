@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_quant.simulation.aimet import QuantizationMixin, QuantizedTensorBase
 from lightning_quant.simulation.callsites.passes import current, paused, running_pass
 from lightning_quant.simulation.fast import in_graphs
-from lightning_quant.simulation.fast.biases import rounded_bias
+from lightning_quant.simulation.fast.biases import ROUNDED_BY, rounded_bias
 from lightning_quant.simulation.fast.kernels import Activation
 from lightning_quant.simulation.fast.quantizer import is_fast, is_known, is_traced
 
@@ -99,28 +99,44 @@ class FastWeighted(FastLayer):
     quantized_parameters = ("weight",)
 
     def _computed(self: Any, quantizer: Any, input: Tensor) -> Any:
-        weight = self._quantized_weight()
+        weight, bias = self._quantized_weight(), self._rounded_bias()
         if isinstance(self, nn.Linear):
-            output = nn.functional.linear(input, weight, rounded_bias(self))
+            output = nn.functional.linear(input, weight, bias)
         else:
-            output = self._conv_forward(input, weight, rounded_bias(self))
+            output = self._conv_forward(input, weight, bias)
         return output if quantizer is None else quantizer(output)
 
     def _quantized_weight(self: Any) -> Tensor:
         weight = self.weight
         quantizer = self._modules["param_quantizers"]._modules["weight"]
-        held = self.__dict__.get("_held_weight")
         if quantizer is None:
             return weight
         # what autocast would round it to next, again for every batch
         dtype = torch.get_autocast_dtype("cuda") if weight.is_cuda and torch.is_autocast_enabled("cuda") else None
-        if held is None or torch.is_grad_enabled() or in_graphs.is_tracing() or weight.is_inference():
-            return _quantized(quantizer, weight, dtype)
-        ends = quantizer._parameters.values()
-        state = weight.data_ptr(), weight._version, *(end._version for end in ends), quantizer.qmin, quantizer.qmax
-        if held.get("state") != (*state, dtype):
-            held.update(state=(*state, dtype), weight=_quantized(quantizer, weight, dtype))
-        return held["weight"]
+        return self._once("weight", weight, (quantizer,), dtype, lambda: _quantized(quantizer, weight, dtype))
+
+    def _rounded_bias(self: Any) -> Tensor | None:
+        of_input, of_weight = self.__dict__.get(ROUNDED_BY), self._modules["param_quantizers"]._modules["weight"]
+        if self.bias is None or of_input is None or of_weight is None:
+            return self.bias
+        return self._once("bias", self.bias, (of_input, of_weight), None, lambda: rounded_bias(self))
+
+    def _once(self: Any, name: str, value: Tensor, quantizers: Any, dtype: Any, make: Callable[[], Tensor]) -> Tensor:
+        """Return what is made of a parameter; made once in a block of :func:`cached_weights`, until it is changed."""
+        held = self.__dict__.get("_held_weight")
+        if held is None or torch.is_grad_enabled() or in_graphs.is_tracing() or value.is_inference():
+            return make()
+        state = [dtype, value.data_ptr(), value._version]
+        for one in quantizers:
+            state += [
+                one.qmin,
+                one.qmax,
+                "forward" in one.__dict__,
+                *[end._version for end in one._parameters.values()],
+            ]
+        if name not in held or held[name][0] != state:
+            held[name] = state, make()
+        return held[name][1]
 
 
 class FastTransposed(FastWeighted):
@@ -133,7 +149,7 @@ class FastTransposed(FastWeighted):
         return self.aimet_class.compute_encodings(self)
 
     def _computed(self: Any, quantizer: Any, input: Tensor, output_size: Any = None) -> Any:
-        with _replaced(self, weight=self._quantized_weight(), bias=rounded_bias(self)):
+        with _replaced(self, weight=self._quantized_weight(), bias=self._rounded_bias()):
             output = self.float_class.forward(self, input, output_size)
         return output if quantizer is None else quantizer(output)
 
@@ -154,9 +170,9 @@ def _replaced(layer: nn.Module, **parameters: Tensor | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def cached_weights(network: nn.Module) -> Iterator[None]:
-    """Quantize every weight once for the length of a block, in which no gradient is computed.
+    """Quantize every weight, and round every bias, once for the length of a block, in which no gradient is computed.
 
-    A weight that an operation of PyTorch changes is quantized again; only writes through ``.data`` go unseen.
+    What an operation of PyTorch changes is quantized again; only writes through ``.data`` go unseen.
     """
     layers = [module for module in network.modules() if getattr(module, "quantized_parameters", ())]
     for layer in layers:

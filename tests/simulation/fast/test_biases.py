@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_small, resnet18
 
 from lightning_quant.deploy.export import export_bundle
-from lightning_quant.simulation.fast import biases, gpu
+from lightning_quant.simulation.fast import biases, gpu, layers
 from lightning_quant.simulation.fast.biases import ROUNDED_BY, rounded_bias
 from tests.helpers.networks import calibrated, call, images, seeded
 
@@ -63,7 +63,36 @@ def test_a_bias_is_integers_of_both_scales(
     assert np.array_equal(biases.round_bias(*arguments).numpy(), expected)
     assert np.array_equal(biases._Rounded.apply(*arguments).numpy(), expected)  # in graphs
     if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
-        assert np.array_equal(gpu.round_bias(*arguments).numpy(), expected)
+        arguments[0].requires_grad_()
+        rounded = gpu.round_bias(*arguments)
+        assert np.array_equal(rounded.detach().numpy(), expected)
+        rounded.sum().backward()
+        assert torch.equal(arguments[0].grad, torch.ones(len(bias)))  # straight through
+
+
+def test_biases_are_rounded_once_where_weights_are_cached_until_something_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = calibrated(seeded(Layers()))
+    counted: list[Any] = []
+    monkeypatch.setattr(layers, "rounded_bias", lambda layer: counted.append(layer) or rounded_bias(layer))
+    conv = made.network.get_submodule("conv")
+    of_input = conv.__dict__[ROUNDED_BY]
+
+    def rounded_again(change: Tensor | None) -> int:
+        if change is not None:
+            change.mul_(1.25)
+        before, fresh = len(counted), copy.deepcopy(made)
+        assert torch.equal(made(images()), fresh(images()))
+        return sum(layer is conv for layer in counted[before:])
+
+    with torch.no_grad(), made.cached_weights():
+        made(images())
+        assert rounded_again(None) == 0
+        for change in (conv.bias, of_input.max, conv.param_quantizers["weight"].max):
+            assert rounded_again(change) == 1, change
+        assert rounded_again(None) == 0
+    assert not torch.equal(rounded_bias(conv), conv.bias)
 
 
 class Layers(nn.Module):
