@@ -3,7 +3,7 @@
 Max pooling, concatenation, resizing, slices and the like only choose among values. Between two different grids the
 hardware would have to compute with them: it takes integers for what they are not, or computes in float. AIMET ties
 what goes into a concatenation, as far as it follows tensors: not through pooling, nor through operations that it does
-not know, nor where a tensor goes into two concatenations.
+not know.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ def leave_out_roundings(sim: Any) -> None:
 def tie_ranges(sim: Any) -> None:
     """Give the tensors before and after each operation that hands values on one quantizer.
 
+    What a concatenation takes and others read as well keeps its own range, unless AIMET gave it that of the
+    concatenation; it is rounded once more on the way in. A wider range would cost all its readers more than that.
+
     Args:
         sim: AIMET's simulation; changed in place, unless its graph does not cover the whole network.
     """
@@ -67,7 +70,8 @@ def tie_ranges(sim: Any) -> None:
         for quantizer in outputs(sim, op):  # one already, as that of a recurrent layer for all steps
             groups.join(quantizer, op)
         for index in inputs_of_one_grid(sim, op):
-            groups.join(_tensor(op, index), op)
+            if not (_is_concatenation(sim, op) and _is_read_elsewhere(sim, op.inputs[index])):
+                groups.join(_tensor(op, index), op)
     # the last of each group
     shared = {groups.of(op): one for op in operations if hands_on(sim, op) for one in outputs(sim, op)}
     for op in operations:
@@ -81,6 +85,19 @@ def tie_ranges(sim: Any) -> None:
             quantizer = shared.get(groups.of(_tensor(op, index)))
             if quantizer is not None and (own is not None or product.producer is None):
                 inputs[index] = quantizer
+    for op in operations:
+        for index in inputs_of_one_grid(sim, op) if outputs(sim, op) else ():
+            before = rounding(sim, op.inputs[index].producer)
+            if before not in (None, *outputs(sim, op)):
+                sim._get_qmodule(op).input_quantizers[index] = outputs(sim, op)[0]
+
+
+def _is_read_elsewhere(sim: Any, product: Any) -> bool:
+    """Return whether what a concatenation takes goes to other operations, too, or what it was chosen from does."""
+    source = product.producer
+    while source is not None and len(source.output_ops) == 1 and passes_values(sim, source):
+        source = source.inputs[0].producer
+    return source is not None and len(source.output_ops) > 1
 
 
 def _tensor(op: Any, index: int) -> Any:

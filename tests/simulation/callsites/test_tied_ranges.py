@@ -238,8 +238,32 @@ def test_an_image_that_several_operations_read_is_rounded_once(tmp_path: Path) -
     assert psnr(expected, computed(model, tmp_path, **feeds)[0]) > 60
 
 
+def test_what_others_read_as_well_keeps_its_own_range(tmp_path: Path) -> None:
+    """It is converted on the way into the concatenation, behind the pool."""
+    made = Net(lambda a, b, x, layer: cat(layer(F.relu(b)), pool(F.relu(b)), 4 * a), layer=nn.Conv2d(8, 8, 1))
+    network = calibrated(made.eval(), call(images(8)))
+    joined: Any = next(one for one in network.network.modules() if isinstance(one, aimet.custom.Concat))
+    read: Any = network.network.layers["layer"]
+    relus = [one for one in network.network.modules() if isinstance(one, nn.ReLU)]
+    assert joined.input_quantizers[1] is None  # its own ReLU, which nothing else reads
+    assert read.input_quantizers[0] is None
+    assert relus[0].output_quantizers[0] is not joined.output_quantizers[0] is relus[1].output_quantizers[0]
+
+    def shared(a: Tensor, b: Tensor, x: Tensor, layer: nn.Module) -> Tensor:
+        b = F.relu(b)
+        return cat(layer(b), pool(b), 4 * a)
+
+    network = calibrated(Net(shared, layer=nn.Conv2d(8, 8, 1)).eval(), call(images(8)))
+    joined = next(one for one in network.network.modules() if isinstance(one, aimet.custom.Concat))
+    (relu,) = (one for one in network.network.modules() if isinstance(one, nn.ReLU))
+    assert joined.input_quantizers[1] is joined.output_quantizers[0] is not relu.output_quantizers[0]
+    assert float(relu.output_quantizers[0].get_min().detach()) == 0
+    write_onnx(network, call(images()), tmp_path / "float.onnx", tmp_path / "qdq.onnx")
+    assert untied(onnx.load(tmp_path / "qdq.onnx")) == []
+
+
 @needs_emulator
-@pytest.mark.parametrize("name", ["adaptive max pool as a module", "one tensor in two concatenations", "images"])
+@pytest.mark.parametrize("name", ["adaptive max pool as a module", "max pool of what is used elsewhere", "images"])
 @pytest.mark.parametrize(("precision", "least"), [("w8a8", 40), ("w8a16", 75)])
 def test_the_npu_computes_it_in_integers(name: str, precision: str, least: float, tmp_path: Path) -> None:
     model, expected, feeds = exported(NETWORKS[name](), precision, tmp_path)
