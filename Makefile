@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson zoo elsewhere torture screenshots docs docs-serve test test-fast check-gpu check lock audit build clean
+.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson zoo operators elsewhere torture screenshots docs docs-serve test test-fast check-gpu check lock audit build clean
 
 # Options of the benchmark, e.g. ACCURACY='--networks lraspp --longer 4'. See python -m benchmarks.accuracy --help.
 ACCURACY ?=
@@ -70,6 +70,9 @@ zoo: install  ## how far 192 networks of other packages go, ours and plain AIMET
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(ULTRALYTICS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo $(ZOO)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo --plain --precisions w8a8 $(ZOO)
+
+operators: install  ## what the NPU takes, operator by operator: the page, and the table that the preflight reads (36 minutes on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.operators
 
 elsewhere: install  ## a SegFormer and a YOLO on photographs: float, PTQ, QAT, exported, emulated (half an hour)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[zoo,qnn]'

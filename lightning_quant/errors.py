@@ -50,6 +50,10 @@ class DeviceError(LightningQuantError, RuntimeError):
     """A device, its compiler or the service in front of it refused the model or failed."""
 
 
+class DeviceFallbackError(DeviceError):
+    """The NPU's compiler left every layer of a network to the CPU."""
+
+
 class DeviceUnavailableError(DeviceError):
     """A target cannot be reached or is not installed here; jobs that were submitted can be resumed later."""
 

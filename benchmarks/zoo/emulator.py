@@ -20,12 +20,14 @@ def available() -> bool:
     return importlib.util.find_spec("onnxruntime_qnn") is not None
 
 
-def emulate(qdq: Path, samples: list[dict[str, np.ndarray]], folder: Path, timeout: float) -> tuple[Compiled, Any]:
+def emulate(
+    qdq: Path, samples: list[dict[str, np.ndarray]], folder: Path, timeout: float, soc: str = SOC
+) -> tuple[Compiled, Any]:
     """Compile a QDQ file and compute samples; returns the placement and the outputs by name, sample by sample."""
     folder.mkdir()
     for index, sample in enumerate(samples):
         np.savez(folder / f"input-{index}.npz", **sample)  # type: ignore[arg-type]
-    job = Job(str(qdq), SOC, len(samples), memory_bytes=int(16e9))
+    job = Job(str(qdq), soc, len(samples), memory_bytes=int(16e9))
     placement = run_worker("lightning_quant.deploy.targets.htp.worker", job, folder, timeout, Compiled)
     outputs = []
     for index in range(len(samples)):

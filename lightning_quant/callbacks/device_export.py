@@ -23,14 +23,16 @@ from lightning_quant.callbacks.lightning_internals import callbacks_of
 from lightning_quant.callbacks.lightning_packages import AnyCallback
 from lightning_quant.callbacks.logs import rank_zero_log
 from lightning_quant.callbacks.networks import quantized_networks
+from lightning_quant.callbacks.off_the_npu import report_off_the_npu
 from lightning_quant.callbacks.progress import progress
 from lightning_quant.callbacks.quantization import (
     QuantizationCallback,
     callback_of,
     measuring,
 )
-from lightning_quant.callbacks.reporting import write_callback_report
+from lightning_quant.callbacks.reporting import blame_layers, write_callback_report
 from lightning_quant.callbacks.training import QuantizationAwareTraining
+from lightning_quant.deploy.blame.result import Blame, explanations
 from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.export import export_bundle
@@ -38,7 +40,7 @@ from lightning_quant.deploy.push import Push, check_bounds, device_folder
 from lightning_quant.deploy.samples import Samples
 from lightning_quant.deploy.single_samples import first_samples
 from lightning_quant.deploy.targets.target import REPORT_NAME, Target
-from lightning_quant.errors import ConfigurationError, LightningQuantError
+from lightning_quant.errors import ConfigurationError, DeviceBoundError, LightningQuantError
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -97,7 +99,8 @@ class DeviceExport(AnyCallback):
             ``"raise"``. The bundle is there in either case.
         on_parity: ``"raise"`` when ONNX Runtime computes something else from the files than the simulation, and keep
             them as ``<name>.failed``; or ``"warn"`` and export them anyway.
-        min_psnr: fail below this PSNR in dB against the float network.
+        min_psnr: fail below this PSNR in dB against the float network. The error names the layers that cost most, and
+            what helps; the report has all of them.
         max_metric_drop: fail when ``monitor`` is worse than the float network's by more than this.
         report: write ``<dirpath>/<name>.report/report.html``, one page for everything that was found out, and give
             its pictures to the Trainer's loggers. Costs some forward passes for each layer.
@@ -109,10 +112,13 @@ class DeviceExport(AnyCallback):
         bundles: all that were written at the end of the stage, by the attribute of the network.
         reports: a :class:`~lightning_quant.deploy.device_report.DeviceReport` for each device and runtime.
         passed_over: why no better target was taken, by its name.
+        blames: layer by layer, what a network that falls below a bound computes: each a
+            :class:`~lightning_quant.deploy.blame.result.Blame`.
 
     Raises:
         ConfigurationError: for an unknown value, without a quantization callback before it, or at ``setup`` for a
             device that does not exist or cannot run the network, see :meth:`check_target`.
+        PreflightError: at ``setup``, with ``strict=True``, for layers that the device does not compute in integers.
         ExportError, ParityError: see :func:`~lightning_quant.deploy.export.export_bundle`.
         DeviceError: with ``on_failure="raise"``.
         DeviceBoundError: when a bound is not kept.
@@ -181,6 +187,7 @@ class DeviceExport(AnyCallback):
         self.bundles: dict[str, Bundle] = {}
         self.reports: list[DeviceReport] = []
         self.passed_over: dict[str, str] = {}
+        self.blames: list[Blame] = []
         self._checked: set[str | None] = set()
 
     @override
@@ -202,6 +209,9 @@ class DeviceExport(AnyCallback):
             )
         if self.push is not None and stage != "predict":
             self._check_networks(trainer, pl_module)
+            for name, network in quantized_networks(pl_module).items():
+                if self.network in (None, name):
+                    report_off_the_npu(name, network, self.push.runs_on)
 
     def _check_networks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         refusal = None
@@ -250,7 +260,7 @@ class DeviceExport(AnyCallback):
 
     def _export(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         networks = quantized_networks(pl_module)
-        self.reports, self.passed_over, self.bundles = [], {}, {}
+        self.reports, self.passed_over, self.bundles, self.blames = [], {}, {}, []
         for name in networks if self.network is None else [self.network]:
             suffix = f"-{name}" if self.network is None and len(networks) > 1 else ""
             with measuring(trainer, pl_module)():
@@ -282,6 +292,10 @@ class DeviceExport(AnyCallback):
             try:
                 if self.push is not None:
                     self._measure(self.push, exported)
+            except DeviceBoundError as error:
+                with isolated_seed(), progress(trainer, "Comparing layers"):
+                    self.blames = blame_layers(network, calls, exported.bundle, self.reports[known:])
+                raise DeviceBoundError(" ".join([str(error), *explanations(self.blames)])) from None
             finally:
                 if self.report:
                     self._write_report(exported, self.reports[known:])
@@ -290,9 +304,8 @@ class DeviceExport(AnyCallback):
         trainer = exported.trainer
         try:
             with isolated_seed(), torch.inference_mode(False), torch.no_grad(), progress(trainer, "Writing the report"):
-                path = write_callback_report(
-                    trainer, exported.module, exported.name, exported.network, exported.bundle, reports, exported.calls
-                )
+                _, module, name, network, calls, bundle = exported
+                path = write_callback_report(trainer, module, name, network, bundle, reports, calls, self.blames)
             rank_zero_log(f"Report: {path}")
         except Exception as error:  # nor is a training run lost to a picture
             rank_zero_warn(f"The report was not written: {type(error).__name__}: {error}")

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_quant.callbacks.quantization import QuantizationCallback, callback_of
 from lightning_quant.callbacks.reproduce import reproduce
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.callbacks.visualizer import class_figures, draw_comparisons, log_pictures
+from lightning_quant.deploy.blame.blame import blame_all
+from lightning_quant.deploy.blame.result import BLAME_NAME, Against, Blame, write_blames
 from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.report.layers import LayerFigures
@@ -33,6 +36,30 @@ def report_folder(bundle: Bundle) -> Path:
     return bundle.path.with_name(f"{bundle.path.name}.report")
 
 
+def blame_layers(
+    network: QuantizedNetwork,
+    calls: Sequence[NetworkInputs],
+    bundle: Bundle | None = None,
+    devices: Sequence[DeviceReport] = (),
+) -> list[Blame]:
+    """Compare the layers of a network with float; and with what it was exported to, where a device falls short.
+
+    No run is lost to it: what fails is a warning.
+
+    Args:
+        network: the quantized network.
+        calls: samples, one each.
+        bundle: what it was exported to; ``None`` for float only.
+        devices: what devices made of that.
+    """
+    emulated = next((one.device for one in devices if one.tier == Against.EMULATOR.value), None)
+    try:
+        return blame_all(network, calls, bundle, emulated)
+    except Exception as error:
+        rank_zero_warn(f"The layers were not compared: {type(error).__name__}: {error}")
+        return []
+
+
 def write_callback_report(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
@@ -41,6 +68,7 @@ def write_callback_report(
     bundle: Bundle,
     devices: Sequence[DeviceReport],
     calls: Sequence[NetworkInputs],
+    blames: Sequence[Blame] = (),
 ) -> Path:
     """Write ``report.html`` and what it is made of into :func:`report_folder`; give its pictures to the loggers.
 
@@ -52,6 +80,7 @@ def write_callback_report(
         bundle: what it was exported to.
         devices: what devices made of it.
         calls: samples, one each.
+        blames: comparisons of layers, where something was amiss. Default: what rounding costs each layer.
     """
     folder = report_folder(bundle)
     calls = [call.to(torch.device("cpu")) for call in calls[:SAMPLES]]
@@ -64,6 +93,7 @@ def write_callback_report(
     comparisons = draw_comparisons(pl_module, network.float_network, network.network, calls)
     overlays = write_comparisons(folder / "overlays", comparisons)
     figures.write(folder)
+    write_blames(folder / BLAME_NAME, blames or blame_layers(network, calls))
     record = _record(trainer, callback, network, bundle, devices)
     record.legend = legend_of(comparisons)
     # after a fit, the last validation need not be of what was exported

@@ -1,8 +1,7 @@
-"""``lightning-quant blame FOLDER``: the exported file of a run, compared with its simulation layer by layer."""
+"""``lightning-quant blame FOLDER``: the simulation of a run compared layer by layer, with float and with its file."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -11,25 +10,24 @@ from lightning_quant.callbacks.calibration import calibration_inputs
 from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import calibration_loader
 from lightning_quant.cli.parts import Parts
-from lightning_quant.deploy.blame.blame import blame
-from lightning_quant.deploy.blame.result import Blame
+from lightning_quant.deploy.blame.blame import blame_all
+from lightning_quant.deploy.blame.result import BLAME_NAME, Against, Blame, write_blames
 from lightning_quant.deploy.bundle import MANIFEST_NAME, load_bundle
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.report.record import RECORD_NAME, RunRecord
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.utilities.files import atomic_write
 
-BLAME_NAME = "blame.json"
+_SAMPLES = 2
 
 
-def blame_run(folder: Path, count: int = 2) -> tuple[Blame, Path]:
-    """Compare the bundle of a finished run with its simulation, on calibration samples.
+def blame_run(folder: Path) -> tuple[list[Blame], Path]:
+    """Compare the simulation of a finished run with float, the bundle, and the emulator if it was sent to one.
 
-    The network is built from the run's own record, and its weights and ranges come from its checkpoint.
+    The samples are those of calibration. The network is built from the run's own record, and its weights and ranges
+    come from its checkpoint.
 
     Args:
         folder: of a run, or of the bundle in it.
-        count: how many samples are compared.
 
     Returns:
         What was found, and where it was written: ``blame.json`` in the run's folder.
@@ -62,9 +60,7 @@ def blame_run(folder: Path, count: int = 2) -> tuple[Blame, Path]:
     )
     name, network = next(QuantizedNetwork.named_in(task))
     catcher = InputCatcher(trainer, task, name, network)
-    samples = calibration_inputs(trainer, calibration_loader(trainer, task, None), catcher, count)
-    found = blame(network, samples, load_bundle(run / record.artifacts["bundle"]), count=count)
-    path = run / BLAME_NAME
-    with atomic_write(path) as partial:
-        partial.write_text(json.dumps(found.to_dict(), indent=2) + "\n")
-    return found, path
+    samples = calibration_inputs(trainer, calibration_loader(trainer, task, None), catcher, _SAMPLES)
+    emulated = next((one.device for one in record.device if one.tier == Against.EMULATOR.value), None)
+    found = blame_all(network, samples, load_bundle(run / record.artifacts["bundle"]), emulated)
+    return found, write_blames(run / BLAME_NAME, found)

@@ -17,11 +17,13 @@ from lightning_quant.callbacks.data import calibration_loader
 from lightning_quant.callbacks.device_export import DeviceExport
 from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.measured_precision import hook_measuring
+from lightning_quant.callbacks.reporting import blame_layers
 from lightning_quant.callbacks.resume_point import ResumePoint
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.callbacks.visualizer import DrawsComparisons, class_figures, draw_comparisons, log_pictures
 from lightning_quant.cli.float_network import float_task, read_or_refuse
 from lightning_quant.cli.parts import Parts
+from lightning_quant.deploy.blame.result import BLAME_NAME, write_blames
 from lightning_quant.deploy.push import device_folder
 from lightning_quant.deploy.single_samples import first_samples
 from lightning_quant.errors import ConfigurationError
@@ -184,11 +186,11 @@ class Stages:
                 self.record.device = list(export.reports)
                 if export.reports:
                     self.record.artifacts["device"] = str(device_folder(export.bundle).relative_to(self.folder))
-                self._look_inside(trainer, quantized)
+                self._look_inside(trainer, quantized, export)
         return trainer
 
-    def _look_inside(self, trainer: pl.Trainer, quantized: pl.LightningModule) -> None:
-        """Write histograms and sensitivity of every layer, for the report."""
+    def _look_inside(self, trainer: pl.Trainer, quantized: pl.LightningModule, export: DeviceExport) -> None:
+        """Write histograms, sensitivity and errors of every layer, for the report."""
         config = self.config.report
         if config.samples:
             samples = self._samples(trainer, quantized, calibration_loader(trainer, quantized, None), config.samples)
@@ -197,6 +199,8 @@ class Stages:
             if self.drift is not None:
                 figures.drift, figures.drift_steps = self.drift.values, self.drift.steps
             self.record.artifacts["layers"] = figures.write(self.folder).name
+            blames = export.blames or blame_layers(network, samples)
+            self.record.artifacts["blame"] = write_blames(self.folder / BLAME_NAME, blames).name
 
     def _draw(self, trainer: pl.Trainer, float_module: pl.LightningModule, quantized: pl.LightningModule) -> None:
         """Let the task draw what both networks predict for the first validation samples, as PNG."""

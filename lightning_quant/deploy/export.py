@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from lightning_quant.deploy import audit, parity
-from lightning_quant.deploy.blame.blame import compare_layers
+from lightning_quant.deploy.blame.file import compare_file
+from lightning_quant.deploy.blame.result import BLAME_NAME, Blame, LayerBlame, write_blames
 from lightning_quant.deploy.bundle import MANIFEST_NAME, Bundle
 from lightning_quant.deploy.graph.files import ENCODINGS_VERSION, QDQ_OPSET, OnnxFiles, write_onnx
 from lightning_quant.deploy.graph.qdq import exact_session
@@ -136,36 +137,36 @@ def _check_parity(
     try:
         parity.check_parity(manifest.parity, manifest.precision)
     except ParityError as error:
-        difference = _difference(error, network, manifest, staging / f"{path.name}.onnx", calls)
-        if difference is None:
+        found = _compare_layers(network, manifest, staging / f"{path.name}.onnx", calls)
+        if found is None:
             return
+        why = "" if found.first is None else _first_that_differs(found.first)
         if on_parity == "warn":
-            warnings.warn(f"{difference} Exported anyway, with on_parity='warn'.", stacklevel=4)
+            warnings.warn(f"{error}{why} Exported anyway, with on_parity='warn'.", stacklevel=4)
             return
+        write_blames(staging / BLAME_NAME, [found])
         failed = _failed_folder(path)
         os.replace(staging, failed)
         raise ParityError(
-            f"{difference} The files are kept in {failed}, not as the bundle: what runs on the device would not be "
-            "what was measured. on_parity='warn' exports them anyway. Please report it with the network."
+            f"{error}{why} The files are kept in {failed}, with {BLAME_NAME} about every layer, not as the bundle: "
+            "what runs on the device would not be what was measured. on_parity='warn' exports them anyway. Please "
+            "report it with the network."
         ) from None
 
 
-def _difference(
-    error: ParityError, network: QuantizedNetwork, manifest: BundleManifest, qdq: Path, calls: Sequence[NetworkInputs]
-) -> str | None:
-    """Return what differs, with the name of the layer; ``None`` if each layer computes what the simulation computes.
+def _compare_layers(
+    network: QuantizedNetwork, manifest: BundleManifest, qdq: Path, calls: Sequence[NetworkInputs]
+) -> Blame | None:
+    """Return what differs layer by layer; ``None`` if each layer computes what the simulation computes.
 
     Single values on the border between two integers are rounded either way, as sums are added in another order. A
     network with untrained weights amplifies that without limit, so its outputs prove nothing; its layers do.
     """
     import onnx
 
-    found = compare_layers(network, onnx.load(qdq), manifest.input_names, calls[:_COMPARED_BY_LAYER])
-    if found.first is not None:
-        why = "; ".join(map(str, found.first.reasons))
-        return f"{error} The first layer that differs is {found.first.layer!r}: {why}."
-    if not found.observed_runs:
-        return str(error)
+    found = compare_file(network, onnx.load(qdq), manifest.input_names, calls[:_COMPARED_BY_LAYER])
+    if found.guilty or not found.observed_runs:
+        return found
     if parity.is_explained_by_ties(manifest.parity, manifest.precision):
         return None
     log.warning(
@@ -176,6 +177,10 @@ def _difference(
         len(found.layers),
     )
     return None
+
+
+def _first_that_differs(layer: LayerBlame) -> str:
+    return f" The first layer that differs is {layer.layer!r}: {'; '.join(map(str, layer.reasons))}."
 
 
 def _write(network: QuantizedNetwork, staging: Path, name: str, calls: Sequence[NetworkInputs]) -> BundleManifest:

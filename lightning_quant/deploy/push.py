@@ -42,6 +42,7 @@ class Push:
 
     Attributes:
         passed_over: after :meth:`run` with ``"auto"``: why each better target was not taken.
+        runs_on: the devices; none for a target that was given as an instance, which has its own.
 
     Raises:
         ConfigurationError: for an unknown target or device, or several devices where one is possible.
@@ -59,6 +60,7 @@ class Push:
         else:  # wrong arguments are refused now, not after training
             self._target = TARGETS.make(target, self._offered)
         self._kept = isinstance(target, str) and (target == "auto" or target in TARGETS.homes)
+        self.runs_on = [] if isinstance(target, Target) else self.devices
         self.where = target.name if isinstance(target, Target) else ", ".join(self.devices)
 
     def check(self, recipe: QuantRecipe) -> list[str]:

@@ -86,6 +86,12 @@ def soc_of(device: str) -> str:
     return soc
 
 
+def hexagon_of(device: str) -> int | None:
+    """Return the version of a device's Hexagon NPU, e.g. 75 for ``"Samsung Galaxy S24"``; ``None`` if not known."""
+    soc = _SOCS.get(device.strip().lower())
+    return None if soc is None else HEXAGON[soc]
+
+
 def check_activations(device: str, int16_activations: str | None) -> None:
     """Refuse 16-bit activations on a device whose chip is known not to have them.
 
@@ -96,9 +102,9 @@ def check_activations(device: str, int16_activations: str | None) -> None:
     Raises:
         ConfigurationError: naming that part and the chip.
     """
-    soc = _SOCS.get(device.strip().lower())
-    if int16_activations and soc is not None and HEXAGON[soc] < HEXAGON_WITH_INT16:
+    hexagon = hexagon_of(device)
+    if int16_activations and hexagon is not None and hexagon < HEXAGON_WITH_INT16:
         raise ConfigurationError(
             f"{int16_activations} on {device}: expected a chip with 16-bit activations, but the Hexagon "
-            f"v{HEXAGON[soc]} of {soc} has 8-bit ones only. Use w8a8 or w4a8, or a newer device."
+            f"v{hexagon} of {soc_of(device)} has 8-bit ones only. Use w8a8 or w4a8, or a newer device."
         )

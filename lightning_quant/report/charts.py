@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bokeh.models import BoxAnnotation, ColumnDataSource, FactorRange, HoverTool, LabelSet, Span
 from bokeh.plotting import figure
 from bokeh.transform import dodge
 
+from lightning_quant.deploy.blame.result import Against, Blame, LayerBlame
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.record import RunRecord
 from lightning_quant.report.sensitivity import SHOWN
@@ -16,9 +18,13 @@ from lightning_quant.simulation.quantized_tensors import QuantizedTensor
 from lightning_quant.simulation.sensitivity import LayerSensitivity
 
 # Between light and dark enough to be seen on white and on black.
-BLUE, ORANGE, GRAY, GREEN = "#3d8bd4", "#de7f26", "#8a8a8a", "#3fa35b"
+BLUE, ORANGE, GRAY, GREEN, RED = "#3d8bd4", "#de7f26", "#8a8a8a", "#3fa35b", "#d9534f"
 _HISTOGRAM = "histogram"
 _LABEL = 22
+# dB of the faintest and of the strongest color.
+_FAINT, _STRONG = 60.0, 15.0
+# What is said of a layer under the pointer.
+_TIPS = ("layer", "adds", "loses", "arrived", "why", "what helps")
 # Curves of more quantizers than these cannot be distinguished.
 _CURVES = 8
 
@@ -134,6 +140,52 @@ def sensitivity(found: Sequence[LayerSensitivity], shown: int = SHOWN) -> figure
     return chart
 
 
+def layer_errors(found: Sequence[tuple[str, Blame]]) -> figure | None:
+    """Draw networks as bands of their layers, from input to output: the stronger the color, the larger the error.
+
+    Args:
+        found: comparisons of layers, each with a name of its own. Two bands for each: what a layer adds by itself
+            (against float, what it loses by itself), and what has arrived behind it.
+    """
+    cells: dict[str, list[Any]] = {name: [] for name in ("row", "left", "right", "alpha", "line", *_TIPS)}
+    bands = []
+    for name, one in found:
+        for what in ("loses" if one.against is Against.FLOAT else "adds", "arrived"):
+            bands.append((name, what))
+            for place, layer in enumerate(one.layers):
+                decibels = {"adds": layer.own.psnr_db, "arrived": layer.arrived.psnr_db, "loses": _decibels(layer.lost)}
+                strength = min(max((_FAINT - decibels[what]) / (_FAINT - _STRONG), 0.0), 1.0)
+                cells["row"].append((name, what))
+                cells["left"].append(place / len(one.layers))
+                cells["right"].append((place + 1) / len(one.layers))
+                cells["alpha"].append(0.05 + 0.95 * strength)
+                cells["line"].append(RED if layer.guilty and what != "arrived" else "rgba(0,0,0,0)")
+                for column, value in zip(_TIPS, _tips(one, layer), strict=True):
+                    cells[column].append(value)
+    if not cells["row"]:
+        return None
+    chart = _figure(None, y_range=FactorRange(*reversed(bands)), x_range=(0, 1), height=90 + 40 * len(bands))
+    bars = chart.hbar(
+        y="row", left="left", right="right", height=0.8, source=ColumnDataSource(cells), fill_color=ORANGE,
+        fill_alpha="alpha", line_color="line", line_width=2,
+    )  # fmt: skip
+    chart.add_tools(HoverTool(renderers=[bars], tooltips=[(column, f"@{{{column}}}") for column in _TIPS]))
+    chart.xaxis.axis_label = "layers, from the input to the output"
+    chart.xaxis.ticker = []
+    chart.grid.visible = False
+    chart.y_range.range_padding = 0.05
+    return chart
+
+
+def _decibels(share: float | None) -> float:
+    return -10 * math.log10(share) if share else math.inf
+
+
+def _tips(found: Blame, layer: LayerBlame) -> tuple[str, ...]:
+    cells = dict(zip(found.header, found.row(layer), strict=True))
+    return tuple(cells.get(column, "") for column in _TIPS)
+
+
 def histogram(tensors: Sequence[QuantizedTensor]) -> figure | None:
     """Draw the values of one tensor on its integer grid; ``report.js`` changes the tensor that is shown."""
     if not tensors:
@@ -181,7 +233,7 @@ def drift(figures: LayerFigures) -> figure | None:
             "steps": [figures.drift_steps for _ in moved],
             "values": [values for _, values in moved],
             "name": [name for name, _ in moved],
-            "color": [BLUE, ORANGE, GREEN, "#b56bd0", "#c9a227", "#d9534f", "#35a7a7", GRAY][: len(moved)],
+            "color": [BLUE, ORANGE, GREEN, "#b56bd0", "#c9a227", RED, "#35a7a7", GRAY][: len(moved)],
         }
     )
     chart = _figure("Drift of ranges in training", height=320)

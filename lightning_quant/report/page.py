@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from lightning_quant.deploy.blame.result import BLAME_NAME, Against, Blame, read_blames
 from lightning_quant.errors import DataError
 from lightning_quant.report.device_table import Candidate, device_notes, device_table, dominated
 from lightning_quant.report.layers import LAYERS_NAME, LayerFigures
@@ -29,6 +30,8 @@ with warnings.catch_warnings():  # Bokeh adds filters to a program's own
 
 REPORT_NAME = "report.html"
 
+# What the simulation is compared with, as a heading and as the name of a band.
+_AGAINST = {Against.FLOAT: "float", Against.FILE: "exported file", Against.EMULATOR: "NPU, emulated"}
 # What a run's page need not repeat in every row.
 _IN_THE_TITLE = ("model", "precision")
 # Widest a picture is embedded: wider than a phone or a column of the page, and a few dozen kB.
@@ -41,7 +44,7 @@ def write_report(folder: str | Path) -> Path:
     """Write ``report.html`` of a run from what is in its folder; what the run has not made is left out.
 
     Args:
-        folder: with ``results.json``, and if they were made ``layers.json`` and ``overlays/``.
+        folder: with ``results.json``, and if they were made ``layers.json``, ``blame.json`` and ``overlays/``.
 
     Raises:
         DataError: if one of these files is damaged, or there is no ``results.json``.
@@ -49,10 +52,12 @@ def write_report(folder: str | Path) -> Path:
     folder = Path(folder)
     record = RunRecord.read(folder / RECORD_NAME)
     figures = LayerFigures.read(folder) if (folder / LAYERS_NAME).is_file() else LayerFigures()
+    blames = read_blames(folder / BLAME_NAME) if (folder / BLAME_NAME).is_file() else []
     header, (row,) = _shortened(*table([record]))
     drawn = {
         "ladder": charts.ladder(record),
         **{f"classes{index}": chart for index, chart in enumerate(charts.classes(record))},
+        "blame": charts.layer_errors([(_AGAINST[one.against], one) for one in blames]),
         "sensitivity": charts.sensitivity(figures.sensitivity),
         "histogram": charts.histogram(figures.tensors),
         "drift": charts.drift(figures),
@@ -72,6 +77,7 @@ def write_report(folder: str | Path) -> Path:
         pictures=[
             {name: _data_url(path) for name, path in panels.items()} for panels in read_comparisons(folder / "overlays")
         ],
+        blames=[_layers_of(one) for one in blames],
         tensors=[_described(one) for one in figures.tensors],
         histograms=[_histogram(one) for one in figures.tensors],
         configuration=_yaml(record.config),
@@ -89,7 +95,7 @@ def write_sweep_report(folder: str | Path, runs: Mapping[Path, RunRecord]) -> Pa
     header, rows = _shortened(*table(records))
     places = [run / REPORT_NAME for run in runs]
     links = [os.path.relpath(place, folder) if place.is_file() else "" for place in places]
-    drawn: dict[str, Any] = {"size": _by_size(records)}
+    drawn: dict[str, Any] = {"size": _by_size(records), "blame": charts.layer_errors(_against_float(runs))}
     drawn |= {f"latency{index}": chart for index, chart in enumerate(_by_latency(records))}
     return _write(
         folder,
@@ -159,6 +165,16 @@ def _data_url(path: Path) -> str:
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
+def _layers_of(found: Blame) -> dict[str, Any]:
+    """One comparison of layers: what was found in words, the rows of the layers that are marked, and all rows."""
+    return {
+        "title": _AGAINST[found.against],
+        "verdict": found.verdict(),
+        "marked": _shortened(found.header, [found.row(one) for one in found.guilty]),
+        "all": _shortened(found.header, [found.row(one) for one in found.layers]),
+    }
+
+
 def _described(tensor: QuantizedTensor) -> dict[str, str]:
     """One row of the table of encodings."""
 
@@ -191,6 +207,14 @@ def _histogram(tensor: QuantizedTensor) -> dict[str, Any]:
 def _by_size(records: Sequence[RunRecord]) -> Any:
     sized = [(one, Candidate(str(one.precision), 0.0, one.bytes["quantized"] / 1e6)) for one in records if one.bytes]
     return _tradeoff("size", "quantized model, MB", sized)
+
+
+def _against_float(runs: Mapping[Path, RunRecord]) -> list[tuple[str, Blame]]:
+    """Return what each run's rounding costs, by model and precision: the layers of a network under each other."""
+    known = [(record, read_blames(run / BLAME_NAME)) for run, record in runs.items() if (run / BLAME_NAME).is_file()]
+    several = len({record.model for record, _ in known}) > 1
+    named = {f"{one.model} {one.precision}" if several else str(one.precision): found for one, found in known}
+    return [(name, one) for name, found in named.items() for one in found if one.against is Against.FLOAT]
 
 
 def _by_latency(records: Sequence[RunRecord]) -> list[Any]:

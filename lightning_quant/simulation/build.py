@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from lightning_quant.simulation.exportable import not_in_onnx
 from lightning_quant.simulation.inplace import copied, state_kept, undone_on_error
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork, set_range_estimator
-from lightning_quant.simulation.precisions import layer_precision, matching, quantized_layers, set_precisions
+from lightning_quant.simulation.operators import hexagon_of_config, off_the_npu
+from lightning_quant.simulation.precisions import matching, set_precisions
 from lightning_quant.simulation.prepare import prepare_in_place
 from lightning_quant.simulation.range_estimators import MinMax, Percentile, TfEnhanced
 
@@ -79,10 +79,10 @@ def quantize(
         calls = [call.to(torch.device("cpu")) for call in (inputs, *others)]
         quantized = QuantizedNetwork(network, sim, recipe, calls[0], prepared.output, findings, before, calls[1:])
         set_precisions(quantized, matching(quantized, recipe.overrides))
-        narrow = preflight.refused_in_few_bits(quantized_layers(quantized), partial(layer_precision, quantized))
+        off = off_the_npu(quantized, hexagon_of_config(recipe.hardware))
         if recipe.strict:
-            preflight.refuse(narrow)
-    findings += narrow
+            preflight.refuse(off)
+    findings += off
     quantized.remember_bitwidths()
     network.__dict__[BUFFERS] = written_buffers(network)
     _accelerate(network)

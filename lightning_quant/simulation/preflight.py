@@ -29,6 +29,10 @@ class FindingKind(Enum):
     SHARED = "shared"
     NARROW = "narrow"
     NOT_IN_ONNX = "not in ONNX"
+    FLOAT_ON_NPU = "in float on the NPU"
+    ON_CPU = "on the CPU"
+    REFUSED = "refused by the NPU's compiler"
+    WRONG_ON_NPU = "wrong on the NPU"
 
     @property
     def leaves_open(self) -> bool:

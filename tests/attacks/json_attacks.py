@@ -142,6 +142,12 @@ FIELDS: dict[str, list[tuple[str, Any]]] = {
         ("sensitivity.0.sqnr_db", "NaN"), ("sensitivity.0.sqnr_db", VALUES["NaN"]), ("sensitivity.0.share", -1),
         ("sensitivity.0.quantizers", "abc"), ("drift", [1]), ("drift_steps", [0]), ("sensitivity.0.part", "both"),
     ],
+    "errors of layers": [
+        ("float.against", "device"), ("float.layers.0.lost", None), ("float.layers.0.lost", -1),
+        ("float.layers.0.own.differing", VALUES["NaN"]), ("float.layers.0.own", {}), ("float.layers", {}),
+        ("float.layers.1.reasons.0.cause", "bad luck"), ("float.layers.1.reasons.0.remedy.change", "all"),
+        ("float.layers.1.reasons.0.channels", "abc"), ("file.output.psnr_db", "high"), ("file.samples", "two"),
+    ],
     "device report": [
         ("tier", "a phone"), ("status", "well"), ("latency_us", [0]), ("latency_us", "fast"), ("memory_bytes", [2, 1]),
         ("memory_bytes", []), ("layers", {"NPU": []}), ("jobs.compile", "javascript:alert(1)"), ("samples", -1),

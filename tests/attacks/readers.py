@@ -18,6 +18,8 @@ from PIL import Image
 
 import lightning_quant as lq
 from lightning_quant.cli.float_network import load_float
+from lightning_quant.deploy.blame.blame import blame
+from lightning_quant.deploy.blame.result import read_blames, write_blames
 from lightning_quant.deploy.bundle import load_bundle
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.export import export_bundle
@@ -80,6 +82,10 @@ def read_run(folder: Path) -> Any:
     return record.drop, path
 
 
+def said_of_layers(folder: Path) -> list[str]:
+    return [str(one) for one in read_blames(folder / "run/blame.json")]
+
+
 def load_checkpoint(folder: Path) -> Any:
     path = folder / "checkpoint/last.ckpt"
     lq.read_manifest(path)
@@ -115,6 +121,7 @@ def fetch(folder: Path) -> Any:
 READERS = {
     "record": Reader("run/results.json", lambda at: RunRecord.read(at / "run/results.json").drop, DataError),
     "layers": Reader("run/layers.json", lambda at: LayerFigures.read(at / "run"), DataError),
+    "errors of layers": Reader("run/blame.json", said_of_layers, DataError),
     "report of a run": Reader("run/results.json", lambda at: write_report(at / "run"), DataError, slow=True),
     "report of layers": Reader("run/layers.json", lambda at: write_report(at / "run"), DataError, slow=True),
     "picture in a report": Reader(
@@ -160,6 +167,10 @@ def make_genuine(folder: Path) -> None:
     figures = LayerFigures.of(calibrated(Body(), precision="w4a16"), [call(images())] * 2, 1)
     figures.drift, figures.drift_steps = {"conv.weight": [0.0, 0.1]}, [0, 50]
     figures.write(folder / "run")
+    network = calibrated(Body(), precision="w4a8")
+    network.network.relu.relu.output_quantizers[0].min.data *= 0.1
+    network.network.relu.relu.output_quantizers[0].max.data *= 0.1
+    write_blames(folder / "run/blame.json", [blame(network, images(2), against="float"), blame(network, images(2))])
     for panel in ("input", "float", "quantized", "difference"):
         place = folder / "run/overlays/overlay_0" / f"{panel}.png"
         place.parent.mkdir(parents=True, exist_ok=True)

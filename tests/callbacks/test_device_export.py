@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils.data import TensorDataset
 
 import lightning_quant as lq
 from lightning_quant.callbacks.device_metric import LabeledBatch, metrics_of
+from lightning_quant.deploy.blame.result import Against, read_blames
 from lightning_quant.deploy.bundle import load_bundle
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.targets.htp.target import HtpEmulatorTarget
@@ -219,6 +221,7 @@ def test_files_that_compute_something_else_are_kept_under_a_name_that_says_so(
         "SmallNet-w4a8.failed/SmallNet-w4a8.aimet/model.onnx",
         "SmallNet-w4a8.failed/SmallNet-w4a8.aimet/model.encodings",
         "SmallNet-w4a8.failed/SmallNet-w4a8.onnx",
+        "SmallNet-w4a8.failed/blame.json",
         "SmallNet-w4a8.failed/manifest.json",
     }
 
@@ -290,10 +293,18 @@ def test_a_metric_that_is_not_there_costs_only_itself(trainer: MakeTrainer, tmp_
 
 def test_a_bound_that_is_not_kept_fails_the_run_and_keeps_the_files(trainer: MakeTrainer, tmp_path: Path) -> None:
     export = lq.DeviceExport(tmp_path / "out", target="onnxruntime", name="net", min_psnr=200.0)
-    with pytest.raises(DeviceBoundError, match=r"expected min_psnr=200 dB"):
-        trainer(lq.PostTrainingQuantization("w8a8"), export).fit(SmallModule(), small_loader(), small_loader())
+    with pytest.raises(DeviceBoundError, match=r"expected min_psnr=200 dB.* Compared with float: .* layers") as caught:
+        trainer(lq.PostTrainingQuantization("w4a8"), export).fit(SmallModule(), small_loader(), small_loader())
     assert load_bundle(tmp_path / "out/net").manifest.name == "net"
     assert (tmp_path / "out/net.device/onnxruntime/report.json").is_file()
+    report = tmp_path / "out/net.report"
+    of_float, of_file = read_blames(report / "blame.json")
+    assert (of_float.against, of_file.against) == (Against.FLOAT, Against.FILE)
+    assert [one.to_dict() for one in export.blames] == [of_float.to_dict(), of_file.to_dict()]
+    assert of_float.remedies
+    for remedy in of_float.remedies:
+        assert remedy.line in str(caught.value)
+        assert html.escape(remedy.line) in (report / "report.html").read_text().replace("&#34;", "&quot;")
 
 
 def test_validation_images_of_another_size(trainer: MakeTrainer, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 import lightning_quant as lq
+from lightning_quant.deploy.blame.result import Against, read_blames
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.record import RunRecord
 from lightning_quant.simulation.precisions import quantized_layers
@@ -37,6 +38,7 @@ def test_a_fit_ends_with_a_report_and_curves_in_the_loggers(trainer: MakeTrainer
     one.fit(SmallModule(), small_loader(), small_loader())
     folder = tmp_path / "out/net.report"
     assert sorted(path.name for path in folder.iterdir()) == [
+        "blame.json",
         "layers.json",
         "report.html",
         "results.json",
@@ -49,7 +51,10 @@ def test_a_fit_ends_with_a_report_and_curves_in_the_loggers(trainer: MakeTrainer
     assert record.exported == quantization.result.best.rung  # type: ignore[union-attr]
     assert [one.tier for one in record.device] == ["onnxruntime"]
     assert figures.drift_steps == quantization.drift.steps == list(range(0, one.global_step + 1, 2))  # type: ignore[union-attr]
+    (found,) = read_blames(folder / "blame.json")
+    assert found.against is Against.FLOAT
     page = (folder / "report.html").read_text()
+    assert "Where the error comes from" in page
     assert "W4A8 falls short of" in page
     assert "Drift of ranges in training" in page
     assert record.reproduce == (

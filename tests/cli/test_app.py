@@ -390,8 +390,9 @@ def test_blame_compares_the_file_of_a_run_with_its_simulation(sweep: tuple[Path,
     output = lightning_quant(folder, "blame", str(run))
     assert "Every layer computes what the simulation computes" in output
     found = json.loads((run / "blame.json").read_text())
-    assert len(found["layers"]) > 20
-    assert found["observed_runs"]
+    assert len(found["file"]["layers"]) > 20
+    assert found["file"]["observed_runs"]
+    assert len(found["float"]["layers"]) > 20
     bundle = run / RunRecord.read(run / "results.json").artifacts["bundle"]
     assert lightning_quant(folder, "blame", str(bundle)) == output
     assert "is neither a run of lightning-quant nor a bundle in one" in lightning_quant(

@@ -20,6 +20,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from lightning_quant.deploy import export as module
+from lightning_quant.deploy.blame.result import BLAME_NAME, read_blames
 from lightning_quant.deploy.bundle import Bundle, load_bundle
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.graph.files import name_tensors
@@ -326,7 +327,10 @@ def test_a_file_that_computes_something_else_fails_loudly(
     assert contents(old.path) == before
     failed = tmp_path / "net.failed"
     assert sorted(tmp_path.iterdir()) == [old.path, failed]
-    assert contents(failed).keys() == before.keys()
+    assert contents(failed).keys() - before.keys() == {BLAME_NAME}
+    (found,) = read_blames(failed / BLAME_NAME)
+    assert found.first is not None
+    assert found.first.layer == "conv"
     with pytest.raises(ExportError, match="in a folder of the name they were exported to"):
         load_bundle(failed)  # no target takes it from there
     with pytest.warns(UserWarning, match=r"differs from the simulation: .* Exported anyway"):

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_quant.deploy.blame.blame import blame
+from lightning_quant.deploy.blame.result import BLAME_NAME, write_blames
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.parity import Parity
 from lightning_quant.domains.segmentation.cityscapes import CLASS_NAMES
@@ -86,7 +88,9 @@ def run_folder(
 ) -> Path:
     """Fill a folder: record, figures of the layers of ``network`` in W4A16, overlays of drawn scenes of that size."""
     samples = [call(image)] * 2
-    figures = LayerFigures.of(calibrated(network.eval(), NetworkInputs((image,)), precision="w4a16").eval(), samples, 1)
+    quantized = calibrated(network.eval(), NetworkInputs((image,)), precision="w4a16").eval()
+    figures = LayerFigures.of(quantized, samples, 1)
+    write_blames(folder / BLAME_NAME, [blame(quantized, samples, against="float"), blame(quantized, samples)])
     figures.drift = {"a.weight": [0.0, 0.1, 0.3], "b.output": [0.0, -0.2, -0.1]}
     figures.drift_steps = [0, 50, 100]
     figures.write(folder)

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_quant.deploy.blame.blame import blame
+from lightning_quant.deploy.blame.result import BLAME_NAME, write_blames
 from lightning_quant.domains.segmentation.ffnet import ffnet_40s
 from lightning_quant.errors import DataError
 from lightning_quant.report.page import write_report, write_sweep_report
 from lightning_quant.report.summary import gather
-from tests.helpers.networks import Body, images
+from tests.helpers.networks import Body, calibrated, images
 from tests.report.folders import full_record, record, run_folder
 
 pytestmark = pytest.mark.slow
@@ -50,6 +52,9 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = {"device": [], "bytes": {"float": 100_000, "quantized": 30_000}}
     full_record(precision="w8a8", **small).write(folder / "0-a b")
     full_record().write(folder / "1-w4a16")
+    for run, precision in (("0-a b", "w8a8"), ("1-w4a16", "w4a16")):
+        found = blame(calibrated(Body(), precision=precision), images(2), against="float")
+        write_blames(folder / run / BLAME_NAME, [found])
     record(precision="w8a16", status="failed", error="ParityError: 12 dB").write(folder / "2-w8a16")
     write_report(folder / "0-a b")
     return write_sweep_report(folder, gather(folder))
@@ -121,6 +126,31 @@ def contrast(one: str, other: str) -> float:
 
     light, dark = sorted((luminance(one), luminance(other)), reverse=True)
     return (light + 0.05) / (dark + 0.05)
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("which", "bands"),
+    [
+        ("report", [["float", "loses"], ["float", "arrived"], ["exported file", "adds"], ["exported file", "arrived"]]),
+        ("sweep", [["w8a8", "loses"], ["w8a8", "arrived"], ["w4a16", "loses"], ["w4a16", "arrived"]]),
+    ],
+)
+def test_the_network_is_drawn_as_bands_of_layers(
+    browser: Any, request: pytest.FixtureRequest, which: str, bands: list[list[str]]
+) -> None:
+    page, problems = opened(browser, request.getfixturevalue(which), viewport=DESKTOP)
+    sources = "Bokeh.documents.flatMap((one) => [...one.all_models]).filter((one) => one.type === 'ColumnDataSource')"
+    drawn = page.evaluate(f"{sources}.map((one) => one.data).find((one) => one.arrived)")
+    rows = [list(row) for row in dict.fromkeys(map(tuple, drawn["row"]))]
+    assert rows == bands
+    of_float = [alpha for row, alpha in zip(drawn["row"], drawn["alpha"], strict=True) if row == bands[-2]]
+    assert (max(of_float) > 0.5) is (which == "sweep")  # 4-bit weights, and a file that is right
+    if which == "report":
+        page.get_by_text("All 5 layers").first.click()
+        assert "head" in page.get_by_role("region", name="All layers, simulation and float").inner_text()
+    assert problems == []
+    page.close()
 
 
 @needs_browser

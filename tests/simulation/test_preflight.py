@@ -120,8 +120,9 @@ class Pooled(nn.Module):
     ],
 )
 def test_pooling_to_windows_of_several_sizes_is_named_before_calibration(pool: Any, named: str | None) -> None:
-    findings = quantized(Pooled(pool).eval()).findings
-    assert [finding.kind for finding in findings] == ([FindingKind.NOT_IN_ONNX] if named else [])
+    found = quantized(Pooled(pool).eval()).findings
+    findings = [finding for finding in found if finding.kind is FindingKind.NOT_IN_ONNX]
+    assert len(findings) == (named is not None)
     if named:
         assert re.search(named, findings[0].problem), findings[0].problem
         with pytest.raises(PreflightError, match="where all windows have one size"):

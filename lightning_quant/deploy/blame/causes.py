@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lightning_quant.deploy.blame.cuts import Cut, grid_of
-from lightning_quant.deploy.blame.result import Cause, Reason
+from lightning_quant.deploy.blame.reasons import Cause, Reason
 from lightning_quant.deploy.graph.qdq import QdqGraph, axis_of, of_integers
 from lightning_quant.simulation.aimet import Quantizer
 from lightning_quant.simulation.network import QuantizedNetwork

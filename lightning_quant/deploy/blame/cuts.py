@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_quant.deploy.graph.qdq import QdqGraph
+from lightning_quant.deploy.graph.qdq import QdqGraph, sizes_of
 
 if TYPE_CHECKING:
     import onnx
@@ -98,6 +98,64 @@ def pieces(model: onnx.ModelProto, cuts: Sequence[Cut]) -> onnx.ModelProto:
     return twin
 
 
+def watched_on_grid(model: onnx.ModelProto, cuts: Sequence[Cut]) -> onnx.ModelProto:
+    """Return the whole file with the first of each cut's values as an output :func:`seen`, for the NPU's compiler.
+
+    All sizes are written down: of a graph with open ones it takes nothing.
+    A second node makes it of the same integers: what a graph outputs itself the compiler does not take together with
+    the operations that take it.
+    """
+    twin = copy.deepcopy(model)
+    sizes = sizes_of(model)
+    readers = {node.output[0]: node for node in twin.graph.node if node.op_type == "DequantizeLinear"}
+    for name in (cut.values[0] for cut in cuts):
+        reader = copy.deepcopy(readers[name])
+        reader.name, reader.output[:] = seen(reader.name or name), [seen(name)]
+        twin.graph.node.append(reader)
+        twin.graph.output.append(_float(seen(name), sizes[name]))
+    return twin
+
+
+def pieces_on_grid(model: onnx.ModelProto, cuts: Sequence[Cut]) -> onnx.ModelProto:
+    """Return all pieces as one graph, as :func:`pieces` does, for the NPU's compiler.
+
+    What is given is rounded in the graph, to the grid that it is on: the compiler wants operations between integers.
+    Its outputs are what the pieces compute for the first of each cut's values (:func:`own`).
+    """
+    twin = copy.deepcopy(model)
+    writers = {node.output[0]: node for node in twin.graph.node if node.op_type == "QuantizeLinear"}
+    readers = {node.output[0]: node for node in twin.graph.node if node.op_type == "DequantizeLinear"}
+    sizes, added = sizes_of(model), []
+    for cut in cuts:
+        first = cut.values[0]
+        writer = copy.deepcopy(writers[readers[first].input[0]])
+        writer.input[0], writer.output[0], writer.name = given(first), f"{given(first)}_q", given(writer.name)
+        added.append(writer)
+        twin.graph.input.append(_float(given(first), sizes[first]))
+        for name in cut.values:
+            reader = copy.deepcopy(readers[name])
+            reader.input[0], reader.name = writer.output[0], given(reader.name or name)
+            added.append(reader)
+            readers[name].output[0] = own(name)
+    constants = [node for node in twin.graph.node if node.op_type == "Constant"]
+    others = [node for node in twin.graph.node if node.op_type != "Constant"]
+    nodes = [copy.deepcopy(node) for node in [*constants, *added, *others]]
+    del twin.graph.node[:], twin.graph.output[:]
+    twin.graph.node.extend(nodes)
+    twin.graph.output.extend(_float(own(cut.values[0]), sizes[cut.values[0]]) for cut in cuts)
+    return twin
+
+
+def given(name: str) -> str:
+    """Return the name of the input that is rounded in :func:`pieces_on_grid`."""
+    return f"{name}__given"
+
+
+def seen(name: str) -> str:
+    """Return the name of the output in :func:`watched_on_grid`."""
+    return f"{name}__seen"
+
+
 def own(name: str) -> str:
     """Return the name of what a piece computes, where ``name`` is given to the pieces behind it."""
     return f"{name}__of_the_piece"
@@ -118,7 +176,7 @@ def _named(name: str) -> onnx.ValueInfoProto:
     return helper.make_empty_tensor_value_info(name)
 
 
-def _float(name: str) -> onnx.ValueInfoProto:
+def _float(name: str, sizes: Sequence[int] | None = None) -> onnx.ValueInfoProto:
     from onnx import TensorProto, helper
 
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from lightning_quant.utilities.parsing import parse_as, parse_fields
 
 # Floats that differ by less, relative to the largest, are sums in another order.
 _NOISE = 2.0**-17
@@ -30,6 +33,19 @@ class Difference:
     largest: float
     differing: float
     unexplained: int
+
+    @classmethod
+    def from_json(cls, value: Any, where: str = "") -> Difference:
+        """Read JSON values, in which ``None`` stands for infinity.
+
+        Raises:
+            FieldError: naming the entry that is missing or cannot be.
+        """
+        values = parse_as(value, dict[str, Any], where)
+        made: Difference = parse_fields(
+            {name: math.inf if one is None else one for name, one in values.items()}, cls, where
+        )
+        return made
 
 
 class Differences:

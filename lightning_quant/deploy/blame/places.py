@@ -7,10 +7,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_quant.deploy.audit import module_of
-from lightning_quant.deploy.blame.cuts import Cut, grid_of, rounded_in
+from lightning_quant.deploy.blame.cuts import Cut, grid_of, piece_of, rounded_in
 from lightning_quant.deploy.graph.qdq import QdqGraph, hands_on
 from lightning_quant.simulation.rounded_tensors import RoundedTensor, Side
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _ONE_RANGE = 1e-3
 # Operations that output values of their input, or zeros.
 _ON_ITS_GRID = ("MaxPool", "Pad")
+_NO_OPERATION = ("QuantizeLinear", "DequantizeLinear", "Constant")
 Sizes = Mapping[str, int]
 
 
@@ -197,6 +198,20 @@ class _Match:
         scale = float(grid_of(self.graph, cut.quantizer)[0].reshape(-1)[0])
         ratio = scale / float(self.seen[position].quantizer.get_scale().reshape(-1)[0])
         return abs(math.log(ratio)) if ratio > 0 else math.inf
+
+
+def modules_in(
+    graph: QdqGraph, tensor: str, cuts: Iterable[Cut], layers: Mapping[str, Any]
+) -> tuple[str, tuple[str, ...]]:
+    """Return the layer that computes a tensor from the cuts before it, and all modules of that piece.
+
+    Of several modules it is the one with weights, or else the first that does not only hand values on.
+    """
+    operations = [node for node in piece_of(graph, tensor, cuts) if node.op_type not in _NO_OPERATION]
+    modules = tuple(dict.fromkeys(name for node in operations if (name := layer_of(node, layers))))
+    weighted = [name for name in modules if getattr(layers.get(name), "weight", None) is not None]
+    computing = [layer_of(node, layers) for node in operations if not hands_on(node)]
+    return next(filter(None, [*weighted, *computing, *modules, tensor])), modules
 
 
 def layer_of(node: onnx.NodeProto | None, layers: Collection[str]) -> str:

@@ -60,6 +60,7 @@ const paint = () => {
         axis_label_text_color: soft, major_label_text_color: text, axis_line_color: line,
         major_tick_line_color: line, minor_tick_line_color: null,
       });
+      if (model.type === "CategoricalAxis") model.setv({ group_text_color: text, separator_line_color: line });
     } else if (model.type === "Title") model.setv({ text_color: text });
     else if (model.type === "Legend") model.setv({ label_text_color: text });
     else if (model.type === "LabelSet") model.setv({ text_color: text });

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.deploy.blame.blame import blame, compare_layers
-from lightning_quant.deploy.blame.result import Blame, Cause
+from lightning_quant.deploy.blame.blame import blame
+from lightning_quant.deploy.blame.file import compare_file
+from lightning_quant.deploy.blame.reasons import Cause
+from lightning_quant.deploy.blame.result import Blame
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.graph.files import OnnxFiles, write_onnx
 from lightning_quant.errors import ConfigurationError, ExportError
@@ -63,7 +65,7 @@ class Exported:
     def blame(self, model: onnx.ModelProto | None = None) -> Blame:
         calls = [call(images(1, seed=seed)) for seed in (3, 4)]
         with on_cpu_in_eval(self.network.network):
-            return compare_layers(self.network, model or self.model, self.written.input_names, calls)
+            return compare_file(self.network, model or self.model, self.written.input_names, calls)
 
 
 @functools.cache
@@ -198,7 +200,7 @@ def test_modules_that_cannot_be_looked_at() -> None:
         blame(Chain(), images())
     with pytest.raises(ConfigurationError, match="holds 2 quantized networks"):
         blame(nn.ModuleList([calibrated(Chain()).network, calibrated(Chain()).network]), images())
-    with pytest.raises(ConfigurationError, match="No samples to compare file and simulation on"):
+    with pytest.raises(ConfigurationError, match="No samples to compare the simulation on"):
         blame(calibrated(Chain()), [])
 
 

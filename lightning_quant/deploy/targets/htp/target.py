@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -81,11 +82,7 @@ class HtpEmulatorTarget(Target):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="lightning-quant-htp-") as scratch:
             work = Path(scratch)
-            for index, tensors in enumerate(inputs):
-                np.savez(work / f"input-{index}.npz", **tensors)  # type: ignore[arg-type]
-            job = Job(str(bundle.qdq), self.soc, len(inputs), int(self.memory_gb * 1e9))
-            result = run_worker("lightning_quant.deploy.targets.htp.worker", job, work, self.timeout, Compiled)
-            outputs = [read_arrays(work / f"output-{index}.npz") for index in range(len(inputs))]
+            result, outputs = self.emulate(bundle.qdq, inputs, work)
             binaries = {}
             for name, file_name in {"context": "context.onnx", "context_binary": result.binary}.items():
                 shutil.move(work / file_name, folder / file_name)
@@ -115,3 +112,20 @@ class HtpEmulatorTarget(Target):
                 f"{result.float_islands[0]}: slower than integers."
             )
         return [Measured(report, outputs, folder)]
+
+    def emulate(self, model: Path, inputs: Sequence[Tensors], work: Path) -> tuple[Compiled, list[Tensors]]:
+        """Compile a QDQ file for the chip, and compute samples as its NPU would.
+
+        Args:
+            model: the ONNX file.
+            inputs: samples, tensors by the names of the graph's inputs.
+            work: an empty folder; what was compiled is left in it.
+
+        Raises:
+            DeviceError: when it cannot be compiled or computed.
+        """
+        for index, tensors in enumerate(inputs):
+            np.savez(work / f"input-{index}.npz", **tensors)  # type: ignore[arg-type]
+        job = Job(str(model), self.soc, len(inputs), int(self.memory_gb * 1e9))
+        result = run_worker("lightning_quant.deploy.targets.htp.worker", job, work, self.timeout, Compiled)
+        return result, [read_arrays(work / f"output-{index}.npz") for index in range(len(inputs))]

@@ -16,7 +16,7 @@ import numpy as np
 from lightning_quant.deploy.socs import QNN_SOC_IDS
 from lightning_quant.deploy.targets.htp.job import Compiled, Job
 from lightning_quant.deploy.targets.worker import serve
-from lightning_quant.errors import DeviceError
+from lightning_quant.errors import DeviceError, DeviceFallbackError
 
 _PROVIDER = "QNNExecutionProvider"
 # Types of tensors in the QNN graph (QnnTypes.h): 32- and 16-bit float.
@@ -36,7 +36,7 @@ def work(job: Job, folder: Path) -> Compiled:
     for part in session.get_provider_graph_assignment_info():
         assigned[part.ep_name] = assigned.get(part.ep_name, 0) + len(part.get_nodes())
     if not assigned.get(_PROVIDER):
-        raise DeviceError(
+        raise DeviceFallbackError(
             f"No layer of {Path(job.model).name} was compiled for the NPU of {job.soc}: the emulator fell back "
             "to the CPU for all of it, which its session does not report. Expected a network with fixed shapes and "
             "quantized layers."

@@ -1,0 +1,1 @@
+"""Single operators on the NPU: which of them its compiler takes, at which precision, for which chip."""

@@ -1,0 +1,166 @@
+"""Which operations the NPU computes in integers: a table measured with its compiler, and what it says of a network.
+
+The table, ``operators.json`` next to this file, is made by ``make operators``: single operators, compiled for one chip
+of each version of the NPU. Of what is not in it nothing is claimed.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_quant.precision import Precision
+from lightning_quant.simulation import aimet
+from lightning_quant.simulation.aimet import QuantizedLayer
+from lightning_quant.simulation.precisions import layer_precision, quantized_layers
+from lightning_quant.simulation.preflight import Finding, FindingKind, refused_in_few_bits
+from lightning_quant.utilities.parsing import parse_as, read_json
+
+if TYPE_CHECKING:
+    from lightning_quant.simulation.network import QuantizedNetwork
+
+PATH = Path(__file__).with_name("operators.json")
+
+
+class Placement(Enum):
+    """What the NPU's compiler does with an operation; ``NPU`` is integers on the NPU."""
+
+    NPU = "npu"
+    FLOAT = "float"
+    CPU = "cpu"
+    REFUSED = "refused"
+    CRASHED = "crashed"
+    WRONG = "wrong"
+
+
+# For people, and what kind of finding it is.
+_PROBLEMS = {
+    Placement.FLOAT: (FindingKind.FLOAT_ON_NPU, "is computed in float on the NPU"),
+    Placement.CPU: (FindingKind.ON_CPU, "is left to the CPU"),
+    Placement.REFUSED: (FindingKind.REFUSED, "is refused by the NPU's compiler"),
+    Placement.CRASHED: (FindingKind.REFUSED, "makes the NPU's compiler crash"),
+    Placement.WRONG: (FindingKind.WRONG_ON_NPU, "computes something else on the NPU's emulator"),
+}
+
+# What is on the NPU and computes the same, or nearly so, by operation.
+REMEDIES = {
+    "AdaptiveMaxPool2D": "use amax over height and width, if it is to 1x1",
+    "AdaptiveMaxPool2d": "use amax over height and width, if it is to 1x1",
+    "AvgPool2d 4x4": "use nn.AvgPool2d(2) twice, which is the same",
+    "AvgPool3d": "use avg_pool2d over height and width, then over depth",
+    "CELU": "use nn.ELU, which is the same for alpha=1",
+    "ConvTranspose2d depthwise": "use interpolate and a depthwise convolution, or bias=False",
+    "ConvTranspose2d grouped": "use groups=1, or interpolate and a convolution",
+    "Erf": "use nn.GELU if it is part of one, or tanh",
+    "InstanceNorm2d without weights": "use affine=True",
+    "LayerNorm over 3 axes": "use nn.GroupNorm(1, channels), which is the same up to its weights",
+    "LogSigmoid": "use -softplus(-x), which is the same",
+    "Logsumexp": "use log(sum(exp(x - max))) + max, which is the same",
+    "MaxPool1D": "use nn.MaxPool1d, the module",
+    "MaxPool3D": "use max_pool2d over height and width, then over depth",
+    "MaxPool3d": "use max_pool2d over height and width, then over depth",
+    "PReLU": "use nn.LeakyReLU",
+    "Pow": "use square, sqrt and products: they are on the NPU, and so are the powers 2, 3, 0.5 and -0.5",
+    "Prod": "use products of slices",
+    "SELU": "use nn.ELU",
+    "Var": "use mean((x - mean(x)) ** 2), which is the same without the correction",
+}
+
+
+@dataclass(frozen=True)
+class OperatorTable:
+    """What the NPU's compiler does with single operations.
+
+    Args:
+        versions: of the packages it was measured with, the compiler's (``QAIRT``) among them.
+        chips: the chip that was compiled for, by the version of its NPU.
+        operations: by operation (see :func:`operation_of`) and precision, the versions of the NPU with each placement.
+    """
+
+    versions: dict[str, str]
+    chips: dict[str, str]
+    operations: dict[str, dict[str, dict[str, list[int]]]]
+
+    def placement(self, operation: str, precision: Precision, hexagon: int) -> Placement | None:
+        """Return what is known of an operation on a version of the NPU; ``None`` if nothing is."""
+        found = self.operations.get(operation, {}).get(str(precision), {})
+        return next((Placement(name) for name, versions in found.items() if hexagon in versions), None)
+
+
+@functools.cache
+def operator_table() -> OperatorTable:
+    """Return the table of this version of the package."""
+    table: OperatorTable = parse_as(read_json(PATH), OperatorTable)
+    return table
+
+
+def operation_of(layer: QuantizedLayer) -> str:
+    """Return what a quantized layer computes, as the table names it: its float class, and what else decides."""
+    kind: Any = aimet.QuantizationMixin.qcls_to_cls.get(type(layer), type(layer))
+    parts = [kind.__name__]
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        if layer.groups == layer.in_channels > 1:
+            parts.append("depthwise 1x1" if set(layer.kernel_size) == {1} else "depthwise")
+        elif layer.groups > 1:
+            parts.append("grouped")
+        if layer.out_channels == 1:
+            parts.append("to one channel")
+        if layer.bias is None and (layer.transposed or layer.out_channels == 1):
+            parts.append("without bias")
+    if isinstance(layer, nn.AvgPool2d) and layer.kernel_size == layer.stride:
+        size = layer.kernel_size
+        parts.append("x".join(map(str, size if isinstance(size, tuple) else (size, size))))
+    if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.weight is None:
+        parts.append("without weights")
+    if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1:
+        parts.append(f"over {len(layer.normalized_shape)} axes")
+    return " ".join(parts)
+
+
+def hexagon_of_config(hardware: str) -> int | None:
+    """Return the version of the NPU that a hardware config is of, e.g. 75 for ``"htp_v75"``; ``None`` for others."""
+    match = re.fullmatch(r"htp_v(\d+)", hardware)
+    return int(match[1]) if match else None
+
+
+def off_the_npu(network: QuantizedNetwork, hexagon: int | None) -> list[Finding]:
+    """Find the layers of a quantized network that the NPU does not compute in integers.
+
+    Args:
+        network: quantized; it need not be calibrated.
+        hexagon: version of the NPU, e.g. 75; ``None`` for a device of which nothing is known.
+    """
+    layers, precision_of = quantized_layers(network), functools.partial(layer_precision, network)
+    findings = refused_in_few_bits(layers, precision_of)
+    if hexagon is None:
+        return findings
+    known = {finding.module for finding in findings}
+    table = operator_table()
+    for name, layer in layers.items():
+        operation, precision = operation_of(layer), _measured_as(layer, precision_of(name))
+        placement = table.placement(operation, precision, hexagon)
+        if name in known or placement is None or placement is Placement.NPU:
+            continue
+        kind, what = _PROBLEMS[placement]
+        problem = f"{operation} {what} (Hexagon v{hexagon}, {precision})"
+        findings.append(Finding(name, problem, _remedy(table, name, operation, precision, hexagon), kind=kind))
+    return findings
+
+
+def _measured_as(layer: QuantizedLayer, precision: Precision) -> Precision:
+    """Return the precision that the table has: operations without weights are measured once."""
+    return precision if len(layer.param_quantizers) else Precision(8, precision.activation_bits)
+
+
+def _remedy(table: OperatorTable, name: str, operation: str, precision: Precision, hexagon: int) -> str:
+    others = [Precision(8, precision.activation_bits), Precision(precision.weight_bits, 8), Precision(8, 8)]
+    for other in others:
+        if table.placement(operation, other, hexagon) is Placement.NPU:
+            return f'give it another precision: overrides={{"{name}": "{other}"}}'
+    return REMEDIES.get(operation, "compute it of other operations, or outside of the network")

@@ -1,0 +1,134 @@
+"""What leaves the NPU is found before calibration, by the table; what is on it, or unknown, has no finding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.deploy.socs import HEXAGON
+from lightning_quant.errors import PreflightError
+from lightning_quant.precision import PRECISIONS, Precision
+from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.operators import (
+    REMEDIES,
+    Placement,
+    hexagon_of_config,
+    off_the_npu,
+    operation_of,
+    operator_table,
+)
+from lightning_quant.simulation.precisions import quantized_layers
+from lightning_quant.simulation.preflight import Finding, FindingKind
+from tests.helpers.networks import call, images, quantized
+from tests.helpers.small import small_net
+
+
+def found(network: nn.Module, **recipe: Any) -> list[Finding]:
+    return quantized(network.eval(), **recipe).findings
+
+
+class Activation(nn.Module):
+    """A convolution with an activation that is a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.act = nn.PReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.erf(self.act(self.conv(x)))
+
+
+def test_what_falls_back_is_named_with_its_remedy() -> None:
+    prelu, erf = found(Activation())
+    assert (prelu.module, prelu.kind) == ("act", FindingKind.FLOAT_ON_NPU)
+    assert prelu.problem == "PReLU is computed in float on the NPU (Hexagon v75, w8a8)"
+    assert prelu.remedy == REMEDIES["PReLU"]
+    assert (erf.module, erf.kind) == ("erf", FindingKind.ON_CPU)
+    assert erf.problem == "Erf is left to the CPU (Hexagon v75, w8a8)"
+    with pytest.raises(PreflightError, match="PReLU is computed in float"):
+        quantized(Activation().eval(), strict=True)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_network_of_npu_operators_has_no_finding(precision: str) -> None:
+    assert found(small_net(), precision=precision) == []
+
+
+@pytest.mark.parametrize("hardware", ["default", "htp_v66", "htp_v85"])
+def test_nothing_is_claimed_of_an_npu_that_was_not_measured(hardware: str) -> None:
+    assert found(Activation(), hardware=hardware) == []
+
+
+class Unmeasured(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.atan(x)
+
+
+def test_nothing_is_claimed_of_an_operation_that_was_not_measured() -> None:
+    made = quantized(Unmeasured().eval())
+    names = {operation_of(layer) for layer in quantized_layers(made).values()}
+    assert "Atan" in names - operator_table().operations.keys()
+    assert made.findings == []
+
+
+def test_a_precision_that_the_npu_takes_is_the_remedy() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=4))
+    (finding,) = found(network, precision="w4a16")
+    assert (finding.module, finding.kind) == ("1", FindingKind.REFUSED)
+    assert finding.problem == "Conv2d depthwise 1x1 makes the NPU's compiler crash (Hexagon v75, w4a16)"
+    assert finding.remedy == 'give it another precision: overrides={"1": "w8a16"}'
+    assert found(network, precision="w4a16", overrides={"1": Precision(8, 16)}) == []
+
+
+def test_a_precision_at_which_the_npu_computes_something_else_is_not() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 2, stride=2, groups=4))
+    (finding,) = found(network, precision="w4a8")
+    assert (finding.module, finding.kind) == ("1", FindingKind.REFUSED)
+    assert finding.remedy == REMEDIES["ConvTranspose2d depthwise"]
+    assert [one.kind for one in found(network, precision="w8a8")] == [FindingKind.WRONG_ON_NPU]
+
+
+def test_each_chip_has_findings_of_its_own() -> None:
+    made = quantized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=4)).eval())
+    assert made.findings == []
+    (old,) = off_the_npu(made, 68)
+    assert (old.module, old.kind) == ("1", FindingKind.REFUSED)
+    assert off_the_npu(made, None) == []
+
+
+def test_what_decides_is_part_of_the_operation() -> None:
+    def operation(layer: nn.Module, inputs: Tensor | None = None) -> str:
+        made: QuantizedNetwork = quantized(nn.Sequential(layer), call(images() if inputs is None else inputs))
+        (one,) = quantized_layers(made).values()
+        return operation_of(one)
+
+    assert operation(nn.Conv2d(3, 3, 3)) == operation(nn.Conv2d(3, 5, 1, bias=False)) == "Conv2d"
+    assert operation(nn.Conv2d(3, 3, 3, groups=3)) == "Conv2d depthwise"
+    assert operation(nn.Conv2d(3, 3, 1, groups=3)) == "Conv2d depthwise 1x1"
+    assert operation(nn.Conv2d(3, 1, 1, bias=False)) == "Conv2d to one channel without bias"
+    assert operation(nn.ConvTranspose2d(4, 4, 2, groups=2), torch.randn(1, 4, 8, 8)) == "ConvTranspose2d grouped"
+    assert operation(nn.LayerNorm((3, 8, 8))) == "LayerNorm over 3 axes"
+    assert operation(nn.LayerNorm(8)) == "LayerNorm"
+    assert operation(nn.AvgPool2d(4)) == operation(nn.AvgPool2d((4, 4))) == "AvgPool2d 4x4"
+    assert operation(nn.AvgPool2d(4, 2)) == "AvgPool2d"
+    assert operation(nn.InstanceNorm2d(3)) == "InstanceNorm2d without weights"
+
+
+def test_the_table_is_of_chips_precisions_and_remedies_that_exist() -> None:
+    table = operator_table()
+    assert {"QAIRT", "onnxruntime-qnn"} <= table.versions.keys()
+    assert {int(hexagon): HEXAGON[chip] for hexagon, chip in table.chips.items()} == {
+        int(hexagon): int(hexagon) for hexagon in table.chips
+    }
+    assert hexagon_of_config("htp_v75") == HEXAGON["SM8650"]
+    for precisions in table.operations.values():
+        for precision, placements in precisions.items():
+            Precision.parse(precision)
+            assert [Placement(name) for name in placements]
+            listed = [version for versions in placements.values() for version in versions]
+            assert len(listed) == len(set(listed))
+    assert table.operations.keys() >= REMEDIES.keys()
