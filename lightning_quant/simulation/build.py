@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_quant.errors import PreflightError
 from lightning_quant.recipe import QuantRecipe
@@ -18,7 +18,7 @@ from lightning_quant.simulation.callsites.attributes import BUFFERS
 from lightning_quant.simulation.callsites.watching import written_buffers
 from lightning_quant.simulation.exportable import not_in_onnx
 from lightning_quant.simulation.inplace import copied, state_kept, undone_on_error
-from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork, set_range_estimator
 from lightning_quant.simulation.operators import hexagon_of_config, off_the_npu
 from lightning_quant.simulation.precisions import matching, set_precisions
@@ -97,13 +97,16 @@ def quantize(
 def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) -> aimet.Simulation:
     """Return AIMET's QuantizationSimModel around the flat form of ``network``, whose modules it changes in place."""
     estimator = recipe.range_estimator
+    flat = FlatNetwork(network, inputs).eval()
+    with state_kept(network):
+        returned = _returned(flat, inputs)
     ignored_before = aimet.QuantizationMixin._ignore_unknown_modules
     try:
         # A class AIMET does not know is the user's own, whose operations are call sites.
         aimet.QuantizationMixin.ignore_unknown_modules(True)
         with state_kept(network), converted_in_place(), shapes_from_traces(), weights_attached(network):
             sim = aimet.QuantizationSimModel(
-                FlatNetwork(network, inputs).eval(),
+                flat,
                 tuple(inputs.tensors),
                 quant_scheme=aimet.QuantScheme[_SCHEMES.get(type(estimator), "min_max")],
                 default_param_bw=recipe.precision.weight_bits,
@@ -121,11 +124,31 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
         aimet.QuantizationMixin.ignore_unknown_modules(ignored_before)
     if isinstance(estimator, Percentile):
         sim.set_percentile_value(estimator.percentile)
-    _tie_resizes(sim)
-    quantizers.complete(sim)
+    quantizers.complete(sim, returned)
     if type(estimator) not in _SCHEMES:
         set_range_estimator(network, estimator)
     return sim
+
+
+def _returned(network: FlatNetwork, inputs: NetworkInputs) -> set[nn.Module]:
+    """Return the layers whose outputs a network returns, as they are or as views, whatever else takes them."""
+    made: list[tuple[nn.Module, Tensor, int]] = []
+
+    def note(module: nn.Module, _: Any, output: Any) -> None:
+        made.extend((module, tensor, tensor._version) for tensor in tensors_in(output))
+
+    layers = [module for module in network.modules() if not any(module.children())]
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        memory = {tensor.untyped_storage().data_ptr() for tensor in network(*inputs.tensors)}
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        module
+        for module, tensor, version in made
+        if tensor.untyped_storage().data_ptr() in memory and tensor._version == version  # not changed in place since
+    }
 
 
 def _accelerate(network: nn.Module) -> None:
@@ -134,43 +157,3 @@ def _accelerate(network: nn.Module) -> None:
 
     if left := accelerate(network):
         log.info("%d quantizers, e.g. %s, run on AIMET's own kernels: block sizes or other kinds.", len(left), left[0])
-
-
-def _tie_resizes(sim: aimet.Simulation) -> None:
-    """Give both sides of every ``interpolate`` one range, as the NPU resizes integers without another scale.
-
-    With different scales its compiler falls back to float around the resize: a dequantize, the resize and a quantize
-    in float32. AIMET ties ``nn.Upsample`` itself, but not the functional form that tracing turns into a module; its
-    ``propagate_output_encodings`` would also tie the network whose shape gives the size.
-    """
-    graph = sim.connected_graph
-    if sim._hw_version is None or graph is None or not graph.is_safe():  # as AIMET does for its own
-        return
-    resize: Any
-    resizes: Any = (aimet.custom.Interpolate, nn.Upsample)
-    for op in reversed(graph.ordered_ops):  # a resize of a resize gets its range from behind
-        resize = sim._get_qmodule(op)
-        if isinstance(resize, aimet.custom.Interpolate) and resize.output_quantizers[0] is not None:
-            _quantize_like(sim, op, resize.output_quantizers[0])
-    for op in graph.ordered_ops:  # a tensor that goes into two of them has the range of one
-        resize = sim._get_qmodule(op)
-        if isinstance(resize, resizes) and resize.output_quantizers[0] is not None:
-            before = quantizers.rounding(sim, op.inputs[0].producer)
-            if before not in (None, resize.output_quantizers[0]):
-                resize.input_quantizers[0] = resize.output_quantizers[0]
-
-
-def _quantize_like(sim: aimet.Simulation, op: aimet.Operation, quantizer: aimet.Quantizer) -> None:
-    """Let ``quantizer`` round the tensor that comes into ``op``."""
-    source = next((product for product in op.inputs if product.shape), None)  # the others are numbers: its new size
-    if source is None:
-        return
-    if source.producer is None:  # an input of the network
-        sim._get_qmodule(op).input_quantizers[0] = quantizer
-        return
-    producer = sim._get_qmodule(source.producer)
-    quantizers = [] if producer is None else producer.output_quantizers
-    if len(quantizers) == 1 and quantizers[0] is not None:
-        quantizers[0] = quantizer
-    elif source.producer.is_grid_preserving_op():  # a reshape or a fork: no rounding of its own
-        _quantize_like(sim, source.producer, quantizer)

@@ -13,6 +13,7 @@ from lightning_quant.simulation import aimet, calibration_cache
 from lightning_quant.simulation.calibration_cache import DataHash, Statistics, StatisticsCache
 from lightning_quant.simulation.callsites.attributes import IN_TRACES_ONLY
 from lightning_quant.simulation.callsites.passes import noting
+from lightning_quant.simulation.fixed_ranges import set_fixed_ranges
 from lightning_quant.simulation.inputs import NetworkInputs, counted, take_samples
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
@@ -75,6 +76,7 @@ def calibrate(
     # what is kept on disk is for networks with finer grids too
     exact = full_precision() if network.has_fine_grids or cache is not None else nullcontext()
     with torch.inference_mode(False), aimet.quiet(), kept, exact, network.cached_weights(), noting() as noted:
+        set_fixed_ranges(network.quantizers())  # their bits may have changed
         network.sim.compute_encodings(run)
     names = {module: name for name, module in network.network.named_modules()}
     network.left_in_float = {names[module]: list(dict.fromkeys(found)) for module, found in noted.items()}

@@ -23,6 +23,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from lightning_quant.simulation import aimet
+from lightning_quant.simulation.fixed_ranges import fixed_range
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.utilities.files import atomic_write
@@ -189,8 +190,9 @@ def _key(network: QuantizedNetwork) -> str:
     observers = _observers(network)
     for name, module in network.network.named_modules():
         if name in observers:
-            observer = observers[name]
-            digest.update(f"{name} {observer.shape} {getattr(observer, 'num_bins', 'min and max')} ".encode())
+            observer, is_fixed = observers[name], fixed_range(module) is not None
+            bins = getattr(observer, "num_bins", "min and max")
+            digest.update(f"{name} {observer.shape} {bins} {'fixed' if is_fixed else ''} ".encode())
             continue
         kind = type(module)
         digest.update(f"{name} {kind.__name__} {module.extra_repr()} {getattr(module, 'code', '')} ".encode())

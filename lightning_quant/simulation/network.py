@@ -18,10 +18,12 @@ from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.callsites.traces import functions_inlined, tracing_state
 from lightning_quant.simulation.callsites.watching import watched_class
+from lightning_quant.simulation.fixed_ranges import fixed_range, set_fixed_ranges
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
 from lightning_quant.simulation.manifest import Manifest
 from lightning_quant.simulation.preflight import Finding
 from lightning_quant.simulation.range_estimators import RangeEstimator
+from lightning_quant.simulation.stored_ranges import check_stored_ranges
 from lightning_quant.utilities.hashing import add_tensor
 from lightning_quant.utilities.parsing import short_repr
 from lightning_quant.utilities.registry import Spec
@@ -107,7 +109,8 @@ class QuantizedNetwork:
         own: Any = self.float_class
         network.__class__ = watched_class(own, _Quantized)
         network.__dict__[_STATE] = self
-        network.register_load_state_dict_pre_hook(_refuse_float_weights)
+        network.register_load_state_dict_pre_hook(_check_before_loading)
+        network.register_load_state_dict_post_hook(_fix_ranges)
 
     @classmethod
     def of(cls, module: Any) -> QuantizedNetwork | None:
@@ -187,9 +190,10 @@ class QuantizedNetwork:
 
     def learn_ranges(self, learn: bool) -> None:
         """Let training change the ranges, or keep them as they are. Ends pinned by the hardware stay pinned."""
+        fixed = {id(end) for one in self.quantizers() if fixed_range(one) is not None for end in one.parameters()}
         for name, parameter in self.network.named_parameters():
             if name in self._learnable_ranges:
-                parameter.requires_grad_(learn)
+                parameter.requires_grad_(learn and id(parameter) not in fixed)
 
     def manifest(self) -> Manifest:
         """Return how this network was quantized."""
@@ -355,8 +359,8 @@ def check_ranges(network: QuantizedNetwork) -> None:
                 )
 
 
-def _refuse_float_weights(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Tell a float checkpoint apart before PyTorch lists hundreds of missing and unexpected keys."""
+def _check_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse float weights, and other ranges, before PyTorch lists hundreds of missing and unexpected keys."""
     mine = [key for key in state_dict if key.startswith(prefix)]
     if mine and f"{prefix}_extra_state" not in state_dict:
         name = prefix.rstrip(".") or "the network"
@@ -367,3 +371,9 @@ def _refuse_float_weights(module: nn.Module, state_dict: dict[str, Any], prefix:
             "    module = MyModule.load_from_checkpoint(path)\n"
             "    trainer.fit(module)"
         )
+    check_stored_ranges(module, state_dict, prefix)
+
+
+def _fix_ranges(module: nn.Module, _: Any) -> None:
+    """Set the ranges that follow from bits, which a state has changed."""
+    set_fixed_ranges(one for one in module.modules() if isinstance(one, aimet.QuantizerBase))

@@ -42,6 +42,7 @@ def share_grids(model: onnx.ModelProto) -> dict[str, float]:
     scales = {integers: _grid(graph, integers)[0] for integers in {*merged.values(), *tied}}
     changed = {integers: scales[integers] for integers in tied}
     changed |= {dropped: scales[kept] for dropped, kept in merged.items()}
+    _convert_behind(model)
     aimet._remove_dangling_nodes_and_initializers(model)
     return {integers.removesuffix("_q"): scale for integers, scale in changed.items()}
 
@@ -113,6 +114,44 @@ def _tie(graph: QdqGraph) -> list[str]:
             for node in _users(graph, integers):
                 node.input[1] = scale
     return changed
+
+
+def _convert_behind(model: onnx.ModelProto) -> None:
+    """Let what hands integers on have one grid, where its output is rounded to another: convert behind it.
+
+    The numbers do not change, as they are on the first grid.
+    """
+    from onnx import helper
+
+    graph = QdqGraph(model)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        source = _handed_on(graph, node.input[0]) if node.op_type == "QuantizeLinear" else None
+        if source is not None and source is not graph.producers[node.input[0]]:
+            one, two = _of(graph, source), _of(graph, node)
+            if one != two and one[2] and two[2]:
+                grid = source.input[1:]
+                integers, floats = graph.free(f"{node.input[0]}_kept_q"), graph.free(f"{node.input[0]}_kept_qdq")
+                nodes.append(helper.make_node("QuantizeLinear", [node.input[0], *grid], [integers], integers))
+                nodes.append(helper.make_node("DequantizeLinear", [integers, *grid], [floats], floats))
+                node.input[0] = floats
+        nodes.append(node)
+    graph.replace_nodes(nodes)
+
+
+def _handed_on(graph: QdqGraph, tensor: str) -> onnx.NodeProto | None:
+    """Return what dequantizes the integers that a tensor holds, in another order or form; ``None`` for other tensors.
+
+    A concatenation is of one grid here: PyTorch's exporter writes ``roll`` as one.
+    """
+    node = graph.producers.get(tensor)
+    if node is None or of_integers(node):
+        return node
+    if not aimet._is_grid_equivariant_op(node.op_type):
+        return None
+    sources = [_handed_on(graph, name) for name in (node.input if node.op_type == "Concat" else node.input[:1])]
+    grids = {None if one is None else _of(graph, one) for one in sources}
+    return sources[0] if len(grids) == 1 else None
 
 
 def _users(graph: QdqGraph, integers: str) -> list[onnx.NodeProto]:

@@ -26,6 +26,10 @@ MOVES = frozenset(
     view view_as vsplit zero zeros_like
     """.split()  # noqa: SIM905
 )
+# Functions that choose among values, which they take from one tensor.
+CHOICES = frozenset(("amax", "amin", "max_pool1d", "max_pool2d", "max_pool3d")) | {
+    f"adaptive_max_pool{axes}d" for axes in (1, 2, 3)
+}
 # Losses stay in float: the device computes none.
 LOSSES = frozenset(
     """

@@ -4,34 +4,41 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Container
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_quant.simulation.callsites.attributes import OWNER, is_at_call_site
+from lightning_quant.simulation.callsites.tied_ranges import leave_out_roundings, outputs, rounding, tie_ranges
+from lightning_quant.simulation.fixed_ranges import note_fixed_ranges
+
+# Hardware that computes a layer and the activation behind it one after the other: not an HTP, and one without a name.
+_COMPUTE_APART = (None, "V66")
 
 
-def complete(sim: Any) -> None:
+def complete(sim: Any, returned: Container[nn.Module]) -> None:
     """Give every tensor that the hardware rounds a quantizer, and what is one tensor on the device one quantizer.
 
     Args:
         sim: AIMET's simulation, newly built; changed in place.
+        returned: the layers whose outputs the network returns.
     """
+    leave_out_roundings(sim)
     for module in _sites(sim):
-        if module.__dict__["_moves"]:  # values that were rounded stay rounded
-            for index in range(len(module.output_quantizers)):
-                module.output_quantizers[index] = None
         if "_has_default_weights" in vars(module):  # weights of one: their range is known
             for parameter in module.param_quantizers.parameters():
                 parameter.requires_grad_(False)
     _share_weights(sim)
     _share_over_steps(sim)
-    _fuse_activations(sim)
+    _fuse_activations(sim, returned)
     _round_before_activations(sim)
     _quantize_constants(sim)
+    tie_ranges(sim)
     _guard_divisions(sim)
     _note_roundings(sim)
+    note_fixed_ranges(sim)
     _keep_ranges_of_inputs(sim)
 
 
@@ -79,26 +86,33 @@ def _share_over_steps(sim: Any) -> None:
                     own[index] = theirs[index]
 
 
-def _fuse_activations(sim: Any) -> None:
-    """Round once behind a ReLU, not before it as well, where one range was tied to both sides.
+def _fuse_activations(sim: Any, returned: Container[nn.Module]) -> None:
+    """Round once behind a ReLU or clip, not before it as well: the NPU computes it with the operation before it.
 
-    AIMET gives the inputs of a concatenation one range, and gives it to the operation before a ReLU there too. It then
-    covers values that the ReLU removes, and the NPU does not fuse a ReLU whose zero is not the least integer.
+    AIMET's configurations do so for some pairs of operations, not behind depthwise convolutions, nor where one range
+    was tied to both sides, which then covers values that a ReLU removes; those of chips before v73 for fewer, though
+    ONNX Runtime's QNN provider fuses a convolution with a ReLU or Clip for all (``conv_activation_fusion.cc``). What
+    the network returns is rounded, which AIMET's graph does not know of.
     """
-    modules = (sim._get_qmodule(op) for op in sim.connected_graph.ordered_ops)
+    from lightning_quant.simulation.aimet import custom
+
+    computed_with: Any = (nn.modules.conv._ConvNd, nn.Linear, custom.MatMul, custom.Add)
+    modules = [sim._get_qmodule(op) for op in sim.connected_graph.ordered_ops]
+    calls = Counter(modules)
     users = Counter(one for module in modules for one in getattr(module, "output_quantizers", ()) if one is not None)
     for op in sim.connected_graph.ordered_ops:
         after = sim._get_qmodule(op)
-        source = op.inputs[0].producer if isinstance(after, (nn.ReLU, nn.ReLU6)) and op.inputs else None
-        if source is None or len(source.output_ops) != 1:
+        source = op.inputs[0].producer if isinstance(after, (nn.ReLU, nn.ReLU6, nn.Hardtanh)) and op.inputs else None
+        before = sim._get_qmodule(source) if source is not None and len(source.output_ops) == 1 else None
+        if not isinstance(before, computed_with) or after.output_quantizers[0] is None:
             continue
-        before = sim._get_qmodule(source)
-        if len(getattr(before, "output_quantizers", ())) != 1:
-            continue
-        quantizer = before.output_quantizers[0]
-        # of these two alone: the hardware configuration has it so
-        if quantizer is not None and quantizer is after.output_quantizers[0] and users[quantizer] > 2:
-            before.output_quantizers[0] = None
+        quantizers: Any = before.output_quantizers
+        # of the two alone, the configuration of such hardware has it so
+        is_tied = quantizers[0] is after.output_quantizers[0] and users[quantizers[0]] > 2
+        if before in returned:
+            quantizers[0] = quantizers[0] or copy.deepcopy(after.output_quantizers[0])
+        elif calls[before] == 1 and (is_tied or sim._hw_version not in _COMPUTE_APART):
+            quantizers[0] = None
 
 
 def _round_before_activations(sim: Any) -> None:
@@ -149,22 +163,6 @@ def _guard_divisions(sim: Any) -> None:
                 quantizers[1] = quantizer
 
 
-def rounding(sim: Any, source: Any) -> Any:
-    """Return the quantizer of an operation's output, or of the one whose values it only moves."""
-    while source is not None:
-        producer = sim._get_qmodule(source)
-        quantizers: Any = getattr(producer, "output_quantizers", ())
-        if len(quantizers) == 1 and quantizers[0] is not None:
-            return quantizers[0]
-        if not source.is_grid_preserving_op():
-            return None
-        own: Any = getattr(producer, "input_quantizers", ())
-        if len(own) and own[0] is not None:  # an input of the network, which comes here first
-            return own[0]
-        source = source.inputs[0].producer
-    return None
-
-
 def _note_roundings(sim: Any) -> None:
     """Let layers with a bias know what rounds their input, as the hardware adds the bias in its units.
 
@@ -189,14 +187,10 @@ def _keep_ranges_of_inputs(sim: Any) -> None:
     Training does not change what a camera gives, and the gradient of such a range needs that of the image, which no
     float network computes.
     """
-    of_activations = {one for op in sim.connected_graph.ordered_ops for one in _outputs(sim, op)}
+    of_activations = {one for op in sim.connected_graph.ordered_ops for one in outputs(sim, op)}
     for op in sim.connected_graph.ordered_ops:
         own: Any = getattr(sim._get_qmodule(op), "input_quantizers", ())
         for quantizer, product in zip(own, op.inputs, strict=False):
             if quantizer is not None and product.is_model_input and quantizer not in of_activations:
                 for parameter in quantizer.parameters():
                     parameter.requires_grad_(False)
-
-
-def _outputs(sim: Any, op: Any) -> Any:
-    return getattr(sim._get_qmodule(op), "output_quantizers", ())

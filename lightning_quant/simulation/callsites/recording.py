@@ -12,6 +12,7 @@ from lightning_quant.simulation.callsites.attributes import CONTAINERS, DEFAULT_
 from lightning_quant.simulation.callsites.decompositions.table import DECOMPOSITIONS, REPEATED_STEPS
 from lightning_quant.simulation.callsites.functions import (
     CASTS,
+    CHOICES,
     LOSSES,
     MOVES,
     SEEN_THROUGH,
@@ -250,7 +251,7 @@ class Recorder:
         )
         # a list is iterated over: its sites go to the module around it, if there is one
         holder = next((one for one in reversed(running.stack) if not isinstance(one, CONTAINERS)), running.stack[0])
-        child.__dict__["_moves"] = name in MOVES and name not in CASTS
+        child.__dict__["_moves"] = name in CHOICES or (name in MOVES and name not in CASTS)
         name = name if rule is not GENERIC else f"{name}*"
         return Found(module, at, name, self.repeating, tracing_state() is not None, child, holder, weight)
 

@@ -7,11 +7,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
+from torch import Tensor, nn
 
 from lightning_quant.deploy.graph.activations import part_activations, update_encodings
 from lightning_quant.deploy.graph.constants import encode_constants
-from tests.helpers.qdq import NO_EMULATOR, QdqModel, computed, emulated, operations
+from lightning_quant.deploy.graph.files import write_onnx
+from lightning_quant.simulation import aimet
+from tests.helpers.networks import calibrated, call, images, seeded
+from tests.helpers.qdq import NO_EMULATOR, QdqModel, computed, emulated, operations, psnr
 
+aimet.load()
 needs_emulator = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
 X = {"x": np.random.default_rng(0).normal(size=(1, 4, 8, 8)).astype(np.float32)}
 
@@ -96,3 +102,45 @@ def test_a_limit_beyond_the_grid_does_not_lose_the_other(
     assert operations(model, operation)
     _, (output,) = emulated(model, tmp_path / "after", **X)
     np.testing.assert_allclose(output, before, atol=0.031)
+
+
+class Clipped(nn.Module):
+    """Values between two limits beside others, with which they share a range."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.limits = low, high
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(16, 4, 1)
+        seeded(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = 5 * x
+        return self.head(torch.cat([self.first(x).clamp(*self.limits), self.second(x)], 1))
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    ("limits", "precision", "written"),
+    [
+        ((0.0, 6.0), "w8a8", ["Clip"]),
+        ((0.0, 6.0), "w8a16", ["Relu", "Min"]),
+        ((-1.0, 2.0), "w8a16", ["Max", "Min"]),
+        ((0.5, 100.0), "w8a8", ["Max"]),
+        ((-100.0, 2.0), "w4a16", ["Min"]),
+    ],
+)
+def test_what_a_clip_cuts_off_stays_cut_off(
+    tmp_path: Path, limits: tuple[float, float], precision: str, written: list[str]
+) -> None:
+    network = calibrated(Clipped(*limits), call(images(8)), precision=precision)
+    files = write_onnx(network, call(images(1)), tmp_path / "float.onnx", tmp_path / "qdq.onnx")
+    model = onnx.load(tmp_path / "qdq.onnx")
+    kinds = ("Relu", "Max", "Min", "Clip")
+    assert [node.op_type for node in model.graph.node if node.op_type in kinds] == written
+    given = images(1, seed=9)
+    expected = network(given).detach().numpy()
+    feeds = {files.input_names[0]: given.numpy()}
+    assert psnr(expected, computed(model, tmp_path, **feeds)[0]) > 60
+    report, (output,) = emulated(model, tmp_path / "emulated", **feeds)
+    assert not report.float_islands
+    assert psnr(expected, output) > (40 if precision == "w8a8" else 55)

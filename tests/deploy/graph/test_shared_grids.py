@@ -105,6 +105,19 @@ def test_all_that_a_concatenation_takes_gets_one_grid() -> None:
     assert scales == {"x_scale"}
 
 
+def test_what_hands_on_to_another_grid_is_followed_by_a_conversion(tmp_path: Path) -> None:
+    made = QdqModel(x=(1, 4, 8, 8))
+    pooled = made.node("MaxPool", [made.pair("x", 0.02)], "p", kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    moved = made.node("Transpose", [pooled], "t", perm=[0, 1, 3, 2])
+    made.pair(moved, 0.05, name="y", output="y")
+    model = made.model(y=(1, 4, 8, 8))
+    before = computed(model, tmp_path, **X)
+    assert share_grids(model) == {}
+    behind = {node.input[0]: list(node.input[1:]) for node in operations(model, "QuantizeLinear")}
+    assert behind["t"] == behind["x"]
+    np.testing.assert_array_equal(computed(model, tmp_path, **X), before)
+
+
 def test_encodings_follow() -> None:
     encodings = {
         "activation_encodings": [{"name": "m", "scale": [1.0], "offset": [-3]}, {"name": "n", "scale": [1.0]}],

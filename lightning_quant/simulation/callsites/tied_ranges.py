@@ -1,0 +1,158 @@
+"""One range for a tensor and for all that hands its values on, as the NPU moves integers without another scale.
+
+Max pooling, concatenation, resizing, slices and the like only choose among values. Between two different grids the
+hardware would have to compute with them: it takes integers for what they are not, or computes in float. AIMET ties
+what goes into a concatenation, as far as it follows tensors: not through pooling, nor through operations that it does
+not know.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lightning_quant.simulation.callsites.functions import MOVES
+
+# Modules that AIMET does not know to choose among values.
+_CHOOSE = (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+# Functions of two results: the values that they choose, and where those were.
+_CHOOSE_WITH_PLACES = frozenset(("max", "min"))
+
+
+def passes_values(sim: Any, op: Any) -> bool:
+    """Return whether an operation outputs values of its first input as they are: a reshape, a slice, max pooling."""
+    module = sim._get_qmodule(op)
+    if module is None:
+        return op.is_grid_preserving_op() or op.type in MOVES or op.type in _CHOOSE_WITH_PLACES
+    return bool(module.__dict__.get("_moves") or isinstance(module, _CHOOSE) or op.is_grid_preserving_op())
+
+
+def rounding(sim: Any, source: Any) -> Any:
+    """Return the quantizer of an operation's output, or of the one whose values it only moves."""
+    while source is not None:
+        producer = sim._get_qmodule(source)
+        quantizers: Any = getattr(producer, "output_quantizers", ())
+        if len(quantizers) == 1 and quantizers[0] is not None:
+            return quantizers[0]
+        if not passes_values(sim, source):
+            return None
+        own: Any = getattr(producer, "input_quantizers", ())
+        if len(own) and own[0] is not None:  # an input of the network, which comes here first
+            return own[0]
+        source = source.inputs[0].producer
+    return None
+
+
+def leave_out_roundings(sim: Any) -> None:
+    """Round no output of an operation that outputs rounded values as they are."""
+    for op in sim.connected_graph.ordered_ops:
+        module = sim._get_qmodule(op)
+        if module is not None and passes_values(sim, op):
+            for index in range(len(module.output_quantizers)):
+                module.output_quantizers[index] = None
+
+
+def tie_ranges(sim: Any) -> None:
+    """Give the tensors before and after each operation that hands values on one quantizer.
+
+    What a concatenation takes and others read as well keeps its own range, unless AIMET gave it that of the
+    concatenation; it is rounded once more on the way in. A wider range would cost all its readers more than that.
+
+    Args:
+        sim: AIMET's simulation; changed in place, unless its graph does not cover the whole network.
+    """
+    if not sim.connected_graph.is_safe():  # as AIMET does
+        return
+    groups = _Groups()
+    operations = sim.connected_graph.ordered_ops
+    for op in sim.connected_graph.get_all_ops().values():  # forks too
+        for quantizer in outputs(sim, op):  # one already, as that of a recurrent layer for all steps
+            groups.join(quantizer, op)
+        for index in inputs_of_one_grid(sim, op):
+            if not (_is_concatenation(sim, op) and _is_read_elsewhere(sim, op.inputs[index])):
+                groups.join(_tensor(op, index), op)
+    # the last of each group
+    shared = {groups.of(op): one for op in operations if hands_on(sim, op) for one in outputs(sim, op)}
+    for op in operations:
+        module = sim._get_qmodule(op)
+        quantizer = shared.get(groups.of(op))
+        places: Any = getattr(module, "output_quantizers", ())
+        for index, own in enumerate(places):
+            places[index] = quantizer if quantizer is not None and own is not None else own
+        inputs: Any = getattr(module, "input_quantizers", ())
+        for index, (own, product) in enumerate(zip(inputs, op.inputs, strict=False)):
+            quantizer = shared.get(groups.of(_tensor(op, index)))
+            if quantizer is not None and (own is not None or product.producer is None):
+                inputs[index] = quantizer
+    for op in operations:
+        for index in inputs_of_one_grid(sim, op) if outputs(sim, op) else ():
+            before = rounding(sim, op.inputs[index].producer)
+            if before not in (None, *outputs(sim, op)):
+                sim._get_qmodule(op).input_quantizers[index] = outputs(sim, op)[0]
+
+
+def _is_read_elsewhere(sim: Any, product: Any) -> bool:
+    """Return whether what a concatenation takes goes to other operations, too, or what it was chosen from does."""
+    source = product.producer
+    while source is not None and len(source.output_ops) == 1 and passes_values(sim, source):
+        source = source.inputs[0].producer
+    return source is not None and len(source.output_ops) > 1
+
+
+def _tensor(op: Any, index: int) -> Any:
+    """Return what stands for an input of an operation: its producer, or the name of the network's input."""
+    product = op.inputs[index]
+    if product.producer is None and product.is_model_input:
+        return product.name.partition("_to_")[0]  # AIMET has a product for each operation that reads it
+    return product.producer or (op, index)
+
+
+def inputs_of_one_grid(sim: Any, op: Any) -> list[int]:
+    """Return the places of the inputs of an operation that have the grid of its output."""
+    tensors = [index for index, one in enumerate(op.inputs) if one.shape is not None and not one.is_parm]
+    if _is_concatenation(sim, op):
+        return tensors
+    return tensors[:1] if _is_resize(sim, op) or passes_values(sim, op) else []  # the others are numbers, its new size
+
+
+def hands_on(sim: Any, op: Any) -> bool:
+    """Return whether an operation has the grid of what it is given: it passes values on, joins or resizes them."""
+    return bool(inputs_of_one_grid(sim, op))
+
+
+def _is_concatenation(sim: Any, op: Any) -> bool:
+    from lightning_quant.simulation.aimet import custom
+
+    return isinstance(sim._get_qmodule(op), (custom.Concat, custom.ScatterElements, custom.ScatterND))
+
+
+def _is_resize(sim: Any, op: Any) -> bool:
+    """Return whether an operation resizes an image, on hardware that computes this with one grid."""
+    from lightning_quant.simulation.aimet import custom
+
+    return sim._hw_version is not None and isinstance(sim._get_qmodule(op), (custom.Interpolate, nn.Upsample))
+
+
+def outputs(sim: Any, op: Any) -> list[Any]:
+    """Return the quantizers of what an operation computes."""
+    return [one for one in getattr(sim._get_qmodule(op), "output_quantizers", ()) if one is not None]
+
+
+class _Groups:
+    """Tensors that share a range, each by the operation that computes it."""
+
+    def __init__(self) -> None:
+        self._same: dict[Any, Any] = {}
+
+    def of(self, tensor: Any) -> Any:
+        """Return what stands for the group of a tensor."""
+        while tensor in self._same:
+            tensor = self._same[tensor]
+        return tensor
+
+    def join(self, one: Any, other: Any) -> None:
+        """Make the groups of two tensors one."""
+        first, second = self.of(one), self.of(other)
+        if first != second:
+            self._same[first] = second
