@@ -80,7 +80,7 @@ def write_callback_report(
         bundle: what it was exported to.
         devices: what devices made of it.
         calls: samples, one each.
-        blames: comparisons of layers, where something was amiss. Default: what rounding costs each layer.
+        blames: comparisons of layers, where something was amiss. Default: what rounding costs each layer, on one sample.
     """
     folder = report_folder(bundle)
     calls = [call.to(torch.device("cpu")) for call in calls[:SAMPLES]]
@@ -93,7 +93,7 @@ def write_callback_report(
     comparisons = draw_comparisons(pl_module, network.float_network, network.network, calls)
     overlays = write_comparisons(folder / "overlays", comparisons)
     figures.write(folder)
-    write_blames(folder / BLAME_NAME, blames or blame_layers(network, calls))
+    write_blames(folder / BLAME_NAME, blames or blame_layers(network, calls[:1]))
     record = _record(trainer, callback, network, bundle, devices)
     record.legend = legend_of(comparisons)
     # after a fit, the last validation need not be of what was exported

@@ -199,7 +199,7 @@ class Stages:
             if self.drift is not None:
                 figures.drift, figures.drift_steps = self.drift.values, self.drift.steps
             self.record.artifacts["layers"] = figures.write(self.folder).name
-            blames = export.blames or blame_layers(network, samples)
+            blames = export.blames or blame_layers(network, samples[:1])
             self.record.artifacts["blame"] = write_blames(self.folder / BLAME_NAME, blames).name
 
     def _draw(self, trainer: pl.Trainer, float_module: pl.LightningModule, quantized: pl.LightningModule) -> None:
