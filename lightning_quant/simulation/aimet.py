@@ -30,6 +30,7 @@ _USED = {
     "aimet_torch.adaround.adaround_weight": ("Adaround", "AdaroundParameters"),
     "aimet_torch.batch_norm_fold": ("fold_all_batch_norms",),
     "aimet_torch.common.defs": ("QuantScheme",),
+    "aimet_torch.common.onnx": ("_utils",),
     "aimet_torch.common.onnx._utils": ("_is_grid_equivariant_op", "_is_htp_interpolation_op"),
     "aimet_torch.common.quantsim": ("_get_minimum_scale",),
     "aimet_torch.cross_layer_equalization": ("CrossLayerScaling",),
@@ -135,6 +136,22 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="Exporting to ONNX opset version")
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         yield
+
+
+@contextlib.contextmanager
+def reduce_min_exported() -> Iterator[None]:
+    """Let AIMET export a minimum over axes in a block: it takes them from an input, which ONNX has since opset 18 only."""
+    utils = __getattr__("_utils")
+    original = utils._is_htp_masked_softmax_reducemin
+
+    def is_in_masked_softmax(node: Any, *given: Any, **named: Any) -> bool:
+        return len(node.input) > 1 and original(node, *given, **named)
+
+    utils._is_htp_masked_softmax_reducemin = is_in_masked_softmax
+    try:
+        yield
+    finally:
+        utils._is_htp_masked_softmax_reducemin = original
 
 
 class Quantizer(Protocol):

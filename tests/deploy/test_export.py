@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor, nn
 
@@ -458,3 +460,32 @@ def test_an_operation_that_onnx_lacks_is_named_in_one_line(tmp_path: Path) -> No
         export_bundle(calibrated(network), tmp_path / "net", [call(images(1))])
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+class Around(nn.Module):
+    """A function between two convolutions."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before, self.after, self.function = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.function(self.before(x)))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.amin(dim=(2, 3), keepdim=True),
+        lambda x: torch.amin(x, 1, keepdim=True).expand_as(x),
+        lambda x: x.min(dim=2, keepdim=True).values,
+        lambda x: x - x.min(),
+        lambda x: F.channel_shuffle(x, 2),
+        nn.ChannelShuffle(2),
+    ],
+    ids=["amin of two axes", "amin of channels", "min of an axis", "min of all", "channel_shuffle", "ChannelShuffle"],
+)
+def test_operations_that_onnx_has_in_another_form(function: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    network = calibrated(seeded(Around(function)), call(images()))
+    bundle = export_bundle(network, tmp_path / "net", [call(images())])
+    assert bundle.manifest.parity.psnr_db > 60

@@ -73,7 +73,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
     names = dict(zip(("input_names", "output_names"), name_tensors(network, example, given), strict=True))
     sizes = [tuple(tensor.shape) for tensor in tensors_in(given)]
     tensors = tuple(example.tensors)
-    with aimet.quiet(), weights_attached(network.network), noting() as noted:
+    with aimet.quiet(), aimet.reduce_min_exported(), weights_attached(network.network), noting() as noted:
         try:
             network.sim.onnx.export(
                 tensors,

@@ -34,6 +34,7 @@ _DECOMPOSED = (
     nn.CosineSimilarity,
     nn.Fold,
     nn.Unfold,
+    nn.ChannelShuffle,
     nn.PairwiseDistance,
     nn.modules.loss._Loss,
 )

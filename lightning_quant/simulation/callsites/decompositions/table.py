@@ -77,6 +77,11 @@ def _cumsum(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return torch.cumsum(input.long() if input.dtype == torch.bool else input, *args, **kwargs)
 
 
+def _channel_shuffle(input: Tensor, groups: int) -> Tensor:
+    """Compute ``channel_shuffle`` of (N, C, ...), which ONNX does not have."""
+    return input.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
 def _clamp(input: Tensor, min: Any = None, max: Any = None, **kwargs: Any) -> Tensor:
     """Compute ``clamp`` with one limit: AIMET's exporter cannot read a Clip that leaves the other out."""
     if kwargs or (min is None) == (max is None):
@@ -92,6 +97,7 @@ TRACE_SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     torch.diff: arithmetic.diff,
     torch.cumsum: _cumsum,
     Tensor.cumsum: _cumsum,
+    torch.channel_shuffle: _channel_shuffle,
     torch.clamp: _clamp,
     Tensor.clamp: _clamp,
     # of positions that are learned
