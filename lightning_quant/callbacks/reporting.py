@@ -80,7 +80,7 @@ def write_callback_report(
         bundle: what it was exported to.
         devices: what devices made of it.
         calls: samples, one each.
-        blames: comparisons of layers, where something was amiss. Default: what rounding costs each layer, on one sample.
+        blames: comparisons of layers, where a bound was missed. Default: with float, on one sample.
     """
     folder = report_folder(bundle)
     calls = [call.to(torch.device("cpu")) for call in calls[:SAMPLES]]

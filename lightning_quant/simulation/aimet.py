@@ -140,7 +140,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def reduce_min_exported() -> Iterator[None]:
-    """Let AIMET export a minimum over axes in a block: it takes them from an input, which ONNX has since opset 18 only."""
+    """Let AIMET export a minimum over axes: it looks for them in an input, where ONNX has them since opset 18 only."""
     utils = __getattr__("_utils")
     original = utils._is_htp_masked_softmax_reducemin
 
