@@ -124,13 +124,18 @@ def encoding_of_the_reader_only(planted: Planted) -> None:
 
 @fault
 def zero_point_off_by_one(planted: Planted) -> None:
-    readers = planted.pair()[1:]
-    if any(taker.op_type == "Clip" for one in readers for taker in planted.graph.consumers[one.output[0]]):
-        raise NotThere  # what the range ends a step later with is cut off next
+    _refuse_before_a_clip(planted)
     for node in planted.pair():
         zero_point = planted.graph.array(node.input[2])
         off = zero_point + 1 if zero_point < np.iinfo(zero_point.dtype).max else zero_point - 1
         planted.own_constant(node, 2, off.astype(zero_point.dtype))
+
+
+def _refuse_before_a_clip(planted: Planted) -> None:
+    """What is rounded to the grid of a Clip behind it makes no difference: the Clip cuts off, and is rounded again."""
+    readers = planted.pair()[1:]
+    if any(taker.op_type == "Clip" for one in readers for taker in planted.graph.consumers[one.output[0]]):
+        raise NotThere
 
 
 @fault
@@ -150,6 +155,7 @@ def signed_grid(planted: Planted) -> None:
 
 @fault
 def float_left_in(planted: Planted) -> None:
+    _refuse_before_a_clip(planted)
     quantizer, *readers = planted.pair()
     before = quantizer.input[0]
     if planted.graph.producers[before].op_type == "MaxPool":  # its values are on the grid of its input

@@ -71,10 +71,10 @@ def another_operation(planted: Planted) -> None:
 @pytest.mark.parametrize(
     ("name", "layer", "fault", "named", "cause", "said"),
     [
-        ("branches", "act", operation_that_the_npu_lacks, "act", Cause.FALLEN_BACK, "runs on the CPU: .*`Celu`"),
+        ("branches", "act", operation_that_the_npu_lacks, "depthwise", Cause.FALLEN_BACK, "runs on the CPU: .*`Celu`"),
         ("body", "head", operation_behind_it_that_the_npu_lacks, "head", Cause.FALLEN_BACK, "runs on the CPU: .*`Erf`"),
         ("body", "branch", FAULTS["float_left_in"], "add", Cause.FLOAT_ISLAND, "computed in float on the NPU"),
-        ("branches", "act", another_operation, "act", Cause.ARITHMETIC, "by up to .* steps of the grid"),
+        ("branches", "act", another_operation, "depthwise", Cause.ARITHMETIC, "by up to .* steps of the grid"),
     ],
 )
 def test_the_layer_with_a_fault_is_named(
