@@ -92,7 +92,7 @@ check-gpu: install  ## on a CUDA GPU: the kernels and training there against the
 # Each file's tests stay in one process, which makes their fixtures once; tests/conftest.py puts long files first.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: install  ## all tests (23 minutes on 2 cores)
+test: install  ## all tests (half an hour on 2 cores)
 	$(PYTEST)
 
 test-fast: install  ## all tests but the slow ones (under 3 minutes on 2 cores)
