@@ -11,6 +11,7 @@ import typing
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from enum import EnumType
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -69,8 +70,8 @@ def parse_as(value: Any, kind: Any, where: str = "") -> Any:
 
     Args:
         value: what JSON or a checkpoint held.
-        kind: an annotation: plain types, ``Literal``, dataclasses, ``list``, ``tuple``, ``dict``, ``X | None`` or
-            ``Any``. A class with a class method ``from_json(value, where)`` is made by that.
+        kind: an annotation: plain types, ``Literal``, enums by value, dataclasses, ``list``, ``tuple``, ``dict``,
+            ``X | None`` or ``Any``. A class with a class method ``from_json(value, where)`` is made by that.
         where: name of the place, for the message.
 
     Raises:
@@ -88,6 +89,11 @@ def parse_as(value: Any, kind: Any, where: str = "") -> Any:
     if origin is Literal:
         check(value in parts, where, value, " or ".join(map(str, parts)))
         return value
+    if isinstance(kind, EnumType):
+        members: list[Any] = list(kind)
+        names = [one.value for one in members]
+        check(value in names, where, value, f"one of {', '.join(map(str, names))}")
+        return kind(value)
     if hasattr(kind, "from_json"):
         return kind.from_json(value, where)
     if is_dataclass(kind):

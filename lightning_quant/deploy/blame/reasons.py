@@ -4,28 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Self
+from typing import Any
 
 from lightning_quant.precision import Precision
 from lightning_quant.utilities.parsing import check, parse_as, parse_fields
 
 
-class Named(Enum):
-    """A fact with a name that stands in JSON."""
-
-    @classmethod
-    def from_json(cls, value: Any, where: str = "") -> Self:
-        """Read a member from its value.
-
-        Raises:
-            FieldError: for anything else.
-        """
-        names = [one.value for one in cls]
-        check(value in names, where, value, f"one of {', '.join(names)}")
-        return cls(parse_as(value, str, where))
-
-
-class Cause(Named):
+class Cause(Enum):
     """Why a layer computes something else than its reference. The value stands in JSON."""
 
     # of the file
@@ -49,7 +34,7 @@ class Cause(Named):
     ARITHMETIC = "arithmetic"
 
 
-class Change(Named):
+class Change(Enum):
     """What to change. The value is the argument that it is given to, or stands in JSON."""
 
     OVERRIDES = "overrides"
@@ -108,7 +93,7 @@ class Remedy:
         values = parse_as(value, dict[str, Any], where)
         overrides = parse_as(values.get("overrides", {}), dict[str, Precision], f"{where}.overrides")
         text = parse_as(values.get("value", ""), str, f"{where}.value")
-        return cls(Change.from_json(values.get("change"), f"{where}.change"), tuple(overrides.items()), text)
+        return cls(parse_as(values.get("change"), Change, f"{where}.change"), tuple(overrides.items()), text)
 
     def __str__(self) -> str:
         """Return :attr:`line`, or a sentence."""

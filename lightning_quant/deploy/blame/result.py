@@ -6,11 +6,12 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from lightning_quant.deploy.blame.differences import Difference
-from lightning_quant.deploy.blame.reasons import Change, Named, Reason, Remedy, merged
+from lightning_quant.deploy.blame.reasons import Change, Reason, Remedy, merged
 from lightning_quant.deploy.parity import LOWEST_PSNR, Parity
 from lightning_quant.errors import DataError
 from lightning_quant.utilities.files import atomic_write
@@ -20,7 +21,7 @@ BLAME_NAME = "blame.json"
 _FORMAT_VERSION = 1
 
 
-class Against(Named):
+class Against(Enum):
     """What the simulation is compared with. The value stands in JSON, and is the argument ``against``."""
 
     FLOAT = "float"
