@@ -140,14 +140,20 @@ def check_parity(parity: Parity, precision: Precision) -> None:
         ParityError: with the figures and the bar.
     """
     agreement = parity.decided_agreement
-    low_agreement = precision.activation_bits < 16 and agreement is not None and agreement < 0.99
-    if not parity.psnr_db >= BAR or low_agreement:  # NaN is not an agreement either
+    if not agrees(parity, precision):
         share = "" if agreement is None else f" and the same class at {agreement:.2%} of the decided positions"
         raise ParityError(
             f"The exported model differs from the simulation: {parity.psnr_db:.1f} dB{share} over "
             f"{parity.samples} samples at {precision}; expected at least {BAR:.0f} dB"
             f"{'' if precision.activation_bits >= 16 else ' and 99 %'}."
         )
+
+
+def agrees(parity: Parity, precision: Precision) -> bool:
+    """Return whether an export reaches the bar that :func:`check_parity` sets."""
+    agreement = parity.decided_agreement
+    low_agreement = precision.activation_bits < 16 and agreement is not None and agreement < 0.99
+    return parity.psnr_db >= BAR and not low_agreement  # NaN is not an agreement either
 
 
 def is_explained_by_ties(parity: Parity, precision: Precision) -> bool:

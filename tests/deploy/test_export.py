@@ -489,3 +489,26 @@ def test_operations_that_onnx_has_in_another_form(function: Callable[[Tensor], T
     network = calibrated(seeded(Around(function)), call(images()))
     bundle = export_bundle(network, tmp_path / "net", [call(images())])
     assert bundle.manifest.parity.psnr_db > 60
+
+
+def test_a_layer_that_differs_in_the_last_sample_only_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = aimet.export
+
+    def cut_off(model: Any, args: Any, file: str, **options: Any) -> None:
+        """Write a limit into the file that small values do not reach."""
+        real(model, args, file, **options)
+        written = onnx.load(file)
+        (relu,) = (node for node in written.graph.node if node.op_type == "Relu")
+        relu.op_type = "Clip"
+        for name, value in (("low", 0.0), ("high", 0.5)):
+            written.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(value), name))
+            relu.input.append(name)
+        onnx.save(written, file)
+
+    monkeypatch.setattr(aimet, "export", cut_off)
+    around = seeded(Around(nn.ReLU()))
+    nn.init.zeros_(around.before.bias)  # of black images nothing is cut off
+    network = calibrated(around, call(images() * 3))
+    calls = [*[call(torch.zeros(1, 3, *images().shape[2:]))] * 3, call(images(1) * 3)]
+    with pytest.raises(ParityError, match="The first layer that differs is 'before'"):
+        export_bundle(network, tmp_path / "net", calls)
