@@ -35,6 +35,16 @@ class Bundle:
         """ONNX file with integer weights and QuantizeLinear/DequantizeLinear: what ONNX Runtime takes."""
         return self.path / f"{self.path.name}.onnx"
 
+    @property
+    def device_file(self) -> Path:
+        """The QDQ file that runs on a device: with edges ``<name>.app.onnx``, else :attr:`qdq`."""
+        return self.qdq if self.manifest.app is None else self.path / f"{self.path.name}.app.onnx"
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the outputs of :attr:`device_file`, in order."""
+        return self.manifest.output_names if self.manifest.app is None else self.manifest.app.output_names
+
 
 def load_bundle(path: str | Path) -> Bundle:
     """Read a bundle, and check that its files are the ones it was written with.
@@ -56,7 +66,7 @@ def load_bundle(path: str | Path) -> Bundle:
             raise ExportError(f"The bundle {path} lacks {name!r}; export it again.")
         if file_sha256(file) != entry.sha256:
             raise ExportError(f"{name!r} in the bundle {path} was changed since the export; export it again.")
-    own = {str(file.relative_to(path)) for file in (bundle.qdq, *_uploaded(bundle.aimet))}
+    own = {str(file.relative_to(path)) for file in (bundle.qdq, bundle.device_file, *_uploaded(bundle.aimet))}
     if unknown := sorted(own - manifest.files.keys()):  # all that lies there goes to a device
         raise ExportError(
             f"{unknown[0]!r} in the bundle {path} is none of the files in its manifest.json: expected those of the "

@@ -20,9 +20,12 @@ from lightning_quant.deploy import audit, parity
 from lightning_quant.deploy.blame.file import compare_file
 from lightning_quant.deploy.blame.result import BLAME_NAME, Blame, LayerBlame, write_blames
 from lightning_quant.deploy.bundle import MANIFEST_NAME, Bundle
+from lightning_quant.deploy.edges.app import contract_of, fit_edges, write_app
+from lightning_quant.deploy.edges.contract import CONTRACT_NAME, ClassLabel
+from lightning_quant.deploy.edges.spec import Edges
 from lightning_quant.deploy.graph.files import ENCODINGS_VERSION, QDQ_OPSET, OnnxFiles, write_onnx
 from lightning_quant.deploy.graph.qdq import exact_session
-from lightning_quant.deploy.manifest import BundleFile, BundleManifest
+from lightning_quant.deploy.manifest import AppManifest, BundleFile, BundleManifest
 from lightning_quant.deploy.single_samples import first_samples
 from lightning_quant.errors import ExportError, ParityError
 from lightning_quant.simulation.exportable import FLOAT_OPSET
@@ -37,6 +40,8 @@ log = logging.getLogger(__name__)
 OnParity = Literal["raise", "warn"]
 # Samples that are compared layer by layer at a time, until there is one whose outputs do not agree.
 _COMPARED_BY_LAYER = 2
+# Samples on which a graph with edges is compared with the host; pixels are compared one and all.
+_SAMPLES_WITH_EDGES = 4
 
 
 def export_bundle(
@@ -44,6 +49,8 @@ def export_bundle(
     path: str | Path,
     samples: Iterable[NetworkInputs],
     on_parity: OnParity = "raise",
+    edges: Edges | None = None,
+    classes: Sequence[ClassLabel] = (),
 ) -> Bundle:
     """Export a calibrated network, check the files against the simulation, and put them in place.
 
@@ -60,6 +67,9 @@ def export_bundle(
         on_parity: what to do when the files compute something else than the simulation: ``"raise"`` keeps them as
             ``<name>.failed``, beside an earlier bundle; ``"warn"`` makes them the bundle anyway. The next export
             into the folder removes ``<name>.failed``.
+        edges: what an app gives and gets instead of the network's floats: written as ``<name>.app.onnx`` beside the
+            network's own ``<name>.onnx``, and what runs on devices.
+        classes: that the network tells apart, for ``io.json``.
 
     Returns:
         The bundle; its manifest holds hashes, versions, sizes, parity and the tensors without encodings.
@@ -67,7 +77,8 @@ def export_bundle(
     Raises:
         ExportError: when not calibrated, a tensor lacks an encoding, or the files cannot be written.
         ParityError: when ONNX Runtime computes something else from the files than the simulation, with
-            ``on_parity="raise"``.
+            ``on_parity="raise"``; or from the graph with edges than the host around the network.
+        ConfigurationError: for edges that do not fit the network or the samples.
     """
     path = Path(path).absolute()
     known = QuantizedNetwork.of(network)
@@ -93,7 +104,7 @@ def export_bundle(
         )
         try:
             with exclusive_lock(path.with_name(f".{path.name}.lock"), busy):
-                manifest = _write_whole(network, path, calls, on_parity)
+                manifest = _write_whole(network, path, calls, on_parity, edges, classes)
         except OSError as error:
             raise ExportError(
                 f"Writing the bundle {path} failed: {error}. Nothing was changed there; free some space or choose "
@@ -103,7 +114,12 @@ def export_bundle(
 
 
 def _write_whole(
-    network: QuantizedNetwork, path: Path, calls: Sequence[NetworkInputs], on_parity: OnParity
+    network: QuantizedNetwork,
+    path: Path,
+    calls: Sequence[NetworkInputs],
+    on_parity: OnParity,
+    edges: Edges | None,
+    classes: Sequence[ClassLabel],
 ) -> BundleManifest:
     staging, retired = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     if retired.is_dir() and not path.exists():  # killed between the two renames
@@ -112,7 +128,7 @@ def _write_whole(
         shutil.rmtree(leftover, ignore_errors=True)
     staging.mkdir()
     try:
-        manifest = _write(network, staging, path.name, calls)
+        manifest = _write(network, staging, path.name, calls, edges, classes)
         shutil.rmtree(_failed_folder(path), ignore_errors=True)  # of a network before
         _check_parity(network, manifest, staging, path, calls, on_parity)
         _move_into_place(staging, path, retired)
@@ -187,7 +203,14 @@ def _first_that_differs(layer: LayerBlame) -> str:
     return f" The first layer that differs is {layer.layer!r}: {'; '.join(map(str, layer.reasons))}."
 
 
-def _write(network: QuantizedNetwork, staging: Path, name: str, calls: Sequence[NetworkInputs]) -> BundleManifest:
+def _write(
+    network: QuantizedNetwork,
+    staging: Path,
+    name: str,
+    calls: Sequence[NetworkInputs],
+    edges: Edges | None,
+    classes: Sequence[ClassLabel],
+) -> BundleManifest:
     folder = staging / f"{name}.aimet"
     folder.mkdir()
     float_onnx, encodings_file = folder / "model.onnx", folder / "model.encodings"
@@ -202,6 +225,7 @@ def _write(network: QuantizedNetwork, staging: Path, name: str, calls: Sequence[
             "operation AIMET does not quantize? Use nn modules for it, or run with strict=True to find it."
         )
     measured = parity.compare(_outputs(network, qdq, written, calls))
+    app, further = _write_for_app(qdq, written, calls, edges, classes)
     manifest = BundleManifest(
         **vars(network.manifest()),
         name=name,
@@ -216,11 +240,34 @@ def _write(network: QuantizedNetwork, staging: Path, name: str, calls: Sequence[
         without_encoding={name: str(explanation) for name, explanation in explained.items()},
         files={
             str(file.relative_to(staging)): BundleFile(file_sha256(file), file.stat().st_size)
-            for file in (float_onnx, encodings_file, qdq)
+            for file in (float_onnx, encodings_file, qdq, *further)
         },
+        app=app,
     )
     (staging / MANIFEST_NAME).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n")
     return manifest
+
+
+def _write_for_app(
+    qdq: Path,
+    written: OnnxFiles,
+    calls: Sequence[NetworkInputs],
+    edges: Edges | None,
+    classes: Sequence[ClassLabel],
+) -> tuple[AppManifest | None, list[Path]]:
+    """Write the graph with edges, if any are asked for, and ``io.json``; return what was found and the files."""
+    import onnx
+
+    model = onnx.load(qdq)
+    plan = fit_edges(edges or Edges(), model)
+    file, contract, app = qdq, qdq.with_name(CONTRACT_NAME), None
+    if edges is not None:
+        file = qdq.with_suffix(".app.onnx")
+        named = [zip(written.input_names, call.tensors, strict=True) for call in calls[:_SAMPLES_WITH_EDGES]]
+        samples = [{name: tensor.numpy() for name, tensor in one} for one in named]
+        app = write_app(model, plan, edges, samples, file)
+    contract_of(plan, onnx.load(file), file.name, classes).write(contract)
+    return app, [contract, *([file] if app is not None else [])]
 
 
 def _outputs(

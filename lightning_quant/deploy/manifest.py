@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lightning_quant.deploy.edges.spec import Edges
 from lightning_quant.deploy.parity import Parity, of_export
 from lightning_quant.precision import int16_activations
 from lightning_quant.simulation.manifest import FORMAT_VERSION, Manifest
@@ -27,6 +28,25 @@ class BundleFile:
 
 
 @dataclass(frozen=True)
+class AppManifest:
+    """The graph with edges of a bundle, ``<name>.app.onnx``.
+
+    Args:
+        edges: what was asked for.
+        output_names: of the graph, in order.
+        samples: on how many it was compared with the host's own work around the network.
+        pixels_apart: how many pixels the device rounds to the integer beside the host's, of 256 for each channel.
+        equal: share of equal values over all outputs.
+    """
+
+    edges: Edges
+    output_names: list[str]
+    samples: int
+    pixels_apart: int
+    equal: float
+
+
+@dataclass(frozen=True)
 class BundleManifest(Manifest):
     """Content of ``manifest.json``: everything in :class:`~lightning_quant.simulation.manifest.Manifest`, and more.
 
@@ -42,6 +62,7 @@ class BundleManifest(Manifest):
         parity: agreement of the quantized file, run by ONNX Runtime, with the simulation.
         without_encoding: for each float tensor without an encoding the reason why it needs none.
         files: of the bundle, by their path in it.
+        app: the graph with edges, if there is one.
     """
 
     name: str
@@ -55,6 +76,7 @@ class BundleManifest(Manifest):
     parity: Parity
     without_encoding: dict[str, str]
     files: dict[str, BundleFile]
+    app: AppManifest | None = None
 
     @property
     def int16_activations(self) -> str | None:
@@ -70,6 +92,7 @@ class BundleManifest(Manifest):
         own = {name: getattr(self, name) for name in _own_fields()}
         own["parity"] = of_export(self.parity)
         own["files"] = {path: asdict(file) for path, file in self.files.items()}
+        own["app"] = None if self.app is None else asdict(self.app)
         return {**super().to_dict(), **own}
 
     @classmethod
@@ -83,6 +106,8 @@ class BundleManifest(Manifest):
         parse_as(values, dict[str, Any])
         own = {}
         for name, kind in _own_fields().items():
+            if name == "app" and name not in values:
+                continue
             check(name in values, name, None, "the entry to be there")
             own[name] = parse_as(values[name], kind, name)
         return cls(**vars(Manifest.from_dict(values)), **own)

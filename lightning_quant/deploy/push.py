@@ -213,7 +213,7 @@ def resume(path: str | Path, target: Target | Spec | None = None) -> list[Measur
     samples = Samples.read(folder / SAMPLES_NAME)
     named = {
         "input_names": (samples.inputs, bundle.manifest.input_names),
-        "output_names": (samples.simulation, bundle.manifest.output_names),
+        "output_names": (samples.simulation, bundle.output_names),
     }
     for what, (tensors, names) in named.items():
         if sorted(tensors[0]) != sorted(names):

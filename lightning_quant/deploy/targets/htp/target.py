@@ -82,7 +82,7 @@ class HtpEmulatorTarget(Target):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="lightning-quant-htp-") as scratch:
             work = Path(scratch)
-            result, outputs = self.emulate(bundle.qdq, inputs, work)
+            result, outputs = self.emulate(bundle.device_file, inputs, work)
             binaries = {}
             for name, file_name in {"context": "context.onnx", "context_binary": result.binary}.items():
                 shutil.move(work / file_name, folder / file_name)
