@@ -99,6 +99,8 @@ class DeviceExport(AnyCallback):
         sizes: further input sizes, each the last axes of the input: ``[256, 512]`` is a height and a width,
             ``[4, 3, 256, 512]`` a batch of four; of several inputs by name, ``{"image": [256, 512]}``. Each is a graph
             of its own in the bundle, ``<name>.256x512``, with the same encodings, checked and measured like the first.
+        link: let AI Hub link the graphs of all sizes into one context binary (``runtime="qnn_context_binary"``), which
+            holds their weights once, as the emulator's compiler does anyway.
 
     Attributes:
         bundle: the :class:`~lightning_quant.deploy.bundle.Bundle` written last, or ``None``.
@@ -142,6 +144,7 @@ class DeviceExport(AnyCallback):
         report: bool = True,
         network: str | None = None,
         sizes: Sequence[Size] = (),
+        link: bool = False,
     ) -> None:
         if not isinstance(samples, int) or samples < 1:
             raise ConfigurationError(f"samples={samples!r}: expected a whole number of at least 1.")
@@ -165,6 +168,7 @@ class DeviceExport(AnyCallback):
                     "source": source,
                     "compare_float": compare_float,
                     "wait": wait,
+                    "link": link,
                 },
             )
         self.dirpath = dirpath
