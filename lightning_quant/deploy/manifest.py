@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from lightning_quant.deploy.edges.spec import Edges
@@ -47,6 +48,27 @@ class AppManifest:
 
 
 @dataclass(frozen=True)
+class BundleSize:
+    """A further graph of a bundle: the same network and encodings, for another input size.
+
+    Args:
+        inputs: shapes, by the names of the graph's inputs.
+        bytes: sizes of the ``float`` and the ``quantized`` ONNX file.
+        parity: agreement of the quantized file, run by ONNX Runtime, with the simulation.
+        resized: whether it was compared on samples of another size, interpolated.
+    """
+
+    inputs: dict[str, list[int]]
+    bytes: dict[str, int]
+    parity: Parity
+    resized: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {**vars(self), "parity": of_export(self.parity)}
+
+
+@dataclass(frozen=True)
 class BundleManifest(Manifest):
     """Content of ``manifest.json``: everything in :class:`~lightning_quant.simulation.manifest.Manifest`, and more.
 
@@ -63,6 +85,8 @@ class BundleManifest(Manifest):
         without_encoding: for each float tensor without an encoding the reason why it needs none.
         files: of the bundle, by their path in it.
         app: the graph with edges, if there is one.
+        size: what the size of its own graph is called, where there are others; else empty.
+        sizes: the further graphs, by what their sizes are called: that is in the names of their files.
     """
 
     name: str
@@ -77,11 +101,18 @@ class BundleManifest(Manifest):
     without_encoding: dict[str, str]
     files: dict[str, BundleFile]
     app: AppManifest | None = None
+    size: str = ""
+    sizes: dict[str, BundleSize] = field(default_factory=dict)
 
     @property
     def int16_activations(self) -> str | None:
         """The part of the network with 16-bit activations; ``None`` without any."""
         return int16_activations(self.precision, {**self.overrides, **self.promoted})
+
+    def at_size(self, size: str) -> BundleManifest:
+        """Return what it says of a further graph, as the manifest of that one."""
+        graph = self.sizes[size]
+        return replace(self, size=size, sizes={}, bytes=graph.bytes, parity=graph.parity)
 
     def __getitem__(self, entry: str) -> Any:
         """Return an entry as ``manifest.json`` has it, such as ``manifest["parity"]["psnr_db"]``."""
@@ -93,6 +124,7 @@ class BundleManifest(Manifest):
         own["parity"] = of_export(self.parity)
         own["files"] = {path: asdict(file) for path, file in self.files.items()}
         own["app"] = None if self.app is None else asdict(self.app)
+        own["sizes"] = {name: graph.to_dict() for name, graph in self.sizes.items()}
         return {**super().to_dict(), **own}
 
     @classmethod
@@ -105,11 +137,14 @@ class BundleManifest(Manifest):
         check_version(values, FORMAT_VERSION)
         parse_as(values, dict[str, Any])
         own = {}
+        optional = {one.name for one in fields(cls) if one.default_factory is not MISSING or one.default is not MISSING}
         for name, kind in _own_fields().items():
-            if name == "app" and name not in values:
+            if name in optional and name not in values:  # written before there were any
                 continue
             check(name in values, name, None, "the entry to be there")
             own[name] = parse_as(values[name], kind, name)
+        for name in own.get("sizes", {}):
+            check(bool(name) and Path(name).name == name, "a name in sizes", name, "a plain part of a file name")
         return cls(**vars(Manifest.from_dict(values)), **own)
 
 

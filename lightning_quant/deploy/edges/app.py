@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from lightning_quant.deploy.edges.attach import attach_edges, grids_of
+from lightning_quant.deploy.edges.attach import PIXELS, attach_edges, grids_of
 from lightning_quant.deploy.edges.contract import ClassLabel, Contract, IoTensor
 from lightning_quant.deploy.edges.plan import AppPlan, InputPlan, OutputPlan, plan_edges
 from lightning_quant.deploy.edges.proof import prove_edges
 from lightning_quant.deploy.edges.spec import Edges, ImageInput
+from lightning_quant.deploy.graph.files import name_tensors
 from lightning_quant.deploy.graph.passed_inputs import Grid
 from lightning_quant.deploy.manifest import AppManifest
+from lightning_quant.simulation.inputs import tensors_in
+from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.utilities.modules import on_cpu_in_eval
 
 if TYPE_CHECKING:
     import onnx
@@ -59,6 +64,24 @@ def fit_edges(edges: Edges, model: onnx.ModelProto) -> AppPlan:
     return plan_edges(edges, inputs, outputs, grids_of(model, [*inputs, *outputs]))
 
 
+def check_edges(network: QuantizedNetwork, edges: Edges | None) -> None:
+    """Refuse edges that do not fit a network, before it is calibrated: it is run once, in float.
+
+    Raises:
+        ConfigurationError: naming the first edge that does not fit.
+    """
+    if edges is None:
+        return
+    known = network.float_network or network.network
+    with on_cpu_in_eval(known), torch.no_grad():
+        example = network.inputs.to(torch.device("cpu")).first(1)
+        given = example.call(known)
+        names = name_tensors(network, example, given)
+    shapes = [[tuple(one.shape) for one in tensors] for tensors in (example.tensors, tensors_in(given))]
+    inputs, outputs = (dict(zip(*pair, strict=True)) for pair in zip(names, shapes, strict=True))
+    plan_edges(edges, inputs, outputs, {})
+
+
 def plan_of(bundle: Bundle) -> AppPlan | None:
     """Return how an app feeds a bundle's graph with edges and reads it; ``None`` without edges."""
     import onnx
@@ -98,11 +121,9 @@ def _input(plan: InputPlan, value: onnx.ValueInfoProto) -> IoTensor:
         "image",
         image.layout,
         "grey" if channels == 1 else image.color,
-        1 / 255,
-        0,
-        8,
-        mean,
-        std,
+        mean=mean,
+        std=std,
+        **_grid(PIXELS),
     )
 
 
@@ -119,10 +140,12 @@ def _outputs(plan: OutputPlan, given: dict[str, onnx.ValueInfoProto], classes: i
     if function in ("softmax", "sigmoid"):
         return [IoTensor(plan.name, shape, kind, "probabilities", axis=plan.axis, **grid)]
     of_classes = classes > 1 and len(shape) > 1 and shape[1] == classes
-    return [IoTensor(plan.name, shape, kind, **({"holds": "scores", "axis": 1} if of_classes else {}), **grid)]  # type: ignore[arg-type]
+    if of_classes:
+        return [IoTensor(plan.name, shape, kind, "scores", axis=1, **grid)]
+    return [IoTensor(plan.name, shape, kind, **grid)]
 
 
-def _grid(grid: Grid | None) -> dict[str, float | int]:
+def _grid(grid: Grid | None) -> dict[str, Any]:
     if grid is None:
         return {}
     return {"scale": grid.scale, "zero_point": int(grid.zero_point), "bits": 8 * grid.zero_point.dtype.itemsize}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import onnx
 
 # Pixels are integers that stand for 0…1. With 16 bits they are 257 times as large, exactly.
-_PIXELS, _FINE_PIXELS = Grid(1 / 255, np.zeros((), np.uint8)), Grid(1 / 65535, np.zeros((), np.uint16))
+PIXELS, _FINE_PIXELS = Grid(1 / 255, np.zeros((), np.uint8)), Grid(1 / 65535, np.zeros((), np.uint16))
 # The highest weight of 8 bits, symmetric.
 _HIGHEST = 127
 _EVERY = np.arange(256, dtype=np.uint8).reshape(1, 1, 1, 256)
@@ -183,8 +183,8 @@ class _Front(_Writer):
     def _normalize(self, planes: str, image: ImageInput, grid: Grid) -> str:
         """Write the convolution; return what the network's own quantizer takes."""
         pixels = _pixel_grid(grid)
-        tensor = self.node("DequantizeLinear", [planes, *self.constants(_PIXELS, "pixels")], "pixels")
-        if pixels is not _PIXELS:
+        tensor = self.node("DequantizeLinear", [planes, *self.constants(PIXELS, "pixels")], "pixels")
+        if pixels is not PIXELS:
             tensor = self.rounded(tensor, pixels, "fine_pixels")
         weights, bias = _weights(image, self.plan.shape[1], grid)
         taken = [tensor, self._by_channel(weights, "weight"), self._by_channel(bias, "bias")]
@@ -219,7 +219,7 @@ def every_pixel(image: ImageInput, channels: int) -> np.ndarray:
 
 def _pixel_grid(grid: Grid) -> Grid:
     """Return the grid on which pixels are normalized: the NPU convolves with as many bits as it puts out."""
-    return _PIXELS if grid.zero_point.dtype.itemsize == 1 else _FINE_PIXELS
+    return PIXELS if grid.zero_point.dtype.itemsize == 1 else _FINE_PIXELS
 
 
 def _weights(image: ImageInput, channels: int, grid: Grid) -> tuple[_ByChannel, _ByChannel]:
@@ -246,7 +246,7 @@ def _affine(mean: np.float32, std: np.float32, wanted: np.ndarray, grid: Grid) -
     scales = (true * (1 + _STRETCHES)).astype(np.float32)
     of_bias = scales * np.float32(pixels.scale)
     steps = np.rint(-mean / std / (true * np.float32(pixels.scale))) + _NUDGES[:, None]
-    tensors = _EVERY[0, 0, 0].astype(np.float32) * np.float32(_PIXELS.scale)
+    tensors = _EVERY[0, 0, 0].astype(np.float32) * np.float32(PIXELS.scale)
     values = tensors * (np.float32(_HIGHEST) * scales)[:, None] + (steps * of_bias).astype(np.float32)[..., None]
     wrong = (grid.integers(values) != wanted).sum(-1)
     nudge, stretch = np.unravel_index(np.argmin(wrong), wrong.shape)  # of several, those next to the true ones

@@ -116,7 +116,7 @@ def _classes(plan: OutputPlan, values: np.ndarray) -> list[np.ndarray]:
 def _probabilities(function: str, values: np.ndarray, axis: int) -> np.ndarray:
     if function == "softmax":
         powers = np.exp(values - values.max(axis, keepdims=True))
-        return powers / powers.sum(axis, keepdims=True)  # type: ignore[no-any-return]
+        return powers / powers.sum(axis, keepdims=True)
     if function == "sigmoid":
         return (1 / (1 + np.exp(-values.astype(np.float64)))).astype(values.dtype)
     return values

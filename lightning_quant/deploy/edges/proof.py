@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from lightning_quant.deploy.edges.plan import InputPlan, OutputPlan
 from lightning_quant.deploy.edges.spec import ImageInput
 from lightning_quant.deploy.graph.qdq import exact_session
 from lightning_quant.errors import ParityError
+from lightning_quant.simulation import aimet
 
 if TYPE_CHECKING:
     import onnx
@@ -60,14 +62,7 @@ def prove_edges(
         ParityError: where they are apart by more than a step, or in a class.
         ConfigurationError: for a sample that holds no pixels.
     """
-    import onnx
-
-    front = onnx.utils.Extractor(app.model)
-    fronts = {
-        one.name: exact_session(front.extract_model([one.name], [app.codes[one.name]]))
-        for one in inputs
-        if one.edge is not None
-    }
+    fronts = {name: _Front(app, name) for name in app.codes}
     apart = sum(_pixels_apart(one, one.edge, fronts[one.name]) for one in inputs if isinstance(one.edge, ImageInput))
     network, whole = exact_session(model), exact_session(app.model)
     same = total = 0
@@ -76,8 +71,7 @@ def prove_edges(
         floats: dict[str, np.ndarray] = {}
         for entry in inputs:
             if entry.name in fronts and entry.grid is not None:
-                (codes,) = fronts[entry.name].run(None, {entry.name: given[entry.name]})
-                floats[entry.name] = entry.grid.reals(codes)
+                floats[entry.name] = entry.grid.reals(fronts[entry.name].codes(given[entry.name]))
             else:
                 floats[entry.name] = given[entry.name]
         computed = iter(whole.run(None, given))
@@ -89,7 +83,32 @@ def prove_edges(
     return EdgeAgreement(len(samples), apart, same / max(total, 1))
 
 
-def _pixels_apart(plan: InputPlan, image: ImageInput, front: Any) -> int:
+class _Front:
+    """What is in front of one of the network's inputs.
+
+    Args:
+        app: the whole graph.
+        name: of the input.
+    """
+
+    def __init__(self, app: AppGraph, name: str) -> None:
+        from onnx import helper
+
+        self.name, codes = name, app.codes[name]
+        self._session = None
+        if codes != name:  # else it takes what it is given
+            model = copy.deepcopy(app.model)
+            del model.graph.output[:]
+            model.graph.output.append(helper.make_empty_tensor_value_info(codes))
+            aimet._remove_dangling_nodes_and_initializers(model)
+            self._session = exact_session(model)
+
+    def codes(self, given: np.ndarray) -> np.ndarray:
+        """Return the integers that the network's first layer takes."""
+        return given if self._session is None else self._session.run(None, {self.name: given})[0]
+
+
+def _pixels_apart(plan: InputPlan, image: ImageInput, front: _Front) -> int:
     """Return how many pixels get another integer than on a host, each value in every channel."""
     assert plan.grid is not None
     count, channels, height, width = plan.shape
@@ -99,7 +118,7 @@ def _pixels_apart(plan: InputPlan, image: ImageInput, front: Any) -> int:
         pixels = np.broadcast_to(pixels, (count, channels, height, width))
         given = np.ascontiguousarray(np.moveaxis(pixels, 1, -1) if image.layout == "nhwc" else pixels)
         expected = plan.grid.integers(taken(plan, given)).astype(np.int64)
-        distance = np.abs(front.run(None, {plan.name: given})[0] - expected)
+        distance = np.abs(front.codes(given) - expected)
         if distance.max() > 1:
             raise ParityError(
                 f"The pixels of {plan.name!r} are normalized to integers up to {distance.max()} away from those of a "

@@ -166,7 +166,7 @@ def _listed(given: Any) -> Sequence[Any]:
 
 def _input(given: Any, where: str) -> ImageInput | Literal["quantized"] | None:
     if given is None or given == QUANTIZED:
-        return given  # type: ignore[no-any-return]
+        return given
     if given == "image":
         return ImageInput()
     if isinstance(given, ImageInput):  # its fields were not looked at yet

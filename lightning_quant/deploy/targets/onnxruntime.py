@@ -26,8 +26,8 @@ class OnnxRuntimeTarget(Target):
             return [Measured(self._report(bundle), _computed(bundle, inputs), folder)]
         except Exception as error:  # the library raises classes of its own, one for each status code
             raise DeviceError(
-                f"ONNX Runtime cannot compute {bundle.device_file}: {type(error).__name__}: {error} Expected the file and "
-                "the samples of one export. Export it again."
+                f"ONNX Runtime cannot compute {bundle.device_file}: {type(error).__name__}: {error} Expected the file "
+                "and the samples of one export. Export it again."
             ) from error
 
     def _report(self, bundle: Bundle) -> DeviceReport:
