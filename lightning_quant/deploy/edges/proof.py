@@ -109,12 +109,13 @@ class _Front:
 
 
 def _pixels_apart(plan: InputPlan, image: ImageInput, front: _Front) -> int:
-    """Return how many pixels get another integer than on a host, each value in every channel."""
+    """Return how many pixels get another integer than on a host: each value in every channel, others beside it."""
     assert plan.grid is not None
     count, channels, height, width = plan.shape
     area, found = height * width, np.zeros((channels, 256), bool)
     for start in range(0, 256, area):
-        pixels = ((np.arange(area) + start) % 256).astype(np.uint8).reshape(1, 1, height, width)
+        shifts = 80 * np.arange(channels)[:, None]  # or exchanged channels would not show
+        pixels = ((np.arange(area) + start + shifts) % 256).astype(np.uint8).reshape(1, channels, height, width)
         pixels = np.broadcast_to(pixels, (count, channels, height, width))
         given = np.ascontiguousarray(np.moveaxis(pixels, 1, -1) if image.layout == "nhwc" else pixels)
         expected = plan.grid.integers(taken(plan, given)).astype(np.int64)
