@@ -90,10 +90,10 @@ class HtpEmulatorTarget(Target):
         except DeviceError as error:
             if len(graphs) == 1:
                 raise
-            reason = f"The sizes share no weights, each was compiled alone: {error}"
+            reason = str(error)
         found = [self._run_together([one], _place(folder, one[0])) for one in graphs]
         for (measured,) in found:
-            measured.report.warnings.append(reason)
+            measured.report.warnings.append(f"The sizes share no weights, each was compiled alone: {reason}")
         return found
 
     def _run_together(self, graphs: Sequence[tuple[Bundle, list[Tensors]]], folder: Path) -> list[Measured]:
