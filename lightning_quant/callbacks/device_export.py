@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_quant.callbacks.data import isolated_seed
 from lightning_quant.callbacks.device_metric import first_batches, metrics_of
-from lightning_quant.callbacks.export_samples import LOOKED_AT, export_samples
+from lightning_quant.callbacks.export_samples import LOOKED_AT, as_of_the_network, export_samples, samples_of_graphs
 from lightning_quant.callbacks.lightning_internals import callbacks_of
 from lightning_quant.callbacks.lightning_packages import AnyCallback
 from lightning_quant.callbacks.logs import rank_zero_log
@@ -27,12 +27,10 @@ from lightning_quant.callbacks.visualizer import class_labels
 from lightning_quant.deploy.blame.result import Blame, explanations
 from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.device_report import DeviceReport
-from lightning_quant.deploy.edges.app import check_edges, plan_of
-from lightning_quant.deploy.edges.host import network_outputs
+from lightning_quant.deploy.edges.app import check_edges
 from lightning_quant.deploy.edges.spec import Edges
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.push import Push, check_bounds, device_folder
-from lightning_quant.deploy.samples import Samples
 from lightning_quant.deploy.sizes import InputSize, Size, check_sizes, sized_calls
 from lightning_quant.deploy.targets.target import REPORT_NAME, Target
 from lightning_quant.errors import ConfigurationError, DeviceBoundError, LightningQuantError
@@ -369,17 +367,12 @@ class DeviceExport(AnyCallback):
                     "compared with the simulation on calibration samples, without your metric. Validate at the size "
                     "that the device is given."
                 )
-            plan = plan_of(bundle)
             sized = sized_calls(network, self._sizes, calls, others)
-            sizes = {
-                size: Samples.of(network, graph.manifest, sized[size].calls, plan_of(graph))
-                for size, graph in bundle.sizes.items()
-            }
             if batches:
                 calls = [call for batch in batches for call in batch.calls]
-            samples = Samples.of(network, bundle.manifest, calls, plan)
+            samples = samples_of_graphs(network, bundle, calls, sized)
         with progress(trainer, f"Waiting for {push.where} (at most {push.timeout / 60:.0f} min)"):
-            measured = push.run(bundle, samples, sizes)
+            measured = push.run(bundle, samples.pop(""), samples)
         self.passed_over = push.passed_over
         if self.passed_over:
             rank_zero_log("No better target: " + "; ".join(self.passed_over.values()) + ".")
@@ -387,10 +380,11 @@ class DeviceExport(AnyCallback):
         monitor = (self.monitor or self._bounded_metric(trainer)) if trainer.world_size == 1 else None
         reports = [one.report for one in measured]
         self.reports += reports
+        own = {one.manifest.size: one for one in (bundle, bundle.app) if one is not None}
         for one in measured:
-            own = one.report.size in (None, bundle.manifest.size)
-            if monitor and one.outputs and batches and own:
-                outputs = one.outputs if plan is None else [network_outputs(plan, each) for each in one.outputs]
+            graph = own.get(one.report.size or "")
+            if monitor and one.outputs and batches and graph is not None:
+                outputs = as_of_the_network(graph, one.outputs)
                 one.report.metric = metrics_of(pl_module, name, network, monitor, batches, outputs)
                 one.write()
             rank_zero_log(one.report.sentence())

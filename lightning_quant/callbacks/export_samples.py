@@ -1,8 +1,8 @@
-"""The samples that an export is compared on, of the size that it is for and of the further sizes."""
+"""The samples that the graphs of an export are compared on, and what they gave as a metric takes it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import lightning.pytorch as pl
 import torch
@@ -12,8 +12,12 @@ from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import calibration_loader, isolated_seed, stage_loader
 from lightning_quant.callbacks.logs import rank_zero_log
 from lightning_quant.callbacks.quantization import callback_of
+from lightning_quant.deploy.bundle import Bundle
+from lightning_quant.deploy.edges.app import plan_of
+from lightning_quant.deploy.edges.host import network_outputs
+from lightning_quant.deploy.samples import Samples, Tensors
 from lightning_quant.deploy.single_samples import first_samples, single_samples
-from lightning_quant.deploy.sizes import InputSize
+from lightning_quant.deploy.sizes import InputSize, SizedCalls
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -70,3 +74,28 @@ def export_samples(
             rank_zero_log(f"Inputs come in {len(sizes)} or more sizes: exported for {shapes}{also}.")
         others = [call for size, kept in sizes.items() if size != str(shapes) for call in kept]
         return found, others
+
+
+def samples_of_graphs(
+    network: QuantizedNetwork, bundle: Bundle, calls: Sequence[NetworkInputs], sized: Mapping[str, SizedCalls]
+) -> dict[str, Samples]:
+    """Return what each graph of a bundle is given, and its outputs are compared with; the network's own is ``""``.
+
+    Args:
+        network: the quantized network.
+        bundle: it was exported to.
+        calls: of the network's own size, one sample each.
+        sized: of the further sizes.
+    """
+    found = {"": Samples.of(network, bundle.manifest, calls)}
+    for name, graph in bundle.graphs.items():
+        size = name.removesuffix("app").rstrip(".") if graph.edged else name
+        given = sized[size].calls if size else calls
+        found[name] = Samples.of(network, bundle.manifest, given, plan_of(graph))
+    return found
+
+
+def as_of_the_network(graph: Bundle, outputs: Sequence[Tensors]) -> list[Tensors]:
+    """Return what a graph gave as the network gives it, for a metric: of classes, say, scores of 0 and 1."""
+    plan = plan_of(graph)
+    return list(outputs) if plan is None else [network_outputs(plan, one) for one in outputs]

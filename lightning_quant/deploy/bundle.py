@@ -20,13 +20,15 @@ class Bundle:
     Args:
         path: the folder of the bundle, ``<name>``.
         manifest: content of its ``manifest.json``.
-        stem: what the names of its files begin with. Default: ``<name>``; of a further size, see :attr:`sizes`,
-            ``<name>.<size>``.
+        stem: what the names of its files begin with. Default: ``<name>``; of a further graph, see :attr:`graphs`,
+            ``<name>.<size>``, ``<name>.app`` or ``<name>.<size>.app``.
+        edged: whether it is a graph with edges, which take pixels and give classes, say.
     """
 
     path: Path
     manifest: BundleManifest
     stem: str = ""
+    edged: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stem", self.stem or self.path.name)
@@ -39,24 +41,31 @@ class Bundle:
         }
 
     @property
+    def app(self) -> Bundle | None:
+        """The graph with edges, if there is one."""
+        if self.manifest.app is None or self.edged:
+            return None
+        return Bundle(self.path, self.manifest.of_app(f"{self.stem}.app.onnx"), f"{self.stem}.app", edged=True)
+
+    @property
+    def graphs(self) -> dict[str, Bundle]:
+        """All other graphs: for further input sizes and with edges, each to be used like this bundle, by its name."""
+        sizes = self.sizes
+        apps = [one.app for one in (self, *sizes.values())]
+        return sizes | {one.stem.removeprefix(f"{self.stem}."): one for one in apps if one is not None}
+
+    @property
     def aimet(self) -> Path:
-        """Folder ``<name>.aimet`` with exactly ``model.onnx`` and ``model.encodings``: what AI Hub takes."""
-        return self.path / f"{self.stem}.aimet"
+        """Folder ``<name>.aimet`` with exactly ``model.onnx`` and ``model.encodings``: what AI Hub takes.
+
+        Of a graph with edges it is that of the network: what edges compute with is in :attr:`qdq` alone.
+        """
+        return self.path / f"{self.stem.removesuffix('.app') if self.edged else self.stem}.aimet"
 
     @property
     def qdq(self) -> Path:
         """ONNX file with integer weights and QuantizeLinear/DequantizeLinear: what ONNX Runtime takes."""
         return self.path / f"{self.stem}.onnx"
-
-    @property
-    def device_file(self) -> Path:
-        """The QDQ file that runs on a device: with edges ``<name>.app.onnx``, else :attr:`qdq`."""
-        return self.qdq if self.manifest.app is None else self.path / f"{self.stem}.app.onnx"
-
-    @property
-    def output_names(self) -> list[str]:
-        """Names of the outputs of :attr:`device_file`, in order."""
-        return self.manifest.output_names if self.manifest.app is None else self.manifest.app.output_names
 
 
 def load_bundle(path: str | Path) -> Bundle:
@@ -79,12 +88,8 @@ def load_bundle(path: str | Path) -> Bundle:
             raise ExportError(f"The bundle {path} lacks {name!r}; export it again.")
         if file_sha256(file) != entry.sha256:
             raise ExportError(f"{name!r} in the bundle {path} was changed since the export; export it again.")
-    graphs = (bundle, *bundle.sizes.values())
-    own = {
-        str(file.relative_to(path))
-        for graph in graphs
-        for file in (graph.qdq, graph.device_file, *_uploaded(graph.aimet))
-    }
+    graphs = (bundle, *bundle.graphs.values())
+    own = {str(file.relative_to(path)) for graph in graphs for file in (graph.qdq, *_uploaded(graph.aimet))}
     if unknown := sorted(own - manifest.files.keys()):  # all that lies there goes to a device
         raise ExportError(
             f"{unknown[0]!r} in the bundle {path} is none of the files in its manifest.json: expected those of the "

@@ -147,7 +147,7 @@ def _write_whole(
     classes: Sequence[ClassLabel],
 ) -> BundleManifest:
     """Write the graph of each size, the network's own first, check it, and move all into place together."""
-    staging, retired = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    staging, retired = _staging(path), path.with_name(f".{path.name}.old")
     if retired.is_dir() and not path.exists():  # killed between the two renames
         os.replace(retired, path)
     for leftover in (staging, retired):
@@ -160,20 +160,42 @@ def _write_whole(
         shutil.rmtree(_failed_folder(path), ignore_errors=True)  # of a network before
         _check_parity(network, Bundle(staging, manifest, path.name), path, own.calls, on_parity)
         for size, given in further:
-            stem = f"{path.name}.{size}"
-            one, other = _write(network, staging, stem, given.calls, edges, classes)
-            check_same_graph(graph, other, size, network.float_class.__name__)
-            shapes = [list(tensor.shape) for tensor in given.calls[0].tensors]
-            entry = BundleSize(
-                dict(zip(one.input_names, shapes, strict=True)), one.bytes, one.parity, resized=given.resized
-            )
-            files, graphs = {**manifest.files, **one.files}, {**manifest.sizes, size: entry}
-            manifest = _save(replace(manifest, files=files, sizes=graphs), staging)
-            _check_parity(network, Bundle(staging, replace(one, size=size), stem), path, given.calls, on_parity)
+            try:
+                manifest = _add_size(network, manifest, graph, path, size, given, on_parity, edges, classes)
+            except ExportError as error:
+                raise type(error)(f"At the input size {size}: {error}") from error
         _move_into_place(staging, path, retired)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return manifest
+
+
+def _add_size(
+    network: QuantizedNetwork,
+    manifest: BundleManifest,
+    own: OnnxFiles,
+    path: Path,
+    size: str,
+    given: SizedCalls,
+    on_parity: OnParity,
+    edges: Edges | None,
+    classes: Sequence[ClassLabel],
+) -> BundleManifest:
+    """Write and check the graph of a further size beside the network's own; return what the manifest says then."""
+    staging, stem = _staging(path), f"{path.name}.{size}"
+    one, further = _write(network, staging, stem, given.calls, edges, classes)
+    check_same_graph(own, further, size, network.float_class.__name__)
+    shapes = [list(tensor.shape) for tensor in given.calls[0].tensors]
+    inputs = dict(zip(one.input_names, shapes, strict=True))
+    entry = BundleSize(inputs, one.bytes, one.parity, resized=given.resized)
+    files, sizes = {**manifest.files, **one.files}, {**manifest.sizes, size: entry}
+    manifest = _save(replace(manifest, files=files, sizes=sizes), staging)
+    _check_parity(network, Bundle(staging, one, stem), path, given.calls, on_parity)
+    return manifest
+
+
+def _staging(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")
 
 
 def _save(manifest: BundleManifest, folder: Path) -> BundleManifest:
@@ -201,7 +223,6 @@ def _check_parity(
         if found is None:
             return
         why = "" if found.first is None else _first_that_differs(found.first)
-        why = f" (At the input size {manifest.size}.){why}" if manifest.size else why
         if on_parity == "warn":
             warnings.warn(f"{error}{why} Exported anyway, with on_parity='warn'.", stacklevel=4)
             return

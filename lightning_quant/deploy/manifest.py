@@ -114,6 +114,18 @@ class BundleManifest(Manifest):
         graph = self.sizes[size]
         return replace(self, size=size, sizes={}, bytes=graph.bytes, parity=graph.parity)
 
+    def of_app(self, file: str) -> BundleManifest:
+        """Return what it says of the graph with edges in a file, as the manifest of that one."""
+        assert self.app is not None
+        known = self.files[file].bytes if file in self.files else 0
+        return replace(
+            self,
+            size=f"{self.size}.app".lstrip("."),
+            sizes={},
+            output_names=self.app.output_names,
+            bytes={**self.bytes, "quantized": known},
+        )
+
     def __getitem__(self, entry: str) -> Any:
         """Return an entry as ``manifest.json`` has it, such as ``manifest["parity"]["psnr_db"]``."""
         return self.to_dict()[entry]

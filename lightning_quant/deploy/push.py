@@ -99,20 +99,20 @@ class Push:
             raise self._unknown_to["aihub"]  # the one that knows all phones
         return unasked
 
-    def run(self, bundle: Bundle, samples: Samples, sizes: Mapping[str, Samples] | None = None) -> list[Measured]:
+    def run(self, bundle: Bundle, samples: Samples, further: Mapping[str, Samples] | None = None) -> list[Measured]:
         """Run a bundle and write a report for each device and runtime; artifacts are kept next to the bundle.
 
         Args:
             bundle: the exported network.
             samples: to compute and compare.
-            sizes: samples of the further input sizes, by what they are called: a report for each of these as well.
+            further: samples of its other graphs, by their names: a report for each of these as well.
 
         Raises:
             DeviceUnavailableError: if the target cannot be used.
             DeviceError: when there is no result. A device that failed alone says so in its report.
         """
         folder = device_folder(bundle)
-        graphs = [(bundle, samples), *((bundle.sizes[size], given) for size, given in (sizes or {}).items())]
+        graphs = [(bundle, samples), *((bundle.graphs[name], given) for name, given in (further or {}).items())]
         for graph, given in graphs:
             given.write(folder / samples_name(graph))
         self._request(bundle, "auto" if self._target is None else self._target.name).write(folder / REQUEST_NAME)
@@ -223,15 +223,15 @@ def resume(path: str | Path, target: Target | Spec | None = None) -> list[Measur
             f"{bundle.path} was exported again after it was sent to {request.target}: expected the files that were "
             "sent, since the samples kept next to it are compared with those. Push the new one with DeviceExport."
         )
-    sizes = {size: _read_samples(folder, graph) for size, graph in bundle.sizes.items()}
-    return push.run(bundle, _read_samples(folder, bundle), sizes)
+    further = {name: _read_samples(folder, graph) for name, graph in bundle.graphs.items()}
+    return push.run(bundle, _read_samples(folder, bundle), further)
 
 
 def _read_samples(folder: Path, bundle: Bundle) -> Samples:
     samples = Samples.read(folder / samples_name(bundle))
     named = {
         "input_names": (samples.inputs, bundle.manifest.input_names),
-        "output_names": (samples.simulation, bundle.output_names),
+        "output_names": (samples.simulation, bundle.manifest.output_names),
     }
     for what, (tensors, names) in named.items():
         if sorted(tensors[0]) != sorted(names):

@@ -78,7 +78,7 @@ def part_of(request: pb.Job, kind: str) -> Any:
 
 
 def job(record: Job, state: State, source: pb.Model, target: pb.Model | None, inputs: pb.Dataset | None) -> pb.Job:
-    """A job: what was asked for, its state, its model, and for one that makes a model its target, from the beginning."""
+    """A job: what was asked for, its state, its model, and if it makes one its target, from the beginning."""
     message = request_of(record)
     message.hub_version = "stand-in"
     part = part_of(message, record.type)

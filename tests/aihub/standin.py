@@ -185,7 +185,7 @@ class StandIn:
         self._faults.clear()
 
     def hold(self, kind: str = "") -> None:
-        """Keep jobs of this type (``"compile"``, ``"link"``, ``"inference"``; all by default) from running, new ones queued."""
+        """Keep jobs of a type in ``TYPES`` (default: of all) from running; new ones stay queued."""
         for each in [kind] if kind else TYPES:
             self._jobs.hold(each)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from torch import Tensor, nn
 import lightning_quant as lq
 from lightning_quant.deploy.bundle import Bundle, load_bundle
 from lightning_quant.deploy.export import export_bundle
-from lightning_quant.deploy.sizes import InputSize, check_sizes, sized_calls
+from lightning_quant.deploy.graph.files import OnnxFiles
+from lightning_quant.deploy.sizes import InputSize, check_same_graph, check_sizes, sized_calls
 from lightning_quant.errors import ConfigurationError, ExportError
 from tests.helpers.networks import Body, TwoInputs, calibrated, call, images, quantized
 from tests.helpers.small import SmallModule, small_loader
@@ -134,7 +138,9 @@ class Positions(nn.Module):
 @pytest.mark.parametrize(("network", "where"), [(Head, r"its layer 'head \(Linear\)'"), (Positions, "its own forward")])
 def test_a_layer_of_one_size(tmp_path: Path, network: type[nn.Module], where: str) -> None:
     made = quantized(network())
-    with pytest.raises(ConfigurationError, match=rf"cannot compute 16x16.*{where} fails with .*It takes \[1, 3, 8, 8\]"):
+    with pytest.raises(
+        ConfigurationError, match=rf"cannot compute 16x16.*{where} fails with .*It takes \[1, 3, 8, 8\]"
+    ):
         check_sizes(made, InputSize.parse([[16, 16]]))  # before it is calibrated
     check_sizes(made, InputSize.parse([[2, 3, 8, 8]]))
     made = calibrated(network())
@@ -144,26 +150,41 @@ def test_a_layer_of_one_size(tmp_path: Path, network: type[nn.Module], where: st
 
 
 class Branching(nn.Module):
-    """Computes something else of large images: one operation more, or a constant of another range."""
+    """Computes something else of large images."""
 
-    def __init__(self, more: bool) -> None:
+    def __init__(self, other: nn.Module) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 3, padding=1)
-        self.pool = nn.MaxPool2d(2)
-        self.more = more
+        self.other = other
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.stem(x)
-        if self.more:
-            return self.pool(y) if x.shape[-1] > 8 else y
-        return y * torch.linspace(0, x.shape[-1], x.shape[-1])
+        return self.other(y) if x.shape[-1] > 8 else y
 
 
-@pytest.mark.parametrize(("more", "message"), [(True, "other operations at 16x16"), (False, "another encoding of")])
-def test_a_size_that_changes_the_network(tmp_path: Path, more: bool, message: str) -> None:
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (nn.MaxPool2d(2), "At the input size 16x16: .* comes to max_pool2d"),
+        (nn.Flatten(2), "At the input size 16x16: Branching computes other operations at 16x16"),
+    ],
+)
+def test_a_size_that_changes_the_network(tmp_path: Path, other: nn.Module, message: str) -> None:
     with pytest.raises(ExportError, match=message):
-        export_bundle(calibrated(Branching(more)), tmp_path / "net", [call(images(1))], sizes=[[16, 16]])
+        export_bundle(calibrated(Branching(other)), tmp_path / "net", [call(images(1))], sizes=[[16, 16]])
     assert not (tmp_path / "net").exists()
+
+
+def test_a_size_that_changes_an_encoding(bundle: Bundle) -> None:
+    model, values = (onnx.load(bundle.aimet / "model.onnx"), json.loads((bundle.aimet / "model.encodings").read_text()))
+    own = OnnxFiles(model, values, ["x"], ["output"], {})
+    check_same_graph(own, own, "16x12", "Body")
+    for part in ("activation_encodings", "param_encodings"):
+        other = copy.deepcopy(values)
+        name = other[part][0]["name"]
+        other[part][0]["scale"] = [1.0]
+        with pytest.raises(ExportError, match=f"Body has another encoding of '{re.escape(name)}' at 16x12"):
+            check_same_graph(own, replace(own, encodings=other), "16x12", "Body")
 
 
 def test_samples_of_a_size() -> None:
@@ -182,12 +203,23 @@ def test_samples_of_a_size() -> None:
 
 
 def test_callback(trainer: Any, tmp_path: Path) -> None:
-    export = lq.DeviceExport(tmp_path, target="onnxruntime", samples=2, name="net", sizes=[[16, 16]], on_failure="raise")
+    export = lq.DeviceExport(
+        tmp_path, target="onnxruntime", samples=2, name="net", sizes=[[16, 16]], on_failure="raise"
+    )
     module, loader = SmallModule(), small_loader()
-    run: Trainer = trainer(lq.PostTrainingQuantization(calibration_samples=4), export)
+    run: Trainer = trainer(lq.PostTrainingQuantization(calibration_samples=4, calibration_dataloader=loader), export)
     run.validate(module, loader, verbose=False)
     assert export.bundle is not None
     assert [report.size for report in export.reports] == [export.bundle.manifest.size, "16x16"]
     assert all(report.against_simulation is not None for report in export.reports)
     page = (tmp_path / "net.report" / "report.html").read_text()
     assert "16x16" in page
+
+
+def test_callback_refuses_a_size_before_anything_is_calibrated(trainer: Any, tmp_path: Path) -> None:
+    export = lq.DeviceExport(tmp_path / "export", target=None, sizes=[[5, 16, 16]])
+    loader = small_loader()
+    quantization = lq.PostTrainingQuantization(calibration_samples=4, calibration_dataloader=loader)
+    with pytest.raises(ConfigurationError, match=r"cannot compute 5x16x16.*layer 'stem \(Conv2d\)' fails"):
+        trainer(quantization, export).validate(SmallModule(), loader, verbose=False)
+    assert not (tmp_path / "export").exists()

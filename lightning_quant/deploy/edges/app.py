@@ -83,11 +83,13 @@ def check_edges(network: QuantizedNetwork, edges: Edges | None) -> None:
 
 
 def plan_of(bundle: Bundle) -> AppPlan | None:
-    """Return how an app feeds a bundle's graph with edges and reads it; ``None`` without edges."""
+    """Return how an app feeds a graph with edges and reads it; ``None`` for a graph without."""
     import onnx
 
     app = bundle.manifest.app
-    return None if app is None else fit_edges(app.edges, onnx.load(bundle.qdq))
+    if app is None or not bundle.edged:
+        return None
+    return fit_edges(app.edges, onnx.load(bundle.qdq.with_name(f"{bundle.stem.removesuffix('.app')}.onnx")))
 
 
 def shape_of(value: onnx.ValueInfoProto) -> tuple[int, ...]:

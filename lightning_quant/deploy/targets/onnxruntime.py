@@ -26,7 +26,7 @@ class OnnxRuntimeTarget(Target):
             return [Measured(self._report(bundle), _computed(bundle, inputs), folder)]
         except Exception as error:  # the library raises classes of its own, one for each status code
             raise DeviceError(
-                f"ONNX Runtime cannot compute {bundle.device_file}: {type(error).__name__}: {error} Expected the file "
+                f"ONNX Runtime cannot compute {bundle.qdq}: {type(error).__name__}: {error} Expected the file "
                 "and the samples of one export. Export it again."
             ) from error
 
@@ -40,7 +40,7 @@ class OnnxRuntimeTarget(Target):
 
 
 def _computed(bundle: Bundle, inputs: list[Tensors]) -> list[Tensors]:
-    session = exact_session(bundle.device_file)
+    session = exact_session(bundle.qdq)
     names = [value.name for value in session.get_outputs()]
     wanted = {value.name for value in session.get_inputs()}
     outputs = []

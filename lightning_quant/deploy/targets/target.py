@@ -62,7 +62,7 @@ class Target(ABC):
         ...         self.device = device
         ...
         ...     def run(self, bundle, inputs, folder):
-        ...         outputs = [infer(bundle.device_file, sample) for sample in inputs]  # {name: array} for each
+        ...         outputs = [infer(bundle.qdq, sample) for sample in inputs]  # {name: array} for each
         ...         report = DeviceReport(self.name, self.device, bundle.manifest.precision)
         ...         report.statement = "measured on the board on my desk"
         ...         return [Measured(report, outputs, folder)]

@@ -80,6 +80,15 @@ def run(file: Path, given: np.ndarray) -> list[np.ndarray]:
     return session.run(None, {session.get_inputs()[0].name: given})  # type: ignore[no-any-return]
 
 
+def app_of(bundle: Bundle) -> Bundle:
+    assert bundle.app is not None
+    return bundle.app
+
+
+def device_file(bundle: Bundle) -> Path:
+    return app_of(bundle).qdq
+
+
 def exported(path: Path, precision: str = "w8a8", **edges: Any) -> Bundle:
     return export_bundle(network(precision), path / "net", [NetworkInputs((seen(photos(2, seed=1)),))], **edges)
 
@@ -91,7 +100,7 @@ def test_pixels_in_classes_out(tmp_path: Path, precision: str, layout: str, colo
     pixels = photos(1, seed=5)
     (scores,) = run(bundle.qdq, seen(pixels).numpy())
     given = pixels.flip(1) if color == "bgr" else pixels
-    (classes,) = run(bundle.device_file, (given.permute(0, 2, 3, 1) if layout == "nhwc" else given).numpy())
+    (classes,) = run(device_file(bundle), (given.permute(0, 2, 3, 1) if layout == "nhwc" else given).numpy())
     assert classes.dtype == np.uint8
     assert_array_equal(classes, torch.from_numpy(scores).argmax(1).numpy())
     app = bundle.manifest.app
@@ -133,12 +142,12 @@ def test_pixels_that_are_the_networks_integers_cost_nothing(tmp_path: Path) -> N
     made = calibrated(Scenes(), NetworkInputs((whole.float() / 255,)))
     samples = [NetworkInputs((photos(2).float() / 255,))]
     bundle = export_bundle(made, tmp_path / "net", samples, inputs="image", outputs=None)
-    operations = [node.op_type for node in onnx.load(bundle.device_file).graph.node]
+    operations = [node.op_type for node in onnx.load(device_file(bundle)).graph.node]
     assert operations.count("Conv") == 3
     assert "QuantizeLinear" not in operations[: operations.index("Conv")]
     pixels = photos(1, seed=5)
     for mine, own in zip(
-        run(bundle.device_file, pixels.permute(0, 2, 3, 1).numpy()),
+        run(device_file(bundle), pixels.permute(0, 2, 3, 1).numpy()),
         run(bundle.qdq, pixels.float().numpy() / 255),
         strict=True,
     ):
@@ -152,7 +161,7 @@ def test_grey(tmp_path: Path) -> None:
     bundle = export_bundle(made, tmp_path / "net", [NetworkInputs((floats[:1],))], **edges)
     pixels = photos(1, 1, seed=5)
     (scores,) = run(bundle.qdq, seen(pixels, [0.3], [0.2]).numpy())
-    assert_array_equal(run(bundle.device_file, pixels.permute(0, 2, 3, 1).numpy())[0], scores.argmax(1))
+    assert_array_equal(run(device_file(bundle), pixels.permute(0, 2, 3, 1).numpy())[0], scores.argmax(1))
 
 
 @pytest.mark.parametrize("precision", ["w8a8", "w8a16"])
@@ -168,8 +177,8 @@ def test_outputs(tmp_path: Path, precision: str, edge: str) -> None:
     bundle = exported(tmp_path, precision, inputs=None, outputs=spec)
     floats = seen(photos(1, seed=5))
     (scores,) = (torch.from_numpy(one) for one in run(bundle.qdq, floats.numpy()))
-    got = run(bundle.device_file, floats.numpy())
-    plan = plan_of(bundle)
+    got = run(device_file(bundle), floats.numpy())
+    plan = plan_of(app_of(bundle))
     assert plan is not None
     grid = plan.outputs[0].grid
     assert grid is not None
@@ -204,7 +213,7 @@ def test_outputs_each_with_its_own(tmp_path: Path) -> None:
     )
     pixels = photos(1, seed=5)
     boxes, scores = run(bundle.qdq, seen(pixels).numpy())
-    mine, classes = run(bundle.device_file, pixels.permute(0, 2, 3, 1).numpy())
+    mine, classes = run(device_file(bundle), pixels.permute(0, 2, 3, 1).numpy())
     assert_array_equal(mine, boxes)
     assert_array_equal(classes, scores.argmax(1))
 
@@ -284,13 +293,13 @@ def test_an_input_that_is_no_image(tmp_path: Path) -> None:
 
 
 def test_mean_and_std_that_are_not_those_of_the_data(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="pixels from -.* to .*expected 0 to 255"):
+    with pytest.raises(ConfigurationError, match=r"pixels from -.* to .*expected 0 to 255"):
         exported(tmp_path, inputs={"mean": 0.0, "std": 1.0})
     assert not (tmp_path / "net").exists()
 
 
 def test_what_an_app_gives_is_what_the_network_saw() -> None:
-    plan = plan_of(exported_once())
+    plan = plan_of(app_of(exported_once()))
     assert plan is not None
     pixels = photos(1, seed=3)
     assert_array_equal(fed(plan.inputs[0], seen(pixels).numpy()), pixels.permute(0, 2, 3, 1).numpy())

@@ -86,10 +86,10 @@ class DeviceRun:
     def options(self) -> str:
         """Options of the compile job; the user's come last."""
         runtime = "qnn_dlc" if self.links_graphs else self.runtime  # what a link job takes
-        options = [f"--target_runtime {runtime}", f"--output_names {','.join(self.job.output_names)}"]
+        options = [f"--target_runtime {runtime}", f"--output_names {','.join(self.graph.output_shapes)}"]
         if self.links_graphs:
             options.append(f"--qnn_graph_name {graph_name(self.graph.size)}")
-        if self.variant is Variant.QUANTIZED:
+        if self.variant is Variant.QUANTIZED and not self.graph.edged:  # edges say what are integers
             as_bytes = self.runtime == "tflite" and self.job.activation_bits == 8
             options.append("--quantize_io" + (" --quantize_io_type uint8" if as_bytes else ""))
         return " ".join([*options, self.job.options]).strip()
@@ -222,7 +222,7 @@ class DeviceRun:
 
     def _outputs_of(self, data: dict[str, list[np.ndarray]], target: Any) -> dict[str, np.ndarray]:
         """Return outputs by their names in the bundle, one row a sample, in float and in the bundle's layout."""
-        names = self.job.output_names
+        names = list(self.graph.output_shapes)
         if not set(names) <= set(data):
             if len(data) != len(names):
                 raise DeviceError(f"AI Hub returned the outputs {', '.join(data)}: expected {', '.join(names)}.")
@@ -233,7 +233,8 @@ class DeviceRun:
             specs = specs_of(target.output_spec)
         found = {}
         for name in names:
-            rows = [dequantized(value, specs.get(name)) for value in data[name]]
+            spec = None if self.graph.edged else specs.get(name)
+            rows = [dequantized(value, spec) for value in data[name]]
             shape = tuple(self.graph.output_shapes[name])
             found[name] = np.stack([in_layout(row, shape) for row in rows])
         return found

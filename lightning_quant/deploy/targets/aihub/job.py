@@ -77,6 +77,7 @@ class Graph:
     inputs: str
     inputs_hash: str
     output_shapes: dict[str, list[int]]
+    edged: bool
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,6 @@ class Job:
         graphs: the network, for each input size.
         link: whether the graphs are linked into one context binary, which holds their weights once.
         input_names: of the graphs, in order.
-        output_names: of the graphs, in order.
         activation_bits: of the network.
         int16_activations: the part of the network with 16-bit activations, if any.
         devices: their names, as AI Hub lists them.
@@ -107,7 +107,6 @@ class Job:
     graphs: list[Graph]
     link: bool
     input_names: list[str]
-    output_names: list[str]
     activation_bits: int
     int16_activations: str | None
     devices: list[str]

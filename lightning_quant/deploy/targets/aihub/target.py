@@ -184,7 +184,6 @@ class AiHubTarget(Target):
                 ],
                 link=self.link,
                 input_names=bundle.manifest.input_names,
-                output_names=bundle.output_names,
                 activation_bits=bundle.manifest.precision.activation_bits,
                 int16_activations=bundle.manifest.int16_activations,
                 devices=self.devices,
@@ -225,12 +224,13 @@ class AiHubTarget(Target):
             inputs=name,
             inputs_hash=arrays_hash(inputs),
             output_shapes=_shapes(bundle),
+            edged=bundle.edged,
         )
 
     def _quantized_source(self, bundle: Bundle, work: Path) -> Source:
         """Return what is uploaded, zipped here: the client would leave its temporary zip file behind."""
-        if self.source == "qdq" or bundle.manifest.app is not None:  # edges are integers of the QDQ file alone
-            return Source(str(bundle.device_file), _hash(bundle, bundle.device_file))
+        if self.source == "qdq" or bundle.edged:
+            return Source(str(bundle.qdq), _hash(bundle, bundle.qdq))
         path = work / f"{bundle.stem}.aimet.zip"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             for file in sorted(bundle.aimet.iterdir()):
@@ -295,9 +295,9 @@ def _shapes(bundle: Bundle) -> dict[str, list[int]]:
     import onnx
 
     try:
-        graph = onnx.load(bundle.device_file, load_external_data=False).graph
+        graph = onnx.load(bundle.qdq, load_external_data=False).graph
     except Exception as error:  # of protobuf's own classes
-        raise DeviceError(f"{bundle.device_file} cannot be read as ONNX: {error}. Export it again.") from error
+        raise DeviceError(f"{bundle.qdq} cannot be read as ONNX: {error}. Export it again.") from error
     return {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in graph.output}
 
 

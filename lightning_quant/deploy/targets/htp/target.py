@@ -90,10 +90,10 @@ class HtpEmulatorTarget(Target):
         except DeviceError as error:
             if len(graphs) == 1:
                 raise
-            reason = f"The sizes share no weights, each was compiled alone: {error}"
+            reason = str(error)
         found = [self._run_together([one], _place(folder, one[0])) for one in graphs]
         for (measured,) in found:
-            measured.report.warnings.append(reason)
+            measured.report.warnings.append(f"The sizes share no weights, each was compiled alone: {reason}")
         return found
 
     def _run_together(self, graphs: Sequence[tuple[Bundle, list[Tensors]]], folder: Path) -> list[Measured]:
@@ -101,7 +101,7 @@ class HtpEmulatorTarget(Target):
         taken = []
         for bundle, inputs in graphs:
             size = sum(value.size for value in inputs[0].values())
-            taken.append((bundle.device_file, inputs[: max(1, _MOST_NUMBERS // size)]))
+            taken.append((bundle.qdq, inputs[: max(1, _MOST_NUMBERS // size)]))
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="lightning-quant-htp-") as scratch:
             work = Path(scratch)

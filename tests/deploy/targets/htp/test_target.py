@@ -22,6 +22,7 @@ from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.push import Push, device_folder
 from lightning_quant.deploy.samples import Samples
+from lightning_quant.deploy.sizes import InputSize, sized_calls
 from lightning_quant.deploy.targets.htp import target as htp_emulator
 from lightning_quant.deploy.targets.htp.target import HtpEmulatorTarget
 from lightning_quant.domains.segmentation.cityscapes import NUM_CLASSES
@@ -207,3 +208,54 @@ def test_ffnet_40s_has_no_float_islands(tmp_path: Path) -> None:
     (measured,) = HtpEmulatorTarget("SM8650").run(mine, [given], tmp_path)
     assert measured.report.float_islands == []
     assert json.loads(json.dumps(measured.report.to_dict()))["float_islands"] == []
+
+
+def test_the_sizes_of_a_network_share_their_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = NetworkInputs((torch.rand(1, 3, 64, 128),))
+    network = calibrated(ffnet_nano(), inputs)
+    sizes = [[32, 64], [2, 3, 64, 128]]
+    mine = export_bundle(network, tmp_path / "net", [inputs], sizes=sizes)
+    sized = sized_calls(network, InputSize.parse(sizes), [inputs])
+    further = {size: Samples.of(network, mine.manifest, given.calls) for size, given in sized.items()}
+    samples = Samples.of(network, mine.manifest, [inputs])
+    shared = Push("htp_emulator", ["SM8650"], 300, {}).run(mine, samples, further)
+    assert [one.report.size for one in shared] == ["1x3x64x128", "32x64", "2x3x64x128"]
+    graphs = [mine, *mine.sizes.values()]
+    for one, graph, given in zip(shared, graphs, [samples, *further.values()], strict=True):
+        report = one.report
+        assert report.against_simulation is not None
+        assert report.against_simulation.psnr_db > 35
+        assert report.fallen_back == {}
+        assert (one.folder / report.artifacts["context_binary"]).stat().st_size == report.bytes["compiled"]
+        assert (one.folder / report.artifacts["context"]).is_file()
+        assert report.bytes["compiled_alone"] < report.bytes["compiled"] < 1.4 * report.bytes["compiled_alone"]
+        assert report.saved is not None
+        assert report.saved > 0.5
+        # the same bits as a binary of its own computes
+        (alone,) = HtpEmulatorTarget("SM8650").run(graph, given.inputs, tmp_path / "alone")
+        assert alone.report.bytes["compiled"] == report.bytes["compiled_alone"]
+        for own, other in zip(alone.outputs, one.outputs, strict=True):
+            assert all(np.array_equal(own[name], other[name]) for name in own)
+
+
+def test_sizes_that_cannot_share_are_compiled_alone(
+    bundle: Bundle, inputs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate = HtpEmulatorTarget._emulate
+
+    def without_room(target: HtpEmulatorTarget, models: Any, work: Path) -> Any:
+        if len(models) > 1:
+            raise DeviceError("no room")
+        return emulate(target, models, work)
+
+    monkeypatch.setattr(HtpEmulatorTarget, "_emulate", without_room)
+    mine = export_bundle(calibrated(Body()), tmp_path / "net", [call(images(1))], sizes=[[16, 12]])
+    (name,) = mine.manifest.input_names
+    graphs = [(mine, inputs), (mine.sizes["16x12"], [{name: np.ones((1, 3, 16, 12), np.float32)}])]
+    (own,), (further,) = HtpEmulatorTarget("SM8650").run_sizes(graphs, tmp_path / "htp")
+    assert own.folder / "16x12" == further.folder
+    for one in (own, further):
+        assert one.report.warnings == ["The sizes share no weights, each was compiled alone: no room"]
+        assert one.report.saved is None
+        assert (one.folder / one.report.artifacts["context_binary"]).stat().st_size == one.report.bytes["compiled"]
