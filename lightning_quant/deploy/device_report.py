@@ -59,7 +59,8 @@ class DeviceReport:
         warnings: what the user should know.
         error: why it failed.
         statement: what may be said of the figures of this tier. Default: that of :data:`TIERS`.
-        size: which input size it is, of a network with several, e.g. ``"256x512"``.
+        size: which graph it is, of a bundle with several: ``"256x512"`` for that input size, ``"app"`` with edges.
+        edged: whether it is a graph with edges, whose outputs are classes, say, instead of the network's numbers.
     """
 
     tier: str
@@ -88,6 +89,7 @@ class DeviceReport:
     error: str | None = None
     statement: str = ""
     size: str | None = None
+    edged: bool = False
 
     def __post_init__(self) -> None:
         self.statement = TIERS.get(self.tier, self.statement)
@@ -135,7 +137,7 @@ class DeviceReport:
             if agreement is not None:
                 parts.append(f"{agreement} against {name}")
         if self.saved is not None:
-            parts.append(f"{self.bytes['compiled'] / 1e6:.2f} MB for all sizes, {self.saved:.0%} less than apart")
+            parts.append(f"{self.bytes['compiled'] / 1e6:.2f} MB for all graphs, {self.saved:.0%} less than apart")
         statement = f" {self.statement[:1].upper()}{self.statement[1:]}." if self.statement else ""
         return f"{where}: {'; '.join(parts)}.{statement}"
 

@@ -52,7 +52,7 @@ def device_table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str
     reports = [(record, report) for record in records for report in record.device]
     rows = [[*_figures(record, report), _standing(record, report, reports)] for record, report in reports]
     if any(report.size for _, report in reports):
-        for row, size in zip([header, *rows], ["size", *(report.size or "" for _, report in reports)], strict=True):
+        for row, size in zip([header, *rows], ["graph", *(report.size or "" for _, report in reports)], strict=True):
             row.insert(2, size)
     return header, rows
 
@@ -65,7 +65,7 @@ def device_notes(records: Sequence[RunRecord]) -> list[str]:
     ]
     notes += [f"{record.precision} on {report.place}: {report.error}" for record, report in reports if report.error]
     notes += [
-        f"{record.precision} on {report.device}: one file of {report.bytes['compiled'] / 1e6:.2f} MB for all sizes, "
+        f"{record.precision} on {report.device}: one file of {report.bytes['compiled'] / 1e6:.2f} MB for all graphs, "
         f"{report.saved:.0%} less than a file each."
         for record, report in _first_of_sizes(reports)
         if report.saved is not None
