@@ -79,7 +79,7 @@ elsewhere: install  ## a SegFormer and a YOLO on photographs: float, PTQ, QAT, e
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(ULTRALYTICS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.elsewhere --camvid $(CAMVID)
 
-torture: install  ## kills, full disks, hostile files, faults, odd numbers, endurance: one table (under 30 minutes)
+torture: install  ## kills, full disks, hostile files, faults, odd numbers, endurance, and what is marked torture: one table (half an hour)
 	$(BIN)/python -m tests.torture
 
 screenshots: demo  ## the pictures in README, of the demo's reports (needs Chromium)

@@ -17,8 +17,17 @@ from tests.helpers.trainers import quiet_trainer
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that runs what is marked ``torture``."""
+    parser.addoption("--torture", action="store_true", help="run what only `make torture` runs, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the files with the most slow tests first: begun late, one would keep one process busy and others idle."""
+    if not config.getoption("--torture"):
+        left_out = [item for item in items if item.get_closest_marker("torture")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 

@@ -184,19 +184,30 @@ class Module(SmallModule):
         # not synchronized, and alone the second rank would be content with anything
         self.log("own_loss", loss * (1 if rank == 0 else 0) + rank)
 
-callback = QuantizationAwareTraining("w4a8", monitor="own_loss", mode="min", max_drop=float(sys.argv[2]),
-                                     rungs=("ptq", "bias_correction", "seq_mse"))
-trainer = quiet_trainer(out, callback, devices=2, strategy="ddp", max_epochs=1)
-module = Module(small_net())
-trainer.fit(module, small_loader(), small_loader())
-torch.save({"state": module.state_dict(), "result": callback.result.to_dict(), "steps": trainer.global_step},
-           f"{out}/rank{trainer.global_rank}.pt")
+found = {}
+for max_drop in (-10.0, 5.0):
+    callback = QuantizationAwareTraining("w4a8", monitor="own_loss", mode="min", max_drop=max_drop,
+                                         rungs=("ptq", "bias_correction", "seq_mse"))
+    trainer = quiet_trainer(f"{out}/{max_drop}", callback, devices=2, strategy="ddp", max_epochs=1)
+    module = Module(small_net())
+    trainer.fit(module, small_loader(), small_loader())
+    found[max_drop] = {"state": module.state_dict(), "result": callback.result.to_dict(), "steps": trainer.global_step}
+torch.save(found, f"{out}/rank{rank}.pt")
 """
 
 
+@pytest.fixture(scope="module")
+def ladders(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What became of both ladders, by ``max_drop``, on either rank: the two processes are started once."""
+    folder = tmp_path_factory.mktemp("ladders")
+    return run_two_ranks(folder, LADDER, str(folder))
+
+
 @pytest.mark.parametrize(("max_drop", "trained"), [(-10.0, True), (5.0, False)])
-def test_the_ladder_decides_the_same_on_both_ranks(tmp_path: Path, max_drop: float, trained: bool) -> None:
-    one, two = run_two_ranks(tmp_path, LADDER, str(tmp_path), str(max_drop))
+def test_the_ladder_decides_the_same_on_both_ranks(
+    ladders: list[dict[str, Any]], max_drop: float, trained: bool
+) -> None:
+    one, two = (rank[max_drop] for rank in ladders)
     assert_same_tensors(one["state"], two["state"])
     for result in (one["result"], two["result"]):
         for rung in result["rungs"]:
@@ -224,25 +235,36 @@ class Kept(nn.Module):  # nothing before the batch norm that it could be folded 
     def forward(self, x):
         return self.rest(self.norm(x))
 
-out, kind = sys.argv[1:]
+out = sys.argv[1]
 torch.set_num_threads(1)
 rank = int(os.environ.get("LOCAL_RANK", 0))
-module = SmallModule(small_net() if kind == "folded" else Kept(nn.BatchNorm2d(3)))
-callback = QuantizationAwareTraining("w8a8")
-trainer = quiet_trainer(out, callback, devices=2, strategy="ddp", sync_batchnorm=True, max_epochs=1)
-error = ""
-try:
-    trainer.fit(module, small_loader(), small_loader())
-except ConfigurationError as refused:
-    error = str(refused)
-classes = [type(one).__name__ for one in module.model.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
-torch.save({"error": error, "classes": classes, "steps": trainer.global_step}, f"{out}/rank{rank}.pt")
+found = {}
+for kind in ("folded", "kept"):
+    module = SmallModule(small_net() if kind == "folded" else Kept(nn.BatchNorm2d(3)))
+    callback = QuantizationAwareTraining("w8a8")
+    trainer = quiet_trainer(f"{out}/{kind}", callback, devices=2, strategy="ddp", sync_batchnorm=True, max_epochs=1)
+    error = ""
+    try:
+        trainer.fit(module, small_loader(), small_loader())
+    except ConfigurationError as refused:
+        error = str(refused)
+    norms = [one for one in module.model.modules() if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+    classes = [type(norm).__name__ for norm in norms]
+    found[kind] = {"error": error, "classes": classes, "steps": trainer.global_step}
+torch.save(found, f"{out}/rank{rank}.pt")
 """
 
 
+@pytest.fixture(scope="module")
+def synchronized(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What became of both networks on either rank: the two processes are started once."""
+    folder = tmp_path_factory.mktemp("synchronized")
+    return run_two_ranks(folder, SYNCHRONIZED, str(folder))
+
+
 @pytest.mark.parametrize("kind", ["folded", "kept"])
-def test_synchronized_batch_norms_do_not_lose_their_quantizers(tmp_path: Path, kind: str) -> None:
-    one, two = run_two_ranks(tmp_path, SYNCHRONIZED, str(tmp_path), kind)
+def test_synchronized_batch_norms_do_not_lose_their_quantizers(synchronized: list[dict[str, Any]], kind: str) -> None:
+    one, two = (rank[kind] for rank in synchronized)
     assert one == two
     if kind == "folded":  # nothing is left to synchronize
         assert (one["error"], one["classes"], one["steps"]) == ("", [], 2)

@@ -172,7 +172,13 @@ FAMOUS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Tensor], bool]]
 }
 
 
-@pytest.mark.parametrize("name", FAMOUS)
+# Their parts are in the others.
+ALIKE = {"lraspp", "resnet18"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.torture if name in ALIKE else ()) for name in FAMOUS]
+)
 def test_famous_networks(trainer: MakeTrainer, name: str) -> None:
     make, scores, pixels = FAMOUS[name]
     torch.manual_seed(0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,29 +73,50 @@ def run(folder: Path, *callbacks: pl.Callback, optimizers: Any = None, ckpt_path
     return module
 
 
+def quantization(kind: str) -> list[pl.Callback]:
+    if kind == "float":
+        return []
+    rungs = ("ptq", "percentile")
+    return [
+        lq.QuantizationAwareTraining(
+            "w4a8", calibration_samples=16, rungs=rungs, monitor="val_loss", mode="min", max_drop=-10.0
+        )
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Any], dict[str, Any]]:
+    """What a fit that nothing stops ends with; each is run once."""
+
+    @functools.cache
+    def ended(kind: str, optimizers: Any) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("whole")
+        point = ResumePoint(folder / "whole.ckpt")
+        return run(folder, *quantization(kind), point, optimizers=optimizers).state_dict()
+
+    return ended
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float", "qat"])
 @pytest.mark.parametrize("optimizers", [None, scheduled], ids=["constant", "scheduled"])
 @pytest.mark.parametrize("moment", ["training", "epoch end"])
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_it_ends_with_the_same_bits(
-    tmp_path: Path, kind: str, optimizers: Any, moment: str, epoch: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, whole: Callable[[str, Any], dict[str, Any]], kind: str, optimizers: Any, moment: str, epoch: int
 ) -> None:
-    def quantization() -> list[pl.Callback]:
-        monitor = {"monitor": "val_loss", "mode": "min", "max_drop": -10.0}
-        callback = lq.QuantizationAwareTraining("w4a8", calibration_samples=16, rungs=("ptq", "percentile"), **monitor)  # type: ignore[arg-type]
-        return [callback] if kind == "qat" else []
-
-    whole = run(tmp_path / "whole", *quantization(), ResumePoint(tmp_path / "whole.ckpt"), optimizers=optimizers)
+    expected = whole(kind, optimizers)
     point = ResumePoint(tmp_path / "last.ckpt")
     assert point.ckpt_path is None
     with pytest.raises(RuntimeError, match="the power went out"):
-        run(tmp_path / "again", *quantization(), Power(epoch, moment), point, optimizers=optimizers)
+        run(tmp_path / "again", *quantization(kind), Power(epoch, moment), point, optimizers=optimizers)
     best = tmp_path / "again/ladder/best.ckpt"  # before the first epoch is over, there is what the rungs left
     start = point.ckpt_path or (str(best) if best.is_file() else None)
     assert (point.ckpt_path is None) == (epoch == 0)
-    resumed = run(tmp_path / "again", *quantization(), ResumePoint(point.path), optimizers=optimizers, ckpt_path=start)
-    assert_same_tensors(resumed.state_dict(), whole.state_dict())
+    resumed = run(
+        tmp_path / "again", *quantization(kind), ResumePoint(point.path), optimizers=optimizers, ckpt_path=start
+    )
+    assert_same_tensors(resumed.state_dict(), expected)
 
 
 def test_a_second_fit_in_the_same_folder_is_refused(tmp_path: Path) -> None:

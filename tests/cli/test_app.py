@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from lightning_quant.report.record import RunRecord
 from lightning_quant.report.summary import COLUMNS
-from tests.helpers.app import SMALL, lightning_quant
+from tests.helpers.app import QUICK, SMALL, lightning_quant
 
 pytestmark = pytest.mark.slow
 
@@ -113,8 +113,8 @@ def test_another_configuration_in_the_same_folder_is_run_again(sweep: tuple[Path
 
 def test_qat_is_the_same_whether_float_was_trained_before_it_or_reused(sweep: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = sweep
-    lightning_quant(folder, *SMALL, "precision=w8a16", "hydra.run.dir=reused")
-    lightning_quant(tmp_path, *SMALL, "precision=w8a16", "hydra.run.dir=trained")
+    lightning_quant(folder, *QUICK, "precision=w8a16", "hydra.run.dir=reused")
+    lightning_quant(tmp_path, *QUICK, "precision=w8a16", "hydra.run.dir=trained")
     reused, trained = RunRecord.read(folder / "reused/results.json"), RunRecord.read(tmp_path / "trained/results.json")
     assert reused.metric == trained.metric
 
@@ -122,7 +122,7 @@ def test_qat_is_the_same_whether_float_was_trained_before_it_or_reused(sweep: tu
 def test_a_rung_that_suffices_ends_the_climb(sweep: tuple[Path, str]) -> None:
     folder, _ = sweep
     output = lightning_quant(
-        folder, *SMALL, "ladder.rungs=[ptq,cle]", "ladder.max_drop=1", "qat.distillation=0.5", "hydra.run.dir=enough"
+        folder, *QUICK, "ladder.rungs=[ptq,cle]", "ladder.max_drop=1", "qat.distillation=0.5", "hydra.run.dir=enough"
     )
     record = RunRecord.read(folder / "enough/results.json")
     assert "No training: val_miou" in output
@@ -132,7 +132,7 @@ def test_a_rung_that_suffices_ends_the_climb(sweep: tuple[Path, str]) -> None:
 
 def test_without_a_gate_it_always_trains(sweep: tuple[Path, str]) -> None:
     folder, _ = sweep
-    lightning_quant(folder, *SMALL, "ladder=none", "ladder.max_drop=null", "hydra.run.dir=none")
+    lightning_quant(folder, *QUICK, "ladder=none", "ladder.max_drop=null", "hydra.run.dir=none")
     record = RunRecord.read(folder / "none/results.json")
     assert (record.exported, set(record.metric), record.ladder.rungs) == ("qat", {"float", "qat"}, [])
 
@@ -140,7 +140,7 @@ def test_without_a_gate_it_always_trains(sweep: tuple[Path, str]) -> None:
 def test_a_killed_run_resumes_where_it_stopped(sweep: tuple[Path, str]) -> None:
     folder, _ = sweep
     arguments = [
-        *SMALL,
+        *QUICK,
         "ladder.rungs=[ptq,bias_correction]",
         "qat.epochs=0",
         "precision=w8a16",
@@ -160,7 +160,7 @@ def test_a_killed_run_resumes_where_it_stopped(sweep: tuple[Path, str]) -> None:
 
 def test_a_damaged_file_to_resume_from_is_named(sweep: tuple[Path, str]) -> None:
     folder, _ = sweep
-    arguments = [*SMALL, "hydra.run.dir=damaged", "skip_finished=true", "target=none"]
+    arguments = [*QUICK, "hydra.run.dir=damaged", "skip_finished=true"]
     lightning_quant(folder, *arguments)
     unfinished(folder / "damaged")
     (folder / "damaged/ladder.part").write_bytes(b"PK half of a checkpoint")
@@ -188,7 +188,7 @@ def test_a_device_that_cannot_run_it_is_refused_before_anything_is_trained(tmp_p
 
 def test_tables_of_a_run_that_was_stopped_are_kept(sweep: tuple[Path, str]) -> None:
     folder, _ = sweep
-    arguments = [*SMALL, "hydra.run.dir=tables", "precision=w8a16", "skip_finished=true"]
+    arguments = [*QUICK, "hydra.run.dir=tables", "precision=w8a16", "skip_finished=true"]
     lightning_quant(folder, *arguments)
     unfinished(folder / "tables")
     table = (folder / "tables/logs/ladder/metrics.csv").read_text()
@@ -199,7 +199,7 @@ def test_tables_of_a_run_that_was_stopped_are_kept(sweep: tuple[Path, str]) -> N
 
 def test_sensitivity_draws_and_keeps_nothing(sweep: tuple[Path, str]) -> None:
     folder, _ = sweep
-    output = lightning_quant(folder, "sensitivity", *SMALL, "precision=w4a8", "hydra.run.dir=sensitive")
+    output = lightning_quant(folder, "sensitivity", *QUICK, "precision=w4a8", "hydra.run.dir=sensitive")
     assert "worst first" in output
     assert {path.name for path in (folder / "sensitive").iterdir()} >= {"sensitivity.png", "sensitivity.csv"}
     assert not (folder / "sensitive/export").exists()
@@ -214,7 +214,7 @@ def test_sensitivity_draws_and_keeps_nothing(sweep: tuple[Path, str]) -> None:
 def test_a_float_checkpoint_takes_the_place_of_training(sweep: tuple[Path, str]) -> None:
     folder, _ = sweep
     (checkpoint,) = (folder / "outputs/float").glob("*.ckpt")
-    output = lightning_quant(folder, *SMALL, f"float.checkpoint={checkpoint}", "qat.epochs=0", "hydra.run.dir=given")
+    output = lightning_quant(folder, *QUICK, f"float.checkpoint={checkpoint}", "qat.epochs=0", "hydra.run.dir=given")
     assert "Float network trained" not in output
     given = RunRecord.read(folder / "given/results.json").metric["float"]
     swept = RunRecord.read(folder / "multirun/tried/1-ffnet_nano-w4a16/results.json").metric["float"]
@@ -354,7 +354,7 @@ def test_a_failed_job_does_not_keep_the_others_from_running(tmp_path: Path) -> N
         "-m",
         "quantizer.hardware=htp_v57,htp_v73",
         "hydra.sweep.dir=m",
-        *SMALL,
+        *QUICK,
         "float.epochs=0",
         "qat.epochs=0",
         status=1,
@@ -378,7 +378,7 @@ def test_help_names_the_choices_without_loading_torch(tmp_path: Path) -> None:
 
 def test_float_is_measured_as_the_16_bit_activations_are(tmp_path: Path) -> None:
     options = ["precision=w8a16", "trainer.precision=bf16-mixed", "monitor=val_loss", "mode=min", "float.epochs=0"]
-    lightning_quant(tmp_path, *SMALL, *options, "qat.epochs=0", "hydra.run.dir=out", "report.samples=0")
+    lightning_quant(tmp_path, *QUICK, *options, "qat.epochs=0", "hydra.run.dir=out")
     record = RunRecord.read(tmp_path / "out/results.json")
     assert record.ladder is not None
     assert record.metric["float"] == record.ladder.float_metric

@@ -14,13 +14,12 @@ import yaml
 from omegaconf import OmegaConf
 
 from lightning_quant.report.record import RunRecord
-from tests.helpers.app import SMALL, lightning_quant
+from tests.helpers.app import QUICK, lightning_quant
 
 pytestmark = pytest.mark.slow
 
-# Nothing but what a launcher could get wrong: no pictures, no device.
-QUICK = [*SMALL, "overlays=0", "report.samples=0", "target=none", "qat.epochs=0"]
-QUICK = [one for one in QUICK if not one.startswith("target.samples")]
+# Nothing but what a launcher could get wrong.
+UNTRAINED = [*QUICK, "qat.epochs=0"]
 LAUNCHERS = {
     "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
     "ray": [
@@ -39,7 +38,7 @@ def needs(plugin: str) -> pytest.MarkDecorator:
 
 def sweep(folder: Path, launcher: str, *arguments: str, status: int = 0) -> str:
     chosen = [*LAUNCHERS[launcher], "precision=w8a8,w4a8", "hydra.sweep.dir=sweep", *arguments]
-    return lightning_quant(folder, "-m", *QUICK, *chosen, status=status, fresh=True)
+    return lightning_quant(folder, "-m", *UNTRAINED, *chosen, status=status, fresh=True)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +83,7 @@ def test_a_job_that_fails_in_another_process_costs_no_other(tmp_path: Path) -> N
 @needs("hydra_optuna_sweeper")
 def test_optuna_searches_overrides_under_a_budget(tmp_path: Path) -> None:
     arguments = ["experiment=search", "precision=w4a8", "hydra.sweeper.n_trials=3", "hydra.sweep.dir=search"]
-    small = [one for one in QUICK if not one.startswith(("target", "ladder", "qat", "overlays"))]
+    small = [one for one in UNTRAINED if not one.startswith(("target", "ladder", "qat", "overlays"))]
     output = lightning_quant(tmp_path, "-m", *small, *arguments)
     records = [RunRecord.read(path) for path in sorted((tmp_path / "search").glob("*/results.json"))]
     assert [record.status for record in records] == ["finished"] * 3
@@ -100,7 +99,7 @@ def test_optuna_searches_overrides_under_a_budget(tmp_path: Path) -> None:
 def test_a_trial_that_fails_costs_optuna_no_other(tmp_path: Path) -> None:
     arguments = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=1"]
     arguments += ["hydra.sweeper.sampler.seed=1", "hydra.sweeper.direction=minimize", "hydra.sweep.dir=search"]
-    small = [one for one in QUICK if not one.startswith("ladder.max_drop")]
+    small = [one for one in UNTRAINED if not one.startswith("ladder.max_drop")]
     output = lightning_quant(tmp_path, "-m", *small, *arguments, "ladder.max_drop=choice(0.5,oops)", status=1)
     records = [RunRecord.read(path) for path in sorted((tmp_path / "search").glob("*/results.json"))]
     assert {record.status for record in records} == {"finished", "failed"}
@@ -110,7 +109,7 @@ def test_a_trial_that_fails_costs_optuna_no_other(tmp_path: Path) -> None:
 
 
 def test_an_unknown_objective_is_refused(tmp_path: Path) -> None:
-    output = lightning_quant(tmp_path, *QUICK, "objectives=[speed]", status=1)
+    output = lightning_quant(tmp_path, *UNTRAINED, "objectives=[speed]", status=1)
     assert "objectives has 'speed': expected some of metric, drop, megabytes, latency_ms, seconds" in output
 
 

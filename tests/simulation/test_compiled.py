@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import BasicBlock
 
-from lightning_quant.simulation.compiled import Compiled, Why
+from lightning_quant.simulation.compiled import MOST_GRAPHS, Compiled, Why
 from lightning_quant.simulation.fast import in_graphs
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.helpers.networks import Body, calibrated, call
@@ -51,13 +51,27 @@ class Normed(nn.Module):
         return self.dropout(torch.relu(self.conv(torch.relu(self.norm(x)))))
 
 
+class Residual(nn.Module):
+    """Batch norms that are folded, residual connections with and without a convolution in them, a pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shortcut = nn.Sequential(nn.Conv2d(4, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.blocks = nn.Sequential(BasicBlock(4, 4), BasicBlock(4, 8, 2, shortcut))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
 def images(count: int = 2, size: int = 32) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(count))
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "body": (Body, images),
-    "resnet": (lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5), images),
+    "residual": (Residual, images),
     "attention": (Attention, lambda count: torch.randn(count, 5, 12, generator=torch.Generator().manual_seed(count))),
     "normed": (Normed, images),
 }
@@ -526,9 +540,9 @@ def test_batches_of_many_sizes_are_not_an_error() -> None:
     torch.manual_seed(0)
     known = calibrated(Scheduled().eval(), call(images(size=8)))
     twin = copy.deepcopy(known.network)
-    compiled = Compiled(known.network, QUICK)
+    compiled = Compiled(known.network, {"backend": "eager"})
     with compiled.active(), torch.no_grad():
-        for count in range(1, 21):
+        for count in range(1, MOST_GRAPHS + 3):
             assert torch.equal(known.network(images(count, 8)), twin(images(count, 8)))
     assert compiled.why_not is not None
     assert compiled.why_not.why is Why.GRAPHS
@@ -539,7 +553,7 @@ def test_the_number_of_graphs_is_limited() -> None:
     known = calibrated(Scheduled().eval(), call(images(size=8)))
     compiled = Compiled(known.network, {"backend": "eager"})
     with compiled.active(), torch.no_grad():
-        for strength in range(20):
+        for strength in range(MOST_GRAPHS + 2):
             known.network.strength = float(strength)
             known.network(images(size=8))
     assert compiled.why_not is not None

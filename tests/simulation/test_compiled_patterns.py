@@ -1,4 +1,4 @@
-"""Every pattern of `callsites/patterns.py`: `Compiled`, it computes and learns what it does otherwise."""
+"""The patterns of `callsites/patterns.py`: `Compiled`, they compute and learn what they do otherwise."""
 
 from __future__ import annotations
 
@@ -30,6 +30,22 @@ NOT_COMPILED = {
 }
 # The compiler computes a resize in other steps: a number on the border falls the other way.
 A_STEP = {"interpolation": 0.02}
+# Compiled in every run of the suite, for a minute's sake: one of each kind of what a graph treats in a way of its own.
+ALWAYS = {
+    *NOT_COMPILED,
+    *A_STEP,
+    "functional dropout",
+    "two modes",
+    "arguments of every kind",
+    "custom backward",
+    "checkpointed block",
+    "in place",
+    "shared parts",
+    "weights as parameters",
+    "norms",
+    "quotient",
+    "attention",
+}
 
 
 def near(actual: Tensor, expected: Tensor, what: str, share: float = 1e-4) -> None:
@@ -47,7 +63,13 @@ def attributes(network: nn.Module) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+def test_what_is_always_compiled_is_a_pattern() -> None:
+    assert PATTERNS.keys() >= ALWAYS
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.torture) for name in PATTERNS]
+)
 def test_compiled(name: str) -> None:
     network, calls = made(PATTERNS[name])
     quantized(network, calls)

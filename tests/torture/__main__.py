@@ -1,6 +1,6 @@
 """`make torture`: everything that is broken for real, two things at a time, and one table.
 
-    python -m tests.torture            all of it, under 30 minutes on two cores
+    python -m tests.torture            all of it, half an hour on two cores
     python -m tests.torture --short    a little of each, for continuous integration
     python -m tests.torture kills      one row
 
@@ -134,7 +134,7 @@ def calibrations(short: bool) -> Row:
 
 def _tests(what: str, how: str, *arguments: str) -> Row:
     """Tests of the suite, as rows: each is one try."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--torture", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     counts = {name: int(number) for number, name in re.findall(r"(\d+) (passed|failed|error)", done.stdout)}
     lost = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
@@ -173,10 +173,17 @@ def numbers(short: bool) -> Row:
     return _tests("odd numbers", "a right answer, or an error that names the place", *(f"tests/{one}" for one in tests))
 
 
+def members(short: bool) -> Row:
+    what = "members of families of which the suite has samples: compiled patterns, networks, emulated precisions"
+    # those of AI Hub are among its faults
+    return _tests(what, "as the samples", "-m", "torture", "tests", "--ignore=tests/deploy/targets/aihub")
+
+
 ROWS: tuple[Callable[[bool], Row], ...] = (
-    kills, sweeps, shared, journals, stops, disks, files, fuzzing, faults, numbers, steps, calibrations,
+    kills, sweeps, shared, journals, stops, disks, files, fuzzing, faults, numbers, members, steps,
+    calibrations,
 )  # fmt: skip
-NOT_SHORT = (sweeps, files, fuzzing, faults, numbers)  # too long, or in the suite anyway
+NOT_SHORT = (sweeps, files, fuzzing, faults, numbers, members)  # too long, or in the suite anyway
 
 
 def _in_a_process(row: Callable[[bool], Row], short: bool) -> Row:

@@ -6,6 +6,7 @@ compute the same numbers, and training sees what is lost.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,17 +28,20 @@ def rounded_bias(layer: Any) -> Tensor | None:
     """
     bias: Tensor | None = layer.bias
     of_input = layer.__dict__.get(ROUNDED_BY)
-    if bias is None or of_input is None:
+    if bias is None or of_input is None or bias.dtype is not torch.float32:
         return bias
     of_weight = layer._modules["param_quantizers"]._modules.get("weight")
-    if not (_has_grid(of_input) and _has_grid(of_weight)) or bias.dtype is not torch.float32:
+    input_ends, weight_ends = _ends(of_input), _ends(of_weight)
+    if input_ends is None or weight_ends is None:
         return bias
-    grids = [
-        value
-        for steps in (of_input.qmax - of_input.qmin, of_weight.qmax - of_weight.qmin)
-        for value in (float(steps), smallest_scale(steps))
-    ]
-    return round_bias(bias, *of_input._parameters.values(), *of_weight._parameters.values(), *grids)
+    grids = _grids(of_input.qmax - of_input.qmin, of_weight.qmax - of_weight.qmin)
+    return round_bias(bias, *input_ends, *weight_ends, *grids)
+
+
+@functools.cache
+def _grids(input_steps: int, weight_steps: int) -> tuple[float, float, float, float]:
+    """Return the steps and the smallest scale of both grids."""
+    return float(input_steps), smallest_scale(input_steps), float(weight_steps), smallest_scale(weight_steps)
 
 
 def round_bias(
@@ -85,14 +89,17 @@ def unrounded_biases(layers: Iterable[Any]) -> Iterator[None]:
             layer.__dict__[ROUNDED_BY] = quantizer
 
 
-def _has_grid(quantizer: Any) -> bool:
-    if quantizer is None or not is_fast(quantizer) or quantizer.block_size or quantizer.zero_point_shift:
-        return False
-    if "forward" in quantizer.__dict__ or quantizer._parameters.get("min") is None:  # observes, or is without a range
-        return False
-    if in_graphs.is_tracing():
-        return in_graphs.is_calibrated(quantizer)
-    return is_known(quantizer, *quantizer._parameters.values())
+def _ends(quantizer: Any) -> tuple[Tensor, Tensor] | None:
+    """Return both ends of a quantizer's range, or ``None`` where it rounds to no grid of its own."""
+    if quantizer is None or not is_fast(quantizer):
+        return None
+    if "forward" in quantizer.__dict__ or quantizer.block_size or quantizer.zero_point_shift:  # the first observes
+        return None
+    low, high = quantizer._parameters.get("min"), quantizer._parameters.get("max")
+    if low is None or high is None:
+        return None
+    known = in_graphs.is_calibrated(quantizer) if in_graphs.is_tracing() else is_known(quantizer, low, high)
+    return (low, high) if known else None
 
 
 class _Rounded(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -99,44 +99,33 @@ class FastWeighted(FastLayer):
     quantized_parameters = ("weight",)
 
     def _computed(self: Any, quantizer: Any, input: Tensor) -> Any:
-        weight, bias = self._quantized_weight(), self._rounded_bias()
+        weight, bias = self._rounded_parameters()
         if isinstance(self, nn.Linear):
             output = nn.functional.linear(input, weight, bias)
         else:
             output = self._conv_forward(input, weight, bias)
         return output if quantizer is None else quantizer(output)
 
-    def _quantized_weight(self: Any) -> Tensor:
+    def _rounded_parameters(self: Any) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias; rounded once in a block of :func:`cached_weights`, until something changes."""
         weight = self.weight
         quantizer = self._modules["param_quantizers"]._modules["weight"]
-        if quantizer is None:
-            return weight
         # what autocast would round it to next, again for every batch
         dtype = torch.get_autocast_dtype("cuda") if weight.is_cuda and torch.is_autocast_enabled("cuda") else None
-        return self._once("weight", weight, (quantizer,), dtype, lambda: _quantized(quantizer, weight, dtype))
-
-    def _rounded_bias(self: Any) -> Tensor | None:
-        of_input, of_weight = self.__dict__.get(ROUNDED_BY), self._modules["param_quantizers"]._modules["weight"]
-        if self.bias is None or of_input is None or of_weight is None:
-            return self.bias
-        return self._once("bias", self.bias, (of_input, of_weight), None, lambda: rounded_bias(self))
-
-    def _once(self: Any, name: str, value: Tensor, quantizers: Any, dtype: Any, make: Callable[[], Tensor]) -> Tensor:
-        """Return what is made of a parameter; made once in a block of :func:`cached_weights`, until it is changed."""
         held = self.__dict__.get("_held_weight")
-        if held is None or torch.is_grad_enabled() or in_graphs.is_tracing() or value.is_inference():
-            return make()
-        state = [dtype, value.data_ptr(), value._version]
-        for one in quantizers:
-            state += [
-                one.qmin,
-                one.qmax,
-                "forward" in one.__dict__,
-                *[end._version for end in one._parameters.values()],
-            ]
-        if name not in held or held[name][0] != state:
-            held[name] = state, make()
-        return held[name][1]
+        if held is None or torch.is_grad_enabled() or in_graphs.is_tracing():
+            return _quantized(quantizer, weight, dtype), rounded_bias(self)
+        values = [value for value in (weight, self.bias) if value is not None]
+        if any(value.is_inference() for value in values):  # which count no changes
+            return _quantized(quantizer, weight, dtype), rounded_bias(self)
+        state: list[Any] = [dtype, *[(value.data_ptr(), value._version) for value in values]]
+        for one in (quantizer, self.__dict__.get(ROUNDED_BY)):
+            if one is not None:
+                state += [one.qmin, one.qmax, "forward" in one.__dict__]
+                state += [end._version for end in one._parameters.values()]
+        if held.get("state") != state:
+            held |= {"state": state, "parameters": (_quantized(quantizer, weight, dtype), rounded_bias(self))}
+        return held["parameters"]
 
 
 class FastTransposed(FastWeighted):
@@ -149,7 +138,8 @@ class FastTransposed(FastWeighted):
         return self.aimet_class.compute_encodings(self)
 
     def _computed(self: Any, quantizer: Any, input: Tensor, output_size: Any = None) -> Any:
-        with _replaced(self, weight=self._quantized_weight(), bias=self._rounded_bias()):
+        weight, bias = self._rounded_parameters()
+        with _replaced(self, weight=weight, bias=bias):
             output = self.float_class.forward(self, input, output_size)
         return output if quantizer is None else quantizer(output)
 
@@ -185,6 +175,8 @@ def cached_weights(network: nn.Module) -> Iterator[None]:
 
 
 def _quantized(quantizer: Any, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if quantizer is None:
+        return weight
     if dtype is None or not _is_plain(quantizer):
         return quantizer(weight)
     made = quantizer.after(weight, dtype=dtype)

@@ -165,6 +165,9 @@ def test_the_gradient_passes_straight_through() -> None:
     rounded.backward(torch.arange(4.0))
     assert torch.equal(layer.bias.grad, torch.arange(4.0))
     assert all(end.grad is None for end in layer.param_quantizers["weight"].parameters())
+    (first,) = torch.autograd.grad(rounded_bias(layer).square().sum(), layer.bias, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), layer.bias)
+    assert torch.equal(second, torch.full((4,), 2.0))
 
 
 class Twice(nn.Module):

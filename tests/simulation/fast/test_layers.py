@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -64,6 +65,14 @@ def made(name: str, precision: str = "w8a8", **recipe: Any) -> QuantizedNetwork:
     return quantized(network, call_of(name), precision=precision, **recipe).eval()
 
 
+@functools.lru_cache(maxsize=2)  # those of the network whose tests are running
+def known(name: str, precision: str) -> QuantizedNetwork:
+    """A calibrated network, to be copied."""
+    network = made(name, precision)
+    calibrate(network, [call_of(name, 1)])
+    return network
+
+
 def step(network: QuantizedNetwork, inputs: NetworkInputs) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Loss, gradients and outputs without gradients. AIMET rounds no biases: see test_biases."""
     with unrounded_biases(network.modules()):
@@ -84,8 +93,7 @@ def _step(network: QuantizedNetwork, inputs: NetworkInputs) -> tuple[Tensor, dic
 @pytest.mark.parametrize("learned", [True, False], ids=["learned", "frozen"])
 @pytest.mark.parametrize("precision", ["w8a8", "w4a16"])
 def test_losses_and_gradients_are_those_of_aimet(name: str, precision: str, learned: bool) -> None:
-    network = made(name, precision)
-    calibrate(network, [call_of(name, 1)])
+    network = copy.deepcopy(known(name, precision))
     network.learn_ranges(learned)
     slow_down(network)
     loss, gradients, output = step(network, call_of(name))
@@ -102,6 +110,10 @@ def test_losses_and_gradients_are_those_of_aimet(name: str, precision: str, lear
             assert torch.equal(fast_gradients[key], gradient), key
 
 
+# The large one takes two minutes.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.torture if name == "lraspp" else ()) for name in NETWORKS]
+)
 @pytest.mark.parametrize("estimator", ["min_max", "tf_enhanced", "percentile"])
 def test_calibration_is_that_of_aimet(name: str, estimator: str) -> None:
     """Batches whose range grows: first a little, then beyond what tf_enhanced lets a histogram grow to."""

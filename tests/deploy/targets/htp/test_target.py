@@ -154,7 +154,7 @@ def test_what_the_preflight_says_of_one_output_channel_is_so(tmp_path: Path) -> 
     assert wide.report.fallen_back == {}
 
 
-@pytest.fixture(scope="module", params=["ffnet_nano", "lraspp"])
+@pytest.fixture(scope="module")
 def trained(
     request: pytest.FixtureRequest, camvid: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, SegmentationTask, CityscapesDataModule]:
@@ -173,7 +173,16 @@ def trained(
     return request.param, task, data
 
 
-@pytest.mark.parametrize("precision", ["w8a8", "w8a16", "w4a16"])
+@pytest.mark.parametrize(
+    ("trained", "precision"),
+    [
+        *(("ffnet_nano", precision) for precision in FLOORS["ffnet_nano"]),
+        ("lraspp", "w8a8"),
+        pytest.param("lraspp", "w8a16", marks=pytest.mark.torture),
+        pytest.param("lraspp", "w4a16", marks=pytest.mark.torture),
+    ],
+    indirect=["trained"],
+)
 def test_emulator_and_simulation_agree(trained: Any, trainer: MakeTrainer, tmp_path: Path, precision: str) -> None:
     name, float_task, data = trained
     task = SegmentationTask(copy.deepcopy(float_task.model))
