@@ -18,14 +18,18 @@ FLOAT = "float"
 
 
 def figures(old: Snapshot, new: Snapshot, bounds: Bounds) -> tuple[Figure, ...]:
-    """Compare all figures; those of the metric in the direction that the record of the run says."""
-    mode = (new.run if new.run.monitor else old.run).mode
+    """Compare all figures; those of the metric in the direction that the record of the run says.
+
+    Where no record says it, any change of the metric counts as worse.
+    """
+    run = new.run if new.run.monitor else old.run
+    monitor = Monitor(run.monitor, run.mode) if run.monitor else None
     found = [*_of_run(old, new), *_of_files(old, new)]
     before, now = by_device(old), by_device(new)
     for key in {**before, **now}:
         found += _of_device(key, before.get(key), now.get(key))
     known = [one for one in found if (one.old, one.new) != (None, None)]
-    return tuple(_judged(one, Monitor("", mode), bounds.get(one.part)) for one in known)
+    return tuple(_judged(one, monitor, bounds.get(one.part)) for one in known)
 
 
 def by_device(snapshot: Snapshot) -> dict[str, DeviceFigures]:
@@ -90,7 +94,7 @@ def _agreement(part: Part, name: str, old: Parity | None, new: Parity | None) ->
     yield Figure(Part.AGREEMENT, name, before, now)
 
 
-def _judged(figure: Figure, monitor: Monitor, bound: Bound | None) -> Figure:
+def _judged(figure: Figure, monitor: Monitor | None, bound: Bound | None) -> Figure:
     """Add how much worse a figure became, and whether that is too much."""
     old, new, part = figure.old, figure.new, figure.part
     if part is Part.METRIC and figure.name == FLOAT:
@@ -100,7 +104,7 @@ def _judged(figure: Figure, monitor: Monitor, bound: Bound | None) -> Figure:
     if part in (Part.PARITY, Part.PSNR):
         worse = min(old, SAME_DB) - min(new, SAME_DB)
     elif part is Part.METRIC:
-        worse = monitor.drop(new, old)
+        worse = abs(new - old) if monitor is None else monitor.drop(new, old)
     elif part in RISING or part in (Part.LAYERS_CPU, Part.LAYERS_FLOAT):
         worse = new - old
     else:

@@ -16,6 +16,7 @@ import lightning_quant as lq
 from lightning_quant.deploy.compare.bounds import DEFAULTS, Bound, Part
 from lightning_quant.deploy.compare.changes import Changes, How
 from lightning_quant.deploy.compare.snapshot import Snapshot
+from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.parity import Parity
 from lightning_quant.deploy.push import Push
@@ -248,6 +249,12 @@ def test_a_bundle_alone_has_its_devices_beside_it(bundle: Path, tmp_path: Path) 
     (new.with_name("net.report") / "results.json").unlink()
     found = compared(bundle, new, {"latency": "+1 %", "metric": "-0.5 pt"})
     assert [(one.bound.part, one.names) for one in found.exceeded] == [(Part.METRIC, ("simulation",))]
+    path = new.with_name("net.device") / "desk/report.json"
+    report = DeviceReport.read(path)
+    baseline = write_baseline(tmp_path / "alone.json", new)
+    for factor in (0.9, 1.1):  # which of them is worse no record says
+        replace(report, metric={"device": factor * report.metric["device"]}).write(path)
+        assert [one.names for one in compared(baseline, new, {"metric": "-5 %"}).exceeded] == [(HERE,)]
     edit = new.with_name("net.device") / "request.json"
     request = json.loads(edit.read_text())
     request["bundle"]["net.onnx"]["sha256"] = "0" * 64
