@@ -56,7 +56,7 @@ def _compare(old: Path, new: Path | None, bounds: Path | None, as_json: bool, ba
         else:
             from rich.console import Console
 
-            from lightning_quant.deploy.compare.table import WIDTH, print_changes
+            from lightning_quant.deploy.compare.result import WIDTH, print_changes
 
             console = Console()
             print_changes(found, console if console.is_terminal else Console(width=WIDTH))

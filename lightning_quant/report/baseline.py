@@ -9,9 +9,9 @@ from typing import Any
 
 from lightning_quant.deploy.bundle import MANIFEST_NAME, Bundle, load_bundle
 from lightning_quant.deploy.compare.bounds import DEFAULTS, Bounds, parse_bounds, read_bounds
-from lightning_quant.deploy.compare.changes import Changes
 from lightning_quant.deploy.compare.judging import compare_sides
 from lightning_quant.deploy.compare.reading import Side, read_bundle
+from lightning_quant.deploy.compare.result import Changes
 from lightning_quant.deploy.compare.snapshot import RunFigures, Snapshot
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.push import REQUEST_NAME, device_folder

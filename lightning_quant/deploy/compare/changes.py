@@ -1,11 +1,9 @@
-"""What was found: everything that is different, and which bounds it exceeds."""
+"""What can be found: each kind of difference, and a bound that is not kept."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from lightning_quant.deploy.compare.bounds import Bound, Part
 from lightning_quant.deploy.compare.snapshot import Constant, Grid, Operation
@@ -190,69 +188,3 @@ class Exceeded:
     names: tuple[str, ...]
     worst: float | None = None
     missing: bool = False
-
-
-@dataclass(frozen=True)
-class Changes:
-    """How one network differs from an earlier one.
-
-    Args:
-        old: name of the earlier bundle.
-        new: name of the later one.
-        stated: versions first, then the recipe and the float weights; only what is another one.
-        figures: all of them.
-        layers: which layers are on other units of a device.
-        operations: of the graphs.
-        encodings: the largest changes first.
-        weights: likewise; biases and other constants among them.
-        unfinished: the devices without a result now: ``"pending"`` or ``"failed"``.
-        known: what the two have in common.
-        bounds: how much worse each thing may become.
-        exceeded: the bounds that are not kept.
-        unchecked: the bounds for which neither of the two has a figure.
-    """
-
-    old: str
-    new: str
-    stated: tuple[Stated, ...]
-    figures: tuple[Figure, ...]
-    layers: tuple[LayersMoved, ...]
-    operations: tuple[OperationChange, ...]
-    encodings: tuple[EncodingChange, ...]
-    weights: tuple[ConstantChange, ...]
-    unfinished: dict[str, str]
-    known: Known
-    bounds: tuple[Bound, ...]
-    exceeded: tuple[Exceeded, ...] = ()
-    unchecked: tuple[Part, ...] = ()
-
-    @property
-    def within_bounds(self) -> bool:
-        """Whether every bound is kept."""
-        return not self.exceeded
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values; infinite ones as text."""
-        return {"within_bounds": self.within_bounds, **_plain(self)}
-
-    def __str__(self) -> str:
-        """Return the tables, as text of 160 columns."""
-        from lightning_quant.deploy.compare.table import as_text
-
-        return as_text(self)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Bound):
-        return {"part": value.part.value, "bound": str(value)}
-    if isinstance(value, Enum):
-        return value.value
-    if is_dataclass(value):
-        return {one.name: _plain(getattr(value, one.name)) for one in fields(value)}
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

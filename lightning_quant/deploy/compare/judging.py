@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lightning_quant.deploy.compare.bounds import MEASURED, Bounds, Part, Unit
-from lightning_quant.deploy.compare.changes import Changes, Exceeded, How, Known, Stated
+from lightning_quant.deploy.compare.changes import Exceeded, How, Known, Stated
 from lightning_quant.deploy.compare.figures import by_device, figures, layers
 from lightning_quant.deploy.compare.reading import Side
+from lightning_quant.deploy.compare.result import Changes
 from lightning_quant.deploy.compare.snapshot import Snapshot
 from lightning_quant.deploy.compare.tensors import encodings, is_parameter, operations, weights
 from lightning_quant.errors import ConfigurationError

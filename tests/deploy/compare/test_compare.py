@@ -14,7 +14,8 @@ import torch
 
 import lightning_quant as lq
 from lightning_quant.deploy.compare.bounds import DEFAULTS, Bound, Part
-from lightning_quant.deploy.compare.changes import Changes, How
+from lightning_quant.deploy.compare.changes import How
+from lightning_quant.deploy.compare.result import Changes
 from lightning_quant.deploy.compare.snapshot import Snapshot
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.export import export_bundle
