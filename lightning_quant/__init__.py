@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_quant.ladder.rung import Rung
     from lightning_quant.precision import Precision
     from lightning_quant.recipe import QuantRecipe
+    from lightning_quant.report.baseline import compare
     from lightning_quant.report.pictures import Comparison
     from lightning_quant.simulation.range_estimators import RangeEstimator
 
@@ -35,6 +36,7 @@ _HOMES = {
     "Rung": "lightning_quant.ladder.rung",
     "Target": "lightning_quant.deploy.targets.target",
     "blame": "lightning_quant.deploy.blame.blame",
+    "compare": "lightning_quant.report.baseline",
     "export_bundle": "lightning_quant.deploy.export",
     "load_quantized": "lightning_quant.callbacks.checkpoint",
     "read_manifest": "lightning_quant.callbacks.checkpoint",
@@ -52,6 +54,7 @@ __all__ = [
     "Rung",
     "Target",
     "blame",
+    "compare",
     "export_bundle",
     "load_quantized",
     "read_manifest",

@@ -127,6 +127,7 @@ def _record(
         precision=network.recipe.precision,
         config_hash="",
         exported="qat" if training is not None and trainer.global_step > 0 else "ptq",
+        export=manifest.files_sha256,
         bytes=manifest.bytes,
         parity=manifest.parity,
         device=list(devices),

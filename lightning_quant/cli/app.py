@@ -116,6 +116,11 @@ def main() -> None:
     if sys.argv[1:2] == ["blame"]:
         logging.basicConfig(format="%(message)s")
         sys.exit(0 if _blame(Path(sys.argv[2] if len(sys.argv) > 2 else ".")) else 1)
+    if sys.argv[1:2] == ["compare"]:
+        from lightning_quant.cli.compare import compare_command
+
+        logging.basicConfig(format="%(message)s")
+        sys.exit(compare_command(sys.argv[2:]))
     if "sensitivity" in sys.argv[1:]:  # Hydra takes key=value only
         sys.argv[sys.argv.index("sensitivity", 1)] = "job=sensitivity"
     _job()

@@ -179,6 +179,7 @@ class Stages:
                 checkpoint = self.folder / f"{export.name}.ckpt"
                 trainer.save_checkpoint(checkpoint, weights_only=True)
                 manifest = export.bundle.manifest
+                self.record.export = manifest.files_sha256
                 self.record.bytes = manifest.bytes
                 self.record.parity = manifest.parity
                 self.record.artifacts["bundle"] = str(export.bundle.path.relative_to(self.folder))

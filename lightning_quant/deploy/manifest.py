@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -12,6 +13,7 @@ from lightning_quant.deploy.edges.spec import Edges
 from lightning_quant.deploy.parity import Parity, of_export
 from lightning_quant.precision import int16_activations
 from lightning_quant.simulation.manifest import FORMAT_VERSION, Manifest
+from lightning_quant.utilities.hashing import short_hash
 from lightning_quant.utilities.parsing import check, check_version, parse_as
 
 
@@ -103,6 +105,11 @@ class BundleManifest(Manifest):
     app: AppManifest | None = None
     size: str = ""
     sizes: dict[str, BundleSize] = field(default_factory=dict)
+
+    @property
+    def files_sha256(self) -> str:
+        """A short hash of all files: the same export."""
+        return short_hash(json.dumps({path: file.sha256 for path, file in self.files.items()}, sort_keys=True))
 
     @property
     def int16_activations(self) -> str | None:

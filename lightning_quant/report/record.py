@@ -41,6 +41,7 @@ class RunRecord:
         exported: the rung that was exported: the best one.
         ladder: what each rung did, cost and gained; ``None`` where none was tried.
         seconds: wall time of each stage.
+        export: identifies the files that were exported: ``BundleManifest.files_sha256``; empty in older records.
         bytes: size of the ``float`` and the ``quantized`` ONNX file.
         parity: agreement of the exported file, run by ONNX Runtime, with the simulation.
         device: what each device reported.
@@ -65,6 +66,7 @@ class RunRecord:
     exported: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     ladder: Ladder | None = None
+    export: str = ""
     bytes: dict[str, int] = field(default_factory=dict)
     parity: Parity | None = None
     device: list[DeviceReport] = field(default_factory=list)

@@ -21,6 +21,7 @@ from lightning_quant.cli.float_network import load_float
 from lightning_quant.deploy.blame.blame import blame
 from lightning_quant.deploy.blame.result import read_blames, write_blames
 from lightning_quant.deploy.bundle import load_bundle
+from lightning_quant.deploy.compare.snapshot import Snapshot
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.push import Push, resume
@@ -41,6 +42,7 @@ from lightning_quant.errors import (
     LightningQuantError,
 )
 from lightning_quant.recipe import QuantRecipe
+from lightning_quant.report.baseline import write_baseline
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.page import write_report
 from lightning_quant.report.record import RunRecord
@@ -130,6 +132,7 @@ READERS = {
     "device report": Reader(
         "device/report.json", lambda at: DeviceReport.read(at / "device/report.json").sentence(), DataError
     ),
+    "baseline": Reader("device/baseline.json", lambda at: Snapshot.read(at / "device/baseline.json"), DataError),
     "journal": Reader("device/journal.json", lambda at: Journal(at / "device/journal.json"), DeviceError),
     "manifest": Reader(
         "pushed/net/manifest.json", lambda at: load_bundle(at / "pushed/net").manifest.int16_activations, ExportError
@@ -188,6 +191,7 @@ def make_genuine(folder: Path) -> None:
         samples = Samples.of(network, bundle.manifest, calls)
         options = {"runtimes": ["qnn_dlc"], "options": "--x", "profile": None, "wait": False, "poll_seconds": 1.0}
         Push("onnxruntime", [], 60.0, options).run(bundle, samples)
+    write_baseline(folder / "device/baseline.json", folder / "pushed/net")
     outputs = folder / "fetched/samsung-galaxy-s24-qnn_dlc"
     outputs.mkdir()
     np.savez(outputs / "outputs.npz", output=np.zeros((2, 1, 4, 8, 8), np.float32))
