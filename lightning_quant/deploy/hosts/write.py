@@ -84,7 +84,13 @@ def feeding(contract: Contract) -> str:
     lines = ["import numpy as np", "import onnxruntime"]
     if any(one.holds == "image" for one in contract.inputs):
         lines.append("from PIL import Image")
-    lines += ["", f"session = onnxruntime.InferenceSession({contract.file!r})", "feeds = {"]
+    lines += [
+        "",
+        "options = onnxruntime.SessionOptions()  # on a CPU compute as a device does, not with other kernels",
+        "options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL",
+        f"session = onnxruntime.InferenceSession({contract.file!r}, options)",
+        "feeds = {",
+    ]
     for one in contract.inputs:
         if one.holds != "image":
             lines.append(f"    {one.name!r}: np.zeros({one.shape}, np.{_numpy_name(one)}),  # your numbers")
