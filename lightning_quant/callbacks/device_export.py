@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,42 +11,35 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from lightning_quant.callbacks.calibration import calibration_inputs
-from lightning_quant.callbacks.calls import InputCatcher
-from lightning_quant.callbacks.data import (
-    calibration_loader,
-    isolated_seed,
-    stage_loader,
-)
+from lightning_quant.callbacks.data import isolated_seed
 from lightning_quant.callbacks.device_metric import first_batches, metrics_of
+from lightning_quant.callbacks.export_samples import LOOKED_AT, export_samples
 from lightning_quant.callbacks.lightning_internals import callbacks_of
 from lightning_quant.callbacks.lightning_packages import AnyCallback
 from lightning_quant.callbacks.logs import rank_zero_log
 from lightning_quant.callbacks.networks import quantized_networks
 from lightning_quant.callbacks.off_the_npu import report_off_the_npu
 from lightning_quant.callbacks.progress import progress
-from lightning_quant.callbacks.quantization import (
-    QuantizationCallback,
-    callback_of,
-    measuring,
-)
+from lightning_quant.callbacks.quantization import QuantizationCallback, measuring
 from lightning_quant.callbacks.reporting import blame_layers, write_callback_report
 from lightning_quant.callbacks.training import QuantizationAwareTraining
+from lightning_quant.callbacks.visualizer import class_labels
 from lightning_quant.deploy.blame.result import Blame, explanations
 from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.edges.app import check_edges, plan_of
+from lightning_quant.deploy.edges.host import network_outputs
+from lightning_quant.deploy.edges.spec import Edges
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.push import Push, check_bounds, device_folder
 from lightning_quant.deploy.samples import Samples
-from lightning_quant.deploy.single_samples import first_samples
+from lightning_quant.deploy.sizes import InputSize, Size, check_sizes, sized_calls
 from lightning_quant.deploy.targets.target import REPORT_NAME, Target
 from lightning_quant.errors import ConfigurationError, DeviceBoundError, LightningQuantError
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 
-# How many times as many samples are looked at for some of the exported size.
-_LOOKED_AT = 16
 POLICIES = ("warn", "raise")
 
 
@@ -58,6 +51,7 @@ class _Exported(NamedTuple):
     name: str
     network: QuantizedNetwork
     calls: list[NetworkInputs]
+    others: list[NetworkInputs]
     bundle: Bundle
 
 
@@ -106,6 +100,19 @@ class DeviceExport(AnyCallback):
             its pictures to the Trainer's loggers. Costs some forward passes for each layer.
         network: dotted attribute of the one to export, if several networks of the module are quantized. Default: each,
             with its own inputs.
+        inputs: what an app gives instead of the network's floats, one for a network with one input or a list with one
+            for each: a :class:`~lightning_quant.deploy.edges.spec.ImageInput` or a mapping of its fields, such as
+            ``{"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}``, for pixels that the device normalizes;
+            ``"image"`` for pixels that the network takes as 0…1; ``"quantized"`` for its own integers; ``None``.
+        outputs: what an app gets, likewise: an :class:`~lightning_quant.deploy.edges.spec.OutputEdge` or a mapping of
+            its fields, such as ``{"function": "argmax", "resize": "after"}``; ``"argmax"``, ``"top_k"``,
+            ``"softmax"``, ``"sigmoid"``; ``"quantized"``; ``None``. With one of the two, ``<name>.app.onnx`` is what
+            runs on devices; training and validation see floats as ever.
+        sizes: further input sizes, each the last axes of the input: ``[256, 512]`` is a height and a width,
+            ``[4, 3, 256, 512]`` a batch of four; of several inputs by name, ``{"image": [256, 512]}``. Each is a graph
+            of its own in the bundle, ``<name>.256x512``, with the same encodings, checked and measured like the first.
+        link: let AI Hub link the graphs of all sizes into one context binary (``runtime="qnn_context_binary"``), which
+            holds their weights once, as the emulator's compiler does anyway.
 
     Attributes:
         bundle: the :class:`~lightning_quant.deploy.bundle.Bundle` written last, or ``None``.
@@ -117,7 +124,8 @@ class DeviceExport(AnyCallback):
 
     Raises:
         ConfigurationError: for an unknown value, without a quantization callback before it, or at ``setup`` for a
-            device that does not exist or cannot run the network, see :meth:`check_target`.
+            device that does not exist or cannot run the network, see :meth:`check_target`, and for an input size at
+            which the network cannot be computed.
         PreflightError: at ``setup``, with ``strict=True``, for layers that the device does not compute in integers.
         ExportError, ParityError: see :func:`~lightning_quant.deploy.export.export_bundle`.
         DeviceError: with ``on_failure="raise"``.
@@ -147,6 +155,10 @@ class DeviceExport(AnyCallback):
         max_metric_drop: float | None = None,
         report: bool = True,
         network: str | None = None,
+        inputs: Any = None,
+        outputs: Any = None,
+        sizes: Sequence[Size] = (),
+        link: bool = False,
     ) -> None:
         if not isinstance(samples, int) or samples < 1:
             raise ConfigurationError(f"samples={samples!r}: expected a whole number of at least 1.")
@@ -170,6 +182,7 @@ class DeviceExport(AnyCallback):
                     "source": source,
                     "compare_float": compare_float,
                     "wait": wait,
+                    "link": link,
                 },
             )
         self.dirpath = dirpath
@@ -183,6 +196,11 @@ class DeviceExport(AnyCallback):
         self.max_metric_drop = max_metric_drop
         self.report = report
         self.network = network
+        self.sizes = sizes
+        self._sizes = InputSize.parse(sizes)
+        self.inputs = inputs
+        self.outputs = outputs
+        self._edges = Edges.of(inputs, outputs)
         self.bundle: Bundle | None = None
         self.bundles: dict[str, Bundle] = {}
         self.reports: list[DeviceReport] = []
@@ -207,8 +225,10 @@ class DeviceExport(AnyCallback):
                 f"DeviceExport(network={self.network!r}): expected a network that is quantized, one of "
                 f"{', '.join(map(repr, dict.fromkeys(names)))}."
             )
-        if self.push is not None and stage != "predict":
-            self._check_networks(trainer, pl_module)
+        if stage == "predict":
+            return
+        self._check_networks(trainer, pl_module)
+        if self.push is not None:
             for name, network in quantized_networks(pl_module).items():
                 if self.network in (None, name):
                     report_off_the_npu(name, network, self.push.runs_on)
@@ -220,6 +240,9 @@ class DeviceExport(AnyCallback):
                 for name, network in quantized_networks(pl_module).items():
                     if self.network in (None, name):
                         self.check_target(network.recipe)
+                        with isolated_seed():
+                            check_sizes(network, self._sizes)
+                            check_edges(network, self._edges)
             except ConfigurationError as error:
                 refusal = error
         refusal = trainer.strategy.broadcast(refusal)  # or the other processes would wait for this one
@@ -269,20 +292,32 @@ class DeviceExport(AnyCallback):
     def _export_one(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, network: QuantizedNetwork, suffix: str
     ) -> None:
-        calls = self._calibration_samples(trainer, pl_module, name, network)
+        calls, others = export_samples(trainer, pl_module, name, network, self.samples, self._sizes)
         log_dir = trainer.log_dir  # asks rank 0, so every rank has to ask
         exported = None
         if trainer.is_global_zero:
             root = Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "export")
             stem = (self.name or f"{network.float_class.__name__}-{network.recipe.precision}") + suffix
             with progress(trainer, f"Exporting {stem}"):
-                bundle = export_bundle(network, root / stem, calls, self.on_parity)
+                bundle = export_bundle(
+                    network,
+                    root / stem,
+                    [*calls, *others],
+                    self.on_parity,
+                    self.sizes,
+                    self.inputs,
+                    self.outputs,
+                    class_labels(pl_module),
+                )
             self.bundle = self.bundles[name] = bundle
-            exported = _Exported(trainer, pl_module, name, network, calls, bundle)
+            exported = _Exported(trainer, pl_module, name, network, calls, others, bundle)
             parity = bundle.manifest.parity
             agreement = "equal to" if parity.equal else f"{parity.psnr_db} dB against"
             samples = f"{parity.samples} samples in ONNX Runtime"
             rank_zero_log(f"Exported {bundle.path} ({agreement} the simulation on {samples}).")
+            for size, graph in bundle.manifest.sizes.items():
+                note = ", of another size and resized" if graph.resized else ""
+                rank_zero_log(f"Also at {size}: {graph.parity} on {graph.parity.samples} samples{note}.")
             for report in device_folder(bundle).rglob(REPORT_NAME):
                 report.unlink()  # of the network that the bundle held before
         # before the device: jobs can queue for longer than processes wait for each other
@@ -304,7 +339,7 @@ class DeviceExport(AnyCallback):
         trainer = exported.trainer
         try:
             with isolated_seed(), torch.inference_mode(False), torch.no_grad(), progress(trainer, "Writing the report"):
-                _, module, name, network, calls, bundle = exported
+                _, module, name, network, calls, _, bundle = exported
                 path = write_callback_report(trainer, module, name, network, bundle, reports, calls, self.blames)
             rank_zero_log(f"Report: {path}")
         except Exception as error:  # nor is a training run lost to a picture
@@ -322,51 +357,29 @@ class DeviceExport(AnyCallback):
         else:
             check_bounds(reports, self.min_psnr, self.max_metric_drop, self.mode)
 
-    def _calibration_samples(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, network: QuantizedNetwork
-    ) -> list[NetworkInputs]:
-        callback = callback_of(trainer, name)
-        given = None if callback is None else callback.calibration_dataloader
-        catcher = InputCatcher(trainer, pl_module, name, network)
-        with isolated_seed(), torch.inference_mode(False), torch.no_grad():
-            try:
-                loader = calibration_loader(trainer, pl_module, given)
-            except ConfigurationError:  # nothing is calibrated here: to compare, any data will do
-                loader = stage_loader(trainer)
-            among = max(_LOOKED_AT * self.samples, network.recipe.calibration_samples)
-            sizes: set[str] = set()
-
-            def noted() -> Iterator[NetworkInputs]:
-                for call in calibration_inputs(trainer, loader, catcher, among):
-                    if call.ranks == network.inputs.ranks:
-                        sizes.add(str([tuple(tensor.shape) for tensor in call.first(1).tensors]))
-                    yield call
-
-            found = first_samples(noted(), self.samples, network.inputs, among)
-            if len(sizes) > 1:
-                shapes = [tuple(tensor.shape) for tensor in found[0].tensors]
-                rank_zero_log(
-                    f"Inputs come in {len(sizes)} or more sizes: exported for {shapes}, and compared on those alone."
-                )
-            return found
-
     def _run(self, push: Push, exported: _Exported) -> list[DeviceReport]:
         """Run the bundle on the target; compute the user's metric of what it returned, and log its figures."""
-        trainer, pl_module, name, network, calls, bundle = exported
+        trainer, pl_module, name, network, calls, others, bundle = exported
         with isolated_seed(), torch.inference_mode(False), torch.no_grad():
-            among = _LOOKED_AT * self.samples
-            batches, others = first_batches(trainer, pl_module, network, name, self.samples, calls[0], among)
-            if others and not batches:
+            among = LOOKED_AT * self.samples
+            batches, differ = first_batches(trainer, pl_module, network, name, self.samples, calls[0], among)
+            if differ and not batches:
                 rank_zero_warn(
                     "The validation samples have another size than the exported network's inputs: the device is "
                     "compared with the simulation on calibration samples, without your metric. Validate at the size "
                     "that the device is given."
                 )
+            plan = plan_of(bundle)
+            sized = sized_calls(network, self._sizes, calls, others)
+            sizes = {
+                size: Samples.of(network, graph.manifest, sized[size].calls, plan_of(graph))
+                for size, graph in bundle.sizes.items()
+            }
             if batches:
                 calls = [call for batch in batches for call in batch.calls]
-            samples = Samples.of(network, bundle.manifest, calls)
+            samples = Samples.of(network, bundle.manifest, calls, plan)
         with progress(trainer, f"Waiting for {push.where} (at most {push.timeout / 60:.0f} min)"):
-            measured = push.run(bundle, samples)
+            measured = push.run(bundle, samples, sizes)
         self.passed_over = push.passed_over
         if self.passed_over:
             rank_zero_log("No better target: " + "; ".join(self.passed_over.values()) + ".")
@@ -375,8 +388,10 @@ class DeviceExport(AnyCallback):
         reports = [one.report for one in measured]
         self.reports += reports
         for one in measured:
-            if monitor and one.outputs and batches:
-                one.report.metric = metrics_of(pl_module, name, network, monitor, batches, one.outputs)
+            own = one.report.size in (None, bundle.manifest.size)
+            if monitor and one.outputs and batches and own:
+                outputs = one.outputs if plan is None else [network_outputs(plan, each) for each in one.outputs]
+                one.report.metric = metrics_of(pl_module, name, network, monitor, batches, outputs)
                 one.write()
             rank_zero_log(one.report.sentence())
             for warning in one.report.warnings:

@@ -128,7 +128,9 @@ class _Playback(nn.Module):
 
 
 def _joined(samples: list[Tensor], shape: torch.Size) -> Tensor:
-    """Concatenate samples to a batch of a shape, on the axis in which they differ from it."""
+    """Concatenate samples to a batch of a shape, on the axis in which they differ from it; the first if resized."""
+    if sum(one != all_ for one, all_ in zip(samples[0].shape, shape, strict=True)) > 1:
+        return torch.cat(samples)
     axes = (axis for axis, (one, all_) in enumerate(zip(samples[0].shape, shape, strict=True)) if one != all_)
     return torch.cat(samples, next(axes, 0))
 

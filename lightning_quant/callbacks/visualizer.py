@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_quant.callbacks.lightning_packages import either
+from lightning_quant.deploy.edges.contract import ClassLabel
 from lightning_quant.report.pictures import Comparison
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.utilities.modules import on_cpu_in_eval
@@ -48,6 +49,28 @@ class HasClassFigures(Protocol):
 
     def class_figures(self) -> Mapping[str, Mapping[str, float]]:
         """Return figures of the last validation: for each kind, such as ``"IoU"``, one for each class by name."""
+
+
+@runtime_checkable
+class HasClassNames(Protocol):
+    """A module that knows what its network tells apart; it may have ``class_colors`` too, ``"#rrggbb"`` each."""
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The names of the classes, by index."""
+
+
+def class_labels(module: pl.LightningModule) -> list[ClassLabel]:
+    """Return the classes that a module names, with its colors where it has one for each; none, with a warning, else."""
+    if not isinstance(module, HasClassNames):
+        return []
+    try:
+        names = [str(name) for name in module.class_names]
+        colors = list(getattr(module, "class_colors", ())) or [None] * len(names)
+        return [ClassLabel(name, color) for name, color in zip(names, colors, strict=True)]
+    except Exception as error:  # an export is not lost to a name
+        _warn(module, "class_names", "names of classes", error)
+        return []
 
 
 def draw_comparisons(

@@ -20,20 +20,43 @@ class Bundle:
     Args:
         path: the folder of the bundle, ``<name>``.
         manifest: content of its ``manifest.json``.
+        stem: what the names of its files begin with. Default: ``<name>``; of a further size, see :attr:`sizes`,
+            ``<name>.<size>``.
     """
 
     path: Path
     manifest: BundleManifest
+    stem: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stem", self.stem or self.path.name)
+
+    @property
+    def sizes(self) -> dict[str, Bundle]:
+        """The same network for further input sizes, each to be used like this bundle, by what they are called."""
+        return {
+            size: Bundle(self.path, self.manifest.at_size(size), f"{self.stem}.{size}") for size in self.manifest.sizes
+        }
 
     @property
     def aimet(self) -> Path:
         """Folder ``<name>.aimet`` with exactly ``model.onnx`` and ``model.encodings``: what AI Hub takes."""
-        return self.path / f"{self.path.name}.aimet"
+        return self.path / f"{self.stem}.aimet"
 
     @property
     def qdq(self) -> Path:
         """ONNX file with integer weights and QuantizeLinear/DequantizeLinear: what ONNX Runtime takes."""
-        return self.path / f"{self.path.name}.onnx"
+        return self.path / f"{self.stem}.onnx"
+
+    @property
+    def device_file(self) -> Path:
+        """The QDQ file that runs on a device: with edges ``<name>.app.onnx``, else :attr:`qdq`."""
+        return self.qdq if self.manifest.app is None else self.path / f"{self.stem}.app.onnx"
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the outputs of :attr:`device_file`, in order."""
+        return self.manifest.output_names if self.manifest.app is None else self.manifest.app.output_names
 
 
 def load_bundle(path: str | Path) -> Bundle:
@@ -56,7 +79,12 @@ def load_bundle(path: str | Path) -> Bundle:
             raise ExportError(f"The bundle {path} lacks {name!r}; export it again.")
         if file_sha256(file) != entry.sha256:
             raise ExportError(f"{name!r} in the bundle {path} was changed since the export; export it again.")
-    own = {str(file.relative_to(path)) for file in (bundle.qdq, *_uploaded(bundle.aimet))}
+    graphs = (bundle, *bundle.sizes.values())
+    own = {
+        str(file.relative_to(path))
+        for graph in graphs
+        for file in (graph.qdq, graph.device_file, *_uploaded(graph.aimet))
+    }
     if unknown := sorted(own - manifest.files.keys()):  # all that lies there goes to a device
         raise ExportError(
             f"{unknown[0]!r} in the bundle {path} is none of the files in its manifest.json: expected those of the "

@@ -52,12 +52,14 @@ class DeviceReport:
         against_simulation: agreement of the device's outputs with the simulation's.
         against_float: the same with the float network's outputs.
         metric: the user's validation metric on the same samples: of ``float``, ``simulation`` and ``device``.
-        bytes: sizes of the ``float`` and ``quantized`` ONNX file and of the ``compiled`` artifact.
+        bytes: sizes of the ``float`` and ``quantized`` ONNX file and of the ``compiled`` artifact; where that holds
+            several input sizes, also of this one ``compiled_alone`` and of all ``compiled_apart``.
         seconds: wall time on this machine, by step; nothing of the device.
         artifacts: files, relative to the report.
         warnings: what the user should know.
         error: why it failed.
         statement: what may be said of the figures of this tier. Default: that of :data:`TIERS`.
+        size: which input size it is, of a network with several, e.g. ``"256x512"``.
     """
 
     tier: str
@@ -85,6 +87,7 @@ class DeviceReport:
     warnings: list[str] = field(default_factory=list)
     error: str | None = None
     statement: str = ""
+    size: str | None = None
 
     def __post_init__(self) -> None:
         self.statement = TIERS.get(self.tier, self.statement)
@@ -93,6 +96,17 @@ class DeviceReport:
     def against(self) -> Parity | None:
         """The agreement with the float network, or with the simulation where the float network is not known."""
         return self.against_float or self.against_simulation
+
+    @property
+    def place(self) -> str:
+        """The device, and the input size if there are several: ``"Samsung Galaxy S24 at 256x512"``."""
+        return f"{self.device} at {self.size}" if self.size else self.device
+
+    @property
+    def saved(self) -> float | None:
+        """The share of bytes that compiling all input sizes into one artifact saves; ``None`` where it is not one."""
+        whole, apart = self.bytes.get("compiled"), self.bytes.get("compiled_apart")
+        return 1 - whole / apart if whole is not None and apart else None
 
     @property
     def median_latency_us(self) -> float | None:
@@ -108,7 +122,7 @@ class DeviceReport:
 
     def sentence(self) -> str:
         """Return the report in one line, for a log."""
-        where = f"{self.precision} on {self.device} ({self.tier})"
+        where = f"{self.precision} on {self.place} ({self.tier})"
         if self.status != "finished":
             return f"{where}: {self.status}{f', {self.error}' if self.error else ''}"
         parts = []
@@ -120,6 +134,8 @@ class DeviceReport:
         for name, agreement in {"simulation": self.against_simulation, "float": self.against_float}.items():
             if agreement is not None:
                 parts.append(f"{agreement} against {name}")
+        if self.saved is not None:
+            parts.append(f"{self.bytes['compiled'] / 1e6:.2f} MB for all sizes, {self.saved:.0%} less than apart")
         statement = f" {self.statement[:1].upper()}{self.statement[1:]}." if self.statement else ""
         return f"{where}: {'; '.join(parts)}.{statement}"
 
@@ -134,7 +150,7 @@ class DeviceReport:
             **{f"layers_{unit}": float(len(names)) for unit, names in (self.layers or {}).items()},
             **{f"metric_{what}": value for what, value in self.metric.items()},
         }
-        prefix = "/".join(filter(None, ("device", self.tier, self.device, self.runtime)))
+        prefix = "/".join(filter(None, ("device", self.tier, self.device, self.runtime, self.size)))
         return {f"{prefix}/{name}": float(value) for name, value in values.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,10 +21,22 @@ from lightning_quant.deploy import audit, parity
 from lightning_quant.deploy.blame.file import compare_file
 from lightning_quant.deploy.blame.result import BLAME_NAME, Blame, LayerBlame, write_blames
 from lightning_quant.deploy.bundle import MANIFEST_NAME, Bundle
+from lightning_quant.deploy.edges.app import contract_of, fit_edges, write_app
+from lightning_quant.deploy.edges.contract import CONTRACT_NAME, ClassLabel
+from lightning_quant.deploy.edges.spec import Edges
 from lightning_quant.deploy.graph.files import ENCODINGS_VERSION, QDQ_OPSET, OnnxFiles, write_onnx
 from lightning_quant.deploy.graph.qdq import exact_session
-from lightning_quant.deploy.manifest import BundleFile, BundleManifest
+from lightning_quant.deploy.manifest import AppManifest, BundleFile, BundleManifest, BundleSize
 from lightning_quant.deploy.single_samples import first_samples
+from lightning_quant.deploy.sizes import (
+    InputSize,
+    Size,
+    SizedCalls,
+    check_same_graph,
+    check_sizes,
+    main_label,
+    sized_calls,
+)
 from lightning_quant.errors import ExportError, ParityError
 from lightning_quant.simulation.exportable import FLOAT_OPSET
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
@@ -37,6 +50,8 @@ log = logging.getLogger(__name__)
 OnParity = Literal["raise", "warn"]
 # Samples that are compared layer by layer at a time, until there is one whose outputs do not agree.
 _COMPARED_BY_LAYER = 2
+# Samples on which a graph with edges is compared with the host; pixels are compared one and all.
+_SAMPLES_WITH_EDGES = 4
 
 
 def export_bundle(
@@ -44,6 +59,10 @@ def export_bundle(
     path: str | Path,
     samples: Iterable[NetworkInputs],
     on_parity: OnParity = "raise",
+    sizes: Sequence[Size] = (),
+    inputs: Any = None,
+    outputs: Any = None,
+    classes: Sequence[ClassLabel] = (),
 ) -> Bundle:
     """Export a calibrated network, check the files against the simulation, and put them in place.
 
@@ -60,16 +79,29 @@ def export_bundle(
         on_parity: what to do when the files compute something else than the simulation: ``"raise"`` keeps them as
             ``<name>.failed``, beside an earlier bundle; ``"warn"`` makes them the bundle anyway. The next export
             into the folder removes ``<name>.failed``.
+        sizes: further input sizes, each the last axes of the input: ``[256, 512]`` is a height and a width,
+            ``[4, 3, 256, 512]`` a batch of four; of several inputs by name, ``{"image": [256, 512]}``. Each becomes a
+            graph of its own in the bundle, ``<name>.256x512``, with the same encodings. It is compared with the
+            simulation on those of ``samples`` that have its size, else on resized ones.
+        inputs: what an app gives instead of the network's floats, see
+            :meth:`~lightning_quant.deploy.edges.spec.Edges.of`.
+        outputs: what it gets, likewise. With one of the two the bundle has a graph ``<name>.app.onnx`` beside the
+            network's own ``<name>.onnx``; it is what runs on devices.
+        classes: that the network tells apart, for ``io.json``.
 
     Returns:
         The bundle; its manifest holds hashes, versions, sizes, parity and the tensors without encodings.
 
     Raises:
-        ExportError: when not calibrated, a tensor lacks an encoding, or the files cannot be written.
+        ConfigurationError: for a size that is none, or at which the network cannot be computed.
+        ExportError: when not calibrated, a tensor lacks an encoding, a size changes operations or encodings, or the
+            files cannot be written.
         ParityError: when ONNX Runtime computes something else from the files than the simulation, with
-            ``on_parity="raise"``.
+            ``on_parity="raise"``; or from the graph with edges than the host around the network.
+        ConfigurationError: for edges that do not fit the network or the samples.
     """
     path = Path(path).absolute()
+    asked, edges = InputSize.parse(sizes), Edges.of(inputs, outputs)
     known = QuantizedNetwork.of(network)
     if known is None or not known.calibrated:
         raise ExportError(
@@ -87,13 +119,17 @@ def export_bundle(
         calls = [call.to(torch.device("cpu")).batched_like(network.inputs) for call in samples]
         if not calls:
             raise ExportError("No samples to check the export with: expected at least one.")
-        calls = first_samples(calls, sum(call.batch_size for call in calls), network.inputs)
+        others, calls = calls, first_samples(calls, sum(call.batch_size for call in calls), network.inputs)
+        check_sizes(network, asked, calls[0])
+        further = sized_calls(network, asked, calls, others)
+        size = main_label(network, asked, calls[0]) if further else ""
         busy = ExportError(
             f"Another process is exporting to {path}: expected a folder for each. Give another folder or name, or wait."
         )
         try:
             with exclusive_lock(path.with_name(f".{path.name}.lock"), busy):
-                manifest = _write_whole(network, path, calls, on_parity)
+                asked_of_all = {size: SizedCalls(calls, resized=False), **further}
+                manifest = _write_whole(network, path, asked_of_all, on_parity, edges, classes)
         except OSError as error:
             raise ExportError(
                 f"Writing the bundle {path} failed: {error}. Nothing was changed there; free some space or choose "
@@ -103,8 +139,14 @@ def export_bundle(
 
 
 def _write_whole(
-    network: QuantizedNetwork, path: Path, calls: Sequence[NetworkInputs], on_parity: OnParity
+    network: QuantizedNetwork,
+    path: Path,
+    sizes: Mapping[str, SizedCalls],
+    on_parity: OnParity,
+    edges: Edges | None,
+    classes: Sequence[ClassLabel],
 ) -> BundleManifest:
+    """Write the graph of each size, the network's own first, check it, and move all into place together."""
     staging, retired = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     if retired.is_dir() and not path.exists():  # killed between the two renames
         os.replace(retired, path)
@@ -112,12 +154,30 @@ def _write_whole(
         shutil.rmtree(leftover, ignore_errors=True)
     staging.mkdir()
     try:
-        manifest = _write(network, staging, path.name, calls)
+        (size, own), *further = sizes.items()
+        manifest, graph = _write(network, staging, path.name, own.calls, edges, classes)
+        manifest = _save(replace(manifest, size=size), staging)
         shutil.rmtree(_failed_folder(path), ignore_errors=True)  # of a network before
-        _check_parity(network, manifest, staging, path, calls, on_parity)
+        _check_parity(network, Bundle(staging, manifest, path.name), path, own.calls, on_parity)
+        for size, given in further:
+            stem = f"{path.name}.{size}"
+            one, other = _write(network, staging, stem, given.calls, edges, classes)
+            check_same_graph(graph, other, size, network.float_class.__name__)
+            shapes = [list(tensor.shape) for tensor in given.calls[0].tensors]
+            entry = BundleSize(
+                dict(zip(one.input_names, shapes, strict=True)), one.bytes, one.parity, resized=given.resized
+            )
+            files, graphs = {**manifest.files, **one.files}, {**manifest.sizes, size: entry}
+            manifest = _save(replace(manifest, files=files, sizes=graphs), staging)
+            _check_parity(network, Bundle(staging, replace(one, size=size), stem), path, given.calls, on_parity)
         _move_into_place(staging, path, retired)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    return manifest
+
+
+def _save(manifest: BundleManifest, folder: Path) -> BundleManifest:
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n")
     return manifest
 
 
@@ -127,20 +187,21 @@ def _failed_folder(path: Path) -> Path:
 
 def _check_parity(
     network: QuantizedNetwork,
-    manifest: BundleManifest,
-    staging: Path,
+    graph: Bundle,
     path: Path,
     calls: Sequence[NetworkInputs],
     on_parity: OnParity,
 ) -> None:
     """Refuse files that compute something else, and keep them where no target takes them from; or warn."""
+    manifest, staging = graph.manifest, graph.path
     try:
         parity.check_parity(manifest.parity, manifest.precision)
     except ParityError as error:
-        found = _compare_layers(network, manifest, staging / f"{path.name}.onnx", calls)
+        found = _compare_layers(network, manifest, graph.qdq, calls)
         if found is None:
             return
         why = "" if found.first is None else _first_that_differs(found.first)
+        why = f" (At the input size {manifest.size}.){why}" if manifest.size else why
         if on_parity == "warn":
             warnings.warn(f"{error}{why} Exported anyway, with on_parity='warn'.", stacklevel=4)
             return
@@ -187,7 +248,14 @@ def _first_that_differs(layer: LayerBlame) -> str:
     return f" The first layer that differs is {layer.layer!r}: {'; '.join(map(str, layer.reasons))}."
 
 
-def _write(network: QuantizedNetwork, staging: Path, name: str, calls: Sequence[NetworkInputs]) -> BundleManifest:
+def _write(
+    network: QuantizedNetwork,
+    staging: Path,
+    name: str,
+    calls: Sequence[NetworkInputs],
+    edges: Edges | None,
+    classes: Sequence[ClassLabel],
+) -> tuple[BundleManifest, OnnxFiles]:
     folder = staging / f"{name}.aimet"
     folder.mkdir()
     float_onnx, encodings_file = folder / "model.onnx", folder / "model.encodings"
@@ -202,6 +270,7 @@ def _write(network: QuantizedNetwork, staging: Path, name: str, calls: Sequence[
             "operation AIMET does not quantize? Use nn modules for it, or run with strict=True to find it."
         )
     measured = parity.compare(_outputs(network, qdq, written, calls))
+    app, further = _write_for_app(qdq, written, calls, edges, classes)
     manifest = BundleManifest(
         **vars(network.manifest()),
         name=name,
@@ -216,11 +285,35 @@ def _write(network: QuantizedNetwork, staging: Path, name: str, calls: Sequence[
         without_encoding={name: str(explanation) for name, explanation in explained.items()},
         files={
             str(file.relative_to(staging)): BundleFile(file_sha256(file), file.stat().st_size)
-            for file in (float_onnx, encodings_file, qdq)
+            for file in (float_onnx, encodings_file, qdq, *further)
         },
+        app=app,
     )
-    (staging / MANIFEST_NAME).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n")
-    return manifest
+    return manifest, written
+
+
+def _write_for_app(
+    qdq: Path,
+    written: OnnxFiles,
+    calls: Sequence[NetworkInputs],
+    edges: Edges | None,
+    classes: Sequence[ClassLabel],
+) -> tuple[AppManifest | None, list[Path]]:
+    """Write the graph with edges, if any are asked for, and ``io.json``; return what was found and the files."""
+    import onnx
+
+    model = onnx.load(qdq)
+    plan = fit_edges(edges or Edges(), model)
+    file, contract, app = qdq, qdq.with_name(CONTRACT_NAME), None
+    if contract.exists():  # of the network's own size
+        contract = qdq.with_suffix(f".{CONTRACT_NAME}")
+    if edges is not None:
+        file = qdq.with_suffix(".app.onnx")
+        named = [zip(written.input_names, call.tensors, strict=True) for call in calls[:_SAMPLES_WITH_EDGES]]
+        samples = [{name: tensor.numpy() for name, tensor in one} for one in named]
+        app = write_app(model, plan, edges, samples, file)
+    contract_of(plan, onnx.load(file), file.name, classes).write(contract)
+    return app, [contract, *([file] if app is not None else [])]
 
 
 def _outputs(

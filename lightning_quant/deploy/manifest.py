@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
+from lightning_quant.deploy.edges.spec import Edges
 from lightning_quant.deploy.parity import Parity, of_export
 from lightning_quant.precision import int16_activations
 from lightning_quant.simulation.manifest import FORMAT_VERSION, Manifest
@@ -27,6 +29,46 @@ class BundleFile:
 
 
 @dataclass(frozen=True)
+class AppManifest:
+    """The graph with edges of a bundle, ``<name>.app.onnx``.
+
+    Args:
+        edges: what was asked for.
+        output_names: of the graph, in order.
+        samples: on how many it was compared with the host's own work around the network.
+        pixels_apart: how many pixels the device rounds to the integer beside the host's, of 256 for each channel.
+        equal: share of equal values over all outputs.
+    """
+
+    edges: Edges
+    output_names: list[str]
+    samples: int
+    pixels_apart: int
+    equal: float
+
+
+@dataclass(frozen=True)
+class BundleSize:
+    """A further graph of a bundle: the same network and encodings, for another input size.
+
+    Args:
+        inputs: shapes, by the names of the graph's inputs.
+        bytes: sizes of the ``float`` and the ``quantized`` ONNX file.
+        parity: agreement of the quantized file, run by ONNX Runtime, with the simulation.
+        resized: whether it was compared on samples of another size, interpolated.
+    """
+
+    inputs: dict[str, list[int]]
+    bytes: dict[str, int]
+    parity: Parity
+    resized: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        return {**vars(self), "parity": of_export(self.parity)}
+
+
+@dataclass(frozen=True)
 class BundleManifest(Manifest):
     """Content of ``manifest.json``: everything in :class:`~lightning_quant.simulation.manifest.Manifest`, and more.
 
@@ -42,6 +84,9 @@ class BundleManifest(Manifest):
         parity: agreement of the quantized file, run by ONNX Runtime, with the simulation.
         without_encoding: for each float tensor without an encoding the reason why it needs none.
         files: of the bundle, by their path in it.
+        app: the graph with edges, if there is one.
+        size: what the size of its own graph is called, where there are others; else empty.
+        sizes: the further graphs, by what their sizes are called: that is in the names of their files.
     """
 
     name: str
@@ -55,11 +100,19 @@ class BundleManifest(Manifest):
     parity: Parity
     without_encoding: dict[str, str]
     files: dict[str, BundleFile]
+    app: AppManifest | None = None
+    size: str = ""
+    sizes: dict[str, BundleSize] = field(default_factory=dict)
 
     @property
     def int16_activations(self) -> str | None:
         """The part of the network with 16-bit activations; ``None`` without any."""
         return int16_activations(self.precision, {**self.overrides, **self.promoted})
+
+    def at_size(self, size: str) -> BundleManifest:
+        """Return what it says of a further graph, as the manifest of that one."""
+        graph = self.sizes[size]
+        return replace(self, size=size, sizes={}, bytes=graph.bytes, parity=graph.parity)
 
     def __getitem__(self, entry: str) -> Any:
         """Return an entry as ``manifest.json`` has it, such as ``manifest["parity"]["psnr_db"]``."""
@@ -70,6 +123,8 @@ class BundleManifest(Manifest):
         own = {name: getattr(self, name) for name in _own_fields()}
         own["parity"] = of_export(self.parity)
         own["files"] = {path: asdict(file) for path, file in self.files.items()}
+        own["app"] = None if self.app is None else asdict(self.app)
+        own["sizes"] = {name: graph.to_dict() for name, graph in self.sizes.items()}
         return {**super().to_dict(), **own}
 
     @classmethod
@@ -82,9 +137,14 @@ class BundleManifest(Manifest):
         check_version(values, FORMAT_VERSION)
         parse_as(values, dict[str, Any])
         own = {}
+        optional = {one.name for one in fields(cls) if one.default_factory is not MISSING or one.default is not MISSING}
         for name, kind in _own_fields().items():
+            if name in optional and name not in values:  # written before there were any
+                continue
             check(name in values, name, None, "the entry to be there")
             own[name] = parse_as(values[name], kind, name)
+        for name in own.get("sizes", {}):
+            check(bool(name) and Path(name).name == name, "a name in sizes", name, "a plain part of a file name")
         return cls(**vars(Manifest.from_dict(values)), **own)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,6 @@ from lightning_quant.recipe import QuantRecipe
 from lightning_quant.utilities.monitor import Monitor
 from lightning_quant.utilities.registry import Spec
 
-SAMPLES_NAME = "samples.npz"
 REQUEST_NAME = "request.json"
 
 
@@ -100,26 +99,35 @@ class Push:
             raise self._unknown_to["aihub"]  # the one that knows all phones
         return unasked
 
-    def run(self, bundle: Bundle, samples: Samples) -> list[Measured]:
+    def run(self, bundle: Bundle, samples: Samples, sizes: Mapping[str, Samples] | None = None) -> list[Measured]:
         """Run a bundle and write a report for each device and runtime; artifacts are kept next to the bundle.
+
+        Args:
+            bundle: the exported network.
+            samples: to compute and compare.
+            sizes: samples of the further input sizes, by what they are called: a report for each of these as well.
 
         Raises:
             DeviceUnavailableError: if the target cannot be used.
             DeviceError: when there is no result. A device that failed alone says so in its report.
         """
         folder = device_folder(bundle)
-        samples.write(folder / SAMPLES_NAME)
+        graphs = [(bundle, samples), *((bundle.sizes[size], given) for size, given in (sizes or {}).items())]
+        for graph, given in graphs:
+            given.write(folder / samples_name(graph))
         self._request(bundle, "auto" if self._target is None else self._target.name).write(folder / REQUEST_NAME)
         target = self._choose(bundle)
         # what was started on one target is not resumed on another
         self._request(bundle, target.name).write(folder / REQUEST_NAME)
-        measured = target.run(bundle, samples.inputs, folder / target.name)
-        for one in measured:
-            _compare(one, samples)
-            one.report.bytes = {**bundle.manifest.bytes, **one.report.bytes}
-            _check_report(one.report, target)
-            one.write()
-        return measured
+        found = target.run_sizes([(graph, given.inputs) for graph, given in graphs], folder / target.name)
+        for (graph, given), measured in zip(graphs, found, strict=True):
+            for one in measured:
+                _compare(one, given)
+                one.report.size = graph.manifest.size or None
+                one.report.bytes = {**graph.manifest.bytes, **one.report.bytes}
+                _check_report(one.report, target)
+                one.write()
+        return [one for measured in found for one in measured]
 
     def _request(self, bundle: Bundle, target: str) -> Request:
         options = self.options if self._kept else None
@@ -162,6 +170,11 @@ class Push:
 def device_folder(bundle: Bundle) -> Path:
     """Return the folder of all results of devices: next to the bundle, since an export replaces that as a whole."""
     return bundle.path.with_name(f"{bundle.path.name}.device")
+
+
+def samples_name(bundle: Bundle) -> str:
+    """Return the name of the file with the samples of a bundle, or of it at a further size."""
+    return f"samples{bundle.stem.removeprefix(bundle.path.name)}.npz"
 
 
 def finished(folder: Path) -> bool:
@@ -210,18 +223,23 @@ def resume(path: str | Path, target: Target | Spec | None = None) -> list[Measur
             f"{bundle.path} was exported again after it was sent to {request.target}: expected the files that were "
             "sent, since the samples kept next to it are compared with those. Push the new one with DeviceExport."
         )
-    samples = Samples.read(folder / SAMPLES_NAME)
+    sizes = {size: _read_samples(folder, graph) for size, graph in bundle.sizes.items()}
+    return push.run(bundle, _read_samples(folder, bundle), sizes)
+
+
+def _read_samples(folder: Path, bundle: Bundle) -> Samples:
+    samples = Samples.read(folder / samples_name(bundle))
     named = {
         "input_names": (samples.inputs, bundle.manifest.input_names),
-        "output_names": (samples.simulation, bundle.manifest.output_names),
+        "output_names": (samples.simulation, bundle.output_names),
     }
     for what, (tensors, names) in named.items():
         if sorted(tensors[0]) != sorted(names):
             raise DataError(
-                f"{folder / SAMPLES_NAME} holds {', '.join(tensors[0])}: expected the {what} of {bundle.path}, "
-                f"{', '.join(names)}. Export again."
+                f"{folder / samples_name(bundle)} holds {', '.join(tensors[0])}: expected the {what} of "
+                f"{bundle.path}, {', '.join(names)}. Export again."
             )
-    return push.run(bundle, samples)
+    return samples
 
 
 def _check_report(report: DeviceReport, target: Target) -> None:
@@ -281,7 +299,7 @@ def check_bounds(
     """
     for report in reports:
         agreement = report.against
-        where = f"{report.precision} on {report.device} ({report.tier})"
+        where = f"{report.precision} on {report.place} ({report.tier})"
         if min_psnr is not None and agreement is not None:
             psnr, share = agreement.psnr_db, agreement.argmax_agreement
             if agreement.equal and share is not None and share < 1:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_quant.deploy.edges.host import app_outputs, fed, taken
+from lightning_quant.deploy.edges.plan import AppPlan
 from lightning_quant.deploy.manifest import BundleManifest
 from lightning_quant.errors import DataError
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
@@ -37,19 +39,37 @@ class Samples:
     float_network: list[Tensors] | None = None
 
     @classmethod
-    def of(cls, network: QuantizedNetwork, manifest: BundleManifest, calls: Iterable[NetworkInputs]) -> Samples:
+    def of(
+        cls,
+        network: QuantizedNetwork,
+        manifest: BundleManifest,
+        calls: Iterable[NetworkInputs],
+        plan: AppPlan | None = None,
+    ) -> Samples:
         """Run simulation and float network on some calls, each of one sample.
 
         Args:
             network: the quantized network.
             manifest: of the bundle it was exported to, for the names of inputs and outputs.
             calls: one sample each.
+            plan: of a graph with edges: inputs are what an app gives it, and outputs what the app's own work on the
+                host makes of those of simulation and float network.
+
+        Raises:
+            ConfigurationError: for calls that are not made of pixels, where the plan has an image.
         """
         calls = [call.to(torch.device("cpu")) for call in calls]
         inputs = [_named(manifest.input_names, call.tensors) for call in calls]
+        if plan is not None:
+            inputs = [{one.name: fed(one, sample[one.name]) for one in plan.inputs} for sample in inputs]
+            seen = [[torch.from_numpy(taken(one, sample[one.name])) for one in plan.inputs] for sample in inputs]
+            calls = [call.with_tensors(tensors) for call, tensors in zip(calls, seen, strict=True)]
         simulation = _outputs(network.network, manifest.output_names, calls)
         known = network.float_network
         float_network = None if known is None else _outputs(known, manifest.output_names, calls)
+        if plan is not None:
+            simulation = [app_outputs(plan, one) for one in simulation]
+            float_network = None if float_network is None else [app_outputs(plan, one) for one in float_network]
         return cls(inputs, simulation, float_network)
 
     def write(self, path: Path) -> None:

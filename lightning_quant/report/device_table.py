@@ -51,6 +51,9 @@ def device_table(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str
     header += ["PSNR dB", monitor, "MB float → quantized", "Pareto"]
     reports = [(record, report) for record in records for report in record.device]
     rows = [[*_figures(record, report), _standing(record, report, reports)] for record, report in reports]
+    if any(report.size for _, report in reports):
+        for row, size in zip([header, *rows], ["size", *(report.size or "" for _, report in reports)], strict=True):
+            row.insert(2, size)
     return header, rows
 
 
@@ -58,9 +61,15 @@ def device_notes(records: Sequence[RunRecord]) -> list[str]:
     """Return every warning of the devices, a line each, and what the figures are."""
     reports = [(record, report) for record in records for report in record.device]
     notes = [
-        f"{record.precision} on {report.device}: {warning}" for record, report in reports for warning in report.warnings
+        f"{record.precision} on {report.place}: {warning}" for record, report in reports for warning in report.warnings
     ]
-    notes += [f"{record.precision} on {report.device}: {report.error}" for record, report in reports if report.error]
+    notes += [f"{record.precision} on {report.place}: {report.error}" for record, report in reports if report.error]
+    notes += [
+        f"{record.precision} on {report.device}: one file of {report.bytes['compiled'] / 1e6:.2f} MB for all sizes, "
+        f"{report.saved:.0%} less than a file each."
+        for record, report in _first_of_sizes(reports)
+        if report.saved is not None
+    ]
     if any(report.against_float for _, report in reports):
         notes.append(f"PSNR against the float network: above {GOOD_PSNR:.0f} dB is typically good.")
     tiers = dict.fromkeys((report.tier, report.statement) for _, report in reports if report.statement)
@@ -90,14 +99,22 @@ def _figures(record: RunRecord, report: DeviceReport) -> list[str]:
     ]
 
 
+def _first_of_sizes(reports: Sequence[tuple[RunRecord, DeviceReport]]) -> list[tuple[RunRecord, DeviceReport]]:
+    """Return one report for each network on a device with a runtime."""
+    found: dict[tuple[int, str, str, str | None], tuple[RunRecord, DeviceReport]] = {}
+    for record, report in reports:
+        found.setdefault((id(record), report.tier, report.device, report.runtime), (record, report))
+    return list(found.values())
+
+
 def _standing(record: RunRecord, report: DeviceReport, reports: Sequence[tuple[RunRecord, DeviceReport]]) -> str:
     """Say whether a network is on the Pareto front of those of the same model on the same device and runtime."""
     this = _candidate(record, report)
     candidates = [
         candidate
         for other_record, other in reports
-        if (other_record.model, other.tier, other.device, other.runtime)
-        == (record.model, report.tier, report.device, report.runtime)
+        if (other_record.model, other.tier, other.device, other.runtime, other.size)
+        == (record.model, report.tier, report.device, report.runtime, report.size)
         and (candidate := _candidate(other_record, other)) is not None
     ]
     if len(candidates) < 2 or this is None:

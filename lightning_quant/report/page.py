@@ -241,7 +241,7 @@ def _by_latency(records: Sequence[RunRecord]) -> list[Any]:
     for record in records:
         for report in record.device:
             if report.median_latency_us is not None:
-                where = f"latency: {report.device}, {report.runtime}"
+                where = f"latency: {report.place}, {report.runtime}"
                 candidate = Candidate(str(record.precision), 0.0, 0.0, report.median_latency_us / 1000)
                 timed.setdefault(where, []).append((record, candidate))
     return [_tradeoff(where, "median latency, ms", pairs) for where, pairs in timed.items()]

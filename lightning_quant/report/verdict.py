@@ -23,7 +23,7 @@ def verdict(record: RunRecord) -> str:
         parts.append(_ratio(record.bytes["float"] / record.bytes["quantized"], "smaller", "larger"))
     parts += [_speed(report) for report in record.device if report.speedup]
     if not measured:  # then the outputs have to do
-        parts += [f"{one.against_float} to float on {one.device}" for one in record.device if one.against_float]
+        parts += [f"{one.against_float} to float on {one.place}" for one in record.device if one.against_float]
     return "; ".join(parts) + "."
 
 
@@ -86,7 +86,7 @@ def _losses(record: RunRecord) -> str:
 
 def _speed(report: DeviceReport) -> str:
     assert report.speedup is not None
-    return f"{_ratio(report.speedup, 'faster', 'slower')} on {report.device}"
+    return f"{_ratio(report.speedup, 'faster', 'slower')} on {report.place}"
 
 
 def _ratio(value: float, more: str, less: str) -> str:

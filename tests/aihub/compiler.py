@@ -58,6 +58,7 @@ class CompileOptions:
     channel_last: frozenset[str] = frozenset()
     quantize_io: bool = False
     quantize_io_type: str = ""
+    graph_name: str = ""
 
     @property
     def runtime(self) -> Runtime:
@@ -92,6 +93,7 @@ class CompileOptions:
             channel_last=frozenset(filter(None, ",".join(last).split(","))),
             quantize_io="quantize_io" in found,
             quantize_io_type=io_type,
+            graph_name=found.get("qnn_graph_name", ""),
         )
 
 

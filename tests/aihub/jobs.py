@@ -18,10 +18,11 @@ from tests.aihub.store import Dataset, Job, Model, Store
 State = int
 """Number of a ``pb.JobState``."""
 DONE, FAILED = pb.JOB_STATE_DONE, pb.JOB_STATE_FAILED
-TYPES = ("compile", "inference")
+TYPES = ("compile", "link", "inference")
 QAIRT = "2.45.0.260326"
 DAY = 24 * 3600.0
 _HOLDS = "holds"
+_GRAPH_NAMES = str(pb.MODEL_METADATA_KEY_QNN_MODEL_GRAPH_NAMES)
 
 
 def request_of(job: Job) -> pb.Job:
@@ -33,6 +34,8 @@ def on_the_way(job: Job) -> tuple[State, ...]:
     """The states of a job before its last; one that the client does not expect of its type stops a verbose client."""
     if job.type == "compile":
         return pb.JOB_STATE_CREATED, pb.JOB_STATE_OPTIMIZING_MODEL
+    if job.type == "link":
+        return pb.JOB_STATE_CREATED, pb.JOB_STATE_LINKING_MODELS
     profiling = request_of(job).inference_job.is_profiling_on
     last = pb.JOB_STATE_MEASURING_PERFORMANCE if profiling else pb.JOB_STATE_RUNNING_INFERENCE
     return pb.JOB_STATE_CREATED, pb.JOB_STATE_PROVISIONING_DEVICE, last
@@ -85,6 +88,9 @@ class Jobs:
                 job.target = self._store.create(
                     Model, name=target, created=now, type=runtime.model_type, producer=job.id
                 ).id
+            if kind == "link":
+                target, kept = f"job_{job.id}_linked.bin", pb.MODEL_TYPE_QNN_CONTEXT_BINARY
+                job.target = self._store.create(Model, name=target, created=now, type=kept, producer=job.id).id
             self._store.save(job)
         if fault is not None and fault.effect == "fail":
             self._finish(job, failure=fault.text)
@@ -137,6 +143,8 @@ class Jobs:
         try:
             if job.type == "compile":
                 self._compile(job)
+            elif job.type == "link":
+                self._link(job)
             else:
                 output = self._infer(job)
         except runner.JobFailure as error:
@@ -167,9 +175,21 @@ class Jobs:
         self._store.write(self._store.blob(target.id), compiled)
         metadata = {str(pb.MODEL_METADATA_KEY_QAIRT_SDK_VERSION): QAIRT}
         if target.type in (pb.MODEL_TYPE_QNN_DLC, pb.MODEL_TYPE_QNN_CONTEXT_BINARY):
-            metadata[str(pb.MODEL_METADATA_KEY_QNN_MODEL_GRAPH_NAMES)] = opened.model.graph.name
+            metadata[_GRAPH_NAMES] = options.graph_name or opened.model.graph.name
         interface = runner.interface(compiled).to_json()
         self._store.change(Model, target.id, complete=True, interface=interface, metadata=metadata)
+
+    def _link(self, job: Job) -> None:
+        """Put compiled graphs into one file, by their names."""
+        graphs: dict[str, bytes] = {}
+        for asked in request_of(job).link_job.models.models:
+            model, compiled = self._file(asked.model_id)
+            name = model.metadata[_GRAPH_NAMES]
+            if model.type != pb.MODEL_TYPE_QNN_DLC or name in graphs:
+                raise runner.JobFailure(f"Expected QNN DLC models with graphs of different names, got {name} again.")
+            graphs[name] = compiled
+        self._store.write(self._store.blob(job.target), runner.linked(graphs))
+        self._store.change(Model, job.target, complete=True, metadata={_GRAPH_NAMES: ",".join(graphs)})
 
     def _infer(self, job: Job) -> str:
         """Compute the outputs and keep them as a dataset, whose id is returned; empty without inputs."""
@@ -178,6 +198,8 @@ class Jobs:
         if not model.producer and model.type == compiler.ONNX:  # an ONNX model needs no compile job
             source = compiler.open_source(compiled, model.type, model.is_directory)
             compiled = compiler.compile_source(source, compiler.CompileOptions("onnx"), {}, "model.onnx.zip")
+        if model.producer and self._store.get(Job, model.producer).type == "link":
+            compiled = runner.graph_of(compiled, request.options)
         if not request.dataset.dataset_id:
             runner.run(compiled, runner.random_samples(runner.interface(compiled).inputs))
             return ""

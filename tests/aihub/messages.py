@@ -72,15 +72,21 @@ def dataset(record: Dataset) -> pb.Dataset:
     return message
 
 
+def part_of(request: pb.Job, kind: str) -> Any:
+    """What a request says of the type of its job."""
+    return getattr(request, f"{kind}_job")
+
+
 def job(record: Job, state: State, source: pb.Model, target: pb.Model | None, inputs: pb.Dataset | None) -> pb.Job:
-    """A job: what was asked for, its state, its model, and for a compile job its target, from the beginning."""
+    """A job: what was asked for, its state, its model, and for one that makes a model its target, from the beginning."""
     message = request_of(record)
     message.hub_version = "stand-in"
-    part: Any = message.compile_job if record.type == "compile" else message.inference_job
+    part = part_of(message, record.type)
     setattr(part, f"{record.type}_job_id", record.id)
     part.name, part.job_state = record.name, state
     part.user.CopyFrom(USER)
-    part.model.CopyFrom(source)
+    if record.type != "link":
+        part.model.CopyFrom(source)
     part.creation_time.CopyFrom(timestamp(record.created))
     part.start_time.CopyFrom(timestamp(record.started))
     if record.type == "compile":
@@ -88,6 +94,8 @@ def job(record: Job, state: State, source: pb.Model, target: pb.Model | None, in
         assert target is not None
         part.target_model.CopyFrom(target)
         part.target_tensor_type_list.CopyFrom(target.input_spec)
+    elif target is not None:
+        part.target_model.CopyFrom(target)
     elif inputs is not None:
         part.dataset.CopyFrom(inputs)
     if state == DONE and record.type == "inference":
@@ -96,7 +104,7 @@ def job(record: Job, state: State, source: pb.Model, target: pb.Model | None, in
         part.failure_reason = record.failure
         message.failure_type = pb.JOB_FAILURE_TYPE_MODEL_UNKNOWN
     if state in (DONE, FAILED):
-        message.available_artifacts.extend([_HUB_LOG] if record.type == "compile" else [_DEVICE_LOG, _HUB_LOG])
+        message.available_artifacts.extend([_DEVICE_LOG, _HUB_LOG] if record.type == "inference" else [_HUB_LOG])
     return message
 
 
@@ -106,6 +114,8 @@ def job_summary(record: Job, state: State, profile: Mapping[str, Any]) -> pb.Job
     part: Any
     if record.type == "compile":
         part, device = message.compile_job_summary, request.compile_job.devices.devices[0]
+    elif record.type == "link":
+        part, device = message.link_job_summary, request.link_job.device
     else:
         part, device = message.inference_job_summary, request.inference_job.device
         part.is_profiling_on = request.inference_job.is_profiling_on
@@ -125,6 +135,8 @@ def job_result(record: Job, profile: Mapping[str, Any]) -> pb.JobResult:
     if record.type == "compile":
         tools = pb.CompileDetail(tool_versions=_TOOLS)
         return pb.JobResult(compile_job_result=pb.CompileJobResult(compile_job_id=record.id, compile_detail=tools))
+    if record.type == "link":
+        return pb.JobResult(link_job_result=pb.LinkJobResult(link_job_id=record.id))
     detail = profile_detail(profile)
     if not request_of(record).inference_job.is_profiling_on:
         del detail.layer_details[:]

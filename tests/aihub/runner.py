@@ -136,6 +136,28 @@ def run(compiled: bytes, samples: Tensors, float_outputs: bool = False) -> Tenso
     return outputs
 
 
+def linked(graphs: Mapping[str, bytes]) -> bytes:
+    """Make one file of compiled models, by the names of their graphs."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, compiled in graphs.items():
+            archive.writestr(name, compiled)
+    return content.getvalue()
+
+
+def graph_of(content: bytes, options: str) -> bytes:
+    """Return the compiled model in a :func:`linked` file that the options of a job choose.
+
+    Raises:
+        JobFailure: if they choose none of its graphs.
+    """
+    _, _, chosen = options.partition("--qnn_options context_enable_graphs=")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if chosen not in archive.namelist():
+            raise JobFailure(f"The model has the graphs {', '.join(archive.namelist())}; '{chosen}' was chosen.")
+        return archive.read(chosen)
+
+
 def random_samples(inputs: Iterable[Tensor]) -> Tensors:
     """What a job without a dataset runs on."""
     generator = np.random.default_rng(0)

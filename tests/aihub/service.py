@@ -284,7 +284,7 @@ class Service:
         asked, kind = call.read(pb.Job), call.job_type()
         if kind not in TYPES:
             raise Refusal(400, f"The stand-in runs no {kind or 'such'} jobs.")
-        part: Any = asked.compile_job if kind == "compile" else asked.inference_job
+        part = messages.part_of(asked, kind)
         if kind == "compile":
             devices = list(part.devices.devices)
             try:
@@ -293,11 +293,13 @@ class Service:
                 raise Refusal(400, str(error)) from None
         else:
             devices = [part.device]
+        if kind == "inference":
             self._check_dataset(part.dataset.dataset_id)
         known = {device.name for device in self._devices}
         if not devices or any(device.name not in known for device in devices):
             raise Refusal(400, "No devices match the given OS name, version, and attributes.")
-        self._get(Model, part.model.model_id)
+        for model in part.models.models if kind == "link" else [part.model]:
+            self._get(Model, model.model_id)
         return messages.created(self._jobs.create(kind, part.name, asked, fault))
 
     def _check_dataset(self, id: str) -> None:
@@ -310,15 +312,15 @@ class Service:
     def _show_job(self, call: Call, id: str) -> Message:
         job = self._get(Job, id)
         state = self._jobs.state(job)
-        request = messages.request_of(job)
-        asked: Any = request.compile_job if job.type == "compile" else request.inference_job
-        source = self._store.find(Model, asked.model.model_id)
+        asked = messages.part_of(messages.request_of(job), job.type)
+        model = (asked.models.models[0] if job.type == "link" else asked.model).model_id
+        source = self._store.find(Model, model)
         target = self._store.find(Model, job.target)
         inputs = self._store.find(Dataset, asked.dataset.dataset_id) if job.type == "inference" else None
         return messages.job(
             job,
             state,
-            self._model_message(source) if source else asked.model,
+            self._model_message(source) if source else pb.Model(model_id=model),
             messages.model(target, finished=state == DONE) if target else None,
             messages.dataset(inputs) if inputs else None,
         )

@@ -27,6 +27,7 @@ import qai_hub
 
 from tests.aihub.faults import Fault, Faults
 from tests.aihub.jobs import DAY, TYPES, Jobs, request_of
+from tests.aihub.messages import part_of
 from tests.aihub.servers import ApiHandler, Behind, BlobHandler, Server
 from tests.aihub.service import Service
 from tests.aihub.store import Dataset, Job, Model, Request, Store
@@ -184,7 +185,7 @@ class StandIn:
         self._faults.clear()
 
     def hold(self, kind: str = "") -> None:
-        """Keep jobs of this type (``"compile"``, ``"inference"``; both by default) from running, new ones queued."""
+        """Keep jobs of this type (``"compile"``, ``"link"``, ``"inference"``; all by default) from running, new ones queued."""
         for each in [kind] if kind else TYPES:
             self._jobs.hold(each)
 
@@ -246,8 +247,7 @@ class StandIn:
         made = [f"model {model.name}" for model in self.models()]
         made += [f"dataset {dataset.name}" for dataset in self.datasets()]
         for job in self.jobs():
-            request = request_of(job)
-            asked: Any = request.compile_job if job.type == "compile" else request.inference_job
+            asked = part_of(request_of(job), job.type)
             devices = asked.devices.devices if job.type == "compile" else [asked.device]
             on = ", ".join(device.name for device in devices)
             made.append(f"{job.type} job {job.name} on {on} {asked.options}".rstrip())

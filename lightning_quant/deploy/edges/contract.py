@@ -17,7 +17,21 @@ CONTRACT_NAME = "io.json"
 _FORMAT_VERSION = 1
 
 Holds = Literal["image", "numbers", "scores", "classes", "probabilities"]
-ElementType = Literal["float32", "uint8", "uint16", "int32", "int64", "bool"]
+# What NumPy calls the types of tensors in ONNX.
+TYPES = (
+    "float16",
+    "float32",
+    "float64",
+    "int8",
+    "uint8",
+    "int16",
+    "uint16",
+    "int32",
+    "uint32",
+    "int64",
+    "uint64",
+    "bool",
+)
 _MOST_CLASSES = 2**16
 _COLOR = re.compile(r"#[0-9a-f]{6}")
 
@@ -29,7 +43,7 @@ class IoTensor:
     Args:
         name: in the graph.
         shape: of one sample, its batch axis of length 1 included.
-        type: of its elements.
+        type: of its elements, one of :data:`TYPES`.
         holds: ``"image"``: pixels of 0…255. ``"numbers"``: whatever the network takes or returns. ``"scores"``: one
             for each class. ``"classes"``: indices of classes. ``"probabilities"``: 0…1.
         layout: ``"nhwc"`` or ``"nchw"`` of an image; ``None`` where axes have no such meaning.
@@ -45,7 +59,7 @@ class IoTensor:
 
     name: str
     shape: tuple[int, ...]
-    type: ElementType
+    type: str
     holds: Holds = "numbers"
     layout: Literal["nhwc", "nchw"] | None = None
     color: Literal["rgb", "bgr", "gray"] | None = None
@@ -69,8 +83,9 @@ class IoTensor:
         Raises:
             FieldError: naming the first field, below ``where``.
         """
-        sizes = 0 < len(self.shape) <= 8 and all(0 < size < 2**31 for size in self.shape)
-        check(sizes and math.prod(self.shape) < 2**40, f"{where}.shape", self.shape, "1 to 8 sizes above 0")
+        check(self.type in TYPES, f"{where}.type", self.type, f"one of {', '.join(TYPES)}")
+        sizes = len(self.shape) <= 8 and all(0 < size < 2**31 for size in self.shape)
+        check(sizes and math.prod(self.shape) < 2**40, f"{where}.shape", self.shape, "at most 8 sizes above 0")
         check(0 < len(self.name) < 500, f"{where}.name", self.name, "a name")
         image = self.holds == "image"
         fits = len(self.shape) == 4 and self.layout is not None and self.color is not None and self.type == "uint8"

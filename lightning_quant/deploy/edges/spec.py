@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.utilities.parsing import FieldError, check, is_finite, parse_fields, short_repr
+from lightning_quant.utilities.parsing import FieldError, check, is_finite, parse_as, parse_fields, short_repr
 
 Layout = Literal["nhwc", "nchw"]
 ColorOrder = Literal["rgb", "bgr"]
@@ -140,9 +140,19 @@ class Edges:
             raise ConfigurationError(f"{error}.") from error
         return edges if any(edges.inputs) or any(edges.outputs) else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return asdict(self)
+    @classmethod
+    def from_json(cls, value: Any, where: str = "") -> Edges:
+        """Read what ``dataclasses.asdict`` made of one.
+
+        Raises:
+            FieldError: naming the field that does not fit.
+        """
+        parts = parse_as(value, dict[str, list[Any]], where)
+        check(parts.keys() == {"inputs", "outputs"}, where, sorted(parts), "inputs and outputs")
+        return cls(
+            tuple(_input(one, f"{where}.inputs[{at}]") for at, one in enumerate(parts["inputs"])),
+            tuple(_output(one, f"{where}.outputs[{at}]") for at, one in enumerate(parts["outputs"])),
+        )
 
 
 def _listed(given: Any) -> Sequence[Any]:
@@ -156,7 +166,7 @@ def _listed(given: Any) -> Sequence[Any]:
 
 def _input(given: Any, where: str) -> ImageInput | Literal["quantized"] | None:
     if given is None or given == QUANTIZED:
-        return given  # type: ignore[no-any-return]
+        return given
     if given == "image":
         return ImageInput()
     if isinstance(given, ImageInput):  # its fields were not looked at yet

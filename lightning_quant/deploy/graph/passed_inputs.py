@@ -33,10 +33,17 @@ class Grid:
 
     def round(self, values: np.ndarray) -> np.ndarray:
         """Return the nearest numbers on the grid."""
+        return self.reals(self.integers(values)).astype(values.dtype)
+
+    def integers(self, values: np.ndarray) -> np.ndarray:
+        """Return the integers that stand for the nearest numbers."""
         limits = np.iinfo(self.zero_point.dtype)
-        zero_point = float(self.zero_point)
-        integers = np.clip(np.rint(values / self.scale) + zero_point, limits.min, limits.max)
-        return ((integers - zero_point) * self.scale).astype(values.dtype)
+        nearest = np.rint(values / np.float32(self.scale)) + float(self.zero_point)
+        return np.clip(nearest, limits.min, limits.max).astype(self.zero_point.dtype)
+
+    def reals(self, integers: np.ndarray) -> np.ndarray:
+        """Return the numbers that integers stand for, in float32 as ONNX computes them."""
+        return (integers.astype(np.float32) - np.float32(self.zero_point)) * np.float32(self.scale)
 
 
 def encode_passed_inputs(model: onnx.ModelProto, encodings: dict[str, Any]) -> bool:

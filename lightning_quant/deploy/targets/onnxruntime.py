@@ -26,8 +26,8 @@ class OnnxRuntimeTarget(Target):
             return [Measured(self._report(bundle), _computed(bundle, inputs), folder)]
         except Exception as error:  # the library raises classes of its own, one for each status code
             raise DeviceError(
-                f"ONNX Runtime cannot compute {bundle.qdq}: {type(error).__name__}: {error} Expected the file and "
-                "the samples of one export. Export it again."
+                f"ONNX Runtime cannot compute {bundle.device_file}: {type(error).__name__}: {error} Expected the file "
+                "and the samples of one export. Export it again."
             ) from error
 
     def _report(self, bundle: Bundle) -> DeviceReport:
@@ -40,7 +40,7 @@ class OnnxRuntimeTarget(Target):
 
 
 def _computed(bundle: Bundle, inputs: list[Tensors]) -> list[Tensors]:
-    session = exact_session(bundle.qdq)
+    session = exact_session(bundle.device_file)
     names = [value.name for value in session.get_outputs()]
     wanted = {value.name for value in session.get_inputs()}
     outputs = []

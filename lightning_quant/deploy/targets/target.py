@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -61,7 +62,7 @@ class Target(ABC):
         ...         self.device = device
         ...
         ...     def run(self, bundle, inputs, folder):
-        ...         outputs = [infer(bundle.qdq, sample) for sample in inputs]  # {name: array} for each
+        ...         outputs = [infer(bundle.device_file, sample) for sample in inputs]  # {name: array} for each
         ...         report = DeviceReport(self.name, self.device, bundle.manifest.precision)
         ...         report.statement = "measured on the board on my desk"
         ...         return [Measured(report, outputs, folder)]
@@ -115,6 +116,27 @@ class Target(ABC):
         Raises:
             DeviceError: when there is no result.
         """
+
+    def run_sizes(self, graphs: Sequence[tuple[Bundle, list[Tensors]]], folder: Path) -> list[list[Measured]]:
+        """Run the graphs of one bundle, see :attr:`~lightning_quant.deploy.bundle.Bundle.sizes`: one after the other.
+
+        Override it for a target whose graphs share their weights.
+
+        Args:
+            graphs: the bundle, then it at each further size, with samples of that size.
+            folder: as of :meth:`run`.
+
+        Returns:
+            What :meth:`run` returns, of each.
+
+        Raises:
+            DeviceError: when there is no result.
+        """
+        (bundle, inputs), *further = graphs
+        return [
+            self.run(bundle, inputs, folder),
+            *(self.run(one, given, folder / one.manifest.size) for one, given in further),
+        ]
 
 
 # This package's, best first: what target="auto" tries.

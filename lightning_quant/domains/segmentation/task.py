@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassConfusionMatrix
 from typing_extensions import override
 
-from lightning_quant.domains.segmentation.cityscapes import CLASS_NAMES, IGNORE_INDEX, NUM_CLASSES
+from lightning_quant.domains.segmentation.cityscapes import CLASS_NAMES, CLASSES, IGNORE_INDEX, NUM_CLASSES
 from lightning_quant.domains.segmentation.overlay import compare_class_maps
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.report.pictures import Comparison
@@ -179,6 +179,11 @@ class SegmentationTask(LightningModule):
     def class_names(self) -> tuple[str, ...]:
         """The names of Cityscapes for 19 classes, else ``"class 0"`` and so on."""
         return CLASS_NAMES if self.num_classes == NUM_CLASSES else tuple(f"class {i}" for i in range(self.num_classes))
+
+    @property
+    def class_colors(self) -> tuple[str, ...]:
+        """The colors of Cityscapes for 19 classes, ``#rrggbb``; none for others."""
+        return tuple(f"#{bytes(one.color).hex()}" for one in CLASSES) if self.num_classes == NUM_CLASSES else ()
 
     def per_class_iou(self, stage: str = "val") -> dict[str, float]:
         """Return the intersection over union of each class that occurred in the labels of the last epoch of ``stage``.

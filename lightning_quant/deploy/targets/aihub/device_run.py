@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightning_quant.deploy.targets.aihub.job import Job, Outcome, Source
+from lightning_quant.deploy.targets.aihub.job import Graph, Job, Outcome, Source
+from lightning_quant.deploy.targets.aihub.link import Link, graph_name
 from lightning_quant.deploy.targets.aihub.submissions import JobFailed, Submissions
 from lightning_quant.deploy.targets.aihub.tensors import as_specified, dequantized, in_layout, specs_of
 from lightning_quant.deploy.targets.target import folder_name
@@ -37,7 +38,11 @@ class DeviceRun:
         name: of the device.
         runtime: what to compile to.
         variant: which network.
+        graph: for which input size.
         source: the file of that network.
+
+    Attributes:
+        link: the job that puts this graph and those of other sizes into one binary, if that was asked for.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class DeviceRun:
         name: str,
         runtime: str,
         variant: Variant,
+        graph: Graph,
         source: Source,
     ) -> None:
         self.job = job
@@ -60,23 +66,29 @@ class DeviceRun:
         self.name = name
         self.runtime = runtime
         self.variant = variant
+        self.graph = graph
         self.source = source
+        self.links_graphs = job.link and len(job.graphs) > 1 and variant is Variant.QUANTIZED
+        self.link: Link | None = None
         self.error: str | None = None
         self.stopped: DeviceError | None = None
         self.profile: dict[str, Any] | None = None
         self.versions: dict[str, str] = {}
         self.artifacts: dict[str, str] = {}
         self.warnings: list[str] = []
-        self.folder = Path(job.folder) / folder_name(name, runtime)
+        self.folder = Path(job.folder) / folder_name(name, runtime) / graph.size
         what = f"{source.hash} {name} {runtime} {self.options}"
         self.compile_key = f"compile-{short_hash(what)}"
-        self.inference_key = f"inference-{short_hash(f'{what} {job.inputs_hash}')}"
+        self.inference_key = f"inference-{short_hash(f'{what} {graph.inputs_hash}')}"
         self.links: dict[str, str] = {}
 
     @property
     def options(self) -> str:
         """Options of the compile job; the user's come last."""
-        options = [f"--target_runtime {self.runtime}", f"--output_names {','.join(self.job.output_names)}"]
+        runtime = "qnn_dlc" if self.links_graphs else self.runtime  # what a link job takes
+        options = [f"--target_runtime {runtime}", f"--output_names {','.join(self.job.output_names)}"]
+        if self.links_graphs:
+            options.append(f"--qnn_graph_name {graph_name(self.graph.size)}")
         if self.variant is Variant.QUANTIZED:
             as_bytes = self.runtime == "tflite" and self.job.activation_bits == 8
             options.append("--quantize_io" + (" --quantize_io_type uint8" if as_bytes else ""))
@@ -110,8 +122,11 @@ class DeviceRun:
 
     def submit_inference(self) -> None:
         """Wait for the compiled model, upload the samples and submit the run; later if waiting was not asked for."""
-        if not self.job.wait and not self._is_finished(self.compile_key):
+        before = [self.compile_key] if self.link is None else [self.link.key]
+        if not self.job.wait and not self._all_finished(before):
             return
+        if self.link is not None:
+            self.journal.note(self.link.key, target_model_id=self.link.wait())
         job = self.submissions.wait_for(self.compile_key, f"the compile job for {self.name}")
         client = self.service.client
         target_id = job.get_target_model().model_id
@@ -120,12 +135,15 @@ class DeviceRun:
         if "id" not in self.journal.entry(self.inference_key):  # else the samples are not needed any more
             with self.submissions.forgetting_if_gone(self.compile_key):
                 target = self.service.read("the compiled model", lambda: client.get_model(target_id))
-            dataset_id = self.submissions.upload_inputs(self._inputs_for(target))
+            dataset_id = self.submissions.upload_inputs(self._inputs_for(target), self.graph.inputs_hash)
+        options = "" if self.link is None else f"--qnn_options context_enable_graphs={graph_name(self.graph.size)}"
 
         def request(name: str) -> Any:
             dataset = client.get_dataset(dataset_id)
-            model = client.get_model(target_id)
-            return client.submit_inference_job(model, self.device, dataset, name=name, profile=True, retry=False)
+            model = client.get_model(self._run_id)
+            return client.submit_inference_job(
+                model, self.device, dataset, name=name, options=options, profile=True, retry=False
+            )
 
         what = f"submitting the run on {self.name}"
         self.links["inference"] = self.submissions.submit(self.inference_key, what, request)
@@ -148,7 +166,9 @@ class DeviceRun:
             target = service.read("the compiled model", lambda: service.client.get_model(target_id))
         downloads = self.scratch / self.compile_key
         downloads.mkdir(exist_ok=True)
-        compiled = Path(service.read("downloading the compiled model", lambda: target.download(str(downloads))))
+        with self.submissions.forgetting_if_gone(self.compile_key if self.link is None else self.link.key):
+            runs = service.read("the compiled model", lambda: service.client.get_model(self._run_id))
+        compiled = Path(service.read("downloading the compiled model", lambda: runs.download(str(downloads))))
         compiled = Path(shutil.move(compiled, self.folder / f"compiled{''.join(compiled.suffixes)}"))
         with self.submissions.forgetting_if_gone(key):
             data = service.read("downloading the outputs", lambda: job.download_output_data())
@@ -156,6 +176,22 @@ class DeviceRun:
         with atomic_write(self.folder / "outputs.npz") as partial:
             np.savez(partial, **outputs)  # type: ignore[arg-type]
         self.artifacts = {"compiled": compiled.name, "outputs": "outputs.npz"}
+
+    def submit_link(self) -> None:
+        """Submit the job that links this graph with those of other sizes, if that was asked for."""
+        if self.link is not None and (self.job.wait or self._all_finished(self.link.compile_keys)):
+            self.link.submit()
+            self.links["link"] = self.link.url
+
+    @property
+    def _run_id(self) -> str:
+        """The model that runs: the compiled one, or what it was linked into."""
+        key = self.compile_key if self.link is None else self.link.key
+        identity: str = self.journal.entry(key)["target_model_id"]
+        return identity
+
+    def _all_finished(self, keys: Iterable[str]) -> bool:
+        return all("id" in self.journal.entry(key) and self._is_finished(key) for key in keys)
 
     def _is_finished(self, key: str) -> bool:
         identity = self.journal.entry(key)["id"]
@@ -169,7 +205,7 @@ class DeviceRun:
 
         entries = {}
         specs = specs_of(target.input_spec)
-        with np.load(self.scratch / "inputs.npz") as file:
+        with np.load(self.scratch / self.graph.inputs) as file:
             for position, name in enumerate(self.job.input_names):
                 spec = specs.get(name) or (list(specs.values())[position] if len(specs) > position else None)
                 given = list(file[name])
@@ -198,7 +234,7 @@ class DeviceRun:
         found = {}
         for name in names:
             rows = [dequantized(value, specs.get(name)) for value in data[name]]
-            shape = tuple(self.job.output_shapes[name])
+            shape = tuple(self.graph.output_shapes[name])
             found[name] = np.stack([in_layout(row, shape) for row in rows])
         return found
 
@@ -211,6 +247,7 @@ class DeviceRun:
         return Outcome(
             self.name,
             self.runtime,
+            self.graph.size,
             status="failed" if error else "finished" if self.profile is not None else "pending",
             soc=soc[0] if soc else None,
             jobs=dict(self.links),

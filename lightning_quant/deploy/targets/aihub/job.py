@@ -59,17 +59,36 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Graph:
+    """The network for one input size.
+
+    Args:
+        size: what it is called; empty for the bundle's own graph.
+        quantized: the network to measure.
+        float_network: the float network to compare it with; ``None``: do not.
+        inputs: name of the file with the samples, next to the job.
+        inputs_hash: of the samples; names their upload.
+        output_shapes: by name, one sample each, to recognize a layout that the compiler changed.
+    """
+
+    size: str
+    quantized: Source
+    float_network: Source | None
+    inputs: str
+    inputs_hash: str
+    output_shapes: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
 class Job:
     """One bundle to compile and run on its devices.
 
     Args:
         profile: name of the client's configuration.
-        quantized: the network to measure.
-        float_network: the float network to compare it with; ``None``: do not.
-        inputs_hash: of the samples, which are in ``inputs.npz`` next to the job; names their upload.
-        input_names: of the graph, in order.
-        output_names: of the graph, in order.
-        output_shapes: by name, one sample each, to recognize a layout that the compiler changed.
+        graphs: the network, for each input size.
+        link: whether the graphs are linked into one context binary, which holds their weights once.
+        input_names: of the graphs, in order.
+        output_names: of the graphs, in order.
         activation_bits: of the network.
         int16_activations: the part of the network with 16-bit activations, if any.
         devices: their names, as AI Hub lists them.
@@ -85,12 +104,10 @@ class Job:
     """
 
     profile: str | None
-    quantized: Source
-    float_network: Source | None
-    inputs_hash: str
+    graphs: list[Graph]
+    link: bool
     input_names: list[str]
     output_names: list[str]
-    output_shapes: dict[str, list[int]]
     activation_bits: int
     int16_activations: str | None
     devices: list[str]
@@ -112,6 +129,7 @@ class Outcome:
     Args:
         device: its name.
         runtime: of :data:`RUNTIMES`.
+        size: which graph.
         status: as in :class:`~lightning_quant.deploy.device_report.DeviceReport`.
         soc: the chip, if AI Hub names it.
         jobs: links by what they did.
@@ -125,6 +143,7 @@ class Outcome:
 
     device: str
     runtime: str
+    size: str
     status: Literal["finished", "pending", "failed"]
     soc: str | None = None
     jobs: dict[str, str] = field(default_factory=dict)
@@ -141,7 +160,7 @@ class Outcomes:
     """The result of the worker.
 
     Args:
-        results: one for every device and runtime.
+        results: one for every graph, device and runtime.
     """
 
     results: list[Outcome]

@@ -84,9 +84,9 @@ class Submissions:
                 f"{self.job.timeout:g} s. Run again to resume."
             ) from None
 
-    def upload_inputs(self, path: Path) -> str:
-        """Upload the samples unless they were; return the id of the data set."""
-        key = f"inputs-{short_hash(f'{self.job.inputs_hash} {path.stem}')}"
+    def upload_inputs(self, path: Path, digest: str) -> str:
+        """Upload the samples, known by the hash of their values, unless they were; return the id of the data set."""
+        key = f"inputs-{short_hash(f'{digest} {path.stem}')}"
         service = self.service
 
         def upload(name: str) -> str:

@@ -31,6 +31,7 @@ from lightning_quant.deploy.targets.aihub.job import (
     RUNTIMES,
     DeviceCheck,
     DevicesFound,
+    Graph,
     Job,
     Outcome,
     Outcomes,
@@ -68,6 +69,8 @@ class AiHubTarget(Target):
             fetches them later.
         timeout: seconds for everything, waiting for jobs in the queue included.
         patience: seconds for which a failing service is asked again before giving up.
+        link: link the graphs of all input sizes of a bundle into one context binary, which holds their weights once;
+            with the runtime ``qnn_context_binary`` only. Otherwise each is compiled to a file of its own.
 
     Raises:
         ConfigurationError: for an unknown runtime or source, or a limit that is not a time.
@@ -87,6 +90,7 @@ class AiHubTarget(Target):
         timeout: float = 3600.0,
         patience: float = 120.0,
         poll_seconds: float = 10.0,
+        link: bool = False,
     ) -> None:
         if unknown := [one for one in runtimes if one not in RUNTIMES]:
             raise ConfigurationError(f"Unknown runtime {unknown[0]!r}: expected one of {', '.join(RUNTIMES)}.")
@@ -94,6 +98,11 @@ class AiHubTarget(Target):
             raise ConfigurationError(f"Unknown source {source!r}: expected one of {', '.join(SOURCES)}.")
         if not devices or not runtimes:
             raise ConfigurationError("No device or no runtime given: expected at least one of each.")
+        if link and list(runtimes) != ["qnn_context_binary"]:
+            raise ConfigurationError(
+                f"link=True with the runtime {', '.join(runtimes)}: expected qnn_context_binary alone, the only one "
+                "that holds several graphs. Give runtime='qnn_context_binary', or leave link out."
+            )
         for name, value in {"timeout": timeout, "patience": patience, "poll_seconds": poll_seconds}.items():
             if not 0 < value <= LONGEST:
                 raise ConfigurationError(f"{name}={value!r}: expected seconds above 0, at most {LONGEST:.0f}.")
@@ -111,6 +120,7 @@ class AiHubTarget(Target):
         self.timeout = timeout
         self.patience = patience
         self.poll_seconds = poll_seconds
+        self.link = link
 
     @property
     def config_path(self) -> Path:
@@ -157,18 +167,24 @@ class AiHubTarget(Target):
 
     @override
     def run(self, bundle: Bundle, inputs: list[Tensors], folder: Path) -> list[Measured]:
+        return self.run_sizes([(bundle, inputs)], folder)[0]
+
+    @override
+    def run_sizes(self, graphs: Sequence[tuple[Bundle, list[Tensors]]], folder: Path) -> list[list[Measured]]:
+        """Compile and run all graphs at the same time, linked into one context binary if that was asked for."""
+        bundle, _ = graphs[0]
+        sizes = {one.manifest.size if one.stem != one.path.name else "": one for one, _ in graphs}
         with tempfile.TemporaryDirectory(prefix="lightning-quant-aihub-") as scratch:
             work = Path(scratch)
-            quantized = self._quantized_source(bundle, work)
-            np.savez(work / "inputs.npz", **_stacked(inputs))  # type: ignore[arg-type]
             job = Job(
                 profile=self.profile,
-                quantized=quantized,
-                float_network=_float_source(bundle) if self.compare_float else None,
-                inputs_hash=arrays_hash(inputs),
+                graphs=[
+                    self._graph(size, one, inputs, work)
+                    for (size, one), (_, inputs) in zip(sizes.items(), graphs, strict=True)
+                ],
+                link=self.link,
                 input_names=bundle.manifest.input_names,
-                output_names=bundle.manifest.output_names,
-                output_shapes=_shapes(bundle),
+                output_names=bundle.output_names,
                 activation_bits=bundle.manifest.precision.activation_bits,
                 int16_activations=bundle.manifest.int16_activations,
                 devices=self.devices,
@@ -185,28 +201,44 @@ class AiHubTarget(Target):
             worker = "lightning_quant.deploy.targets.aihub.worker"
             outcomes = run_worker(worker, job, work, self.timeout + _GRACE, Outcomes)
         try:
-            measured = [self._measured(one, bundle, folder) for one in outcomes.results]
+            measured = [
+                [self._measured(one, sizes[size], folder) for one in outcomes.results if one.size == size]
+                for size in sizes
+            ]
         except (OSError, ValueError) as error:
             raise DeviceError(
                 f"AI Hub returned a profile or outputs that cannot be read: {error}. Expected those of its client "
                 f"qai-hub {importlib.metadata.version('qai-hub')}; they are in {folder}. Run again."
             ) from error
-        if all(one.report.status == "failed" for one in measured):
-            raise DeviceError("; ".join(f"{one.report.device}: {one.report.error}" for one in measured))
+        reports = [one.report for found in measured for one in found]
+        if all(report.status == "failed" for report in reports):
+            raise DeviceError("; ".join(f"{report.device}: {report.error}" for report in reports))
         return measured
+
+    def _graph(self, size: str, bundle: Bundle, inputs: list[Tensors], work: Path) -> Graph:
+        name = f"inputs{size}.npz"
+        np.savez(work / name, **_stacked(inputs))  # type: ignore[arg-type]
+        return Graph(
+            size=size,
+            quantized=self._quantized_source(bundle, work),
+            float_network=_float_source(bundle) if self.compare_float else None,
+            inputs=name,
+            inputs_hash=arrays_hash(inputs),
+            output_shapes=_shapes(bundle),
+        )
 
     def _quantized_source(self, bundle: Bundle, work: Path) -> Source:
         """Return what is uploaded, zipped here: the client would leave its temporary zip file behind."""
-        if self.source == "qdq":
-            return Source(str(bundle.qdq), _hash(bundle, bundle.qdq))
-        path = work / "model.aimet.zip"
+        if self.source == "qdq" or bundle.manifest.app is not None:  # edges are integers of the QDQ file alone
+            return Source(str(bundle.device_file), _hash(bundle, bundle.device_file))
+        path = work / f"{bundle.stem}.aimet.zip"
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             for file in sorted(bundle.aimet.iterdir()):
                 archive.write(file, f"model.aimet/{file.name}")
         return Source(str(path), _hash(bundle, *sorted(bundle.aimet.iterdir())))
 
     def _measured(self, outcome: Outcome, bundle: Bundle, folder: Path) -> Measured:
-        where = folder / folder_name(outcome.device, outcome.runtime)
+        where = folder / folder_name(outcome.device, outcome.runtime) / outcome.size
         report = DeviceReport(
             tier=self.name,
             device=outcome.device,
@@ -263,9 +295,9 @@ def _shapes(bundle: Bundle) -> dict[str, list[int]]:
     import onnx
 
     try:
-        graph = onnx.load(bundle.qdq, load_external_data=False).graph
+        graph = onnx.load(bundle.device_file, load_external_data=False).graph
     except Exception as error:  # of protobuf's own classes
-        raise DeviceError(f"{bundle.qdq} cannot be read as ONNX: {error}. Export it again.") from error
+        raise DeviceError(f"{bundle.device_file} cannot be read as ONNX: {error}. Export it again.") from error
     return {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in graph.output}
 
 

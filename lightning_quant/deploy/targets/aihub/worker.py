@@ -14,6 +14,7 @@ from lightning_quant.deploy.targets.aihub.device_run import DeviceRun, Variant
 from lightning_quant.deploy.targets.aihub.devices import find_device
 from lightning_quant.deploy.targets.aihub.job import Job, Outcome, Outcomes
 from lightning_quant.deploy.targets.aihub.journal import Journal
+from lightning_quant.deploy.targets.aihub.link import Link
 from lightning_quant.deploy.targets.aihub.service import Service
 from lightning_quant.deploy.targets.aihub.submissions import Submissions
 from lightning_quant.deploy.targets.worker import serve
@@ -48,20 +49,31 @@ def _push(job: Job, folder: Path, journal: Journal) -> Outcomes:
     submissions = Submissions(job, service, journal)
     pairs = [(device, runtime) for device in job.devices for runtime in job.runtimes]
     devices = {name: find_device(service, name, job.runtimes, job.int16_activations) for name in job.devices}
-    sources = {Variant.QUANTIZED: job.quantized} | ({Variant.FLOAT: job.float_network} if job.float_network else {})
-    runs = {
-        (name, runtime, variant): DeviceRun(job, submissions, folder, devices[name], name, runtime, variant, source)
-        for name, runtime in pairs
-        for variant, source in sources.items()
-    }
+    runs: dict[tuple[str, str, str, Variant], DeviceRun] = {}
+    for name, runtime in pairs:
+        for graph in job.graphs:
+            sources = {Variant.QUANTIZED: graph.quantized}
+            if graph.float_network:
+                sources[Variant.FLOAT] = graph.float_network
+            for variant, source in sources.items():
+                runs[name, runtime, graph.size, variant] = DeviceRun(
+                    job, submissions, folder, devices[name], name, runtime, variant, graph, source
+                )
+        linked = [run for run in runs.values() if run.links_graphs and (run.name, run.runtime) == (name, runtime)]
+        link = Link(submissions, devices[name], name, [run.compile_key for run in linked])
+        for run in linked:
+            run.link = link
     # all queue before one is waited for
-    for step in (DeviceRun.submit_compile, DeviceRun.submit_inference, DeviceRun.collect):
+    for step in (DeviceRun.submit_compile, DeviceRun.submit_link, DeviceRun.submit_inference, DeviceRun.collect):
         for run in runs.values():
             run.attempt(step)
     stopped = [run.stopped for run in runs.values() if run.stopped]
     if stopped and not any(run.profile for run in runs.values() if run.variant is Variant.QUANTIZED):
         raise stopped[0]
-    return Outcomes([_outcome(runs[*pair, Variant.QUANTIZED], runs.get((*pair, Variant.FLOAT))) for pair in pairs])
+    quantized = [run for run in runs.values() if run.variant is Variant.QUANTIZED]
+    return Outcomes(
+        [_outcome(run, runs.get((run.name, run.runtime, run.graph.size, Variant.FLOAT))) for run in quantized]
+    )
 
 
 def _outcome(run: DeviceRun, float_run: DeviceRun | None) -> Outcome:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,10 @@ from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.samples import Tensors
 from lightning_quant.deploy.socs import check_activations, soc_of
-from lightning_quant.deploy.targets.htp.job import Compiled, Job
+from lightning_quant.deploy.targets.htp.job import Compiled, Graph, Job, Results
 from lightning_quant.deploy.targets.target import Measured, Target, folder_name
 from lightning_quant.deploy.targets.worker import run_worker
+from lightning_quant.errors import DeviceError, DeviceTimeoutError
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.utilities.parsing import read_arrays
 
@@ -75,20 +77,56 @@ class HtpEmulatorTarget(Target):
 
     @override
     def run(self, bundle: Bundle, inputs: list[Tensors], folder: Path) -> list[Measured]:
-        started = time.perf_counter()
-        size = sum(value.size for value in inputs[0].values())
-        inputs = inputs[: max(1, _MOST_NUMBERS // size)]
+        return self.run_sizes([(bundle, inputs)], folder)[0]
+
+    @override
+    def run_sizes(self, graphs: Sequence[tuple[Bundle, list[Tensors]]], folder: Path) -> list[list[Measured]]:
+        """Compile all graphs into one binary that holds their weights once; each into its own where that fails."""
         folder = folder / folder_name(self.device)
+        try:
+            return [[one] for one in self._run_together(graphs, folder)]
+        except DeviceTimeoutError:
+            raise
+        except DeviceError as error:
+            if len(graphs) == 1:
+                raise
+            reason = f"The sizes share no weights, each was compiled alone: {error}"
+        found = [self._run_together([one], _place(folder, one[0])) for one in graphs]
+        for (measured,) in found:
+            measured.report.warnings.append(reason)
+        return found
+
+    def _run_together(self, graphs: Sequence[tuple[Bundle, list[Tensors]]], folder: Path) -> list[Measured]:
+        started = time.perf_counter()
+        taken = []
+        for bundle, inputs in graphs:
+            size = sum(value.size for value in inputs[0].values())
+            taken.append((bundle.device_file, inputs[: max(1, _MOST_NUMBERS // size)]))
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="lightning-quant-htp-") as scratch:
             work = Path(scratch)
-            result, outputs = self.emulate(bundle.qdq, inputs, work)
-            binaries = {}
-            for name, file_name in {"context": "context.onnx", "context_binary": result.binary}.items():
+            names = [f".{bundle.manifest.size}" if index else "" for index, (bundle, _) in enumerate(graphs)]
+            found = self._emulate(dict(zip(names, taken, strict=True)), work)
+            binary = found[0][1].binary
+            for file_name in [*(graph.context for graph, _, _ in found), binary]:
                 shutil.move(work / file_name, folder / file_name)
-                binaries[name] = file_name
+        apart = sum(result.alone_bytes for _, result, _ in found)
+        measured = []
+        for (bundle, _), (graph, result, outputs) in zip(graphs, found, strict=True):
+            report = self._report(bundle, result)
+            report.seconds["all"] = round(time.perf_counter() - started, 2)
+            report.bytes["compiled"] = (folder / binary).stat().st_size
+            if len(found) > 1:
+                report.bytes |= {"compiled_alone": result.alone_bytes, "compiled_apart": apart}
+            place = folder if graph is found[0][0] else _place(folder, bundle)
+            place.mkdir(exist_ok=True)
+            artifacts = {"context": graph.context, "context_binary": binary}
+            report.artifacts = {what: os.path.relpath(folder / name, place) for what, name in artifacts.items()}
+            measured.append(Measured(report, outputs, place))
+        return measured
+
+    def _report(self, bundle: Bundle, result: Compiled) -> DeviceReport:
         on_cpu = result.fallen_back
-        layers = {"NPU": result.npu, "GPU": [], "CPU": list(on_cpu)}
         report = DeviceReport(
             tier=self.name,
             device=self.device,
@@ -96,12 +134,10 @@ class HtpEmulatorTarget(Target):
             precision=bundle.manifest.precision,
             runtime="qnn_context_binary",
             versions={name: importlib.metadata.version(name) for name in ("onnxruntime", "onnxruntime-qnn")},
-            layers=layers,
+            layers={"NPU": result.npu, "GPU": [], "CPU": list(on_cpu)},
             float_islands=result.float_islands,
             fallen_back=on_cpu,
-            bytes={"compiled": (folder / result.binary).stat().st_size},
-            seconds={**result.seconds, "all": round(time.perf_counter() - started, 2)},
-            artifacts=binaries,
+            seconds=dict(result.seconds),
         )
         report.versions["QAIRT"] = result.qairt
         if on_cpu:
@@ -111,7 +147,7 @@ class HtpEmulatorTarget(Target):
                 f"{len(result.float_islands)} layers on the NPU compute in float between quantized ones, e.g. "
                 f"{result.float_islands[0]}: slower than integers."
             )
-        return [Measured(report, outputs, folder)]
+        return report
 
     def emulate(self, model: Path, inputs: Sequence[Tensors], work: Path) -> tuple[Compiled, list[Tensors]]:
         """Compile a QDQ file for the chip, and compute samples as its NPU would.
@@ -124,8 +160,24 @@ class HtpEmulatorTarget(Target):
         Raises:
             DeviceError: when it cannot be compiled or computed.
         """
-        for index, tensors in enumerate(inputs):
-            np.savez(work / f"input-{index}.npz", **tensors)  # type: ignore[arg-type]
-        job = Job(str(model), self.soc, len(inputs), int(self.memory_gb * 1e9))
-        result = run_worker("lightning_quant.deploy.targets.htp.worker", job, work, self.timeout, Compiled)
-        return result, [read_arrays(work / f"output-{index}.npz") for index in range(len(inputs))]
+        ((_, result, outputs),) = self._emulate({"": (model, inputs)}, work)
+        return result, outputs
+
+    def _emulate(
+        self, models: Mapping[str, tuple[Path, Sequence[Tensors]]], work: Path
+    ) -> list[tuple[Graph, Compiled, list[Tensors]]]:
+        graphs = [Graph(name, str(model), len(inputs)) for name, (model, inputs) in models.items()]
+        for name, (_, inputs) in models.items():
+            for index, tensors in enumerate(inputs):
+                np.savez(work / f"input-{name}{index}.npz", **tensors)  # type: ignore[arg-type]
+        job = Job(graphs, self.soc, int(self.memory_gb * 1e9))
+        results = run_worker("lightning_quant.deploy.targets.htp.worker", job, work, self.timeout, Results)
+        return [
+            (graph, one, [read_arrays(work / f"output-{graph.name}{index}.npz") for index in range(graph.samples)])
+            for graph, one in zip(graphs, results.graphs, strict=True)
+        ]
+
+
+def _place(folder: Path, bundle: Bundle) -> Path:
+    """Return where the report of a graph goes: that of a further size, in a folder below."""
+    return folder / bundle.manifest.size if bundle.stem != bundle.path.name else folder

@@ -1,0 +1,72 @@
+"""The samples that an export is compared on, of the size that it is for and of the further sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_quant.callbacks.calibration import calibration_inputs
+from lightning_quant.callbacks.calls import InputCatcher
+from lightning_quant.callbacks.data import calibration_loader, isolated_seed, stage_loader
+from lightning_quant.callbacks.logs import rank_zero_log
+from lightning_quant.callbacks.quantization import callback_of
+from lightning_quant.deploy.single_samples import first_samples, single_samples
+from lightning_quant.deploy.sizes import InputSize
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.network import QuantizedNetwork
+
+# How many times as many samples are looked at for some of the exported size.
+LOOKED_AT = 16
+
+
+def export_samples(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    name: str,
+    network: QuantizedNetwork,
+    count: int,
+    further: Sequence[InputSize] = (),
+) -> tuple[list[NetworkInputs], list[NetworkInputs]]:
+    """Return samples of the calibration data, one call each.
+
+    Args:
+        trainer: whose data is used.
+        pl_module: whose step calls the network.
+        name: dotted attribute of the network.
+        network: the quantized network.
+        count: how many samples, at most.
+        further: further sizes, whose samples are kept where the data comes to some.
+
+    Returns:
+        Those of the size that the network is exported for, and those of the further sizes.
+    """
+    callback = callback_of(trainer, name)
+    given = None if callback is None else callback.calibration_dataloader
+    catcher = InputCatcher(trainer, pl_module, name, network)
+    with isolated_seed(), torch.inference_mode(False), torch.no_grad():
+        try:
+            loader = calibration_loader(trainer, pl_module, given)
+        except ConfigurationError:  # nothing is calibrated here: to compare, any data will do
+            loader = stage_loader(trainer)
+        among = max(LOOKED_AT * count, network.recipe.calibration_samples)
+        sizes: dict[str, list[NetworkInputs]] = {}
+
+        def noted() -> Iterator[NetworkInputs]:
+            for call in calibration_inputs(trainer, loader, catcher, among):
+                if call.ranks == network.inputs.ranks:
+                    shapes = str([tuple(tensor.shape) for tensor in call.first(1).tensors])
+                    kept = sizes.setdefault(shapes, [])
+                    if further and len(kept) < count:
+                        kept += list(single_samples(call))[: count - len(kept)]
+                yield call
+
+        found = first_samples(noted(), count, network.inputs, among)
+        shapes = [tuple(tensor.shape) for tensor in found[0].tensors]
+        if len(sizes) > 1:
+            also = "" if further else ", and compared on those alone"
+            rank_zero_log(f"Inputs come in {len(sizes)} or more sizes: exported for {shapes}{also}.")
+        others = [call for size, kept in sizes.items() if size != str(shapes) for call in kept]
+        return found, others
