@@ -173,7 +173,7 @@ def _session(path: Path, contract: Contract) -> Any:
 def _element_type(given: str) -> str:
     """``tensor(float)`` as ``io.json`` has it."""
     name = given.removeprefix("tensor(").removesuffix(")")
-    return "float32" if name == "float" else name
+    return {"float": "float32", "double": "float64"}.get(name, name)
 
 
 def predict(arguments: Sequence[str]) -> bool:

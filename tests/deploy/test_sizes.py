@@ -134,7 +134,9 @@ class Positions(nn.Module):
 @pytest.mark.parametrize(("network", "where"), [(Head, r"its layer 'head \(Linear\)'"), (Positions, "its own forward")])
 def test_a_layer_of_one_size(tmp_path: Path, network: type[nn.Module], where: str) -> None:
     made = quantized(network())
-    with pytest.raises(ConfigurationError, match=rf"cannot compute 16x16.*{where} fails with .*It takes \[1, 3, 8, 8\]"):
+    with pytest.raises(
+        ConfigurationError, match=rf"cannot compute 16x16.*{where} fails with .*It takes \[1, 3, 8, 8\]"
+    ):
         check_sizes(made, InputSize.parse([[16, 16]]))  # before it is calibrated
     check_sizes(made, InputSize.parse([[2, 3, 8, 8]]))
     made = calibrated(network())
@@ -182,7 +184,9 @@ def test_samples_of_a_size() -> None:
 
 
 def test_callback(trainer: Any, tmp_path: Path) -> None:
-    export = lq.DeviceExport(tmp_path, target="onnxruntime", samples=2, name="net", sizes=[[16, 16]], on_failure="raise")
+    export = lq.DeviceExport(
+        tmp_path, target="onnxruntime", samples=2, name="net", sizes=[[16, 16]], on_failure="raise"
+    )
     module, loader = SmallModule(), small_loader()
     run: Trainer = trainer(lq.PostTrainingQuantization(calibration_samples=4), export)
     run.validate(module, loader, verbose=False)

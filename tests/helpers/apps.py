@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from lightning_quant.deploy.edges.contract import CONTRACT_NAME, ClassLabel, Contract, ElementType, IoTensor
+from lightning_quant.deploy.edges.contract import CONTRACT_NAME, ClassLabel, Contract, IoTensor
 
 # Names of a user's network, and of somebody who means no good.
 NASTY = 'a"b\\\n*/ ${System.exit(1)} %s {{ 7 * 7 }} é\u2028??/'
@@ -99,7 +99,7 @@ def write_app(
         "scores": [IoTensor(out, (1, 4, *sizes), "float32", "scores", axis=1, **grid)],
         "top_k": [
             IoTensor(out, (1, 2, *sizes), "float32", "scores", axis=1, **grid),
-            IoTensor(f"{out}_classes", (1, 2, *sizes), "uint8", "classes"),
+            IoTensor(f"{out}_classes", (1, 2, *sizes), "uint8", "classes", axis=1),
         ],
     }[ends]
     image = IoTensor(name, shape, "uint8", "image", layout, color, **grid, mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -108,7 +108,7 @@ def write_app(
     return contract
 
 
-def write_numbers(folder: Path, kind: ElementType = "float32", shape: tuple[int, ...] = (1, 3, 4, 4)) -> Contract:
+def write_numbers(folder: Path, kind: str = "float32", shape: tuple[int, ...] = (1, 3, 4, 4)) -> Contract:
     """Write a network that gives what it takes, and its contract; integers stand for halves."""
     grid: dict[str, Any] = {} if kind == "float32" else {"scale": 0.5, "zero_point": 3, "bits": 8}
     ends = (IoTensor("x", shape, kind, **grid), IoTensor("y/0", shape, kind, **grid))

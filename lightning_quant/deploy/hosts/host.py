@@ -162,10 +162,10 @@ def answers(contract: Contract, outputs: Arrays) -> tuple[list[Answer], Arrays]:
         if f"{name}_classes" in tensors:  # the scores of top_k
             continue
         scores = tensors.get(name.removesuffix("_classes"))
-        ranked = tensor["holds"] == "classes" and scores is not None and scores["axis"] is not None
+        ranked = tensor["holds"] == "classes" and scores is not None and tensor["axis"] is not None
         if ranked and scores is not None:
-            classes, values = outputs[name], reals(outputs[scores["name"]], scores)
-            answer = _answer(name, *(np.moveaxis(one, scores["axis"], 0) for one in (classes, values)))
+            values = reals(outputs[scores["name"]], scores)
+            answer = _answer(name, *(np.moveaxis(one, tensor["axis"], 0) for one in (outputs[name], values)))
         elif tensor["holds"] == "classes":
             answer = _answer(name, outputs[name][None], None)
         elif tensor["holds"] in ("scores", "probabilities") and tensor["axis"] and tensor["shape"][tensor["axis"]] > 1:

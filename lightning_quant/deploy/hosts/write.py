@@ -18,22 +18,22 @@ HOSTS_NAME = "host"
 _HERE = Path(__file__).parent
 # What stands for itself in texts of C++ and Kotlin, and in their comments.
 _PLAIN = re.compile(r"[A-Za-z0-9 _./:,()-]")
-_ONNX_TYPES = {
-    "float32": "FLOAT",
-    "uint8": "UINT8",
-    "uint16": "UINT16",
-    "int32": "INT32",
-    "int64": "INT64",
-    "bool": "BOOL",
-}
-# Arrays of a JVM, and the buffers they are read from.
+_ONNX_TYPES = {"float32": "FLOAT", "float64": "DOUBLE"}
+# Arrays of a JVM, the buffers they are read from and made into, and how ONNX Runtime calls what they hold. Unsigned
+# ones it can read, but not make.
 _KOTLIN = {
-    "float32": ("FloatArray", "asFloatBuffer()."),
-    "uint8": ("ByteArray", ""),
-    "uint16": ("ShortArray", "asShortBuffer()."),
-    "int32": ("IntArray", "asIntBuffer()."),
-    "int64": ("LongArray", "asLongBuffer()."),
-    "bool": ("ByteArray", ""),
+    "float16": ("ShortArray", "asShortBuffer().", "Short", "FLOAT16"),
+    "float32": ("FloatArray", "asFloatBuffer().", "Float", ""),
+    "float64": ("DoubleArray", "asDoubleBuffer().", "Double", ""),
+    "int8": ("ByteArray", "", "Byte", "INT8"),
+    "uint8": ("ByteArray", "", "Byte", "UINT8"),
+    "int16": ("ShortArray", "asShortBuffer().", "Short", "INT16"),
+    "uint16": ("ShortArray", "asShortBuffer().", None, ""),
+    "int32": ("IntArray", "asIntBuffer().", "Int", ""),
+    "uint32": ("IntArray", "asIntBuffer().", None, ""),
+    "int64": ("LongArray", "asLongBuffer().", "Long", ""),
+    "uint64": ("LongArray", "asLongBuffer().", None, ""),
+    "bool": ("ByteArray", "", "Byte", "BOOL"),
 }
 # A method of a JVM has 64 KB, and the names are made in one.
 _MOST_NAMES = 2000
@@ -67,9 +67,10 @@ def write_hosts(bundle: Path, contract: Contract) -> list[str]:
         "sizes": _sizes,
         "elements": _elements,
         "bytes": lambda one: _elements(one) * np.dtype(one.type).itemsize,
-        "onnx_type": lambda one: _ONNX_TYPES[one.type],
+        "onnx_type": lambda one: _ONNX_TYPES.get(one.type, one.type.upper()),
         "pixel_file": _pixel_file,
         "kotlin_type": lambda one: _KOTLIN[one.type][0],
+        "kotlin_kind": lambda one: f", OnnxJavaType.{_KOTLIN[one.type][3]}" if _KOTLIN[one.type][3] else "",
         "kotlin_buffer": _kotlin_buffer,
         "kotlin_read": _kotlin_read,
     }
@@ -163,7 +164,8 @@ def _pixel_file(one: IoTensor) -> str:
 def _fits_java(contract: Contract) -> bool:
     """Return whether ONNX Runtime's Java API has the types of all inputs, and a JVM arrays of their sizes."""
     tensors = (*contract.inputs, *contract.outputs)
-    return all(one.type != "uint16" for one in contract.inputs) and max(map(_elements, tensors)) < 2**31
+    known = all(_KOTLIN[one.type][2] is not None for one in contract.inputs)
+    return known and max(map(_elements, tensors)) < 2**31
 
 
 def _kotlin_buffer(one: IoTensor, number: int) -> str:
@@ -176,11 +178,10 @@ def _kotlin_buffer(one: IoTensor, number: int) -> str:
         pixels = f"gray({given})" if len(shifts) == 1 else given
         listed = ", ".join(map(str, order))
         return f"ByteBuffer.wrap(arrange({pixels}, intArrayOf({listed}), {str(one.layout == 'nhwc').lower()}))"
-    kinds = {"float32": "Float", "int32": "Int", "int64": "Long"}
-    return f"{kinds.get(one.type, 'Byte')}Buffer.wrap({given})"
+    return f"{_KOTLIN[one.type][2]}Buffer.wrap({given})"
 
 
 def _kotlin_read(one: IoTensor) -> str:
     """The array that an output is copied to."""
-    array, view = _KOTLIN[one.type]
+    array, view, *_ = _KOTLIN[one.type]
     return f"{array}({_elements(one)}).also {{ results.bytes({kotlin_string(one.name)}).{view}get(it) }}"

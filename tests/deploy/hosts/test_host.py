@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_quant.deploy.edges.contract import CONTRACT_NAME, ClassLabel, Contract, IoTensor
+from lightning_quant.deploy.edges.contract import ClassLabel, Contract
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.hosts import host
 from lightning_quant.deploy.hosts.write import write_hosts
@@ -61,21 +61,23 @@ def test_a_real_bundle_gives_the_classes_of_the_simulation_sample_by_sample(tmp_
         for one in pictures
     ]
     network = calibrated(Body(), call(torch.cat(inputs)))
-    bundle = export_bundle(network, tmp_path / "net", [call(one) for one in inputs])
-    (given,), (output,) = bundle.manifest.input_names, bundle.manifest.output_names
-    ends = (IoTensor(given, (1, 3, 8, 8), "float32"),), (IoTensor(output, (1, 4, 8, 8), "float32", "scores", axis=1),)
-    contract = Contract("net.onnx", *ends, LABELS)
-    contract.write(tmp_path / "net" / CONTRACT_NAME)
+    calls = [call(one) for one in inputs]
     paths = [tmp_path / f"{index}.png" for index in range(4)]
     for path, picture in zip(paths, pictures, strict=True):
         Image.fromarray(picture).save(path)
-    run(tmp_path / "net", contract, *paths, "--raw", "--mean", *mean, "--std", *std)
+    app: dict[str, Any] = {"inputs": {"mean": mean, "std": std, "color": "bgr"}, "outputs": "argmax"}
+    plain = export_bundle(network, tmp_path / "plain", calls)
+    pixels = export_bundle(network, tmp_path / "pixels", calls, **app)
+    run(plain.path, Contract.read(plain.path), *paths, "--raw", "--mean", *mean, "--std", *std)
+    run(pixels.path, Contract.read(pixels.path), *paths, "--raw")
     for path, one in zip(paths, inputs, strict=True):
         simulated = network.network(one).detach().numpy()
-        with np.load(tmp_path / f"net/predictions/{path.stem}.raw.npz") as file:
+        with np.load(plain.path / f"predictions/{path.stem}.raw.npz") as file:
             (computed,) = file.values()
-        assert np.array_equal(computed.argmax(1), simulated.argmax(1))
         assert np.abs(computed - simulated).max() < 1e-4
+        with np.load(pixels.path / f"predictions/{path.stem}.raw.npz") as file:
+            (classes,) = file.values()
+        assert np.array_equal(classes, simulated.argmax(1))
 
 
 @pytest.mark.parametrize("ends", get_args(Ends))

@@ -18,7 +18,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from lightning_quant.deploy.edges.contract import ClassLabel, Contract, ElementType, IoTensor
+from lightning_quant.deploy.edges.contract import TYPES, ClassLabel, Contract, IoTensor
 from lightning_quant.deploy.hosts.write import cpp_string, feeding, kotlin_string, write_hosts
 from tests.helpers.apps import NASTY, Ends, photos, scores_of, write_app, write_numbers
 from tests.helpers.qdq import NO_EMULATOR
@@ -74,8 +74,9 @@ def test_the_programs_are_written_from_the_contract_alone(tmp_path: Path) -> Non
     assert "0xffff0000.toInt()" in kotlin
 
 
-def test_java_has_no_unsigned_16_bits_to_give(tmp_path: Path) -> None:
-    assert write_hosts(tmp_path, write_numbers(tmp_path, "uint16")) == ["host/host.py", "host/host.cpp"]
+@pytest.mark.parametrize("kind", ["uint16", "uint32", "uint64"])
+def test_java_has_no_unsigned_integers_to_give(tmp_path: Path, kind: str) -> None:
+    assert write_hosts(tmp_path, write_numbers(tmp_path, kind)) == ["host/host.py", "host/host.cpp"]
 
 
 @pytest.mark.parametrize("make", [cpp_string, kotlin_string])
@@ -111,8 +112,8 @@ def test_the_lines_that_feed_it_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
 
 
-@pytest.mark.parametrize("kind", get_args(ElementType))
-def test_lines_for_every_type_are_python(kind: ElementType) -> None:
+@pytest.mark.parametrize("kind", TYPES)
+def test_lines_for_every_type_are_python(kind: str) -> None:
     ends = IoTensor("x", (1, 4), kind), IoTensor("y", (1, 4), kind)
     compile(feeding(Contract("net.onnx", ends[:1], ends[1:])), "lines", "exec")
 
@@ -166,13 +167,13 @@ def test_the_program_in_cpp_runs_on_the_emulated_npu(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_kotlin
 def test_the_program_in_kotlin_compiles(tmp_path: Path) -> None:
-    kinds = [one for one in get_args(ElementType) if one != "uint16"]
+    kinds = [one for one in TYPES if one not in ("uint16", "uint32", "uint64")]
     grid: dict[str, Any] = {"scale": 1e-5, "zero_point": 3, "bits": 8}
     image: dict[str, Any] = {"holds": "image", "mean": (0.0,), "std": (1.0,), **grid}
     ins = [IoTensor(f"{kind}{NASTY}", (1, 2, 3), kind) for kind in kinds]
     ins.append(IoTensor("gray", (1, 4, 6, 1), "uint8", layout="nhwc", color="gray", **image))
     outs = [IoTensor(f"out {one.name}", one.shape, one.type, **grid) for one in ins]
-    outs.append(IoTensor("wide", (1, 2), "uint16", **grid))
+    outs += [IoTensor(kind, (1, 2), kind, **grid) for kind in ("uint16", "uint32", "uint64")]
     contract = Contract("net.app.onnx", tuple(ins), tuple(outs), (ClassLabel(NASTY, "#804020"), ClassLabel("b")) * 1000)
     write_hosts(tmp_path, contract)
     classes = unpacked(tmp_path / "aar") / "classes.jar"

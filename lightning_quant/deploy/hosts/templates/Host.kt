@@ -27,9 +27,11 @@ import ai.onnxruntime.OrtEnvironment
 import ai.onnxruntime.OrtSession
 import java.nio.ByteBuffer
 import java.nio.ByteOrder
+import java.nio.DoubleBuffer
 import java.nio.FloatBuffer
 import java.nio.IntBuffer
 import java.nio.LongBuffer
+import java.nio.ShortBuffer
 
 /** The classes that the network tells apart, by index; empty where they are not known. */
 val CLASSES: List<String> = listOf(
@@ -96,7 +98,7 @@ class Network(model: ByteArray, npu: Boolean) : AutoCloseable {
         val inputs = LinkedHashMap<String, OnnxTensor>()
         try {
 {% for one in contract.inputs %}
-            inputs[{{ one.name | kotlin }}] = OnnxTensor.createTensor(environment, {{ kotlin_buffer(one, loop.index0) }}, longArrayOf({{ one.shape | join(", ") }}){{ ", OnnxJavaType.UINT8" if one.type == "uint8" }}{{ ", OnnxJavaType.BOOL" if one.type == "bool" }})
+            inputs[{{ one.name | kotlin }}] = OnnxTensor.createTensor(environment, {{ kotlin_buffer(one, loop.index0) }}, longArrayOf({{ one.shape | join(", ") }}){{ kotlin_kind(one) }})
 {% endfor %}
             session.run(inputs).use { results ->
                 return Answer(

@@ -121,20 +121,6 @@ std::string add_qnn(Ort::Env& env, Ort::SessionOptions& options, const std::stri
   return name;
 }
 
-size_t element_size(ONNXTensorElementDataType type) {
-  switch (type) {
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8:
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL:
-      return 1;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16:
-      return 2;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64:
-      return 8;
-    default:  // FLOAT, INT32
-      return 4;
-  }
-}
-
 int run(const std::vector<std::string>& arguments) {
   std::string folder = ".", provider, backend, soc;
   std::vector<std::string> files;
@@ -189,8 +175,7 @@ int run(const std::vector<std::string>& arguments) {
 
   std::filesystem::create_directories(folder);
   for (size_t at = 0; at < results.size(); ++at) {
-    const auto info = results[at].GetTensorTypeAndShapeInfo();
-    const size_t bytes = info.GetElementCount() * element_size(info.GetElementType());
+    const size_t bytes = results[at].GetTensorSizeInBytes();
     const auto path = std::filesystem::path(folder) / ("output" + std::to_string(at) + ".raw");
     std::ofstream file(path, std::ios::binary);
     file.write(static_cast<const char*>(results[at].GetTensorRawData()), static_cast<std::streamsize>(bytes));
