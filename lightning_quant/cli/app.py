@@ -107,6 +107,17 @@ def _blame(folder: Path) -> bool:
     return not any(one.guilty for one in found if one.against is not Against.FLOAT)
 
 
+def _predict(arguments: list[str]) -> bool:
+    """Print what an exported network sees in photographs; return whether all were read."""
+    from lightning_quant.cli.predict import predict
+
+    try:
+        return predict(arguments)
+    except LightningQuantError as error:
+        log.error("%s: %s", type(error).__name__, error)
+        return False
+
+
 def main() -> None:
     """Run the app; the exit status is 1 if a run failed."""
     sys.path.append(str(Path.cwd()))  # rungs, estimators and networks of the user's own lie here, as for ``python -m``
@@ -121,6 +132,9 @@ def main() -> None:
 
         logging.basicConfig(format="%(message)s")
         sys.exit(compare_command(sys.argv[2:]))
+    if sys.argv[1:2] == ["predict"]:
+        logging.basicConfig(format="%(message)s")
+        sys.exit(0 if _predict(sys.argv[2:]) else 1)
     if "sensitivity" in sys.argv[1:]:  # Hydra takes key=value only
         sys.argv[sys.argv.index("sensitivity", 1)] = "job=sensitivity"
     _job()

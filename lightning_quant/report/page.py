@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_quant.deploy.blame.result import BLAME_NAME, Against, Blame, read_blames
+from lightning_quant.deploy.edges.contract import CONTRACT_NAME, Contract
+from lightning_quant.deploy.hosts.write import feeding
 from lightning_quant.errors import DataError
+from lightning_quant.report.app_table import app_table
 from lightning_quant.report.device_table import Candidate, device_notes, device_table, dominated
 from lightning_quant.report.layers import LAYERS_NAME, LayerFigures
 from lightning_quant.report.pictures import read_comparisons
@@ -44,15 +47,18 @@ def write_report(folder: str | Path) -> Path:
     """Write ``report.html`` of a run from what is in its folder; what the run has not made is left out.
 
     Args:
-        folder: with ``results.json``, and if they were made ``layers.json``, ``blame.json`` and ``overlays/``.
+        folder: with ``results.json``, and if they were made ``layers.json``, ``blame.json`` and ``overlays/``; the
+            bundle is where ``results.json`` says.
 
     Raises:
         DataError: if one of these files is damaged, or there is no ``results.json``.
+        ExportError: if the bundle's ``io.json`` is damaged.
     """
     folder = Path(folder)
     record = RunRecord.read(folder / RECORD_NAME)
     figures = LayerFigures.read(folder) if (folder / LAYERS_NAME).is_file() else LayerFigures()
     blames = read_blames(folder / BLAME_NAME) if (folder / BLAME_NAME).is_file() else []
+    contract = _contract(folder, record)
     header, (row,) = _shortened(*table([record]))
     drawn = {
         "ladder": charts.ladder(record),
@@ -77,11 +83,23 @@ def write_report(folder: str | Path) -> Path:
         pictures=[
             {name: _data_url(path) for name, path in panels.items()} for panels in read_comparisons(folder / "overlays")
         ],
+        contract=contract,
+        app_table=None if contract is None else _shortened(*app_table(contract)),
+        feeding="" if contract is None else feeding(contract),
         blames=[_layers_of(one) for one in blames],
         tensors=[_described(one) for one in figures.tensors],
         histograms=[_histogram(one) for one in figures.tensors],
         configuration=_yaml(record.config),
     )
+
+
+def _contract(folder: Path, record: RunRecord) -> Contract | None:
+    """What an app hands to the run's bundle and gets from it; ``None`` where there is no such bundle any more."""
+    bundle = folder / record.artifacts.get("bundle", "none")
+    try:
+        return Contract.read(bundle) if (bundle / CONTRACT_NAME).is_file() else None
+    except ValueError:  # no path at all
+        return None
 
 
 def write_sweep_report(folder: str | Path, runs: Mapping[Path, RunRecord]) -> Path:

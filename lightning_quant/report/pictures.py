@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lightning_quant.deploy.hosts.host import with_legend
 from lightning_quant.errors import ConfigurationError
 
 Color = tuple[int, int, int]
@@ -21,7 +22,6 @@ _RED = (255, 0, 0)
 _CAPTION_HEIGHT = 18
 _TEXT = 12
 _GAP = 4
-_ENTRY_WIDTH = 110
 _NARROWEST = 256
 
 
@@ -80,19 +80,13 @@ class Comparison:
         width, height = times * width, times * height
         total = len(panels) * (width + _GAP) - _GAP
         font = ImageFont.load_default(size=_TEXT)
-        per_row = max(1, total // _ENTRY_WIDTH)
-        rows = -(-len(self.legend) // per_row)
-        canvas = Image.new("RGB", (total, _CAPTION_HEIGHT + height + rows * _CAPTION_HEIGHT), "white")
+        canvas = Image.new("RGB", (total, _CAPTION_HEIGHT + height), "white")
         draw = ImageDraw.Draw(canvas)
         for column, (name, picture) in enumerate(panels.items()):
             left = column * (width + _GAP)
             draw.text((left + 2, 2), captions.get(name, name), fill="black", font=font)
             canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, _CAPTION_HEIGHT))
-        for index, (name, color) in enumerate(self.legend.items()):
-            left, top = index % per_row * _ENTRY_WIDTH, _CAPTION_HEIGHT * (1 + index // per_row) + height
-            draw.rectangle((left + 2, top + 3, left + 2 + _TEXT, top + 3 + _TEXT), fill=tuple(color))
-            draw.text((left + _TEXT + 8, top + 2), name, fill="black", font=font)
-        return canvas
+        return with_legend(canvas, self.legend)
 
     def _given(self) -> dict[str, Image.Image]:
         fields = {name: getattr(self, name) for name in ("input", "float", "quantized", "difference")}

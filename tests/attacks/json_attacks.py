@@ -169,6 +169,13 @@ FIELDS: dict[str, list[tuple[str, Any]]] = {
         ("timeout", "60"), ("options", []), ("options.profile", ["x"]), ("options.poll_seconds", "1"),
         ("options.unknown", 1), ("options.runtimes", [1]),
     ],
+    "contract": [
+        ("file", "../net.onnx"), ("file", "/etc/passwd"), ("file", ""), ("inputs", []), ("inputs.0.type", "object"),
+        ("inputs.0.shape", [1, 2**31, 2**31, 3]), ("inputs.0.shape", [1, 6, 10, 2]), ("inputs.0.layout", "x"),
+        ("inputs.0.std", [0, 1, 1]), ("inputs.0.mean", [0, 1]), ("inputs.0.scale", VALUES["1e400"]),
+        ("inputs.0.bits", 2**40), ("outputs.0.axis", 9), ("outputs.0.axis", -1), ("outputs.0.name", ""),
+        ("classes.0.color", "red;background:url(//x)"), ("classes.0.color", "#FF00000"), ("classes", [{}]),
+    ],
     "AI Hub's result": [
         ("results.0.profile.execution_summary", None), ("results.0.profile.execution_summary.all_inference_times", [0]),
         ("results.0.profile.execution_summary.all_inference_times", ["fast"]),

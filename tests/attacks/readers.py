@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
@@ -18,12 +19,15 @@ from PIL import Image
 
 import lightning_quant as lq
 from lightning_quant.cli.float_network import load_float
+from lightning_quant.cli.predict import Predictor
 from lightning_quant.deploy.blame.blame import blame
 from lightning_quant.deploy.blame.result import read_blames, write_blames
 from lightning_quant.deploy.bundle import load_bundle
 from lightning_quant.deploy.compare.snapshot import Snapshot
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.edges.contract import Contract
 from lightning_quant.deploy.export import export_bundle
+from lightning_quant.deploy.hosts.write import feeding, write_hosts
 from lightning_quant.deploy.push import Push, resume
 from lightning_quant.deploy.samples import Samples
 from lightning_quant.deploy.targets import worker
@@ -42,6 +46,7 @@ from lightning_quant.errors import (
     LightningQuantError,
 )
 from lightning_quant.recipe import QuantRecipe
+from lightning_quant.report.app_table import app_table
 from lightning_quant.report.baseline import write_baseline
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.page import write_report
@@ -50,6 +55,7 @@ from lightning_quant.simulation import calibration_cache as statistics_cache
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.calibration_cache import StatisticsCache
 from lightning_quant.utilities.images import open_image
+from tests.helpers.apps import photos, write_app
 from tests.helpers.networks import Body, calibrated, call, images, quantized
 from tests.helpers.small import SmallModule, small_net
 from tests.report.folders import DEVICE, full_record
@@ -77,6 +83,19 @@ class Reader:
     def folder(self) -> str:
         """The part of the folder that the file belongs to: what has to be copied with it."""
         return Path(self.file).parts[0]
+
+
+def read_contract(folder: Path) -> Any:
+    """Everything that is made of a contract: programs, and the lines of a report, which are Python whatever is in it."""
+    contract = Contract.read(folder / "app")
+    app_table(contract)
+    ast.parse(feeding(contract))
+    written = write_hosts(folder / "app", contract)
+    return [(folder / "app" / path).read_text() for path in written]
+
+
+def predict_app(folder: Path) -> Any:
+    return Predictor(folder / "app").predict(open_image(folder / "app/photo0.png"))
 
 
 def read_run(folder: Path) -> Any:
@@ -156,6 +175,9 @@ READERS = {
     "photograph": Reader("pictures/photo.png", lambda at: open_image(at / "pictures/photo.png"), DataError),
     "labels": Reader("pictures/labels.png", lambda at: read_labels(at / "pictures/labels.png"), DataError),
     "scenes": Reader("scenes/scenes.json", lambda at: generate_scenes(at / "scenes", **SCENES), DataError),
+    "contract": Reader("app/io.json", read_contract, ExportError),
+    "contract of a prediction": Reader("app/io.json", predict_app, LightningQuantError),
+    "contract in a report": Reader("app/io.json", lambda at: write_report(at / "app"), LightningQuantError, slow=True),
     "hardware": Reader(
         "hardware/own.json",
         lambda at: QuantRecipe(hardware=str(at / "hardware/own.json")).identity(),
@@ -231,6 +253,10 @@ def make_genuine(folder: Path) -> None:
     calibrate(seen, [call(images(4))], cache=StatisticsCache(folder / "cache"))
     (cached,) = (folder / "cache").glob("*.npz")
     shutil.copy(cached, folder / "cache/statistics.npz")
+
+    write_app(folder / "app", "top_k")
+    photos(folder / "app", 1)
+    full_record(artifacts={"bundle": "."}).write(folder / "app")
 
     (folder / "pictures").mkdir()
     ramp = np.arange(64, dtype=np.uint8).reshape(8, 8)

@@ -23,6 +23,7 @@ from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.pictures import legend_of, write_comparisons
 from lightning_quant.report.record import RunRecord
 from lightning_quant.simulation.inputs import NetworkInputs
+from tests.helpers.apps import write_app
 from tests.helpers.networks import calibrated, call
 
 DEVICE = DeviceReport(
@@ -101,5 +102,6 @@ def run_folder(
     other[: size[0] // 4] = 13
     comparisons = [compare_class_maps(photo, road, other) for photo in normalize_images()(photos)]
     write_comparisons(folder / "overlays", comparisons)
-    full_record(legend=legend_of(comparisons), **values).write(folder)
+    write_app(folder / "app", "top_k", name="image <1>")
+    full_record(legend=legend_of(comparisons), artifacts={"bundle": "app"}, **values).write(folder)
     return folder

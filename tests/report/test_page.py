@@ -259,6 +259,13 @@ def test_what_a_run_found_stands_in_its_report(report: Path) -> None:
         "lightning-quant precision=w4a16 &#39;ladder.rungs=[ptq,cle]&#39;",
         "seed: 3",
         "2.14.1",
+        "image &lt;1&gt;",
+        "1 × 6 × 10 × 3",
+        "NHWC RGB",
+        "scores, along axis 1",
+        "mean 0 0 0, std 1 1 1",
+        '<span style="background:#0000ff"></span>2 blue',
+        "InferenceSession(&#39;net.app.onnx&#39;, options)",
     ):
         assert expected in text, expected
     assert "<b>not bold</b>" not in text  # names are text, whatever is in them
@@ -283,6 +290,13 @@ def test_a_run_that_failed_early_still_says_why(tmp_path: Path) -> None:
     text = write_report(tmp_path).read_text()
     assert "W8A8 failed: DataError: &lt;no images&gt;" in text
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["report.html", "results.json"]
+
+
+def test_a_bundle_that_was_moved_away_is_left_out(report: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(report.parent, folder)
+    shutil.rmtree(folder / "app")
+    assert "In your app" not in write_report(folder).read_text()
 
 
 @pytest.mark.parametrize("damage", ["results.json", "layers.json", "overlays/overlay_0001/float.png"])

@@ -122,7 +122,7 @@ def _input(plan: InputPlan, value: onnx.ValueInfoProto) -> IoTensor:
         _type(value),
         "image",
         image.layout,
-        "grey" if channels == 1 else image.color,
+        "gray" if channels == 1 else image.color,
         mean=mean,
         std=std,
         **_grid(PIXELS),

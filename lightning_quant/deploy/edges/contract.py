@@ -62,7 +62,7 @@ class IoTensor:
     type: str
     holds: Holds = "numbers"
     layout: Literal["nhwc", "nchw"] | None = None
-    color: Literal["rgb", "bgr", "grey"] | None = None
+    color: Literal["rgb", "bgr", "gray"] | None = None
     scale: float | None = None
     zero_point: int | None = None
     bits: int | None = None
@@ -92,6 +92,7 @@ class IoTensor:
         check(not image or fits, where, self.name, "an image of uint8 with 4 axes, a layout and an order of colors")
         if image:
             channels = self.shape[3 if self.layout == "nhwc" else 1]
+            check(channels in (1, 3, 4), f"{where}.shape", self.shape, "an image of 1, 3 or 4 channels")
             for name, numbers in {"mean": self.mean, "std": self.std}.items():
                 known = numbers is not None and len(numbers) == channels and is_finite(*numbers)
                 check(known, f"{where}.{name}", numbers, f"{channels} numbers, one for each channel")
