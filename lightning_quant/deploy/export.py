@@ -26,6 +26,7 @@ from lightning_quant.deploy.edges.contract import CONTRACT_NAME, ClassLabel
 from lightning_quant.deploy.edges.spec import Edges
 from lightning_quant.deploy.graph.files import ENCODINGS_VERSION, QDQ_OPSET, OnnxFiles, write_onnx
 from lightning_quant.deploy.graph.qdq import exact_session
+from lightning_quant.deploy.hosts.write import write_hosts
 from lightning_quant.deploy.manifest import AppManifest, BundleFile, BundleManifest, BundleSize
 from lightning_quant.deploy.single_samples import first_samples
 from lightning_quant.deploy.sizes import (
@@ -320,21 +321,29 @@ def _write_for_app(
     edges: Edges | None,
     classes: Sequence[ClassLabel],
 ) -> tuple[AppManifest | None, list[Path]]:
-    """Write the graph with edges, if any are asked for, and ``io.json``; return what was found and the files."""
+    """Write what an app needs: the graph with edges, if any are asked for, ``io.json``, and programs that feed it.
+
+    Returns:
+        What was found of the graph with edges, and the files.
+    """
     import onnx
 
-    model = onnx.load(qdq)
+    model, folder = onnx.load(qdq), qdq.parent
     plan = fit_edges(edges or Edges(), model)
-    file, contract, app = qdq, qdq.with_name(CONTRACT_NAME), None
-    if contract.exists():  # of the network's own size
-        contract = qdq.with_suffix(f".{CONTRACT_NAME}")
+    file, app, files = qdq, None, []
     if edges is not None:
         file = qdq.with_suffix(".app.onnx")
         named = [zip(written.input_names, call.tensors, strict=True) for call in calls[:_SAMPLES_WITH_EDGES]]
         samples = [{name: tensor.numpy() for name, tensor in one} for one in named]
         app = write_app(model, plan, edges, samples, file)
-    contract_of(plan, onnx.load(file), file.name, classes).write(contract)
-    return app, [contract, *([file] if app is not None else [])]
+        files.append(file)
+    contract = contract_of(plan, onnx.load(file), file.name, classes)
+    if (folder / CONTRACT_NAME).exists():  # of the network's own size, which the programs are for
+        files.append(qdq.with_suffix(f".{CONTRACT_NAME}"))
+    else:
+        files += [folder / CONTRACT_NAME, *(folder / path for path in write_hosts(folder, contract))]
+    contract.write(next(one for one in files if one.name.endswith(CONTRACT_NAME)))
+    return app, files
 
 
 def _outputs(

@@ -86,7 +86,7 @@ class Reader:
 
 
 def read_contract(folder: Path) -> Any:
-    """Everything that is made of a contract: programs, and the lines of a report, which are Python whatever is in it."""
+    """All that is made of a contract: programs, and the lines of a report, which are Python whatever is in it."""
     contract = Contract.read(folder / "app")
     app_table(contract)
     ast.parse(feeding(contract))
