@@ -45,9 +45,9 @@ class InputSize:
         """
         expected = "a height and a width ([256, 512]), or more of the last axes ([4, 3, 256, 512]: a batch of four)"
         found: list[InputSize] = []
-        for size in _list(sizes, "sizes", "a list of them ([[256, 512]])"):
+        for size in _list(sizes, "a list of them ([[256, 512]])"):
             named = size if isinstance(size, Mapping) else {"": size}
-            axes = {str(name): tuple(_list(given, "sizes", expected)) for name, given in named.items()}
+            axes = {str(name): tuple(_list(given, expected)) for name, given in named.items()}
             whole = all(type(length) is int and length >= 1 for given in axes.values() for length in given)
             if not axes or not all(axes.values()) or not whole:
                 raise ConfigurationError(
@@ -216,9 +216,9 @@ def check_same_graph(own: OnnxFiles, further: OnnxFiles, label: str, title: str)
             )
 
 
-def _list(value: Any, where: str, expected: str) -> list[Any]:
+def _list(value: Any, expected: str) -> list[Any]:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise ConfigurationError(f"{where}={short_repr(value)}: expected {expected}.")
+        raise ConfigurationError(f"sizes: {short_repr(value)} is no input size: expected {expected}.")
     return list(value)
 
 

@@ -85,7 +85,7 @@ def test_a_manifest_of_before_there_were_sizes(bundle: Bundle) -> None:
         ([[0, 4]], r"\[0, 4\] is no input size: expected a height and a width"),
         ([[True, 4]], "is no input size"),
         ([{}], "is no input size"),
-        ([8], "sizes=8: expected a height and a width"),
+        ([8], "sizes: 8 is no input size: expected a height and a width"),
         ("16x12", "expected a list of them"),
         ([[8, 4], [8, 4]], "sizes has 8x4 twice"),
         ([{"y": [8, 4]}], r"an input 'y': expected the inputs of Body, 'x', such as {x: \[8, 8\]}"),
