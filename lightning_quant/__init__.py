@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_quant.callbacks.resume_point import ResumePoint
     from lightning_quant.callbacks.training import QuantizationAwareTraining
     from lightning_quant.deploy.blame.blame import blame
+    from lightning_quant.deploy.edges.spec import ImageInput, OutputEdge
     from lightning_quant.deploy.export import export_bundle
     from lightning_quant.deploy.targets.target import Target
     from lightning_quant.ladder.rung import Rung
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "Comparison": "lightning_quant.report.pictures",
     "DeviceExport": "lightning_quant.callbacks.device_export",
+    "ImageInput": "lightning_quant.deploy.edges.spec",
+    "OutputEdge": "lightning_quant.deploy.edges.spec",
     "PostTrainingQuantization": "lightning_quant.callbacks.post_training",
     "Precision": "lightning_quant.precision",
     "QuantRecipe": "lightning_quant.recipe",
@@ -45,6 +48,8 @@ _HOMES = {
 __all__ = [
     "Comparison",
     "DeviceExport",
+    "ImageInput",
+    "OutputEdge",
     "PostTrainingQuantization",
     "Precision",
     "QuantRecipe",
