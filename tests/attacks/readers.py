@@ -151,7 +151,7 @@ READERS = {
     "device report": Reader(
         "device/report.json", lambda at: DeviceReport.read(at / "device/report.json").sentence(), DataError
     ),
-    "baseline": Reader("device/baseline.json", lambda at: Snapshot.read(at / "device/baseline.json"), DataError),
+    "baseline": Reader("device/baseline.json", lambda at: Snapshot.read(at / "device/baseline.json"), DataError, True),
     "journal": Reader("device/journal.json", lambda at: Journal(at / "device/journal.json"), DeviceError),
     "manifest": Reader(
         "pushed/net/manifest.json", lambda at: load_bundle(at / "pushed/net").manifest.int16_activations, ExportError

@@ -81,7 +81,7 @@ def test_a_baseline_and_bounds(
         (["old", "old", "old"], "unrecognized arguments"),
         (["bounds.yaml", "old"], "is not a baseline"),
         (["old", "old", "--bounds", "bounds.yaml"], "Unknown bound 'speed'"),
-        (["old", "--write-baseline", "bounds.yaml/x.json"], "Not a directory"),
+        (["old", "--write-baseline", "bounds.yaml/x.json"], "File exists: 'bounds.yaml'"),
     ],
 )
 def test_bad_input_ends_with_2(
