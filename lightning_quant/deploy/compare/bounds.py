@@ -22,6 +22,7 @@ class Part(Enum):
     VERSIONS = "versions"
     RECIPE = "recipe"
     FLOAT_WEIGHTS = "float_weights"
+    IO = "io"
     METRIC = "metric"
     CLASS = "class"
     PARITY = "parity"
@@ -54,6 +55,7 @@ UNITS: dict[Part, tuple[Unit, ...]] = {
     Part.VERSIONS: (Unit.UNCHANGED,),
     Part.RECIPE: (Unit.UNCHANGED,),
     Part.FLOAT_WEIGHTS: (Unit.UNCHANGED,),
+    Part.IO: (Unit.UNCHANGED,),
     Part.METRIC: _SHARES,
     Part.CLASS: _SHARES,
     Part.PARITY: (Unit.DECIBELS,),
@@ -173,6 +175,7 @@ DEFAULTS: Bounds = {
         Part.SIZE: "+2 %",
         Part.LAYERS_CPU: "0",
         Part.LAYERS_FLOAT: "0",
+        Part.IO: "unchanged",
         Part.OPERATIONS: "unchanged",
         Part.PARAMETERS_LOST: "0",
         Part.ENCODINGS: "explained",

@@ -122,6 +122,8 @@ def _stated(old: Snapshot, new: Snapshot) -> Iterator[Stated]:
     yield from _others(Part.RECIPE, *({name: one for name, one in run.items() if one} for run in runs))
     hashes = [{"sha256": one.float_sha256[:12]} if one.float_sha256 else {} for one in (old, new)]
     yield from _others(Part.FLOAT_WEIGHTS, *hashes)
+    if old.io and new.io:  # a baseline from before there was a contract has none
+        yield from _others(Part.IO, old.io, new.io)
 
 
 def _others(part: Part, old: dict[str, str], new: dict[str, str]) -> Iterator[Stated]:
@@ -143,9 +145,10 @@ def _exceeded(changes: Changes, part: Part, bounds: Bounds) -> Iterator[Exceeded
         Part.LAYERS_CPU: _came(changes, part),
         Part.LAYERS_FLOAT: _came(changes, part),
         Part.PARAMETERS_LOST: list(dict.fromkeys(one.name for one in changes.weights if one.how is How.LOST)),
-        Part.VERSIONS: [one.name for one in changes.stated if one.part is part],
-        Part.RECIPE: [one.name for one in changes.stated if one.part is part],
-        Part.FLOAT_WEIGHTS: [one.name for one in changes.stated if one.part is part],
+        **dict.fromkeys(
+            (Part.VERSIONS, Part.RECIPE, Part.FLOAT_WEIGHTS, Part.IO),
+            [one.name for one in changes.stated if one.part is part],
+        ),
         Part.OPERATIONS: [one.name for one in changes.operations],
         Part.ENCODINGS: [one.tensor for one in changes.encodings],
         Part.WEIGHTS: [one.name for one in changes.weights if one.how is not How.LOST or not counts_lost],

@@ -23,6 +23,7 @@ from lightning_quant.deploy.compare.snapshot import (
     Snapshot,
 )
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.edges.contract import CONTRACT_NAME, Contract
 from lightning_quant.deploy.graph.qdq import QdqGraph
 from lightning_quant.deploy.manifest import BundleManifest
 from lightning_quant.errors import ExportError
@@ -99,8 +100,23 @@ def read_bundle(bundle: Bundle, run: RunFigures, reports: list[DeviceReport]) ->
         bytes=manifest.bytes,
         run=run,
         devices=[_device(report) for report in reports],
+        io=_contract(bundle),
     )
     return Side(snapshot, exact)
+
+
+def _contract(bundle: Bundle) -> dict[str, str]:
+    """Return what an app relies on; of floats, which it gives and gets as they are, without their grid."""
+    if CONTRACT_NAME not in bundle.manifest.files:  # exported before there was one
+        return {}
+    contract = Contract.read(bundle.path)
+    found = {"classes": f"{len(contract.classes)}, {short_hash(repr(contract.classes))}"} if contract.classes else {}
+    for one in (*contract.inputs, *contract.outputs):
+        of_grid = ("scale", "zero_point", "bits") if one.type.startswith("float") else ()
+        for name, value in vars(one).items():
+            if name != "name" and name not in of_grid and value is not None:
+                found[f"{one.name}: {name}"] = str(value)
+    return found
 
 
 def _unreadable(path: Path, error: Exception) -> ExportError:
@@ -288,7 +304,7 @@ def _device(report: DeviceReport) -> DeviceFigures:
     layers, memory, metric = report.layers, report.memory_bytes, report.metric.get("device")
     return DeviceFigures(
         tier=report.tier,
-        device=report.device,
+        device=report.place,
         runtime=report.runtime or "",
         status=report.status,
         versions=report.versions,

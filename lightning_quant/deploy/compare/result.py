@@ -40,6 +40,7 @@ _TITLES = {
     Part.VERSIONS: "versions",
     Part.RECIPE: "recipe",
     Part.FLOAT_WEIGHTS: "float weights",
+    Part.IO: "what an app gives and gets",
     Part.METRIC: "metric",
     Part.CLASS: "classes",
     Part.PARITY: "agreement of the file",
@@ -153,7 +154,7 @@ def _sections(changes: Changes) -> Iterator[tuple[str, Part | None, list[Row]]]:
     def mark(part: Part, name: str) -> str:
         return "✗" if (part, name) in exceeded else ""
 
-    for part in (Part.VERSIONS, Part.RECIPE, Part.FLOAT_WEIGHTS):
+    for part in (Part.VERSIONS, Part.RECIPE, Part.FLOAT_WEIGHTS, Part.IO):
         stated = [one for one in changes.stated if one.part is part]
         yield _TITLES[part], part, [(mark(part, s.name), s.name, s.old or "–", s.new or "–", "") for s in stated]
     for part in Part:

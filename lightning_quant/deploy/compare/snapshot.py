@@ -175,6 +175,7 @@ class Snapshot:
         bytes: sizes of the ``float`` and the ``quantized`` file.
         run: what was measured in its run, where that is known.
         devices: what devices made of it.
+        io: what ``io.json`` says of each input and output, as text by tensor and field.
     """
 
     name: str
@@ -188,6 +189,7 @@ class Snapshot:
     bytes: dict[str, int]
     run: RunFigures = field(default_factory=RunFigures)
     devices: list[DeviceFigures] = field(default_factory=list)
+    io: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""

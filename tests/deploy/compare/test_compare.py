@@ -95,6 +95,14 @@ def graph(edit: Callable[[Any], None], file: str = "net.onnx") -> Callable[[Path
     return lambda bundle: edit_graph(bundle, edit, file)
 
 
+def another_layout(bundle: Path) -> None:
+    path = bundle / "io.json"
+    contract = json.loads(path.read_text())
+    contract["inputs"][0]["layout"] = "nhwc"
+    path.write_text(json.dumps(contract))
+    edit_manifest(bundle)
+
+
 def wider(bundle: Path) -> None:
     path = bundle / "net.aimet/model.encodings"
     (entry,) = (one for one in json.loads(path.read_text())["activation_encodings"] if one["name"] == RELU)
@@ -128,6 +136,7 @@ REGRESSIONS: dict[str, tuple[Callable[[Path], None], Part, str]] = {
     "another compiler": (device(versions={"QAIRT": "2.52.0"}), Part.VERSIONS, f"QAIRT ({HERE})"),
     "another estimator": (manifest(range_estimator="percentile"), Part.RECIPE, "range estimator"),
     "other float weights": (manifest(float_sha256="0" * 64), Part.FLOAT_WEIGHTS, "sha256"),
+    "another layout": (another_layout, Part.IO, "x: layout"),
     "the file's agreement": (manifest(parity=WORSE.to_dict()), Part.PARITY, "ONNX file with simulation"),
     "the device's agreement": (device(against_float=WORSE), Part.PSNR, f"{HERE}, with float"),
     "another class": (
@@ -149,7 +158,7 @@ def test_a_regression_is_named_and_nothing_else(bundle: Path, tmp_path: Path, na
     assert f"✗ {part.value}" in str(found)
     assert what in str(found)
     if before == "bundle":  # what is better is no regression; what is to stay may not change back either
-        rules = (Part.ENCODINGS, Part.WEIGHTS, Part.OPERATIONS, Part.VERSIONS, Part.RECIPE, Part.FLOAT_WEIGHTS)
+        rules = (Part.ENCODINGS, Part.WEIGHTS, Part.OPERATIONS, Part.VERSIONS, Part.RECIPE, Part.FLOAT_WEIGHTS, Part.IO)
         assert {one.bound.part for one in compared(new, bundle).exceeded} <= {*rules}
 
 
