@@ -341,7 +341,8 @@ def _write_for_app(
     if (folder / CONTRACT_NAME).exists():  # of the network's own size, which the programs are for
         files.append(qdq.with_suffix(f".{CONTRACT_NAME}"))
     else:
-        files += [folder / CONTRACT_NAME, *(folder / path for path in write_hosts(folder, contract))]
+        files.append(folder / CONTRACT_NAME)
+        write_hosts(folder, contract)  # to be changed by whoever builds on them: of no hash in the manifest
     contract.write(next(one for one in files if one.name.endswith(CONTRACT_NAME)))
     return app, files
 

@@ -142,6 +142,11 @@ def _check_image(plan: InputPlan, image: ImageInput) -> None:
             f"inputs asks for an image as {plan.name!r}, which is of shape {list(plan.shape)}: expected (N, C, H, W) "
             "with 1, 3 or 4 channels. Give None for an input that is no image."
         )
+    if image.reverses and plan.shape[1] == 4:
+        raise ConfigurationError(
+            f"color={image.color!r} of {plan.name!r}, which has 4 channels: expected 3, of which the order is known. Give "
+            "color and trained_on alike, and order the channels in your app."
+        )
     for what, numbers in {"mean": image.mean, "std": image.std}.items():
         if len(numbers) not in (1, plan.shape[1]):
             raise ConfigurationError(
