@@ -65,7 +65,7 @@ class Predictor:
         self.normalization = normalization
         self._values = self.contract.to_dict()
         self._names = [one.name for one in self.contract.outputs]
-        self._check_input()
+        _check_input(self.contract.inputs, normalization, folder / CONTRACT_NAME)
         self._session = _session(folder / self.contract.file, self.contract)
 
     def predict(self, photo: Image.Image) -> host.Arrays:
@@ -75,7 +75,12 @@ class Predictor:
             given = host.pixels(photo, tensor)
         else:
             given = host.normalized(photo, tensor, self.normalization.mean, self.normalization.std)
-        return dict(zip(self._names, self._session.run(self._names, {tensor["name"]: given}), strict=True))
+        try:
+            return dict(zip(self._names, self._session.run(self._names, {tensor["name"]: given}), strict=True))
+        except Exception as error:  # the library raises classes of its own, one for each status code
+            raise ExportError(
+                f"ONNX Runtime cannot run {self.contract.file}: {type(error).__name__}: {error} Export it again."
+            ) from error
 
     def write(self, path: Path, stem: Path) -> tuple[str, list[tuple[Any, ...]]]:
         """Predict for an image file and write what is found.
@@ -104,27 +109,22 @@ class Predictor:
         ]
         return "; ".join(host.write_answers(self._values, outputs, photo, stem)), rows
 
-    def _check_input(self) -> None:
-        tensors = self.contract.inputs
-        if len(tensors) > 1:
-            raise ConfigurationError(
-                f"The network takes {len(tensors)} inputs, {', '.join(repr(one.name) for one in tensors)}: expected "
-                "one image. Give host/host.py in the bundle an .npz file with all of them."
-            )
-        (tensor,) = tensors
-        if tensor.holds == "image":
-            if self.normalization is not None:
-                raise ConfigurationError(
-                    f"{tensor.name!r} takes pixels, which the device normalizes: leave out --mean and --std."
-                )
-            return
-        _check_floats(tensor, self.normalization)
 
-
-def _check_floats(tensor: IoTensor, normalization: Normalization | None) -> None:
+def _check_input(tensors: Sequence[IoTensor], normalization: Normalization | None, path: Path) -> None:
+    """Refuse what is no photograph, and numbers to normalize by where there are none to be or some are missing."""
+    if len(tensors) > 1:
+        raise ConfigurationError(
+            f"{path} names {len(tensors)} inputs, {', '.join(repr(one.name) for one in tensors)}: expected one image. "
+            "Give host/host.py in the bundle an .npz file with all of them."
+        )
+    (tensor,) = tensors
+    what = f"{path} says that {tensor.name!r} takes {tensor.type} of shape {list(tensor.shape)}"
+    if tensor.holds == "image":
+        if normalization is not None:
+            raise ConfigurationError(f"{what}, pixels that the device normalizes: leave out --mean and --std.")
+        return
     channels = tensor.shape[1] if len(tensor.shape) == 4 else 0
-    what = f"The input {tensor.name!r} takes {tensor.type} of shape {list(tensor.shape)}"
-    if tensor.type != "float32" or channels not in (1, 3, 4):
+    if tensor.type != "float32" or channels not in host.MODES:
         raise ConfigurationError(
             f"{what}: expected an image, float32 of shape [1, channels, height, width]. Give host/host.py in the "
             "bundle an .npy file."

@@ -86,7 +86,7 @@ class Reader:
 
 
 def read_contract(folder: Path) -> Any:
-    """All that is made of a contract: programs, and the lines of a report, which are Python whatever is in it."""
+    """What is made of a contract: programs, and the lines of a report, which are Python whatever is in it."""
     contract = Contract.read(folder / "app")
     app_table(contract)
     ast.parse(feeding(contract))
@@ -176,7 +176,7 @@ READERS = {
     "labels": Reader("pictures/labels.png", lambda at: read_labels(at / "pictures/labels.png"), DataError),
     "scenes": Reader("scenes/scenes.json", lambda at: generate_scenes(at / "scenes", **SCENES), DataError),
     "contract": Reader("app/io.json", read_contract, ExportError),
-    "contract of a prediction": Reader("app/io.json", predict_app, LightningQuantError),
+    "contract of a prediction": Reader("app/io.json", predict_app, LightningQuantError, slow=True),
     "contract in a report": Reader("app/io.json", lambda at: write_report(at / "app"), LightningQuantError, slow=True),
     "hardware": Reader(
         "hardware/own.json",

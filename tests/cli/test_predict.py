@@ -144,7 +144,7 @@ def write_two_inputs(folder: Path) -> None:
         (lambda folder: write_numbers(folder, "uint8"), [], ConfigurationError, "expected an image, float32 of shape"),
         (write_app, ["--mean", "0", "--std", "1"], ConfigurationError, "leave out --mean and --std"),
         (write_app, ["--out", "photo0.png"], ConfigurationError, "cannot be written"),
-        (write_two_inputs, [], ConfigurationError, "takes 2 inputs, 'image', 'x': expected one image"),
+        (write_two_inputs, [], ConfigurationError, "io.json names 2 inputs, 'image', 'x': expected one image"),
         (write_without, [], ExportError, "There is no net/net.app.onnx"),
         (write_damaged, [], ExportError, "ONNX Runtime refuses net/net.app.onnx"),
         (write_other, [], ExportError, "expected files of one export"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import shutil
@@ -49,15 +50,9 @@ def write_hosts(bundle: Path, contract: Contract) -> list[str]:
     Returns:
         Their paths in the bundle.
     """
-    from jinja2 import Environment, PackageLoader
-
     folder = bundle / HOSTS_NAME
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(_HERE / "host.py", folder / "host.py")
-    environment = Environment(
-        loader=PackageLoader("lightning_quant.deploy.hosts"), trim_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters |= {"cpp": cpp_string, "kotlin": kotlin_string}
     values = {
         "contract": contract,
         "names": [one.name for one in contract.classes[:_MOST_NAMES]],
@@ -76,8 +71,19 @@ def write_hosts(bundle: Path, contract: Contract) -> list[str]:
     }
     written = ["host.py", "host.cpp", *(["Host.kt"] if _fits_java(contract) else [])]
     for name in written[1:]:
-        (folder / name).write_text(environment.get_template(name).render(values), encoding="utf-8")
+        (folder / name).write_text(_templates().get_template(name).render(values), encoding="utf-8")
     return [f"{HOSTS_NAME}/{name}" for name in written]
+
+
+@functools.cache
+def _templates() -> Any:
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("lightning_quant.deploy.hosts"), trim_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"cpp": cpp_string, "kotlin": kotlin_string}
+    return environment
 
 
 def feeding(contract: Contract) -> str:
