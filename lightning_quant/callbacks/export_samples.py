@@ -96,6 +96,12 @@ def samples_of_graphs(
 
 
 def as_of_the_network(graph: Bundle, outputs: Sequence[Tensors]) -> list[Tensors]:
-    """Return what a graph gave as the network gives it, for a metric: of classes, say, scores of 0 and 1."""
+    """Return what a graph gave as the network gives it, for a metric: of classes, say, scores of 0 and 1.
+
+    Of what a module of the user's own gave that is not known: nothing is returned, and no metric computed of it.
+    """
     plan = plan_of(graph)
+    if (app := graph.manifest.app) is not None and graph.edged and app.edges.has_modules:
+        rank_zero_log("No metric of the graph with edges: what your own module gives is not what the network returns.")
+        return []
     return list(outputs) if plan is None else [network_outputs(plan, one) for one in outputs]

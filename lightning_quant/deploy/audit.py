@@ -16,6 +16,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from lightning_quant.deploy.graph.qdq import hands_on
+from lightning_quant.errors import ExportError
 from lightning_quant.simulation.preflight import Finding
 
 if TYPE_CHECKING:
@@ -103,6 +104,29 @@ def unexplained(
     audit.check_inputs()
     audit.check_nodes()
     return audit.explained, audit.missing
+
+
+def check_encoded(
+    model: onnx.ModelProto, encoded: Iterable[str], findings: Iterable[Finding]
+) -> dict[str, Explanation]:
+    """Return the reason for each tensor that needs no encoding, see :func:`unexplained`.
+
+    Args:
+        model: the exported float graph, without dangling nodes.
+        encoded: names of the tensors that have an encoding.
+        findings: what the preflight left in float, and has warned the user about.
+
+    Raises:
+        ExportError: naming tensors that lack one.
+    """
+    explained, missing = unexplained(model, encoded, findings)
+    if missing:
+        raise ExportError(
+            f"{len(missing)} tensors of the exported network have no encoding, e.g. {', '.join(missing[:5])}: the "
+            "device would make ranges up for them. Expected a quantizer on each. Was one removed, or is there an "
+            "operation AIMET does not quantize? Use nn modules for it, or run with strict=True to find it."
+        )
+    return explained
 
 
 class _Audit:

@@ -21,7 +21,7 @@ from lightning_quant.deploy import audit, parity
 from lightning_quant.deploy.blame.file import compare_file
 from lightning_quant.deploy.blame.result import BLAME_NAME, Blame, LayerBlame, write_blames
 from lightning_quant.deploy.bundle import MANIFEST_NAME, Bundle
-from lightning_quant.deploy.edges.app import contract_of, fit_edges, write_app
+from lightning_quant.deploy.edges.app import contract_of, fit_edges, quantize_own, write_app
 from lightning_quant.deploy.edges.contract import CONTRACT_NAME, ClassLabel
 from lightning_quant.deploy.edges.spec import Edges
 from lightning_quant.deploy.graph.files import ENCODINGS_VERSION, QDQ_OPSET, OnnxFiles, write_onnx
@@ -39,6 +39,7 @@ from lightning_quant.deploy.sizes import (
     sized_calls,
 )
 from lightning_quant.errors import ExportError, ParityError
+from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.exportable import FLOAT_OPSET
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -160,6 +161,7 @@ def _write_whole(
         manifest = _save(replace(manifest, size=size), staging)
         shutil.rmtree(_failed_folder(path), ignore_errors=True)  # of a network before
         _check_parity(network, Bundle(staging, manifest, path.name), path, own.calls, on_parity)
+        edges = edges if manifest.app is None else manifest.app.edges  # with modules that are quantized now
         for size, given in further:
             try:
                 manifest = _add_size(network, manifest, graph, path, size, given, on_parity, edges, classes)
@@ -283,16 +285,9 @@ def _write(
     float_onnx, encodings_file = folder / "model.onnx", folder / "model.encodings"
     qdq = staging / f"{name}.onnx"
     written = write_onnx(network, calls[0], float_onnx, qdq)
-    encoded = [e["name"] for part in ("activation_encodings", "param_encodings") for e in written.encodings[part]]
-    explained, missing = audit.unexplained(written.model, encoded, network.findings)
-    if missing:
-        raise ExportError(
-            f"{len(missing)} tensors of the exported network have no encoding, e.g. {', '.join(missing[:5])}: the "
-            "device would make ranges up for them. Expected a quantizer on each. Was one removed, or is there an "
-            "operation AIMET does not quantize? Use nn modules for it, or run with strict=True to find it."
-        )
+    explained = audit.check_encoded(written.model, written.encoded, network.findings)
     measured = parity.compare(_outputs(network, qdq, written, calls))
-    app, further = _write_for_app(qdq, written, calls, edges, classes)
+    app, further = _write_for_app(qdq, written, calls, edges, classes, network.recipe)
     manifest = BundleManifest(
         **vars(network.manifest()),
         name=name,
@@ -320,6 +315,7 @@ def _write_for_app(
     calls: Sequence[NetworkInputs],
     edges: Edges | None,
     classes: Sequence[ClassLabel],
+    recipe: QuantRecipe,
 ) -> tuple[AppManifest | None, list[Path]]:
     """Write what an app needs: the graph with edges, if any are asked for, ``io.json``, and programs that feed it.
 
@@ -333,9 +329,11 @@ def _write_for_app(
     file, app, files = qdq, None, []
     if edges is not None:
         file = qdq.with_suffix(".app.onnx")
-        named = [zip(written.input_names, call.tensors, strict=True) for call in calls[:_SAMPLES_WITH_EDGES]]
+        named = [zip(written.input_names, call.tensors, strict=True) for call in calls]
         samples = [{name: tensor.numpy() for name, tensor in one} for one in named]
-        app = write_app(model, plan, edges, samples, file)
+        edges = quantize_own(edges, model, samples, recipe)
+        plan = fit_edges(edges, model)
+        app = write_app(model, plan, edges, samples[:_SAMPLES_WITH_EDGES], file)
         files.append(file)
     contract = contract_of(plan, onnx.load(file), file.name, classes)
     if (folder / CONTRACT_NAME).exists():  # of the network's own size, which the programs are for

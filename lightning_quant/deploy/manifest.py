@@ -142,7 +142,7 @@ class BundleManifest(Manifest):
         own = {name: getattr(self, name) for name in _own_fields()}
         own["parity"] = of_export(self.parity)
         own["files"] = {path: asdict(file) for path, file in self.files.items()}
-        own["app"] = None if self.app is None else asdict(self.app)
+        own["app"] = None if self.app is None else {**vars(self.app), "edges": self.app.edges.to_json()}
         own["sizes"] = {name: graph.to_dict() for name, graph in self.sizes.items()}
         return {**super().to_dict(), **own}
 

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lightning_quant.deploy.edges.attach import PIXELS, attach_edges, grids_of
+from lightning_quant.deploy.edges.attach import PIXELS, attach_edges
 from lightning_quant.deploy.edges.contract import ClassLabel, Contract, IoTensor
+from lightning_quant.deploy.edges.own_module import check_modules, quantize_modules
 from lightning_quant.deploy.edges.plan import AppPlan, InputPlan, OutputPlan, plan_edges
 from lightning_quant.deploy.edges.proof import prove_edges
 from lightning_quant.deploy.edges.spec import Edges, ImageInput
 from lightning_quant.deploy.graph.files import name_tensors
-from lightning_quant.deploy.graph.passed_inputs import Grid
+from lightning_quant.deploy.graph.passed_inputs import Grid, grids_of
+from lightning_quant.deploy.graph.qdq import exact_session
 from lightning_quant.deploy.manifest import AppManifest
+from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.inputs import tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.utilities.modules import on_cpu_in_eval
@@ -64,6 +67,27 @@ def fit_edges(edges: Edges, model: onnx.ModelProto) -> AppPlan:
     return plan_edges(edges, inputs, outputs, grids_of(model, [*inputs, *outputs]))
 
 
+def quantize_own(
+    edges: Edges, model: onnx.ModelProto, samples: Sequence[Mapping[str, np.ndarray]], recipe: QuantRecipe
+) -> Edges:
+    """Return edges whose modules of the user's own are quantized, see :func:`~.own_module.quantize_modules`.
+
+    Args:
+        edges: fitted to the network.
+        model: the network's QDQ graph.
+        samples: its float inputs by name, for each sample: of what it makes of them modules are calibrated.
+        recipe: of the network.
+    """
+    if not edges.has_modules:
+        return edges
+    names, session = [value.name for value in model.graph.output], exact_session(model)
+    wanted = {value.name for value in model.graph.input}
+    found = [session.run(None, {name: one[name] for name in wanted}) for one in samples]
+    return quantize_modules(
+        edges, dict(zip(names, zip(*found, strict=True), strict=True)), grids_of(model, names), recipe
+    )
+
+
 def check_edges(network: QuantizedNetwork, edges: Edges | None) -> None:
     """Refuse edges that do not fit a network, before it is calibrated: it is run once, in float.
 
@@ -80,6 +104,7 @@ def check_edges(network: QuantizedNetwork, edges: Edges | None) -> None:
     shapes = [[tuple(one.shape) for one in tensors] for tensors in (example.tensors, tensors_in(given))]
     inputs, outputs = (dict(zip(*pair, strict=True)) for pair in zip(names, shapes, strict=True))
     plan_edges(edges, inputs, outputs, {})
+    check_modules(edges, dict(zip(names[1], map(torch.Tensor.detach, tensors_in(given)), strict=True)), network.recipe)
 
 
 def plan_of(bundle: Bundle) -> AppPlan | None:
@@ -130,7 +155,11 @@ def _input(plan: InputPlan, value: onnx.ValueInfoProto) -> IoTensor:
 
 
 def _outputs(plan: OutputPlan, given: dict[str, onnx.ValueInfoProto], classes: int) -> list[IoTensor]:
-    value, edge = given[plan.name], plan.edge
+    edge = plan.edge
+    if edge is not None and edge.module is not None:
+        pairs = zip(plan.names, edge.module.grids, strict=True)
+        return [IoTensor(name, shape_of(given[name]), _type(given[name]), **_grid(grid)) for name, grid in pairs]
+    value = given[plan.name]
     shape, kind, function = shape_of(value), _type(value), "none" if edge is None else edge.function
     if function == "argmax":
         return [IoTensor(plan.name, shape, kind, "classes")]

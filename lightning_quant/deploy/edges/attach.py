@@ -10,7 +10,7 @@ the network's integers as they are need no convolution.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -18,8 +18,8 @@ import numpy as np
 
 from lightning_quant.deploy.edges.host import nearest, normalized, resized_axes
 from lightning_quant.deploy.edges.plan import InputPlan, OutputPlan
-from lightning_quant.deploy.edges.spec import ImageInput, OutputEdge
-from lightning_quant.deploy.graph.passed_inputs import Grid
+from lightning_quant.deploy.edges.spec import ImageInput, OutputEdge, OwnModule
+from lightning_quant.deploy.graph.passed_inputs import Grid, grid_of
 from lightning_quant.deploy.graph.qdq import QdqGraph
 from lightning_quant.errors import ExportError
 
@@ -34,21 +34,6 @@ _EVERY = np.arange(256, dtype=np.uint8).reshape(1, 1, 1, 256)
 # Where scale and bias of a normalization are searched: relative to the true scale, and in steps; nearest first.
 _STRETCHES = np.array([0.0, *(sign * 1.5e-7 * 1.3**power for power in range(26) for sign in (1, -1))])
 _NUDGES = np.array(sorted(range(-3, 4), key=abs))
-
-
-def grids_of(model: onnx.ModelProto, names: Iterable[str]) -> dict[str, Grid]:
-    """Return what inputs and outputs are rounded to, where each is rounded once and the first or last thing."""
-    graph = QdqGraph(model)
-    found = {}
-    for name in names:
-        rounding = graph.consumers[name] if name not in graph.producers else [graph.producers[name]]
-        kinds = {node.op_type for node in rounding}
-        constants = {tuple(node.input[1:]) for node in rounding}
-        if kinds in ({"QuantizeLinear"}, {"DequantizeLinear"}) and len(constants) == 1:
-            scale, zero_point = (graph.array(one) for one in constants.pop())
-            if scale.size == 1:
-                found[name] = Grid(float(scale), zero_point)
-    return found
 
 
 class AppGraph(NamedTuple):
@@ -80,7 +65,9 @@ def attach_edges(model: onnx.ModelProto, inputs: Sequence[InputPlan], outputs: S
         if entry.edge is not None:
             codes[entry.name] = _Front(model, entry).write(entry.edge, _grid_of(entry))
     for output in outputs:
-        if output.edge is not None:
+        if output.edge is not None and output.edge.module is not None:
+            _Behind(model, output).join(output.edge.module, _grid_of(output))
+        elif output.edge is not None:
             _Behind(model, output).write(output.edge, _grid_of(output))
     return AppGraph(model, codes)
 
@@ -288,6 +275,38 @@ class _Behind(_Writer):
                 grid = plan.function_grid or grid
                 tensor = self.rounded(tensor, grid, "probabilities")
             self._give_numbers(tensor, name, shape, grid)
+        self.graph.replace_nodes(self.nodes)
+
+    def join(self, module: OwnModule, grid: Grid) -> None:
+        """Put a module's graph behind the network, without rounding again what is on the network's grid already."""
+        from onnx import compose, helper
+
+        tensor = self.free(f"{self.plan.name}_of_the_network")
+        self.rename(self.plan.name, tensor)
+        integers = next(node for node in self.nodes if tensor in node.output).input[0]
+        own = compose.add_prefix(module.graph, self.free(f"{self.plan.name}_module") + "/").graph
+        self.model.graph.initializer.extend(own.initializer)
+        self.nodes += own.node
+        (given,) = own.input
+        behind = QdqGraph(self.model)
+        for node in own.node:
+            if node.op_type == "QuantizeLinear" and node.input[0] == given.name and grid.is_same(grid_of(behind, node)):
+                self.nodes.remove(node)
+                self.rename(node.output[0], integers)
+        self.rename(given.name, tensor)
+        declared = []
+        for value, name, rounded in zip(own.output, self.plan.names, module.grids, strict=True):
+            kind, old = value.type.tensor_type.elem_type, value.name
+            if rounded is not None and self.plan.edge is not None and self.plan.edge.quantized:
+                kind = helper.np_dtype_to_tensor_dtype(rounded.zero_point.dtype)
+                old = next(node for node in self.nodes if old in node.output).input[0]
+            self.rename(old, name)
+            sizes = [axis.dim_value for axis in value.type.tensor_type.shape.dim]
+            declared.append(helper.make_tensor_value_info(name, kind, sizes))
+        others = [[one] if one.name != self.plan.name else declared for one in self.model.graph.output]
+        values = [copy.deepcopy(one) for ones in others for one in ones]
+        del self.model.graph.output[:]
+        self.model.graph.output.extend(values)
         self.graph.replace_nodes(self.nodes)
 
     def _bilinear(self, tensor: str, shape: list[int], grid: Grid) -> str:

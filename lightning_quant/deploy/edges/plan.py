@@ -54,6 +54,8 @@ class OutputPlan:
     @property
     def names(self) -> list[str]:
         """Names of what an app gets of it."""
+        if self.edge is not None and self.edge.module is not None and self.edge.module.names:
+            return [f"{self.name}_{part}" for part in self.edge.module.names]
         both = self.edge is not None and self.edge.function == "top_k"
         return [self.name, f"{self.name}_classes"] if both else [self.name]
 

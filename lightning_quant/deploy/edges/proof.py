@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lightning_quant.deploy import parity
 from lightning_quant.deploy.edges.attach import AppGraph
 from lightning_quant.deploy.edges.host import answers, fed, taken
 from lightning_quant.deploy.edges.plan import InputPlan, OutputPlan
 from lightning_quant.deploy.edges.spec import ImageInput
+from lightning_quant.deploy.graph.passed_inputs import Grid
 from lightning_quant.deploy.graph.qdq import exact_session
 from lightning_quant.errors import ParityError
 from lightning_quant.simulation import aimet
@@ -135,6 +137,9 @@ def _check(plan: OutputPlan, values: np.ndarray, expected: np.ndarray, actual: n
     edge, grid = plan.edge, plan.function_grid
     if edge is None or grid is None:
         return
+    if edge.module is not None:
+        _check_own(plan, edge.module.grids[place], expected, actual)
+        return
     of_classes = edge.function == "argmax" or (edge.function == "top_k" and place == 1)
     if of_classes:
         wrong = expected != actual
@@ -151,6 +156,21 @@ def _check(plan: OutputPlan, values: np.ndarray, expected: np.ndarray, actual: n
         distance = np.abs(expected.astype(np.float64) - actual.astype(np.float64)).max(initial=0)
         if not distance <= _STEP * step or not math.isfinite(distance):
             raise _apart(plan, f"it is up to {distance / step:.0f} steps away")
+
+
+def _check_own(plan: OutputPlan, grid: Grid | None, expected: np.ndarray, actual: np.ndarray) -> None:
+    """Refuse what a module's graph computes otherwise than its simulation, see :func:`~parity.check_parity`."""
+    if not np.issubdtype(expected.dtype, np.floating) and grid is None:
+        if (expected != actual).any():
+            raise _apart(plan, f"{(expected != actual).mean():.2%} of its integers are others")
+        return
+    assert plan.edge is not None
+    step = 1 if plan.edge.quantized or grid is None else grid.scale
+    distance = np.abs(expected.astype(np.float64) - actual.astype(np.float64)).max(initial=0)
+    agreement = parity.compare([([expected.astype(np.float64)], [actual.astype(np.float64)])]).psnr_db
+    # the rounding of a value between two integers can be amplified behind it
+    if not (distance <= _STEP * step or agreement >= parity.BAR) or not math.isfinite(distance):
+        raise _apart(plan, f"it is up to {distance / step:.0f} steps away, {agreement:.1f} dB")
 
 
 def _plain(plan: OutputPlan) -> OutputPlan:

@@ -52,6 +52,11 @@ class OnnxFiles:
     output_names: list[str]
     passed: dict[str, Grid]
 
+    @property
+    def encoded(self) -> list[str]:
+        """Names of the tensors that have an encoding."""
+        return [e["name"] for part in ("activation_encodings", "param_encodings") for e in self.encodings[part]]
+
 
 def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Path, qdq_file: Path) -> OnnxFiles:
     """Write the float graph, its encodings, and the graph with integer weights.

@@ -7,6 +7,7 @@ well: the range stands at the copy that the first operation takes.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,11 @@ class Grid:
     scale: float
     zero_point: np.ndarray
 
+    def is_same(self, other: Grid | None) -> bool:
+        """Return whether another one has the same integers for the same numbers."""
+        same = other is not None and self.scale == other.scale and self.zero_point == other.zero_point
+        return bool(same) and other is not None and self.zero_point.dtype == other.zero_point.dtype
+
     def round(self, values: np.ndarray) -> np.ndarray:
         """Return the nearest numbers on the grid."""
         return self.reals(self.integers(values)).astype(values.dtype)
@@ -44,6 +50,51 @@ class Grid:
     def reals(self, integers: np.ndarray) -> np.ndarray:
         """Return the numbers that integers stand for, in float32 as ONNX computes them."""
         return (integers.astype(np.float32) - np.float32(self.zero_point)) * np.float32(self.scale)
+
+
+def grids_of(model: onnx.ModelProto, names: Iterable[str]) -> dict[str, Grid]:
+    """Return what inputs and outputs are rounded to, where each is rounded once and the first or last thing."""
+    graph = QdqGraph(model)
+    found = {}
+    for name in names:
+        rounding = graph.consumers[name] if name not in graph.producers else [graph.producers[name]]
+        kinds = {node.op_type for node in rounding}
+        constants = {tuple(node.input[1:]) for node in rounding}
+        if kinds in ({"QuantizeLinear"}, {"DequantizeLinear"}) and len(constants) == 1:
+            grid = grid_of(graph, rounding[0])
+            if grid is not None:
+                found[name] = grid
+    return found
+
+
+def grid_of(graph: QdqGraph, node: onnx.NodeProto) -> Grid | None:
+    """Return what a QuantizeLinear rounds to; ``None`` where each channel has its own."""
+    scale, zero_point = (graph.array(one) for one in node.input[1:3])
+    return Grid(float(scale), zero_point) if scale.size == 1 else None
+
+
+def round_input(model: onnx.ModelProto, grid: Grid) -> set[str]:
+    """Round the input of a graph, which has one, to a grid, and all that only moves its values.
+
+    Args:
+        model: a QDQ graph; changed in place.
+        grid: that its input is on already.
+
+    Returns:
+        The names of what is rounded to it now, as they were before.
+    """
+    from onnx import helper
+
+    graph = QdqGraph(model)
+    (name,) = (value.name for value in model.graph.input)
+    ends = [graph.add(f"{name}_scale", np.float32(grid.scale)), graph.add(f"{name}_zero_point", grid.zero_point)]
+    integers = graph.free(f"{name}_q")
+    quantizer = helper.make_node("QuantizeLinear", [name, *ends], [integers], f"{integers}_node")
+    dequantizer = helper.make_node("DequantizeLinear", [integers, *ends], [graph.free(f"{name}_qdq")], f"{integers}_dq")
+    nodes = [copy.deepcopy(node) for node in (quantizer, dequantizer, *model.graph.node)]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return _round(QdqGraph(model), name, model.graph.node[0])
 
 
 def encode_passed_inputs(model: onnx.ModelProto, encodings: dict[str, Any]) -> bool:

@@ -44,6 +44,30 @@ def rounding(sim: Any, source: Any) -> Any:
     return None
 
 
+def roundings_of_input(sim: Any) -> list[Any]:
+    """Return the quantizers of a network's input, and of what only moves its values.
+
+    One that also rounds other values, as in a concatenation with them, is none of these.
+
+    Args:
+        sim: AIMET's simulation of a network with one input.
+    """
+    operations = sim.connected_graph.ordered_ops
+    # a concatenation is of other values as well
+    others = {one for op in operations if len(inputs_of_one_grid(sim, op)) != 1 for one in outputs(sim, op)}
+    found: dict[Any, None] = {}
+    for op in operations:
+        own: Any = getattr(sim._get_qmodule(op), "input_quantizers", ())
+        for quantizer, product in zip(own, op.inputs, strict=False):
+            source = product.producer
+            while source is not None and passes_values(sim, source):
+                product = source.inputs[0]
+                source = product.producer
+            if quantizer is not None and quantizer not in others and source is None and product.is_model_input:
+                found[quantizer] = None
+    return list(found)
+
+
 def leave_out_roundings(sim: Any) -> None:
     """Round no output of an operation that outputs rounded values as they are."""
     for op in sim.connected_graph.ordered_ops:
