@@ -146,8 +146,8 @@ def _check_image(plan: InputPlan, image: ImageInput) -> None:
         )
     if image.reverses and plan.shape[1] == 4:
         raise ConfigurationError(
-            f"color={image.color!r} of {plan.name!r}, which has 4 channels: expected 3, of which the order is known. Give "
-            "color and trained_on alike, and order the channels in your app."
+            f"color={image.color!r} of {plan.name!r}, which has 4 channels: expected 3, of which the order is known. "
+            "Give color and trained_on alike, and order the channels in your app."
         )
     for what, numbers in {"mean": image.mean, "std": image.std}.items():
         if len(numbers) not in (1, plan.shape[1]):

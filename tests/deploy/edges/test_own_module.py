@@ -336,6 +336,6 @@ def test_in_a_trainer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     export = lq.DeviceExport(tmp_path, outputs=Branches(), target="onnxruntime", report=False)
     quantization = lq.PostTrainingQuantization(calibration_samples=4)
     trainer = quiet_trainer(tmp_path, callbacks=[quantization, export])
-    with pytest.raises(ConfigurationError, match="Branches .* decides by values"):
+    with pytest.raises(ConfigurationError, match=r"Branches .* decides by values"):
         trainer.validate(SmallModule(), small_loader(), verbose=False)
     assert not list(tmp_path.glob("*/manifest.json"))
