@@ -230,6 +230,7 @@ def make_genuine(folder: Path) -> None:
     result: dict[str, Any] = {
         "device": "Samsung Galaxy S24",
         "runtime": "qnn_dlc",
+        "size": "",
         "status": "finished",
         "soc": "SM8650",
         "jobs": {"compile": "https://hub.example/jobs/j1/"},

@@ -57,17 +57,18 @@ def test_a_sweep_ends_with_one_table_and_every_artifact(sweep: tuple[Path, str])
         assert "float.epochs=1" in report  # how to run it again
         assert all(f'id="{part}"' in report for part in ("pictures", "device", "layers"))
         assert record.bytes["quantized"] < record.bytes["float"] / 2
-        (device,) = record.device
+        device, app = record.device  # the network's own graph, and that of the segmentation task: pixels to classes
         assert device.tier in ("htp_emulator", "onnxruntime")
-        assert device.metric.keys() == {"float", "simulation", "device"}
+        assert (device.edged, app.edged, app.place) == (False, True, "Samsung Galaxy S24 at app")
+        assert all(one.metric.keys() == {"float", "simulation", "device"} for one in record.device)
         assert (path.parent / record.artifacts["device"] / "request.json").is_file()
     with (folder / "multirun/tried/summary.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["precision"] for row in rows] == ["w8a8", "w4a16"]
     assert all(row["miou float"] and row["miou PTQ"] and row["miou exported"] and row["drop"] for row in rows)
     markdown = (folder / "multirun/tried/summary.md").read_text().splitlines()
-    # three tables with their heads: of two runs, of the device of each, and of the two rungs of each
-    assert len([line for line in markdown if line.startswith("|")]) == 3 * 2 + 2 + 2 + 2 * 2
+    # three tables with their heads: of two runs, of both graphs of each on the device, and of the two rungs of each
+    assert len([line for line in markdown if line.startswith("|")]) == 3 * 2 + 2 + 2 * 2 + 2 * 2
     assert "On the device" in output
     assert markdown[0].count("|") == len(COLUMNS) + 1
     assert "summary.md" in output
