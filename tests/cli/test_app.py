@@ -59,7 +59,7 @@ def test_a_sweep_ends_with_one_table_and_every_artifact(sweep: tuple[Path, str])
         assert record.bytes["quantized"] < record.bytes["float"] / 2
         device, app = record.device  # the network's own graph, and that of the segmentation task: pixels to classes
         assert device.tier in ("htp_emulator", "onnxruntime")
-        assert (device.edged, app.edged, app.place) == (False, True, "Samsung Galaxy S24 at app")
+        assert (device.edged, app.edged, app.size) == (False, True, "app")
         assert all(one.metric.keys() == {"float", "simulation", "device"} for one in record.device)
         assert (path.parent / record.artifacts["device"] / "request.json").is_file()
     with (folder / "multirun/tried/summary.csv").open() as file:
