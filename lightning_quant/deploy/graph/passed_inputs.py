@@ -87,7 +87,10 @@ def round_input(model: onnx.ModelProto, grid: Grid) -> set[str]:
 
     graph = QdqGraph(model)
     (name,) = (value.name for value in model.graph.input)
-    ends = [graph.add(f"{name}_scale", np.float32(grid.scale)), graph.add(f"{name}_zero_point", grid.zero_point)]
+    ends = [
+        graph.add(f"{name}_scale", np.asarray(grid.scale, np.float32)),
+        graph.add(f"{name}_zero_point", grid.zero_point),
+    ]
     integers = graph.free(f"{name}_q")
     quantizer = helper.make_node("QuantizeLinear", [name, *ends], [integers], f"{integers}_node")
     dequantizer = helper.make_node("DequantizeLinear", [integers, *ends], [graph.free(f"{name}_qdq")], f"{integers}_dq")

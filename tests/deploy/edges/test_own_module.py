@@ -188,7 +188,9 @@ def test_no_layer_on_the_cpu_of_a_phone(networks: dict[str, Any], tmp_path: Path
         measured.outputs[0].values(), expected, Contract.read(bundle.path).outputs, strict=True
     ):
         step = 1 if entry.scale is None or quantized else entry.scale
-        print(entry.name, one.dtype, other.dtype, abs(one.astype(float) - other).max() / step, (one == other).mean())
+        assert one.dtype == other.dtype
+        # the NPU computes exp and sigmoid from tables of its own: one step of theirs is up to two of the box
+        assert abs(one.astype(np.float64) - other).max() <= (0 if entry.scale is None else 2.01 * step)
 
 
 class Branches(nn.Module):
@@ -300,7 +302,7 @@ def test_a_fault_in_its_graph_is_found(
 
     def faulty(*given: Any) -> Any:
         module = written(*given)
-        (node,) = (one for one in module.graph.node if one.op_type == "ArgMax")
+        (node,) = (one for one in module.model.graph.node if one.op_type == "ArgMax")
         node.op_type = "ArgMin"
         return module
 
@@ -332,10 +334,35 @@ def test_the_range_at_its_input_is_the_networks(networks: dict[str, Any], tmp_pa
     assert [one.raw_data for one in scales[0]] == [one.raw_data for one in scales[1]]
 
 
-def test_in_a_trainer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_in_a_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export = lq.DeviceExport(tmp_path, outputs=Branches(), target="onnxruntime", report=False)
     quantization = lq.PostTrainingQuantization(calibration_samples=4)
-    trainer = quiet_trainer(tmp_path, callbacks=[quantization, export])
-    with pytest.raises(ConfigurationError, match="Branches .* decides by values"):
+    trainer = quiet_trainer(tmp_path, quantization, export)
+    with pytest.raises(ConfigurationError, match=r"Branches .* decides by values"):
         trainer.validate(SmallModule(), small_loader(), verbose=False)
     assert not list(tmp_path.glob("*/manifest.json"))
+    export = lq.DeviceExport(
+        tmp_path,
+        outputs="tests.deploy.edges.test_own_module.Chances",
+        target="onnxruntime",
+        report=False,
+        monitor="val_loss",
+        samples=4,
+    )
+    trainer = quiet_trainer(
+        tmp_path, lq.PostTrainingQuantization(calibration_samples=4, calibration_dataloader=small_loader()), export
+    )
+    trainer.validate(SmallModule(), small_loader(), verbose=False)
+    own, app = export.reports
+    assert own.metric
+    assert (app.edged, app.metric) == (True, {})
+    assert app.against_simulation is not None
+    assert app.against_simulation.psnr_db >= 60
+    assert app.against_float is not None
+    assert 20 < app.against_float.psnr_db < 60  # of the module in float
+    assert capsys.readouterr().err.count("No metric of the graph with edges") == 1
+
+
+class Chances(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * 3).softmax(1)
