@@ -61,7 +61,9 @@ def check_modules(edges: Edges, outputs: Mapping[str, Tensor], recipe: QuantReci
         try:
             _quantized(checked, values, recipe)
         except LightningQuantError as error:
-            raise ConfigurationError(f"outputs: {edge.module.path} behind {name!r}: {error}") from error
+            raise ConfigurationError(
+                f"outputs: {edge.module.path} behind the output {name!r} cannot be quantized: {error}"
+            ) from error
 
 
 def quantize_modules(
@@ -155,7 +157,7 @@ def _checked(module: OwnModule, values: Tensor, name: str) -> OwnModule:
         )
     with torch.random.fork_rng(devices=[]), _copy_in_eval(module.network, title) as network:
         found = []
-        for given in (values, values.flip(-1)):
+        for given in (values, values.flip(-1) if values.dim() else values):
             before = _state(network)
             own = given.clone()  # it may be changed in place
             watch = _Watch(own)

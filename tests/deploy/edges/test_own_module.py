@@ -19,7 +19,8 @@ from lightning_quant.deploy.edges import own_module
 from lightning_quant.deploy.edges.app import check_edges, plan_of
 from lightning_quant.deploy.edges.contract import Contract
 from lightning_quant.deploy.edges.host import fed
-from lightning_quant.deploy.edges.spec import Edges, OutputEdge
+from lightning_quant.deploy.edges.plan import plan_edges
+from lightning_quant.deploy.edges.spec import Edges, OutputEdge, OwnModule
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.graph.passed_inputs import grids_of
 from lightning_quant.deploy.graph.qdq import exact_session
@@ -274,6 +275,13 @@ def test_what_no_device_can_compute(networks: dict[str, Any], tmp_path: Path, mo
     assert not (tmp_path / "net").exists()
 
 
+def test_two_outputs_of_one_name() -> None:
+    edges = Edges((), (OutputEdge(module=OwnModule("a.B", ("0", "1"))), None))
+    shapes = {"output": (1, 4), "output_0": (1, 4)}
+    with pytest.raises(ConfigurationError, match="has 'output_0' twice"):
+        plan_edges(edges, {"x": (1, 3)}, shapes, {})
+
+
 def test_what_is_fixed_in_a_module_is_none_of_that(networks: dict[str, Any]) -> None:
     check_edges(networks["w8a8"], Edges.of(None, Gathers()))
 
@@ -334,7 +342,7 @@ def test_the_range_at_its_input_is_the_networks(networks: dict[str, Any], tmp_pa
     assert [one.raw_data for one in scales[0]] == [one.raw_data for one in scales[1]]
 
 
-def test_in_a_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_a_trainer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     export = lq.DeviceExport(tmp_path, outputs=Branches(), target="onnxruntime", report=False)
     quantization = lq.PostTrainingQuantization(calibration_samples=4)
     trainer = quiet_trainer(tmp_path, quantization, export)
@@ -360,7 +368,7 @@ def test_in_a_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert app.against_simulation.psnr_db >= 60
     assert app.against_float is not None
     assert 20 < app.against_float.psnr_db < 60  # of the module in float
-    assert capsys.readouterr().err.count("No metric of the graph with edges") == 1
+    assert caplog.text.count("No metric of the graph with edges") == 1
 
 
 class Chances(nn.Module):
