@@ -104,8 +104,8 @@ class DeviceExport(AnyCallback):
             ``"image"`` for pixels that the network takes as 0…1; ``"quantized"`` for its own integers; ``None``.
         outputs: what an app gets, likewise: an :class:`~lightning_quant.deploy.edges.spec.OutputEdge` or a mapping of
             its fields, such as ``{"function": "argmax", "resize": "after"}``; ``"argmax"``, ``"top_k"``,
-            ``"softmax"``, ``"sigmoid"``; ``"quantized"``; ``None``. With one of the two, ``<name>.app.onnx`` is what
-            runs on devices; training and validation see floats as ever.
+            ``"softmax"``, ``"sigmoid"``; ``"quantized"``; ``None``; or a small ``nn.Module`` of your own, or its dotted
+            path. With one of the two, ``<name>.app.onnx`` runs on devices; training and validation see floats as ever.
         sizes: further input sizes, each the last axes of the input: ``[256, 512]`` is a height and a width,
             ``[4, 3, 256, 512]`` a batch of four; of several inputs by name, ``{"image": [256, 512]}``. Each is a graph
             of its own in the bundle, ``<name>.256x512``, with the same encodings, checked and measured like the first.

@@ -69,7 +69,9 @@ class Samples:
         float_network = None if known is None else _outputs(known, manifest.output_names, calls)
         if plan is not None:
             simulation = [app_outputs(plan, one) for one in simulation]
-            float_network = None if float_network is None else [app_outputs(plan, one) for one in float_network]
+            float_network = (
+                None if float_network is None else [app_outputs(plan, one, in_float=True) for one in float_network]
+            )
         return cls(inputs, simulation, float_network)
 
     def write(self, path: Path) -> None:

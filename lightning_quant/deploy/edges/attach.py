@@ -284,7 +284,7 @@ class _Behind(_Writer):
         tensor = self.free(f"{self.plan.name}_of_the_network")
         self.rename(self.plan.name, tensor)
         integers = next(node for node in self.nodes if tensor in node.output).input[0]
-        own = compose.add_prefix(module.graph, self.free(f"{self.plan.name}_module") + "/").graph
+        own = compose.add_prefix(module.model, self.free(f"{self.plan.name}_module") + "/").graph
         self.model.graph.initializer.extend(own.initializer)
         self.nodes += own.node
         (given,) = own.input

@@ -77,19 +77,20 @@ def taken(plan: InputPlan, given: np.ndarray) -> np.ndarray:
     return given
 
 
-def answers(plan: OutputPlan, values: np.ndarray) -> list[np.ndarray]:
+def answers(plan: OutputPlan, values: np.ndarray, in_float: bool = False) -> list[np.ndarray]:
     """Return what an app makes of an output of the network: one array, or for ``top_k`` two.
 
     Args:
         plan: of the output.
         values: what the network returned, one sample or more.
+        in_float: let a module of the user's own compute in float, as the network did that returned them.
     """
     edge = plan.edge
     if edge is None:
         return [values]
     grid = plan.grid
     if edge.module is not None:
-        found = computed(edge.module, values)
+        found = computed(edge.module, values, in_float)
         grids = edge.module.grids if edge.quantized else ()
         return [one if g is None else g.integers(one) for one, g in zip_longest(found, grids)]
     if edge.resize == "before":
@@ -165,12 +166,12 @@ def resized_axes(plan: OutputPlan) -> Sequence[int]:
     return [axis - int(gone and axis > plan.axis) for axis in plan.spatial]
 
 
-def app_outputs(plan: AppPlan, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return what an app makes of all outputs of the network, by name."""
+def app_outputs(plan: AppPlan, values: Mapping[str, np.ndarray], in_float: bool = False) -> dict[str, np.ndarray]:
+    """Return what an app makes of all outputs of the network, by name, see :func:`answers`."""
     return {
         name: array
         for one in plan.outputs
-        for name, array in zip(one.names, answers(one, values[one.name]), strict=True)
+        for name, array in zip(one.names, answers(one, values[one.name], in_float), strict=True)
     }
 
 

@@ -61,7 +61,9 @@ def check_modules(edges: Edges, outputs: Mapping[str, Tensor], recipe: QuantReci
         try:
             _quantized(checked, values, recipe)
         except LightningQuantError as error:
-            raise ConfigurationError(f"outputs: {edge.module.path} behind {name!r}: {error}") from error
+            raise ConfigurationError(
+                f"outputs: {edge.module.path} behind the output {name!r} cannot be quantized: {error}"
+            ) from error
 
 
 def quantize_modules(
@@ -105,22 +107,30 @@ def _written(module: OwnModule, example: Tensor, grid: Grid) -> OwnModule:
     with tempfile.TemporaryDirectory(prefix="lightning-quant-module-") as scratch, on_cpu_in_eval(known.network):
         qdq = Path(scratch) / "qdq.onnx"
         written = write_onnx(known, NetworkInputs((example,)), Path(scratch) / "model.onnx", qdq)
-        graph = onnx.load(qdq)
-    moved = round_input(graph, grid)
+        model = onnx.load(qdq)
+    moved = round_input(model, grid)
     check_encoded(written.model, [*written.encoded, *moved], known.findings)
-    grids = grids_of(graph, written.output_names)
-    return replace(module, graph=graph, grids=tuple(map(grids.get, written.output_names)))
+    grids = grids_of(model, written.output_names)
+    return replace(module, model=model, grids=tuple(map(grids.get, written.output_names)))
 
 
-def computed(module: OwnModule, values: np.ndarray) -> list[np.ndarray]:
+def computed(module: OwnModule, values: np.ndarray, in_float: bool = False) -> list[np.ndarray]:
     """Return what a module that was quantized makes of an output of the network, one sample.
+
+    Args:
+        module: the module.
+        values: the output.
+        in_float: compute what it was before.
 
     Raises:
         ExportError: for one that was read from a file.
     """
     known = _simulation(module)
-    with on_cpu_in_eval(known.network):
-        return [one.numpy() for one in tensors_in(known.network(torch.from_numpy(values)))]
+    network = known.network
+    if in_float and known.float_network is not None:
+        network = known.float_network
+    with on_cpu_in_eval(network):
+        return [one.numpy() for one in tensors_in(NetworkInputs((torch.from_numpy(values),)).call(network))]
 
 
 def _simulation(module: OwnModule) -> QuantizedNetwork:
@@ -147,7 +157,7 @@ def _checked(module: OwnModule, values: Tensor, name: str) -> OwnModule:
         )
     with torch.random.fork_rng(devices=[]), _copy_in_eval(module.network, title) as network:
         found = []
-        for given in (values, values.flip(-1)):
+        for given in (values, values.flip(-1) if values.dim() else values):
             before = _state(network)
             own = given.clone()  # it may be changed in place
             watch = _Watch(own)

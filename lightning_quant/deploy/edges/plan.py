@@ -135,6 +135,12 @@ def plan_edges(edges: Edges, inputs: Shapes, outputs: Shapes, grids: Mapping[str
         outs.append(OutputPlan(name, tuple(shape), edge, grids.get(name), wanted))
         if edge is not None:
             _check_output(outs[-1], edge)
+    names = [*inputs, *(name for one in outs for name in one.names)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigurationError(
+            f"outputs: the graph with edges has {twice!r} twice: expected names that are all different. Let the "
+            "network or your own module return it under another key."
+        )
     return AppPlan(ins, outs)
 
 

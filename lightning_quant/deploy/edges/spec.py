@@ -78,7 +78,7 @@ class OwnModule:
         names: what tells the tensors that it returns apart: keys or positions; none for a single tensor.
         network: the module, an ``nn.Module`` in float; ``None`` for one in a file, for which nothing is imported.
         simulation: the :class:`~lightning_quant.simulation.network.QuantizedNetwork` made of it for the export.
-        graph: its QDQ graph, an ``onnx.ModelProto``, for one input size of the network.
+        model: its QDQ graph, an ``onnx.ModelProto``, for one input size of the network.
         grids: what its outputs are rounded to in that; ``None`` for integers.
     """
 
@@ -86,7 +86,7 @@ class OwnModule:
     names: tuple[str, ...] = ()
     network: Any = field(default=None, compare=False, repr=False)
     simulation: Any = field(default=None, compare=False, repr=False)
-    graph: Any = field(default=None, compare=False, repr=False)
+    model: Any = field(default=None, compare=False, repr=False)
     grids: tuple[Grid | None, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod

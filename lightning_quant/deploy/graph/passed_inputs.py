@@ -87,8 +87,12 @@ def round_input(model: onnx.ModelProto, grid: Grid) -> set[str]:
 
     graph = QdqGraph(model)
     (name,) = (value.name for value in model.graph.input)
+    for copied in graph.consumers[name]:
+        if copied.op_type == "Identity" and copied.output[0] not in graph.outputs:
+            for taker in graph.consumers[copied.output[0]]:
+                taker.input[:] = [name if one == copied.output[0] else one for one in taker.input]
     ends = [
-        graph.add(f"{name}_scale", np.array(grid.scale, np.float32)),
+        graph.add(f"{name}_scale", np.asarray(grid.scale, np.float32)),
         graph.add(f"{name}_zero_point", grid.zero_point),
     ]
     integers = graph.free(f"{name}_q")

@@ -19,10 +19,11 @@ from lightning_quant.deploy.edges import own_module
 from lightning_quant.deploy.edges.app import check_edges, plan_of
 from lightning_quant.deploy.edges.contract import Contract
 from lightning_quant.deploy.edges.host import fed
-from lightning_quant.deploy.edges.spec import Edges, OutputEdge
+from lightning_quant.deploy.edges.plan import plan_edges
+from lightning_quant.deploy.edges.spec import Edges, OutputEdge, OwnModule
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.graph.passed_inputs import grids_of
-from lightning_quant.deploy.graph.qdq import exact_session
+from lightning_quant.deploy.graph.qdq import QdqGraph, exact_session
 from lightning_quant.deploy.targets.htp.target import HtpEmulatorTarget
 from lightning_quant.errors import ConfigurationError, ParityError
 from tests.helpers.networks import Body, calibrated, call, images
@@ -143,11 +144,10 @@ def test_a_module_behind_the_network(
     assert app.equal > 0.99
     # the network's integers go in as they are
     model = onnx.load(app_of(bundle).qdq)
-    again = [
-        node
-        for node in model.graph.node
-        if node.op_type == "QuantizeLinear" and node.input[0] == "output_of_the_network"
-    ]
+    known = QdqGraph(model)
+    takers = known.consumers["output_of_the_network"]
+    takers += [one for node in takers if node.op_type == "Identity" for one in known.consumers[node.output[0]]]
+    again = [node.name for node in takers if node.op_type == "QuantizeLinear"]
     assert not again
 
 
@@ -188,7 +188,9 @@ def test_no_layer_on_the_cpu_of_a_phone(networks: dict[str, Any], tmp_path: Path
         measured.outputs[0].values(), expected, Contract.read(bundle.path).outputs, strict=True
     ):
         step = 1 if entry.scale is None or quantized else entry.scale
-        print(entry.name, one.dtype, other.dtype, abs(one.astype(float) - other).max() / step, (one == other).mean())
+        assert one.dtype == other.dtype
+        # the NPU computes exp and sigmoid from tables of its own: one step of theirs is up to two of the box
+        assert abs(one.astype(np.float64) - other).max() <= (0 if entry.scale is None else 2.01 * step)
 
 
 class Branches(nn.Module):
@@ -272,6 +274,13 @@ def test_what_no_device_can_compute(networks: dict[str, Any], tmp_path: Path, mo
     assert not (tmp_path / "net").exists()
 
 
+def test_two_outputs_of_one_name() -> None:
+    edges = Edges((), (OutputEdge(module=OwnModule("a.B", ("0", "1"))), None))
+    shapes = {"output": (1, 4), "output_0": (1, 4)}
+    with pytest.raises(ConfigurationError, match="has 'output_0' twice"):
+        plan_edges(edges, {"x": (1, 3)}, shapes, {})
+
+
 def test_what_is_fixed_in_a_module_is_none_of_that(networks: dict[str, Any]) -> None:
     check_edges(networks["w8a8"], Edges.of(None, Gathers()))
 
@@ -300,7 +309,7 @@ def test_a_fault_in_its_graph_is_found(
 
     def faulty(*given: Any) -> Any:
         module = written(*given)
-        (node,) = (one for one in module.graph.node if one.op_type == "ArgMax")
+        (node,) = (one for one in module.model.graph.node if one.op_type == "ArgMax")
         node.op_type = "ArgMin"
         return module
 
@@ -335,7 +344,32 @@ def test_the_range_at_its_input_is_the_networks(networks: dict[str, Any], tmp_pa
 def test_in_a_trainer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     export = lq.DeviceExport(tmp_path, outputs=Branches(), target="onnxruntime", report=False)
     quantization = lq.PostTrainingQuantization(calibration_samples=4)
-    trainer = quiet_trainer(tmp_path, callbacks=[quantization, export])
+    trainer = quiet_trainer(tmp_path, quantization, export)
     with pytest.raises(ConfigurationError, match=r"Branches .* decides by values"):
         trainer.validate(SmallModule(), small_loader(), verbose=False)
     assert not list(tmp_path.glob("*/manifest.json"))
+    export = lq.DeviceExport(
+        tmp_path,
+        outputs="tests.deploy.edges.test_own_module.Chances",
+        target="onnxruntime",
+        report=False,
+        monitor="val_loss",
+        samples=4,
+    )
+    trainer = quiet_trainer(
+        tmp_path, lq.PostTrainingQuantization(calibration_samples=4, calibration_dataloader=small_loader()), export
+    )
+    trainer.validate(SmallModule(), small_loader(), verbose=False)
+    own, app = export.reports
+    assert own.metric
+    assert (app.edged, app.metric) == (True, {})
+    assert app.against_simulation is not None
+    assert app.against_simulation.psnr_db >= 60
+    assert app.against_float is not None
+    assert 20 < app.against_float.psnr_db < 60  # of the module in float
+    assert caplog.text.count("No metric of the graph with edges") == 1
+
+
+class Chances(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * 3).softmax(1)
