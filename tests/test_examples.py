@@ -88,11 +88,8 @@ def test_ptq_of_a_pretrained_network(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = get_model("mobilenet_v2", weights=None)
     photos = generate_scenes(tmp_path / "photos", train=32, val=0, height=96, width=96) / "leftImg8bit"
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # the mean over all batches
     with torch.no_grad():
-        for _ in range(2):
+        for _ in range(20):
             network(torch.stack(list(find_images(str(photos), size=(224, 224)))[::2]))
     torch.save(network.state_dict(), tmp_path / "weights.pth")
     output = run(tmp_path, "ptq_of_a_pretrained_network.py", "--weights", "weights.pth", "--images", str(photos))
