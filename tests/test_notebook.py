@@ -73,7 +73,10 @@ def test_what_the_simulation_inserts(text: str) -> None:
 
 def test_export_and_device(text: str, folder: Path) -> None:
     sizes = {name: float(size) for size, name in re.findall(r"(\S+) kB  lesson/(\S+)", text)}
-    assert sizes.keys() == {"lesson.aimet/model.onnx", "lesson.aimet/model.encodings", "lesson.onnx", "manifest.json"}
+    assert sizes.keys() == {
+        *("lesson.aimet/model.onnx", "lesson.aimet/model.encodings", "lesson.onnx", "manifest.json", "io.json"),
+        *("host/host.py", "host/host.cpp", "host/Host.kt"),
+    }
     assert sizes["lesson.onnx"] < sizes["lesson.aimet/model.onnx"] / 3
     assert (folder / "export/lesson/lesson.onnx").stat().st_size / 1000 == pytest.approx(sizes["lesson.onnx"], abs=0.1)
     (tier,) = re.findall(r"target: (\S+)", text)

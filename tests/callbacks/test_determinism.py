@@ -57,5 +57,8 @@ def test_every_rung_training_and_export(tmp_path: Path, deterministic: bool) -> 
     first, first_files = run(tmp_path / "first", deterministic)
     second, second_files = run(tmp_path / "second", deterministic)
     assert_same_tensors(first.state_dict(), second.state_dict())
-    assert first_files.keys() == {"net.onnx", "model.onnx", "model.encodings", "manifest.json"}
+    assert first_files.keys() == {
+        *("net.onnx", "model.onnx", "model.encodings", "manifest.json", "io.json"),
+        *("host.py", "host.cpp", "Host.kt"),
+    }
     assert first_files == second_files

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from lightning_quant.callbacks.device_metric import LabeledBatch, metrics_of
 from lightning_quant.deploy.blame.result import Against, read_blames
 from lightning_quant.deploy.bundle import load_bundle
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.graph.qdq import exact_session
 from lightning_quant.deploy.targets.htp.target import HtpEmulatorTarget
 from lightning_quant.errors import ConfigurationError, DeviceBoundError, ParityError
 from lightning_quant.simulation import aimet
@@ -50,7 +50,9 @@ def test_bundle_of_each_stage(trainer: MakeTrainer, tmp_path: Path, stage: str) 
         "net/net.aimet/model.onnx",
         "net/net.aimet/model.encodings",
         "net/net.onnx",
+        "net/io.json",
         "net/manifest.json",
+        *("net/host/Host.kt", "net/host/host.cpp", "net/host/host.py"),
     }
     assert export.bundle is not None
     manifest = json.loads((tmp_path / "out/net/manifest.json").read_text())
@@ -58,7 +60,7 @@ def test_bundle_of_each_stage(trainer: MakeTrainer, tmp_path: Path, stage: str) 
     assert manifest == export.bundle.manifest.to_dict()
     assert (manifest["precision"], manifest["hardware"], manifest["calibrated"]) == ("w8a8", "htp_v75", True)
     assert (manifest["parity"]["tier"], manifest["parity"]["samples"]) == ("onnxruntime", 8)
-    session = onnxruntime.InferenceSession(str(export.bundle.qdq), providers=["CPUExecutionProvider"])
+    session = exact_session(export.bundle.qdq)
     images = small_data().tensors[0][:1]
     (scores,) = session.run(None, {manifest["input_names"][0]: images.numpy()})
     with torch.no_grad():
@@ -222,7 +224,9 @@ def test_files_that_compute_something_else_are_kept_under_a_name_that_says_so(
         "SmallNet-w4a8.failed/SmallNet-w4a8.aimet/model.encodings",
         "SmallNet-w4a8.failed/SmallNet-w4a8.onnx",
         "SmallNet-w4a8.failed/blame.json",
+        "SmallNet-w4a8.failed/io.json",
         "SmallNet-w4a8.failed/manifest.json",
+        *(f"SmallNet-w4a8.failed/host/{name}" for name in ("Host.kt", "host.cpp", "host.py")),
     }
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from lightning_quant.deploy.blame.result import BLAME_NAME, read_blames
 from lightning_quant.deploy.bundle import Bundle, load_bundle
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.graph.files import name_tensors
+from lightning_quant.deploy.graph.qdq import exact_session
 from lightning_quant.errors import ExportError, ParityError
 from lightning_quant.precision import Precision
 from lightning_quant.simulation import aimet
@@ -71,6 +71,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_files_of_a_bundle(exported: Bundle) -> None:
     assert sorted(contents(exported.path)) == [
+        "host/Host.kt",
+        "host/host.cpp",
+        "host/host.py",
+        "io.json",
         "manifest.json",
         "net.aimet/model.encodings",
         "net.aimet/model.onnx",
@@ -102,7 +106,9 @@ def test_manifest_says_how_it_was_made(exported: Bundle) -> None:
         "quantized": exported.qdq.stat().st_size,
     }
     assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == {
-        name: len(data) for name, data in contents(exported.path).items() if name != "manifest.json"
+        name: len(data)
+        for name, data in contents(exported.path).items()
+        if name != "manifest.json" and not name.startswith("host/")  # to be changed by whoever builds on them
     }
 
 
@@ -156,7 +162,7 @@ def test_weights_are_integers_of_the_right_width(
     assert bundle.manifest.bytes["float"] / bundle.manifest.bytes["quantized"] > smaller
     assert bundle.manifest.bytes["float"] > 4 * sum(value.numel() for value in Wide().state_dict().values())
     # and it computes what the simulation computes, seen from the file alone
-    session = onnxruntime.InferenceSession(str(bundle.qdq), providers=["CPUExecutionProvider"])
+    session = exact_session(bundle.qdq)  # the optimized kernels saturate on CPUs without VNNI
     (actual,) = session.run(None, {"x": images(1, seed=4).numpy()})
     expected = made(images(1, seed=4)).detach().numpy()
     assert np.abs(actual - expected).max() < (0.02 if "a8" in precision else 0.002) * np.abs(expected).max()
@@ -442,7 +448,7 @@ def test_a_kill_or_a_full_disk_at_any_moment_leaves_a_whole_bundle_or_none(tmp_p
     assert all(attempt["killed"] for attempt in renames.values())
 
     full = [attempt for attempt in attempts if attempt["kind"] == "full"]
-    assert len(full) == 5
+    assert len(full) == 9  # without space at all, and for each of 8 files
     for attempt in full[:-1]:
         assert attempt["code"] == 17, attempt  # ExportError: File too large
         assert attempt["after"] == attempt["before"], attempt

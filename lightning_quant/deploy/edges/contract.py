@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_quant.errors import ExportError
-from lightning_quant.utilities.files import atomic_write
 from lightning_quant.utilities.parsing import check, check_version, is_finite, parse_fields, read_json
 
 CONTRACT_NAME = "io.json"
@@ -152,13 +151,12 @@ class Contract:
             check(known, f"classes.{at}.color", label.color, "#rrggbb")
 
     def write(self, path: Path) -> None:
-        """Write it as JSON, whole or not at all."""
+        """Write it as JSON, into a folder that is not a bundle yet."""
         values = asdict(self)
         for part in ("inputs", "outputs"):  # for those who read it by eye
             for one, tensor in zip(values[part], getattr(self, part), strict=True):
                 one["range"] = tensor.range
-        with atomic_write(path) as partial:
-            partial.write_text(json.dumps({"format_version": _FORMAT_VERSION, **values}, indent=2) + "\n")
+        path.write_text(json.dumps({"format_version": _FORMAT_VERSION, **values}, indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Contract:
