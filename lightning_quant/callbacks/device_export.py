@@ -99,10 +99,10 @@ class DeviceExport(AnyCallback):
         network: dotted attribute of the one to export, if several networks of the module are quantized. Default: each,
             with its own inputs.
         inputs: what an app gives instead of the network's floats, one for a network with one input or a list with one
-            for each: a :class:`~lightning_quant.deploy.edges.spec.ImageInput` or a mapping of its fields, such as
+            for each: a ``lightning_quant.ImageInput`` or a mapping of its fields, such as
             ``{"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}``, for pixels that the device normalizes;
             ``"image"`` for pixels that the network takes as 0…1; ``"quantized"`` for its own integers; ``None``.
-        outputs: what an app gets, likewise: an :class:`~lightning_quant.deploy.edges.spec.OutputEdge` or a mapping of
+        outputs: what an app gets, likewise: an ``lightning_quant.OutputEdge`` or a mapping of
             its fields, such as ``{"function": "argmax", "resize": "after"}``; ``"argmax"``, ``"top_k"``,
             ``"softmax"``, ``"sigmoid"``; ``"quantized"``; ``None``; or a small ``nn.Module`` of your own, or its dotted
             path. With one of the two, ``<name>.app.onnx`` runs on devices; training and validation see floats as ever.
