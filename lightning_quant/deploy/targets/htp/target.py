@@ -81,18 +81,32 @@ class HtpEmulatorTarget(Target):
 
     @override
     def run_sizes(self, graphs: Sequence[tuple[Bundle, list[Tensors]]], folder: Path) -> list[list[Measured]]:
-        """Compile all graphs into one binary that holds their weights once; each into its own where that fails."""
+        """Compile the sizes of a network into one binary that holds their weights once, and those with edges likewise.
+
+        An app ships the graph with edges, so that one is not in a binary with the network's own.
+        """
         folder = folder / folder_name(self.device)
+        kinds = [[one for one in graphs if one[0].edged is edged] for edged in (False, True)]
+        found = {
+            graph.stem: [measured]
+            for kind in kinds
+            if kind
+            for (graph, _), measured in zip(kind, self._run_one_kind(kind, folder), strict=True)
+        }
+        return [found[graph.stem] for graph, _ in graphs]
+
+    def _run_one_kind(self, graphs: Sequence[tuple[Bundle, list[Tensors]]], folder: Path) -> list[Measured]:
+        """Compile all graphs into one binary; each into its own where that fails."""
         try:
-            return [[one] for one in self._run_together(graphs, folder)]
+            return self._run_together(graphs, _place(folder, graphs[0][0]))
         except DeviceTimeoutError:
             raise
         except DeviceError as error:
             if len(graphs) == 1:
                 raise
             reason = str(error)
-        found = [self._run_together([one], _place(folder, one[0])) for one in graphs]
-        for (measured,) in found:
+        found = [one for graph in graphs for one in self._run_together([graph], _place(folder, graph[0]))]
+        for measured in found:
             measured.report.warnings.append(f"The sizes share no weights, each was compiled alone: {reason}")
         return found
 
@@ -118,7 +132,7 @@ class HtpEmulatorTarget(Target):
             report.bytes["compiled"] = (folder / binary).stat().st_size
             if len(found) > 1:
                 report.bytes |= {"compiled_alone": result.alone_bytes, "compiled_apart": apart}
-            place = folder if graph is found[0][0] else _place(folder, bundle)
+            place = folder if graph is found[0][0] else folder / bundle.manifest.size
             place.mkdir(exist_ok=True)
             artifacts = {"context": graph.context, "context_binary": binary}
             report.artifacts = {what: os.path.relpath(folder / name, place) for what, name in artifacts.items()}

@@ -19,6 +19,7 @@ from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 import lightning_quant as lq
 from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.device_report import DeviceReport
+from lightning_quant.deploy.edges.app import plan_of
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.push import Push, device_folder
 from lightning_quant.deploy.samples import Samples
@@ -246,6 +247,22 @@ def test_the_sizes_of_a_network_share_their_weights(tmp_path: Path) -> None:
         assert alone.report.bytes["compiled"] == report.bytes["compiled_alone"]
         for own, other in zip(alone.outputs, one.outputs, strict=True):
             assert all(np.array_equal(own[name], other[name]) for name in own)
+
+
+def test_a_graph_with_edges_has_a_binary_of_its_own(tmp_path: Path) -> None:
+    calls = [call(images(1, seed=seed).sigmoid().mul(255).round() / 255) for seed in (1, 2)]
+    network = calibrated(Body(), calls[0])
+    mine = export_bundle(network, tmp_path / "net", calls, inputs="image", outputs="argmax")
+    assert mine.app is not None
+    samples = [Samples.of(network, mine.manifest, calls, plan) for plan in (None, plan_of(mine.app))]
+    own, app = Push("htp_emulator", ["SM8650"], 300, {}).run(mine, samples[0], {"app": samples[1]})
+    assert (own.folder / "app", own.report.edged, app.report.edged) == (app.folder, False, True)
+    assert app.report.fallen_back == {}
+    assert app.report.float_islands == []
+    assert {value.dtype for value in app.outputs[0].values()} == {np.dtype(np.uint8)}
+    for one in (own, app):
+        assert one.report.saved is None
+        assert (one.folder / one.report.artifacts["context_binary"]).stat().st_size == one.report.bytes["compiled"]
 
 
 def test_sizes_that_cannot_share_are_compiled_alone(
