@@ -45,14 +45,16 @@ class Bundle:
         """The graph with edges, if there is one."""
         if self.manifest.app is None or self.edged:
             return None
-        return Bundle(self.path, self.manifest.of_app(f"{self.stem}.app.onnx"), f"{self.stem}.app", edged=True)
+        stem = f"{self.stem}.app"
+        manifest = self.manifest.of_app(stem.removeprefix(f"{self.path.name}."), f"{stem}.onnx")
+        return Bundle(self.path, manifest, stem, edged=True)
 
     @property
     def graphs(self) -> dict[str, Bundle]:
         """All other graphs: for further input sizes and with edges, each to be used like this bundle, by its name."""
         sizes = self.sizes
         apps = [one.app for one in (self, *sizes.values())]
-        return sizes | {one.stem.removeprefix(f"{self.stem}."): one for one in apps if one is not None}
+        return sizes | {one.manifest.size: one for one in apps if one is not None}
 
     @property
     def aimet(self) -> Path:

@@ -121,13 +121,13 @@ class BundleManifest(Manifest):
         graph = self.sizes[size]
         return replace(self, size=size, sizes={}, bytes=graph.bytes, parity=graph.parity)
 
-    def of_app(self, file: str) -> BundleManifest:
-        """Return what it says of the graph with edges in a file, as the manifest of that one."""
+    def of_app(self, size: str, file: str) -> BundleManifest:
+        """Return what it says of a graph with edges, as the manifest of that one: what it is called, and its file."""
         assert self.app is not None
         known = self.files[file].bytes if file in self.files else 0
         return replace(
             self,
-            size=f"{self.size}.app".lstrip("."),
+            size=size,
             sizes={},
             output_names=self.app.output_names,
             bytes={**self.bytes, "quantized": known},

@@ -1,10 +1,10 @@
 """The edges written into a graph: pixels in front of it, classes behind it, on integers that the NPU computes with.
 
 An image is normalized by one 1x1 convolution: ``(pixel / 255 - mean) / std`` for each channel, rounded to the network's
-own input grid, as a host rounds it. Its weights are exact (127 times the scale of the channel), and where its bias
-would round a pixel the other way than a host does, it is moved by a step. Folded into the network's first convolution
-it would change the grid of that one's weights, and its border, which is zero after normalization. Only pixels that are
-the network's integers as they are need no convolution.
+own input grid, as a host rounds it. Its weights are exact (127 times the scale of the channel). Its bias is a whole
+number of steps: where that would round a pixel the other way than a host does, scale and bias are moved a little.
+Folded into the network's first convolution it would change the grid of that one's weights, and its border, which is
+zero after normalization. Only pixels that are the network's integers as they are need no convolution.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 PIXELS, _FINE_PIXELS = Grid(1 / 255, np.zeros((), np.uint8)), Grid(1 / 65535, np.zeros((), np.uint16))
 # The highest weight of 8 bits, symmetric.
 _HIGHEST = 127
-_EVERY = np.arange(256, dtype=np.uint8).reshape(1, 1, 1, 256)
+_EVERY = np.arange(256, dtype=np.uint8)
 # Where scale and bias of a normalization are searched: relative to the true scale, and in steps; nearest first.
 _STRETCHES = np.array([0.0, *(sign * 1.5e-7 * 1.3**power for power in range(26) for sign in (1, -1))])
 _NUDGES = np.array(sorted(range(-3, 4), key=abs))
@@ -86,7 +86,7 @@ class _Writer:
     """Adds operations to a graph.
 
     Args:
-        model: changed by :meth:`finish`.
+        model: changed when what was added goes into it.
         stem: what names start with.
     """
 
@@ -154,7 +154,7 @@ class _Front(_Writer):
             if edge.layout == "nhwc":
                 shape = (shape[0], *shape[2:], shape[1])
                 integers = self.node("Transpose", [name], "planes", perm=[0, 3, 1, 2])
-            if not is_its_own_grid(edge, plan.shape[1], grid):
+            if not _is_its_own_grid(edge, plan.shape[1], grid):
                 tensor = self._normalize(integers, edge, grid)
                 for one in quantizers:
                     one.input[0] = tensor
@@ -191,17 +191,15 @@ class _ByChannel(NamedTuple):
     scales: np.ndarray
 
 
-def is_its_own_grid(image: ImageInput, channels: int, grid: Grid) -> bool:
+def _is_its_own_grid(image: ImageInput, channels: int, grid: Grid) -> bool:
     """Return whether a host rounds each pixel to the integer that it is."""
-    pixels = every_pixel(image, channels)
-    wanted = np.moveaxis(pixels, -1, 1) if image.layout == "nhwc" else pixels
-    return bool(not image.reverses and (grid.integers(normalized(pixels, image)) == wanted).all())
+    return bool(not image.reverses and (_on_a_host(image, channels, grid) == _EVERY).all())
 
 
-def every_pixel(image: ImageInput, channels: int) -> np.ndarray:
-    """Return an image of 16x16 pixels that has every value in each channel."""
-    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    return np.stack([values] * channels, -1 if image.layout == "nhwc" else 0)[None]
+def _on_a_host(image: ImageInput, channels: int, grid: Grid) -> np.ndarray:
+    """Return what a host rounds each pixel to, (channels, 256), by the channels of the network."""
+    plain = replace(image, layout="nchw", color=image.trained_on)
+    return grid.integers(normalized(np.broadcast_to(_EVERY, (1, channels, 1, 256)), plain))[0, :, 0]
 
 
 def _pixel_grid(grid: Grid) -> Grid:
@@ -218,9 +216,7 @@ def _weights(image: ImageInput, channels: int, grid: Grid) -> tuple[_ByChannel, 
     mean, std = (np.asarray(one, np.float32) for one in image.of_channels(channels))
     weights = np.zeros((channels, channels, 1, 1), np.int8)
     weights[range(channels), range(channels)[::-1] if image.reverses else range(channels)] = _HIGHEST
-    plain = replace(image, layout="nchw", color=image.trained_on)
-    wanted = grid.integers(normalized(np.tile(_EVERY, (1, channels, 1, 1)), plain))[0, :, 0]
-    found = [_affine(*one, grid) for one in zip(mean, std, wanted, strict=True)]
+    found = [_affine(*one, grid) for one in zip(mean, std, _on_a_host(image, channels, grid), strict=True)]
     scales = np.array([scale for scale, _ in found], np.float32)
     of_bias = (scales * np.float32(_pixel_grid(grid).scale)).astype(np.float32)
     return _ByChannel(weights, scales), _ByChannel(np.array([bias for _, bias in found], np.int32), of_bias)
@@ -233,7 +229,7 @@ def _affine(mean: np.float32, std: np.float32, wanted: np.ndarray, grid: Grid) -
     scales = (true * (1 + _STRETCHES)).astype(np.float32)
     of_bias = scales * np.float32(pixels.scale)
     steps = np.rint(-mean / std / (true * np.float32(pixels.scale))) + _NUDGES[:, None]
-    tensors = _EVERY[0, 0, 0].astype(np.float32) * np.float32(PIXELS.scale)
+    tensors = _EVERY.astype(np.float32) * np.float32(PIXELS.scale)
     values = tensors * (np.float32(_HIGHEST) * scales)[:, None] + (steps * of_bias).astype(np.float32)[..., None]
     wrong = (grid.integers(values) != wanted).sum(-1)
     nudge, stretch = np.unravel_index(np.argmin(wrong), wrong.shape)  # of several, those next to the true ones

@@ -83,8 +83,8 @@ class IoTensor:
             FieldError: naming the first field, below ``where``.
         """
         check(self.type in TYPES, f"{where}.type", self.type, f"one of {', '.join(TYPES)}")
-        sizes = len(self.shape) <= 8 and all(0 < size < 2**31 for size in self.shape)
-        check(sizes and math.prod(self.shape) < 2**40, f"{where}.shape", self.shape, "at most 8 sizes above 0")
+        sizes = len(self.shape) <= 8 and all(0 <= size < 2**31 for size in self.shape)
+        check(sizes and math.prod(self.shape) < 2**40, f"{where}.shape", self.shape, "at most 8 sizes")
         check(0 < len(self.name) < 500, f"{where}.name", self.name, "a name")
         image = self.holds == "image"
         fits = len(self.shape) == 4 and self.layout is not None and self.color is not None and self.type == "uint8"
