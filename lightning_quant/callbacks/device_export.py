@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_quant.callbacks.data import isolated_seed
-from lightning_quant.callbacks.device_metric import first_batches, metrics_of
-from lightning_quant.callbacks.export_samples import LOOKED_AT, as_of_the_network, export_samples, samples_of_graphs
+from lightning_quant.callbacks.device_metric import first_batches
+from lightning_quant.callbacks.export_samples import LOOKED_AT, export_samples, metrics_of_graph, samples_of_graphs
 from lightning_quant.callbacks.lightning_internals import callbacks_of
 from lightning_quant.callbacks.lightning_packages import AnyCallback
 from lightning_quant.callbacks.logs import rank_zero_log
@@ -102,10 +102,10 @@ class DeviceExport(AnyCallback):
             for each: a ``lightning_quant.ImageInput`` or a mapping of its fields, such as
             ``{"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}``, for pixels that the device normalizes;
             ``"image"`` for pixels that the network takes as 0…1; ``"quantized"`` for its own integers; ``None``.
-        outputs: what an app gets, likewise: an ``lightning_quant.OutputEdge`` or a mapping of
-            its fields, such as ``{"function": "argmax", "resize": "after"}``; ``"argmax"``, ``"top_k"``,
-            ``"softmax"``, ``"sigmoid"``; ``"quantized"``; ``None``; or a small ``nn.Module`` of your own, or its dotted
-            path. With one of the two, ``<name>.app.onnx`` runs on devices; training and validation see floats as ever.
+        outputs: what an app gets, likewise: a ``lightning_quant.OutputEdge`` or a mapping of its fields, such as
+            ``{"function": "argmax", "resize": "after"}``; ``"argmax"``, ``"top_k"``, ``"softmax"``, ``"sigmoid"``;
+            ``"quantized"``; a small ``nn.Module`` of your own or its dotted path; ``None``. With one of both, devices
+            run ``<name>.app.onnx`` beside the network's own; training and validation see floats as ever.
         sizes: further input sizes, each the last axes of the input: ``[256, 512]`` is a height and a width,
             ``[4, 3, 256, 512]`` a batch of four; of several inputs by name, ``{"image": [256, 512]}``. Each is a graph
             of its own in the bundle, ``<name>.256x512``, with the same encodings, checked and measured like the first.
@@ -372,7 +372,7 @@ class DeviceExport(AnyCallback):
                 calls = [call for batch in batches for call in batch.calls]
             samples = samples_of_graphs(network, bundle, calls, sized)
         with progress(trainer, f"Waiting for {push.where} (at most {push.timeout / 60:.0f} min)"):
-            measured = push.run(bundle, samples.pop(""), samples)
+            measured = push.run(bundle, samples[""], {one: given for one, given in samples.items() if one})
         self.passed_over = push.passed_over
         if self.passed_over:
             rank_zero_log("No better target: " + "; ".join(self.passed_over.values()) + ".")
@@ -380,12 +380,12 @@ class DeviceExport(AnyCallback):
         monitor = (self.monitor or self._bounded_metric(trainer)) if trainer.world_size == 1 else None
         reports = [one.report for one in measured]
         self.reports += reports
-        own = {one.manifest.size: one for one in (bundle, bundle.app) if one is not None}
+        graphs = {bundle.manifest.size or None: (bundle, samples[""]), "app": (bundle.app, samples.get("app"))}
         for one in measured:
-            graph = own.get(one.report.size or "")
-            if monitor and one.outputs and batches and graph is not None:
-                outputs = as_of_the_network(graph, one.outputs)
-                one.report.metric = metrics_of(pl_module, name, network, monitor, batches, outputs)
+            graph, given = graphs.get(one.report.size, (None, None))
+            if monitor and one.outputs and batches and graph is not None and given is not None:
+                figures = metrics_of_graph(pl_module, name, network, monitor, batches, graph, one.outputs, given)
+                one.report.metric = figures
                 one.write()
             rank_zero_log(one.report.sentence())
             for warning in one.report.warnings:

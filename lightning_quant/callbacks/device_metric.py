@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -142,6 +142,7 @@ def metrics_of(
     monitor: str,
     labeled: Sequence[LabeledBatch],
     outputs: Sequence[Tensors],
+    references: Mapping[str, Sequence[Tensors]] | None = None,
 ) -> dict[str, float]:
     """Compute ``monitor`` of the ``float`` network, the ``simulation`` and the ``device`` on the same samples.
 
@@ -152,6 +153,7 @@ def metrics_of(
         monitor: name of the logged metric.
         labeled: the samples with their labels.
         outputs: what the device computed of each sample, in order; of some it may have computed none.
+        references: what ``float`` and ``simulation`` are taken to have computed, likewise. Default: they are run.
 
     Returns:
         What could be measured; nothing if validation does not log the metric.
@@ -165,7 +167,10 @@ def metrics_of(
         left -= len(one.calls)
     if not kept:
         return {}
-    candidates = {"float": network.float_network, "simulation": network.network, "device": _Playback(outputs, network)}
+    candidates: dict[str, nn.Module | None] = {"float": network.float_network, "simulation": network.network}
+    if references is not None:
+        candidates = {what: _Playback(given, network) for what, given in references.items()}
+    candidates["device"] = _Playback(outputs, network)
     found = {}
     for what, candidate in candidates.items():
         if candidate is None:

@@ -10,6 +10,7 @@ import torch
 from lightning_quant.callbacks.calibration import calibration_inputs
 from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import calibration_loader, isolated_seed, stage_loader
+from lightning_quant.callbacks.device_metric import LabeledBatch, metrics_of
 from lightning_quant.callbacks.logs import rank_zero_log
 from lightning_quant.callbacks.quantization import callback_of
 from lightning_quant.deploy.bundle import Bundle
@@ -95,13 +96,39 @@ def samples_of_graphs(
     return found
 
 
-def as_of_the_network(graph: Bundle, outputs: Sequence[Tensors]) -> list[Tensors]:
-    """Return what a graph gave as the network gives it, for a metric: of classes, say, scores of 0 and 1.
+def metrics_of_graph(
+    pl_module: pl.LightningModule,
+    name: str,
+    network: QuantizedNetwork,
+    monitor: str,
+    labeled: Sequence[LabeledBatch],
+    graph: Bundle,
+    outputs: Sequence[Tensors],
+    samples: Samples,
+) -> dict[str, float]:
+    """Compute ``monitor`` as :func:`~lightning_quant.callbacks.device_metric.metrics_of` does, for a graph of a bundle.
 
-    Of what a module of the user's own gave that is not known: nothing is returned, and no metric computed of it.
+    Of a graph with edges all three are given to the user's validation as an app gets them, as scores of 0 and 1 for a
+    class, say: so they can be compared with each other, whatever the metric is. Of what a module of the user's own
+    gives there is no metric, with a word in the log.
+
+    Args:
+        pl_module: the user's module.
+        name: dotted attribute of the network in it.
+        network: the quantized network.
+        monitor: name of the logged metric.
+        labeled: the samples with their labels.
+        graph: the graph that the device ran.
+        outputs: what the device computed.
+        samples: what it was given, with the outputs of simulation and float network.
     """
-    plan = plan_of(graph)
     if (app := graph.manifest.app) is not None and graph.edged and app.edges.has_modules:
         rank_zero_log("No metric of the graph with edges: what your own module gives is not what the network returns.")
-        return []
-    return list(outputs) if plan is None else [network_outputs(plan, one) for one in outputs]
+        return {}
+    plan = plan_of(graph)
+    if plan is None:
+        return metrics_of(pl_module, name, network, monitor, labeled, outputs)
+    known = {"float": samples.float_network, "simulation": samples.simulation}
+    references = {what: [network_outputs(plan, one) for one in given] for what, given in known.items() if given}
+    device = [network_outputs(plan, one) for one in outputs]
+    return metrics_of(pl_module, name, network, monitor, labeled, device, references)

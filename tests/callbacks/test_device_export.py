@@ -380,3 +380,26 @@ def test_auto_passes_over_a_target_that_does_not_know_the_device(
         "Google Pixel 8" in export.passed_over["htp_emulator"]
         or "onnxruntime-qnn" in export.passed_over["htp_emulator"]
     )
+
+
+def test_a_metric_of_the_graph_with_edges_is_the_same_for_all_three(trainer: MakeTrainer, tmp_path: Path) -> None:
+    export = lq.DeviceExport(
+        tmp_path,
+        target="onnxruntime",
+        outputs="argmax",
+        monitor="val_loss",
+        mode="min",
+        on_failure="raise",
+        report=False,
+    )
+    one = trainer(lq.PostTrainingQuantization("w8a8", calibration_dataloader=small_loader()), export)
+    one.validate(SmallModule(), small_loader(), verbose=False)
+    own, app = export.reports
+    assert (own.edged, app.edged) == (False, True)
+    # the loss of classes is another one than that of scores, of the float network as well
+    assert app.metric["simulation"] == app.metric["device"]
+    assert app.against_float is not None
+    assert app.against_float.argmax_agreement is not None
+    assert (app.metric["float"] == app.metric["device"]) == (app.against_float.argmax_agreement == 1)
+    assert abs(app.metric["float"] - own.metric["float"]) > 0.01
+    assert own.metric["simulation"] == pytest.approx(own.metric["device"], rel=1e-3)
