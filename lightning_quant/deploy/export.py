@@ -21,7 +21,7 @@ from lightning_quant.deploy import audit, parity
 from lightning_quant.deploy.blame.file import compare_file
 from lightning_quant.deploy.blame.result import BLAME_NAME, Blame, LayerBlame, write_blames
 from lightning_quant.deploy.bundle import MANIFEST_NAME, Bundle
-from lightning_quant.deploy.edges.app import contract_of, fit_edges, quantize_own, write_app
+from lightning_quant.deploy.edges.app import contract_of, fit_edges, quantize_own, warn_of_other_pixels, write_app
 from lightning_quant.deploy.edges.contract import CONTRACT_NAME, ClassLabel
 from lightning_quant.deploy.edges.spec import Edges
 from lightning_quant.deploy.graph.files import ENCODINGS_VERSION, QDQ_OPSET, OnnxFiles, write_onnx
@@ -333,6 +333,8 @@ def _write_for_app(
         samples = [{name: tensor.numpy() for name, tensor in one} for one in named]
         edges = quantize_own(edges, model, samples, recipe)
         plan = fit_edges(edges, model)
+        if not (folder / CONTRACT_NAME).exists():  # samples of further sizes may be resized
+            warn_of_other_pixels(plan, samples)
         app = write_app(model, plan, edges, samples[:_SAMPLES_WITH_EDGES], file)
         files.append(file)
     contract = contract_of(plan, onnx.load(file), file.name, classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import torch
 
 from lightning_quant.deploy.edges.attach import PIXELS, attach_edges
 from lightning_quant.deploy.edges.contract import ClassLabel, Contract, IoTensor
+from lightning_quant.deploy.edges.host import are_whole
 from lightning_quant.deploy.edges.own_module import check_modules, quantize_modules
 from lightning_quant.deploy.edges.plan import AppPlan, InputPlan, OutputPlan, plan_edges
 from lightning_quant.deploy.edges.proof import prove_edges
@@ -55,6 +57,24 @@ def write_app(
     return AppManifest(edges, [value.name for value in app.model.graph.output], **vars(agreement))
 
 
+def warn_of_other_pixels(plan: AppPlan, samples: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """Warn of samples that are no whole pixels by the mean and std that were given, though within their range.
+
+    Args:
+        plan: the edges fitted to a network.
+        samples: its float inputs by name, as data gave them.
+    """
+    for one in plan.inputs:
+        if isinstance(one.edge, ImageInput) and not all(are_whole(sample[one.name], one.edge) for sample in samples):
+            warnings.warn(
+                f"The samples of {one.name!r} are no whole pixels by mean={list(one.edge.mean)} and "
+                f"std={list(one.edge.std)}: either your data is normalized with others, and the device would see other "
+                "images than the network was trained on; or it is resized after it was converted to floats, and this "
+                "is no fault. The nearest whole pixels were compared.",
+                stacklevel=2,
+            )
+
+
 def fit_edges(edges: Edges, model: onnx.ModelProto) -> AppPlan:
     """Fit edges to a QDQ graph.
 
@@ -96,7 +116,7 @@ def check_edges(network: QuantizedNetwork, edges: Edges | None) -> None:
     """
     if edges is None:
         return
-    known = network.float_network or network.network
+    known = network.network if network.float_network is None else network.float_network
     with on_cpu_in_eval(known), torch.no_grad():
         example = network.inputs.to(torch.device("cpu")).first(1)
         given = example.call(known)

@@ -15,8 +15,8 @@ from lightning_quant.deploy.edges.plan import AppPlan, InputPlan, OutputPlan
 from lightning_quant.deploy.edges.spec import ImageInput
 from lightning_quant.errors import ConfigurationError
 
-# Pixels may be this far from whole numbers outside 0…255: float32 after mean and std.
-_NEAR = 0.5
+# Pixels may be this far outside 0…255, and this far from whole ones: float32 after mean and std.
+_OUTSIDE, _WHOLE = 0.5, 0.02
 
 
 def normalized(pixels: np.ndarray, image: ImageInput) -> np.ndarray:
@@ -44,10 +44,9 @@ def pixels_of(floats: np.ndarray, image: ImageInput, name: str) -> np.ndarray:
     Raises:
         ConfigurationError: where they are no pixels: mean or std are not those of the data.
     """
-    mean, std = (np.asarray(one, np.float32).reshape(-1, 1, 1) for one in image.of_channels(floats.shape[1]))
-    planes = (floats * std + mean) * np.float32(255)
+    planes = _planes(floats, image)
     lowest, highest = float(planes.min()), float(planes.max())
-    if not (lowest >= -_NEAR and highest <= 255 + _NEAR):  # NaN is none either
+    if not (lowest >= -_OUTSIDE and highest <= 255 + _OUTSIDE):  # NaN is none either
         raise ConfigurationError(
             f"The input {name!r} holds {floats.min():.3g} to {floats.max():.3g}: with mean={list(image.mean)} and "
             f"std={list(image.std)} that is pixels from {lowest:.0f} to {highest:.0f}, expected 0 to 255. Give "
@@ -57,6 +56,17 @@ def pixels_of(floats: np.ndarray, image: ImageInput, name: str) -> np.ndarray:
     if image.reverses:
         planes = planes[:, ::-1]
     return np.ascontiguousarray(np.moveaxis(planes, 1, -1) if image.layout == "nhwc" else planes)
+
+
+def _planes(floats: np.ndarray, image: ImageInput) -> np.ndarray:
+    mean, std = (np.asarray(one, np.float32).reshape(-1, 1, 1) for one in image.of_channels(floats.shape[1]))
+    return (floats * std + mean) * np.float32(255)
+
+
+def are_whole(floats: np.ndarray, image: ImageInput) -> bool:
+    """Return whether whole pixels were normalized: else floats were resized, or mean or std are others."""
+    planes = _planes(floats, image)
+    return bool(np.abs(planes - np.rint(planes)).max(initial=0) <= _WHOLE)
 
 
 def fed(plan: InputPlan, floats: np.ndarray) -> np.ndarray:

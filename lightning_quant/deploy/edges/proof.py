@@ -146,15 +146,19 @@ def _check(plan: OutputPlan, values: np.ndarray, expected: np.ndarray, actual: n
         if edge.resize == "before" and wrong.any() and edge.function == "argmax":
             scores = answers(_plain(plan), values)[0]
             chosen = np.take_along_axis(scores, np.expand_dims(actual.astype(np.int64), plan.axis), plan.axis)
-            wrong &= scores.max(plan.axis) - chosen.squeeze(plan.axis) > _STEP * grid.scale
+            wrong &= scores.max(plan.axis) - chosen.squeeze(plan.axis) > 2 * _STEP * grid.scale  # each by one
         elif edge.resize == "before":
             return
         if wrong.any():
             raise _apart(plan, f"{wrong.mean():.2%} of its classes are others")
     else:
         step = 1 if edge.quantized else grid.scale
+        most = _STEP * step
+        if edge.resize == "before" and edge.function != "none" and plan.grid is not None:
+            # scores that are rounded either way, each by one: a probability moves by half of that at most
+            most += _STEP * plan.grid.scale / 2 * step / grid.scale
         distance = np.abs(expected.astype(np.float64) - actual.astype(np.float64)).max(initial=0)
-        if not distance <= _STEP * step or not math.isfinite(distance):
+        if not distance <= most or not math.isfinite(distance):
             raise _apart(plan, f"it is up to {distance / step:.0f} steps away")
 
 

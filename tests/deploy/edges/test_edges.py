@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ class Scenes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)  # type: ignore[no-any-return]
+
+
+class Steep(Scenes):
+    """Scores so far apart that a step of them is many steps of a probability."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body[4].weight.data *= 60
 
 
 class Detector(Scenes):
@@ -206,6 +215,18 @@ def test_outputs(tmp_path: Path, precision: str, edge: str) -> None:
         assert (large.argmax(1).numpy() == got[0]).mean() > 0.95
 
 
+@pytest.mark.parametrize("edge", ["softmax", "sigmoid", "argmax", "top_k"])
+def test_scores_that_resizing_rounds_either_way_are_no_fault(tmp_path: Path, edge: str) -> None:
+    samples = [NetworkInputs((seen(photos(4, seed=1)),))]
+    outputs = {"function": edge, "resize": "before", "k": 2}
+    bundle = export_bundle(network("w8a8", Steep), tmp_path / "net", samples, inputs=IMAGE, outputs=outputs)
+    app = bundle.manifest.app
+    assert app is not None
+    assert app.equal > 0.9
+    if edge != "argmax":  # of which few scores are as close
+        assert app.equal < 1
+
+
 def test_outputs_each_with_its_own(tmp_path: Path) -> None:
     samples = [NetworkInputs((seen(photos(2, seed=1)),))]
     bundle = export_bundle(
@@ -296,6 +317,16 @@ def test_mean_and_std_that_are_not_those_of_the_data(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"pixels from -.* to .*expected 0 to 255"):
         exported(tmp_path, inputs={"mean": 0.0, "std": 1.0})
     assert not (tmp_path / "net").exists()
+
+
+@pytest.mark.parametrize("other", [{"mean": MEAN, "std": [0.225] * 3}, {"mean": [0.47] * 3, "std": STD}])
+def test_mean_and_std_of_other_data_whose_pixels_are_in_range(tmp_path: Path, other: dict[str, Any]) -> None:
+    pale = seen(photos(2, seed=1) // 2 + 40)
+    with pytest.warns(UserWarning, match=r"'x' are no whole pixels by mean=.* and std="):
+        export_bundle(network("w8a8"), tmp_path / "net", [NetworkInputs((pale,))], inputs=other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        export_bundle(network("w8a8"), tmp_path / "net", [NetworkInputs((pale,))], inputs=IMAGE)
 
 
 def test_what_an_app_gives_is_what_the_network_saw() -> None:
