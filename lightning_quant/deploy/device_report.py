@@ -101,7 +101,9 @@ class DeviceReport:
 
     @property
     def place(self) -> str:
-        """The device, and the input size if there are several: ``"Samsung Galaxy S24 at 256x512"``."""
+        """The device, and the graph if there are several: ``"Samsung Galaxy S24 at 256x512"``, ``"…, app"``."""
+        if self.edged:
+            return f"{self.device}, {self.size}"
         return f"{self.device} at {self.size}" if self.size else self.device
 
     @property

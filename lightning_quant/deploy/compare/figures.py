@@ -89,7 +89,9 @@ def _layer_count(device: DeviceFigures, unit: str) -> float | None:
 
 def _agreement(part: Part, name: str, old: Parity | None, new: Parity | None) -> Iterator[Figure]:
     """Yield the PSNR and the share of equal classes: of outputs that are classes, only the latter says anything."""
-    yield Figure(part, name, None if old is None else old.psnr_db, None if new is None else new.psnr_db)
+    of_classes = [one for one in (old, new) if one is not None and one.equal and one.argmax_agreement not in (None, 1)]
+    if not of_classes:
+        yield Figure(part, name, None if old is None else old.psnr_db, None if new is None else new.psnr_db)
     before, now = (None if one is None else one.argmax_agreement for one in (old, new))
     yield Figure(Part.AGREEMENT, name, before, now)
 

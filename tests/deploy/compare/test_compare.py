@@ -162,6 +162,17 @@ def test_a_regression_is_named_and_nothing_else(bundle: Path, tmp_path: Path, na
         assert {one.bound.part for one in compared(new, bundle).exceeded} <= {*rules}
 
 
+def test_of_classes_there_is_no_psnr(bundle: Path, tmp_path: Path) -> None:
+    same = Parity(float("inf"), 1.0, 1.0, 4)
+    old, new = copied(bundle, tmp_path / "old"), copied(bundle, tmp_path / "new")
+    edit_device(old, against_simulation=same)
+    edit_device(new, against_simulation=replace(same, argmax_agreement=0.9))
+    (found,) = compared(old, new).exceeded
+    assert (found.bound.part, found.names) == (Part.AGREEMENT, (f"{HERE}, with simulation",))
+    shown = [one.name for one in compared(old, new).figures if one.part is Part.PSNR]
+    assert shown == [f"{HERE}, with float"]
+
+
 def test_how_far_a_grid_moved_is_known_from_a_baseline(bundle: Path, tmp_path: Path) -> None:
     new = copied(bundle, tmp_path / "export")
     wider(new)
