@@ -55,7 +55,7 @@ from lightning_quant.simulation import calibration_cache as statistics_cache
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.calibration_cache import StatisticsCache
 from lightning_quant.utilities.images import open_image
-from tests.helpers.apps import photos, write_app
+from tests.helpers.handmade_bundles import photos, write_app
 from tests.helpers.networks import Body, calibrated, call, images, quantized
 from tests.helpers.small import SmallModule, small_net
 from tests.report.folders import DEVICE, full_record

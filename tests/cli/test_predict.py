@@ -16,7 +16,7 @@ from PIL import Image
 from lightning_quant.cli.predict import Predictor, predict
 from lightning_quant.deploy.edges.contract import CONTRACT_NAME, Contract
 from lightning_quant.errors import ConfigurationError, DataError, ExportError, LightningQuantError
-from tests.helpers.apps import HEIGHT, LABELS, WIDTH, photos, scores_of, write_app, write_numbers
+from tests.helpers.handmade_bundles import HEIGHT, LABELS, WIDTH, photos, scores_of, write_app, write_numbers
 from tests.report.folders import record
 
 

@@ -23,7 +23,7 @@ from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.pictures import legend_of, write_comparisons
 from lightning_quant.report.record import RunRecord
 from lightning_quant.simulation.inputs import NetworkInputs
-from tests.helpers.apps import write_app
+from tests.helpers.handmade_bundles import write_app
 from tests.helpers.networks import calibrated, call
 
 DEVICE = DeviceReport(

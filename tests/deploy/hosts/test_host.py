@@ -17,7 +17,7 @@ from lightning_quant.deploy.edges.contract import ClassLabel, Contract
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.hosts import host
 from lightning_quant.deploy.hosts.write import write_hosts
-from tests.helpers.apps import HEIGHT, LABELS, WIDTH, Ends, photos, scores_of, write_app, write_numbers
+from tests.helpers.handmade_bundles import HEIGHT, LABELS, WIDTH, Ends, photos, scores_of, write_app, write_numbers
 from tests.helpers.networks import Body, calibrated, call
 from tests.helpers.qdq import NO_EMULATOR
 

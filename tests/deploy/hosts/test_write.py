@@ -20,7 +20,7 @@ from PIL import Image
 
 from lightning_quant.deploy.edges.contract import TYPES, ClassLabel, Contract, IoTensor
 from lightning_quant.deploy.hosts.write import cpp_string, feeding, kotlin_string, write_hosts
-from tests.helpers.apps import NASTY, Ends, photos, scores_of, write_app, write_numbers
+from tests.helpers.handmade_bundles import NASTY, Ends, photos, scores_of, write_app, write_numbers
 from tests.helpers.qdq import NO_EMULATOR
 
 AAR = os.environ.get("ONNXRUNTIME_AAR")
