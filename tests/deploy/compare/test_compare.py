@@ -311,8 +311,8 @@ def exported(folder: Path, seed: int) -> Path:
 def test_equal_runs_raise_nothing(bundle: Path, tmp_path: Path) -> None:
     made = [exported(tmp_path / str(seed), seed) for seed in range(5)]
     kept = [write_baseline(tmp_path / f"{number}.json", one) for number, one in enumerate(made)]
-    # timed on a machine that does other work as well
-    bounds = STRICT | {"latency": "+100 %"}
+    # not latency: the machine that is timed does other work as well
+    bounds = {part: most for part, most in STRICT.items() if part != "latency"}
     pairs = [pair for sides in ((made, made), (kept, made), (made, kept)) for pair in itertools.product(*sides)]
     different = [(old, new) for old, new in pairs if old != new]
     assert len(different) > 50
