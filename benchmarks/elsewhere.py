@@ -216,7 +216,7 @@ def measured(name: str, camvid: Path, epochs: int, precision: str) -> dict[str, 
     )
     (metrics,) = trainer(quantization).validate(ptq, datamodule=data, verbose=False)
     result["ptq"] = metrics[monitor]
-    task.learning_rate = rate  # type: ignore[assignment]
+    task.learning_rate = rate
     began = time.perf_counter()
     training = lq.QuantizationAwareTraining(precision, calibration_samples=64, monitor=monitor, mode="max")
     trainer(training, max_epochs=1, limit_val_batches=0).fit(task, datamodule=data)

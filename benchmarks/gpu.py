@@ -175,7 +175,7 @@ def variants(case: Case, images: Tensor, compiled: bool) -> dict[str, Callable[[
     folded, quantized = simulated(case.network, case.size, case.estimator)
 
     def placed(network: nn.Module) -> nn.Module:
-        return network.to(images.device, memory_format=case.memory_format)
+        return network.to(images.device).to(memory_format=case.memory_format)
 
     def plain(network: nn.Module) -> Variant:
         network = placed(copy.deepcopy(network))
@@ -202,9 +202,10 @@ def variants(case: Case, images: Tensor, compiled: bool) -> dict[str, Callable[[
         slow_down(made.learner)
         return Variant(made.network, made.learner)
 
-    def with_torch_compile(**options: str) -> Variant:
+    def with_torch_compile(**options: Any) -> Variant:
         made = plain(folded)
-        return Variant(torch.compile(made.learner, **options), made.learner)
+        network: Any = torch.compile(made.learner, **options)
+        return Variant(network, made.learner)
 
     def of_peer(name: str) -> Variant:
         made = plain(folded).learner.eval()
@@ -384,12 +385,15 @@ class Turns:
         _tidy()  # outside of the handler: the traceback holds what the failed step had in memory
         return None
 
+    def _warm(self, step: Callable[[], None]) -> float:
+        step()  # it finds the fastest convolutions or compiles
+        return clocked(step, 2, self.device)
+
     def medians(self, steps: Mapping[str, Callable[[], None]]) -> dict[str, float]:
         """Median seconds of a step of each variant."""
         times = {}
         for name, step in steps.items():
-            # the first finds the fastest convolutions or compiles, the second is one of many
-            once = self.attempt(name, lambda step=step: (step(), clocked(step, 2, self.device))[1])
+            once = self.attempt(name, functools.partial(self._warm, step))
             if once is not None:
                 times[name] = max(2, round(self.turn / once))
         seconds: dict[str, list[float]] = {name: [] for name in times}
@@ -398,7 +402,7 @@ class Turns:
             if turn >= 2 and time.monotonic() - started > self.seconds:
                 break
             for name, count in times.items():
-                one = self.attempt(name, lambda name=name, count=count: clocked(steps[name], count, self.device))
+                one = self.attempt(name, functools.partial(clocked, steps[name], count, self.device))
                 if one is not None:
                     seconds[name].append(one)
         return {name: statistics.median(values) for name, values in seconds.items() if values}

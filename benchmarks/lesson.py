@@ -32,7 +32,7 @@ def alone(who: str, estimator: str, images: int, camvid: str) -> dict[str, Any]:
     if who == "stock":
         from lightning_quant.simulation.fast.short_path import slow_down
 
-        slow_down(simulated)
+        slow_down(simulated.network)
     with PeakMemory() as memory:
         started = time.perf_counter()
         if who == "float":
@@ -53,7 +53,8 @@ def main() -> None:
     parser.add_argument("--alone", nargs=2, metavar=("WHO", "ESTIMATOR"), help="measure one in this process")
     arguments = parser.parse_args()
     if arguments.alone:
-        print(json.dumps(alone(*arguments.alone, arguments.images, arguments.camvid)))
+        who, estimator = arguments.alone
+        print(json.dumps(alone(who, estimator, arguments.images, arguments.camvid)))
         return
     cases = [("float", "min_max"), ("ours", "min_max"), ("stock", "min_max"), ("ours", "tf_enhanced")]
     results = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.metadata
 import json
 import statistics
@@ -159,7 +160,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(SHAPE, generator=generator)
     targets = torch.randint(0, 5, (SHAPE[0], *SHAPE[2:]), generator=generator)
-    results = []
+    results: list[dict[str, Any]] = []
     for name, network in networks().items():
         try:
             folded = fuse(network.eval())
@@ -167,7 +168,7 @@ def main() -> None:
             both = {"float": folded, arguments.library: quantized.eval()}
             training = medians({k: trainer(n, images, targets) for k, n in both.items()}, arguments.rounds)
             with torch.no_grad():
-                evaluating = medians({k: lambda n=n: n(images) for k, n in both.items()}, arguments.rounds)  # type: ignore[misc]
+                evaluating = medians({k: functools.partial(n, images) for k, n in both.items()}, arguments.rounds)
             saved = {k: saved_bytes(n, images, targets) for k, n in both.items()}
         except Exception as error:  # of a library that is not ours: its name and reason go into the table
             results.append({"network": name, "error": f"{type(error).__name__}: {error}"})

@@ -88,9 +88,9 @@ def measure(name: str, precision: str, learned: bool, images: Tensor, rounds: in
     calibrate(ours, [NetworkInputs((images,))])
     ours.learn_ranges(learned)
     stock: QuantizedNetwork = copy.deepcopy(ours)
-    slow_down(stock)
+    slow_down(stock.network)
     targets = torch.randint(0, 5, (len(images), *images.shape[-2:]), generator=torch.Generator().manual_seed(0))
-    variants = {"float": float_network, "stock": stock, "ours": ours}
+    variants = {"float": float_network, "stock": stock.network, "ours": ours.network}
     steps = {key: trainer(network, images, targets) for key, network in variants.items()}
     training = interleaved(steps, rounds)
     with ours.cached_weights():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,9 @@ def main() -> None:
     """Time fresh processes; that of Python itself is taken off the import."""
     seconds = interleaved(
         {
-            name: lambda argv=argv: subprocess.run(argv, check=True, capture_output=True)
+            name: functools.partial(subprocess.run, argv, check=True, capture_output=True)
             for name, argv in COMMANDS.items()
-        }  # type: ignore[misc]
+        }
     )
     rows = [
         ["`import lightning_quant`", f"{seconds['import lightning_quant'] - seconds['python -c pass']:.3f} s"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,6 +76,8 @@ class Behind(nn.Module):
 class Masked(nn.Module):
     """Values of one tensor or another, by a mask that belongs to the network."""
 
+    mask: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mask", torch.rand(1, 8, 8, 8) > 0.5)
@@ -115,6 +118,8 @@ class SelfAttention(nn.Module):
 class Constant(nn.Module):
     """Arithmetic with a tensor that belongs to the network."""
 
+    constant: Tensor
+
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.function = function
@@ -126,6 +131,9 @@ class Constant(nn.Module):
 
 class Normalization(nn.BatchNorm2d):
     """A batch norm with statistics and weights as training leaves them."""
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self) -> None:
         super().__init__(8)
@@ -252,7 +260,7 @@ def _activations() -> list[Operator]:
     }  # fmt: skip
     found = [Operator("Activations", name, build, (MAP,)) for name, build in modules.items()]
     for dim, axis in {1: "channels", 2: "height", 3: "width"}.items():
-        found.append(Operator("Activations", f"softmax over {axis}", lambda dim=dim: nn.Softmax(dim), (MAP,)))
+        found.append(Operator("Activations", f"softmax over {axis}", partial(nn.Softmax, dim), (MAP,)))
     found.append(Operator("Activations", "log_softmax over channels", lambda: nn.LogSoftmax(1), (MAP,)))
     found.append(Operator("Activations", "softmax over features", lambda: nn.Softmax(-1), (TOKENS,)))
     found.append(Operator("Activations", "softmax over tokens", lambda: nn.Softmax(1), (TOKENS,)))

@@ -100,7 +100,7 @@ def _failed(error: Exception, folder: Path) -> Placement:
 
 def _reasons(folder: Path) -> dict[str, str]:
     """Return what the compiler says of the operators that it left; nothing where it did not come that far."""
-    trace = folder / "qnn_op_trace.json"
+    trace = folder / "traces0" / "qnn_op_trace.json"
     nodes = json.loads(trace.read_text())["unsupported_nodes"] if trace.is_file() else []
     return {node["node_name"]: node["reason"] for node in nodes if node["op_type"] not in _CONVERSIONS}
 

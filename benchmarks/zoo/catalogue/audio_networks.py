@@ -21,7 +21,7 @@ class _FullLength(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Frames (N, time, features)."""
         lengths = torch.full((x.shape[0],), x.shape[1], dtype=torch.long)
-        return self.network(x, lengths)[0]  # type: ignore[no-any-return]
+        return self.network(x, lengths)[0]
 
 
 class _Tagger(nn.Module):
@@ -34,7 +34,7 @@ class _Tagger(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Frames (N, time, 16) to scores (N, time, 6)."""
-        return self.classify(self.recurrent(x)[0])  # type: ignore[no-any-return]
+        return self.classify(self.recurrent(x)[0])
 
 
 def _conv_tasnet() -> nn.Module:

@@ -34,14 +34,14 @@ def _make(decoder: str, encoder: str) -> nn.Module:
     import segmentation_models_pytorch as smp
 
     options = {"dynamic_img_size": True} if decoder == "DPT" else {}
-    return getattr(smp, decoder)(encoder, encoder_weights=None, classes=5, **options)  # type: ignore[no-any-return]
+    return getattr(smp, decoder)(encoder, encoder_weights=None, classes=5, **options)
 
 
 def _unet_without_batch_norms() -> nn.Module:
     import segmentation_models_pytorch as smp
 
     decoder_norm = {"type": "instancenorm", "affine": True}
-    return smp.Unet(  # type: ignore[no-any-return]
+    return smp.Unet(
         "tu-resnet18", encoder_weights=None, classes=5, decoder_use_norm=decoder_norm, norm_layer="groupnorm"
     )
 

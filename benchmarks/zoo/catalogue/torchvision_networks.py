@@ -53,7 +53,7 @@ class BackboneAndHead(nn.Module):
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Images (N, 3, H, W) to scores and box offsets, anchors along axis 1."""
-        return self.head(list(self.backbone(x).values()))  # type: ignore[no-any-return, operator]
+        return self.head(list(self.backbone(x).values()))  # type: ignore[operator]
 
 
 def _ssdlite() -> nn.Module:

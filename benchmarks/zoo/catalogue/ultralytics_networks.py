@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -33,7 +34,7 @@ def _make(name: str, kind: str) -> nn.Module:
     from ultralytics.nn import tasks
 
     network: nn.Module = getattr(tasks, kind)(f"{name}.yaml", ch=3, nc=4, verbose=False)
-    head = network.model[-1]  # type: ignore[index]
+    head: Any = network.model[-1]  # type: ignore[index]
     if getattr(head, "end2end", False):
         head.end2end = False  # else it picks the best boxes, as its export with end2end=False leaves to the app
     return network
