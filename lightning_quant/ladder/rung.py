@@ -132,6 +132,7 @@ RUNGS: Registry[Rung] = Registry(
         "bn_reestimation": f"{__package__}.rungs.bn_reestimation.BatchNormReestimation",
         "bias_correction": f"{__package__}.rungs.bias_correction.BiasCorrection",
         "seq_mse": f"{__package__}.rungs.seq_mse.SequentialMse",
+        "rounding": f"{__package__}.rungs.rounding.LearnedRounding",
         "adaround": f"{__package__}.rungs.adaround.AdaptiveRounding",
         "mixed": f"{__package__}.rungs.mixed.MixedPrecision",
     },

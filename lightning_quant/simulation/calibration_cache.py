@@ -102,13 +102,13 @@ class StatisticsCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._folder = Path(folder)
+        self.folder = Path(folder)
 
     @contextmanager
     def locked(self, network: QuantizedNetwork) -> Iterator[Path]:
         """Lock the file of a network whose weights have their ranges already; other processes wait meanwhile."""
-        path = self._folder / f"{_key(network)}.npz"
-        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{_key(network)}.npz"
+        self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             yield path
 

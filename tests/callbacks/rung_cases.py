@@ -166,6 +166,7 @@ CASES = {
     "bn_reestimation": Case(shrinking, "w4a16", 10.0, ("ptq", "cle", "bn_reestimation", "mixed")),
     "seq_mse": Case(dead_outliers, "w4a16", 20.0, ("ptq", "cle", "seq_mse")),
     "adaround": Case(halfway, "w4a16", 22.0, ("ptq", "cle", {"adaround": {"iterations": 200}})),
+    "rounding": Case(halfway, "w4a16", 22.0, ("ptq", "cle", {"rounding": {"iterations": 200}})),
     "mixed": Case(fragile_first, "w4a16", 10.0, ("ptq", "cle", "seq_mse", "mixed")),
     "qat": Case(dead_outliers, "w4a16", 16.0, ("ptq", "cle", "bias_correction")),
 }

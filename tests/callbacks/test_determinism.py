@@ -24,6 +24,7 @@ RUNGS = (
     "bias_correction",
     "bn_reestimation",
     "seq_mse",
+    "rounding",
     "adaround",
     "mixed",
 )
@@ -38,7 +39,7 @@ def as_before() -> Iterator[None]:
 def run(folder: Path, deterministic: bool) -> tuple[SmallModule, dict[str, bytes]]:
     pl.seed_everything(11, verbose=False)
     module = SmallModule(small_net())
-    rungs = [{"adaround": {"iterations": 20}} if name == "adaround" else name for name in RUNGS]
+    rungs = [{name: {"iterations": 20}} if name in ("adaround", "rounding") else name for name in RUNGS]
     quantization = lq.QuantizationAwareTraining(
         "w4a8", calibration_samples=16, monitor="val_loss", mode="min", max_drop=-10.0, rungs=rungs, distillation=0.5
     )

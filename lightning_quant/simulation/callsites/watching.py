@@ -59,6 +59,12 @@ def is_watched(module: nn.Module) -> bool:
     return "watched" in vars(type(module))
 
 
+def class_before(module: nn.Module) -> type[nn.Module]:
+    """Return the class that a module had before :func:`watch`."""
+    cls: Any = vars(type(module)).get("watched", type(module))
+    return cls
+
+
 @functools.cache
 def watched_class(cls: Any, *more: Any) -> Any:
     """Return the subclass of ``cls`` whose calls are part of a pass, with the methods of the classes ``more`` too."""

@@ -25,6 +25,7 @@ RUNGS: list[Any] = [
     "tf_enhanced",
     "cle",
     "seq_mse",
+    {"rounding": {"iterations": 5}},
     {"adaround": {"iterations": 5}},
     {"mixed": {"budget": 1.0}},
     "bias_correction",

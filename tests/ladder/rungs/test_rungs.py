@@ -19,7 +19,11 @@ from tests.callbacks.rung_cases import dead_outliers, halfway, images, unequal
 from tests.helpers.small import assert_same_tensors
 from tests.ladder.rungs.contexts import batches, context_of
 
-QUICK: dict[str, Any] = {"adaround": {"adaround": {"iterations": 5}}, "mixed": {"mixed": {"budget": 1.0}}}
+QUICK: dict[str, Any] = {
+    "rounding": {"rounding": {"iterations": 5}},
+    "adaround": {"adaround": {"iterations": 5}},
+    "mixed": {"mixed": {"budget": 1.0}},
+}
 
 
 def rung(name: str) -> Rung:

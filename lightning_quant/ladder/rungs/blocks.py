@@ -1,0 +1,191 @@
+"""The blocks of a network, and what goes into and comes out of one while the whole network runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.simulation.callsites.attributes import CONTAINERS
+from lightning_quant.simulation.callsites.passes import current
+from lightning_quant.simulation.callsites.watching import class_before
+from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
+from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.precisions import quantized_layers
+
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a network that is called once in a pass, and can be called alone.
+
+    Args:
+        name: of the module.
+        layers: names of the layers in it whose weights are learned together.
+        numbers: how many go into its layers for one sample.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    numbers: int
+
+
+def learnable_layers(network: QuantizedNetwork) -> dict[str, Any]:
+    """Return the layers with a rounded weight of their own.
+
+    Not those that share one, nor what computes a function that the network's code gives the weight in each call.
+    """
+    layers: dict[str, Any] = {
+        name: layer
+        for name, layer in quantized_layers(network).items()
+        if isinstance(layer, _LAYERS)
+        and isinstance(layer.weight, nn.Parameter)
+        and layer.param_quantizers["weight"] is not None
+    }
+    users = Counter(id(layer.weight) for layer in layers.values())
+    return {name: layer for name, layer in layers.items() if users[id(layer.weight)] == 1}
+
+
+def find_blocks(network: nn.Module, layers: Iterable[str], call: NetworkInputs, most: int) -> list[Block]:
+    """Return the blocks of a network, in the order in which they are called.
+
+    A block is the outermost module, no plain sequence or list, with at most ``most`` of the layers, which computes the
+    same when it is called alone; a layer that is in none is a block of its own. Layers that are called several times in
+    a pass are in none.
+
+    Args:
+        network: in eval mode.
+        layers: names of the layers that count.
+        call: what the network is called with.
+        most: 1 makes each layer a block.
+    """
+    modules = dict(network.named_modules())
+    calls = _Calls(modules)
+    with calls.noted():
+        call.call(network)
+    once = {name for name in layers if calls.count[name] == 1}
+    left = set(once)
+    found = []
+    for name, module in modules.items():  # outer ones before those in them
+        inside = tuple(layer for layer in once if layer == name or layer.startswith(f"{name}." if name else ""))
+        if not inside or not left.issuperset(inside):
+            continue
+        block = Block(name, inside, sum(calls.numbers[layer] for layer in inside) // max(call.batch_size, 1))
+        if name in once or (
+            len(inside) <= most
+            and class_before(module) not in CONTAINERS
+            and calls.count[name] == 1
+            and _computes_alone(network, module, call)
+        ):
+            found.append(block)
+            left.difference_update(inside)
+    return sorted(found, key=lambda block: calls.order[block.name])
+
+
+class _Calls:
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = modules
+        self.count: Counter[str] = Counter()
+        self.order: dict[str, int] = {}
+        self.numbers: Counter[str] = Counter()
+
+    def noted(self) -> Any:
+        return _hooks((module, self._note(name)) for name, module in self.modules.items())
+
+    def _note(self, name: str) -> Any:
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.count[name] += 1
+            self.numbers[name] += sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
+            self.order.setdefault(name, len(self.order))
+
+        return note
+
+
+class _hooks:
+    """Call functions before the forward of modules for the length of a block."""
+
+    def __init__(self, wanted: Iterable[tuple[nn.Module, Any]]) -> None:
+        self.handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in wanted]
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+class _Reached(BaseException):
+    """Ends a pass where there is no more to see; not an ``Exception``, which the network's own code may catch."""
+
+
+def inputs_of(network: nn.Module, module: nn.Module, call: NetworkInputs) -> NetworkInputs:
+    """Run the network up to a module; return what it is called with."""
+    found: list[NetworkInputs] = []
+
+    def take(module: nn.Module, args: Any, kwargs: Any) -> None:
+        found.append(NetworkInputs(current(args), current(kwargs)).map(_kept))
+        raise _Reached
+
+    with _hooks([(module, take)]), torch.no_grad(), suppress(_Reached):
+        call.call(network)
+    return found[0]
+
+
+def passed_through(network: nn.Module, module: nn.Module, call: NetworkInputs) -> tuple[NetworkInputs, list[Tensor]]:
+    """Run the network up to the end of a module; return what it is called with, and the tensors that it returns."""
+    found: list[Any] = []
+
+    def take(module: nn.Module, args: Any, kwargs: Any) -> None:
+        found.append(NetworkInputs(current(args), current(kwargs)).map(_kept))
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(outputs_in(output))
+        raise _Reached
+
+    handle = module.register_forward_hook(end)
+    try:
+        with _hooks([(module, take)]), torch.no_grad(), suppress(_Reached):
+            call.call(network)
+    finally:
+        handle.remove()
+    return found[0], found[1]
+
+
+def outputs_in(output: Any) -> list[Tensor]:
+    """Return the float tensors that a module returned."""
+    return [tensor.as_subclass(Tensor) for tensor in tensors_in(current(output)) if tensor.is_floating_point()]
+
+
+def _computes_alone(network: nn.Module, module: nn.Module, call: NetworkInputs) -> bool:
+    """Return whether a module computes from its arguments alone what it computes within the network."""
+    given, expected = passed_through(network, module, call)
+    try:
+        with torch.no_grad():
+            alone = outputs_in(given.call(module))
+    except Exception:  # whatever it lacks
+        return False
+    return bool(expected) and _equal(alone, expected)
+
+
+def _equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(some, others, strict=True)
+    )
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    return tensor.as_subclass(Tensor).detach().clone()
+
+
+def pieces(calls: Iterable[NetworkInputs], samples: int) -> Iterator[NetworkInputs]:
+    """Yield calls of at most so many samples."""
+    for call in calls:
+        for start in range(0, max(call.batch_size, 1), samples):
+            yield call.samples(start, start + samples)
