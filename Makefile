@@ -90,7 +90,7 @@ check-gpu: install  ## on a CUDA GPU: the kernels and training there against the
 		tests/deploy/test_export.py::test_network_is_back_on_its_device
 
 # Each file's tests stay in one process, which makes their fixtures once; tests/conftest.py puts long files first.
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40 --durations-min=10
 
 test: install  ## all tests (half an hour on 2 cores)
 	$(PYTEST)
