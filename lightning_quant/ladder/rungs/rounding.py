@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,12 +33,17 @@ from lightning_quant.simulation.inputs import NetworkInputs, take_samples
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.switched_off import unrounded
 
+# Below Lightning's own logger, so that it appears where Lightning's messages do.
+log = logging.getLogger(f"lightning.pytorch.{__name__}")
+
 # Of the penalty on weights between two integers, as in 2004.10568: its weight, its exponent from the first to the last
 # iteration, and the share of iterations before it begins.
 _PENALTY, _EXPONENTS, _WARM_UP = 0.01, (20.0, 2.0), 0.2
 # A step takes as many samples as bring about so many numbers into the layers of a block: where maps are large, one
 # sample has enough of them, and more would cost more than they bring.
 _NUMBERS = 1_500_000
+# Seconds from which on it is said how long it will take.
+_WORTH_TELLING_S = 30.0
 # Layers in a block: a bottleneck with squeeze and excitation has five, a transformer's layer six.
 _MOST_LAYERS = 6
 
@@ -104,20 +111,35 @@ class LearnedRounding(Rung):
         float_network = copy.deepcopy(network)
         learned = None if context.cache is None else LearnedBlocks(context.cache, network, calls, self.options)
         turned = total = 0
+        told = False
         for index, block in enumerate(blocks):
             weights = {name: SoftWeight(layers[name]) for name in block.layers}
             if learned is None or not learned.recall(index, weights):
-                batch = min(max(1, _NUMBERS // max(block.numbers, 1)), self.batch)
-                samples = self._samples(network, float_network, block, list(pieces(calls, batch)))
+                start = time.perf_counter()
+                samples = self._samples(network, float_network, block, list(pieces(calls, self._batch(block))))
                 self._learn(network, block, weights, samples, torch.Generator().manual_seed(index))
                 if learned is not None:
                     learned.keep(index, weights)
+                if not told:
+                    told = True
+                    self._tell(blocks[index:], time.perf_counter() - start)
             for name, weight in weights.items():
                 turned += weight.turned()
                 total += weight.logits.numel()
                 layers[name].weight.copy_(weight.hard())
         context.calibrate(network, weights=False)
         return f"turned {turned / max(total, 1):.1%} of the roundings in {len(blocks)} blocks"
+
+    def _batch(self, block: Block) -> int:
+        """Return the samples in a step of a block."""
+        return min(max(1, _NUMBERS // max(block.numbers, 1)), self.batch)
+
+    def _tell(self, blocks: Sequence[Block], seconds: float) -> None:
+        """Say how long the blocks will take, of which the first took so many seconds."""
+        first, *others = (max(block.numbers, 1) * self._batch(block) for block in blocks)
+        left = seconds * sum(others) / first
+        if left > _WORTH_TELLING_S:
+            log.info("rounding: %d more blocks take about %.0f minutes.", len(others), max(left / 60, 1))
 
     def _samples(
         self, network: QuantizedNetwork, float_network: QuantizedNetwork, block: Block, calls: Sequence[NetworkInputs]
