@@ -131,7 +131,7 @@ def _traced(root: nn.Module, call: NetworkInputs, recorder: Recorder) -> None:
 
 
 def _layers(root: nn.Module, calls: Sequence[NetworkInputs]) -> set[nn.Module]:
-    """Return the modules that AIMET quantizes as a whole: known to it, and called once in a pass at most."""
+    """Return the modules that AIMET quantizes as a whole: known to it, called once in a pass at most, by position."""
     most: Counter[nn.Module] = Counter()
     for call in calls:
         counts = _calls(root, call)
@@ -148,11 +148,17 @@ def _layers(root: nn.Module, calls: Sequence[NetworkInputs]) -> set[nn.Module]:
 def _calls(root: nn.Module, call: NetworkInputs) -> Counter[nn.Module]:
     counts: Counter[nn.Module] = Counter()
 
-    def count(module: nn.Module, *_: Any) -> None:
-        counts[module] += 1
+    def count(module: nn.Module, args: Any, kwargs: Any) -> None:
+        # AIMET rounds no tensor that a layer is given by name: such a layer is no layer, as if it were called twice
+        counts[module] += 2 if tensors_among(tuple(kwargs.values())) else 1
 
-    with _hooked(root.modules(), count, None), torch.no_grad():
-        call.call(root)
+    handles = [one.register_forward_pre_hook(count, prepend=True, with_kwargs=True) for one in root.modules()]
+    try:
+        with torch.no_grad():
+            call.call(root)
+    finally:
+        for handle in handles:
+            handle.remove()
     return counts
 
 
@@ -183,15 +189,11 @@ def _opaque(layers: Iterable[nn.Module], recorder: Recorder, changing: Iterable[
 
 
 @contextmanager
-def _hooked(
-    modules: Iterable[nn.Module], before: Callable[..., None] | None, after: Callable[..., None] | None
-) -> Iterator[None]:
+def _hooked(modules: Iterable[nn.Module], before: Callable[..., None], after: Callable[..., None]) -> Iterator[None]:
     handles = []
     for module in list(modules):
-        if before is not None:
-            handles.append(module.register_forward_pre_hook(before, prepend=True))
-        if after is not None:
-            handles.append(module.register_forward_hook(after, always_call=True))
+        handles.append(module.register_forward_pre_hook(before, prepend=True))
+        handles.append(module.register_forward_hook(after, always_call=True))
     try:
         yield
     finally:

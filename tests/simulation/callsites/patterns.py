@@ -537,6 +537,24 @@ PATTERNS: dict[str, Pattern] = {
     "noise in training": between(lambda m, x: x + 0.1 * torch.randn_like(x) if m.training else x),
     "two modes": Pattern(TwoModes, one_image, split=True),
     "head for training alone": between(lambda m, x: x + m.aux(x) if m.training else x, aux=lambda: nn.Conv2d(8, 8, 1)),
+    # layers that are given their tensors by name
+    "convolution by name": between(
+        lambda m, x: m.act(input=m.norm(input=m.conv(input=x))),
+        conv=lambda: nn.Conv2d(8, 8, 3, padding=1), norm=lambda: nn.BatchNorm2d(8), act=nn.ReLU,
+    ),
+    "linear layer by name": between(
+        lambda m, x: m.norm(input=m.layer(input=x)) + m.act(input=x), linear=True,
+        layer=lambda: nn.Linear(8, 8), norm=lambda: nn.LayerNorm(8), act=nn.GELU,
+    ),
+    "sizes by name": between(
+        lambda m, x: m.up(input=m.pool(input=x)) + m.soft(input=m.turned(input=m.pool(input=x), output_size=[8, 8])),
+        pool=lambda: nn.MaxPool2d(2), up=lambda: nn.Upsample(scale_factor=2.0), soft=lambda: nn.Softmax(1),
+        turned=lambda: nn.ConvTranspose2d(8, 8, 2, stride=2),
+    ),
+    "size alone by name": between(
+        lambda m, x: m.turned(m.pool(x), output_size=[8, 8]),
+        pool=lambda: nn.MaxPool2d(2), turned=lambda: nn.ConvTranspose2d(8, 8, 2, stride=2),
+    ),
     # what depends on the call
     "loss inside": Pattern(
         LossInside, lambda: [*one_image(), NetworkInputs((image(),), {"targets": torch.arange(3)})]
