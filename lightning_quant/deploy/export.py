@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_quant.deploy import audit, parity
 from lightning_quant.deploy.blame.file import compare_file
@@ -28,7 +27,7 @@ from lightning_quant.deploy.graph.files import ENCODINGS_VERSION, QDQ_OPSET, Onn
 from lightning_quant.deploy.graph.qdq import exact_session
 from lightning_quant.deploy.hosts.write import write_hosts
 from lightning_quant.deploy.manifest import AppManifest, BundleFile, BundleManifest, BundleSize
-from lightning_quant.deploy.single_samples import first_samples
+from lightning_quant.deploy.single_samples import calls_given, first_samples
 from lightning_quant.deploy.sizes import (
     InputSize,
     Size,
@@ -59,7 +58,7 @@ _SAMPLES_WITH_EDGES = 4
 def export_bundle(
     network: nn.Module | QuantizedNetwork,
     path: str | Path,
-    samples: Iterable[NetworkInputs],
+    samples: Tensor | NetworkInputs | Iterable[Tensor | NetworkInputs],
     on_parity: OnParity = "raise",
     sizes: Sequence[Size] = (),
     inputs: Any = None,
@@ -75,7 +74,7 @@ def export_bundle(
     Args:
         network: the calibrated network.
         path: folder of the bundle; its last part names the files. An earlier bundle there is replaced.
-        samples: calls to compare simulation and export on, e.g. some calibration samples. At least one. The files are
+        samples: batches or calls to compare simulation and export on, e.g. of calibration. At least one. The files are
             for the size that the network was built with, or that of the first sample if none has it; they are compared
             on samples of that size.
         on_parity: what to do when the files compute something else than the simulation: ``"raise"`` keeps them as
@@ -100,7 +99,8 @@ def export_bundle(
             files cannot be written.
         ParityError: when ONNX Runtime computes something else from the files than the simulation, with
             ``on_parity="raise"``; or from the graph with edges than the host around the network.
-        ConfigurationError: for edges that do not fit the network or the samples.
+        ConfigurationError: for edges that do not fit the network or the samples, and samples that are neither tensors
+            nor calls.
     """
     path = Path(path).absolute()
     asked, edges = InputSize.parse(sizes), Edges.of(inputs, outputs)
@@ -118,8 +118,7 @@ def export_bundle(
             )
     network = known
     with on_cpu_in_eval(network.network):
-        calls = [call.to(torch.device("cpu")).batched_like(network.inputs) for call in samples]
-        if not calls:
+        if not (calls := calls_given(samples, network.inputs)):
             raise ExportError("No samples to check the export with: expected at least one.")
         others, calls = calls, first_samples(calls, sum(call.batch_size for call in calls), network.inputs)
         check_sizes(network, asked, calls[0])

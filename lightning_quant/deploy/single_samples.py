@@ -4,13 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from lightning_quant.errors import CalibrationError
+import torch
+from torch import Tensor
+
+from lightning_quant.errors import CalibrationError, ConfigurationError
 from lightning_quant.simulation.inputs import NetworkInputs
 
 
 def single_samples(call: NetworkInputs) -> Iterator[NetworkInputs]:
     """Return the samples of a call, one call each."""
     return (call.samples(index, index + 1) for index in range(call.batch_size))
+
+
+def calls_given(
+    samples: Tensor | NetworkInputs | Iterable[Tensor | NetworkInputs], like: NetworkInputs
+) -> list[NetworkInputs]:
+    """Return the calls that a user gave, on the CPU; a tensor is the only argument of one.
+
+    Args:
+        samples: a batch, a call, or several.
+        like: a call of the network, which knows where the samples of a batch lie.
+
+    Raises:
+        ConfigurationError: for something else.
+    """
+    several = [samples] if isinstance(samples, (Tensor, NetworkInputs)) else list(samples)
+    calls = []
+    for one in several:
+        call = NetworkInputs((one,)) if isinstance(one, Tensor) else one
+        if not isinstance(call, NetworkInputs):
+            raise ConfigurationError(
+                f"samples holds a {type(one).__name__}: expected tensors, or NetworkInputs(args, kwargs) for a network "
+                "that takes more than one."
+            )
+        calls.append(call.to(torch.device("cpu")).batched_like(like))
+    return calls
 
 
 def first_samples(

@@ -26,7 +26,7 @@ from lightning_quant.deploy.bundle import Bundle, load_bundle
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.graph.files import name_tensors
 from lightning_quant.deploy.graph.qdq import exact_session
-from lightning_quant.errors import ExportError, ParityError
+from lightning_quant.errors import ConfigurationError, ExportError, ParityError
 from lightning_quant.precision import Precision
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inputs import NetworkInputs
@@ -262,11 +262,19 @@ def test_the_same_network_gives_the_same_files(exported: Bundle, tmp_path: Path)
     assert contents(again.path) == contents(exported.path)
 
 
+def test_a_batch_is_a_call_of_the_network(exported: Bundle, tmp_path: Path) -> None:
+    for name, samples in {"one": images(2), "listed": [images(2)]}.items():
+        made = export_bundle(calibrated(Body()), tmp_path / name, samples)
+        assert made.qdq.read_bytes() == exported.qdq.read_bytes()
+
+
 def test_refusals_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="not calibrated"):
         export_bundle(quantized(Body()), tmp_path / "net", SAMPLES)
     with pytest.raises(ExportError, match="No samples to check the export with"):
         export_bundle(calibrated(Body()), tmp_path / "net", [])
+    with pytest.raises(ConfigurationError, match="samples holds a dict: expected tensors, or NetworkInputs"):
+        export_bundle(calibrated(Body()), tmp_path / "net", [{"x": images(1)}])  # type: ignore[list-item]
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ExportError, match=r"Writing the bundle .* failed"):

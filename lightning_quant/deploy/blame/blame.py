@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor, nn
 
 from lightning_quant.deploy.blame.emulator import compare_with_emulator
@@ -16,7 +15,7 @@ from lightning_quant.deploy.blame.result import Against, Blame
 from lightning_quant.deploy.blame.rounding import compare_with_float
 from lightning_quant.deploy.bundle import Bundle, load_bundle
 from lightning_quant.deploy.graph.files import write_onnx
-from lightning_quant.deploy.single_samples import first_samples
+from lightning_quant.deploy.single_samples import calls_given, first_samples
 from lightning_quant.deploy.targets.htp.target import HtpEmulatorTarget
 from lightning_quant.errors import ConfigurationError, DeviceUnavailableError
 from lightning_quant.simulation.inputs import NetworkInputs
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 def blame(
     module: nn.Module | QuantizedNetwork,
-    samples: Tensor | NetworkInputs | Iterable[NetworkInputs],
+    samples: Tensor | NetworkInputs | Iterable[Tensor | NetworkInputs],
     bundle: Bundle | str | Path | None = None,
     *,
     against: Literal["file", "float", "htp_emulator"] = "file",
@@ -60,20 +59,16 @@ def blame(
         device: the phone whose NPU is emulated.
 
     Raises:
-        ConfigurationError: when the module holds no calibrated network, or several, or ``against`` or ``device`` is
-            unknown.
+        ConfigurationError: when the module holds no calibrated network, or several, ``samples`` holds something else
+            than tensors and calls, or ``against`` or ``device`` is unknown.
         ExportError: when the network cannot be written as ONNX, or the bundle is not of this network.
         DeviceError: when the emulator is not installed, or fails.
     """
     network = _network(module)
     other = _other(against)
     target = _emulator(device) if other is Against.EMULATOR else None
-    if isinstance(samples, Tensor):
-        samples = NetworkInputs((samples,))
-    given = [samples] if isinstance(samples, NetworkInputs) else samples
     with on_cpu_in_eval(network.network):
-        calls = [call.to(torch.device("cpu")).batched_like(network.inputs) for call in given]
-        if not calls:
+        if not (calls := calls_given(samples, network.inputs)):
             raise ConfigurationError("No samples to compare the simulation on: expected at least one.")
         calls = first_samples(calls, count, network.inputs)
         if other is Against.FLOAT:

@@ -193,6 +193,7 @@ def test_a_module_and_a_batch(tmp_path: Path) -> None:
     assert blame(module, call(images(1))).samples == 1
     bundle = export_bundle(network, tmp_path / "net", [call(images(2))])
     assert blame(network, images(2), bundle.path) == blame(network, images(2), bundle)
+    assert blame(network, [images(2)], bundle) == blame(network, images(2), bundle)
 
 
 def test_modules_that_cannot_be_looked_at() -> None:
@@ -200,6 +201,8 @@ def test_modules_that_cannot_be_looked_at() -> None:
         blame(Chain(), images())
     with pytest.raises(ConfigurationError, match="holds 2 quantized networks"):
         blame(nn.ModuleList([calibrated(Chain()).network, calibrated(Chain()).network]), images())
+    with pytest.raises(ConfigurationError, match="samples holds a ndarray: expected tensors"):
+        blame(calibrated(Chain()), [images().numpy()])  # type: ignore[list-item]
     with pytest.raises(ConfigurationError, match="No samples to compare the simulation on"):
         blame(calibrated(Chain()), [])
 
