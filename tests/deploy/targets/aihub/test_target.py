@@ -159,7 +159,7 @@ def test_the_float_network_of_a_sweep_is_uploaded_once(hub: StandIn, tmp_path: P
 def test_a_model_that_waits_too_long_for_another_process(
     hub: StandIn, exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub.inject(faults.late(8), faults.CREATE_MODEL)
+    hub.inject(faults.late(3), faults.CREATE_MODEL)
     other = (load_bundle(exported[0].path), exported[1])
     copied = tmp_path / "other" / "net"
     shutil.copytree(other[0].path, copied)
@@ -168,7 +168,7 @@ def test_a_model_that_waits_too_long_for_another_process(
         while not hub.posts("models"):
             time.sleep(0.05)
         with pytest.raises(DeviceTimeoutError, match="another process was still uploading model-"):
-            push((load_bundle(copied), exported[1]), timeout=1)
+            push((load_bundle(copied), exported[1]), timeout=0.5)
         assert first.result()[0].report.status == "finished"
     assert len(hub.posts("models")) == 1
 
