@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class Block:
     Args:
         name: of the module.
         layers: names of the layers in it whose weights are learned together.
-        numbers: how many go into its layers for one sample.
+        numbers: how many go into its layers, and come out of them, for one sample.
     """
 
     name: str
@@ -95,16 +96,22 @@ class _Calls:
         self.order: dict[str, int] = {}
         self.numbers: Counter[str] = Counter()
 
-    def noted(self) -> Any:
-        return _hooks((module, self._note(name)) for name, module in self.modules.items())
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        handles = [
+            module.register_forward_hook(partial(self._note, name), with_kwargs=True)
+            for name, module in self.modules.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
-    def _note(self, name: str) -> Any:
-        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.count[name] += 1
-            self.numbers[name] += sum(tensor.numel() for tensor in tensors_in((args, kwargs)))
-            self.order.setdefault(name, len(self.order))
-
-        return note
+    def _note(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.count[name] += 1
+        self.numbers[name] += sum(tensor.numel() for tensor in tensors_in((args, kwargs, output)))
+        self.order.setdefault(name, len(self.order))
 
 
 class _hooks:
