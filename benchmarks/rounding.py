@@ -37,7 +37,7 @@ from lightning_quant.simulation.inputs import NetworkInputs
 
 RESULTS = Path(__file__).parent / "results" / "rounding"
 CALIBRATION, VALIDATION, SIZE = 64, 400, 224
-PRECISIONS = ("w4a8", "w4a16")
+PRECISIONS = ("w8a8", "w4a8", "w4a16")
 # What is applied one after the other, by the name in the table.
 WAYS: dict[str, list[Any]] = {
     "nearest": [],
