@@ -39,8 +39,8 @@ log = logging.getLogger(f"lightning.pytorch.{__name__}")
 # Of the penalty on weights between two integers, as in 2004.10568: its weight, its exponent from the first to the last
 # iteration, and the share of iterations before it begins.
 _PENALTY, _EXPONENTS, _WARM_UP = 0.01, (20.0, 2.0), 0.2
-# A step takes as many samples as bring about so many numbers into the layers of a block: where maps are large, one
-# sample has enough of them, and more would cost more than they bring.
+# A step takes as many samples as put about so many numbers into and out of a block's layers: where feature maps are
+# large, one sample has enough of them.
 _NUMBERS = 1_500_000
 # Seconds from which on it is said how long it will take.
 _WORTH_TELLING_S = 30.0
