@@ -133,24 +133,29 @@ def _traced(root: nn.Module, call: NetworkInputs, recorder: Recorder) -> None:
 def _layers(root: nn.Module, calls: Sequence[NetworkInputs]) -> set[nn.Module]:
     """Return the modules that AIMET quantizes as a whole: known to it, called once in a pass at most, by position."""
     most: Counter[nn.Module] = Counter()
+    by_name: set[nn.Module] = set()
     for call in calls:
-        counts = _calls(root, call)
-        most |= counts
+        most |= _calls(root, call, by_name)
     single = (nn.Dropout, nn.Identity, nn.Flatten)
     return {
         module
         for module in root.modules()
         # what none of the calls uses, such as a head for training alone, the device does not compute
-        if module is not root and is_layer(module) and (most[module] == 1 or isinstance(module, single))
+        if module is not root
+        and is_layer(module)
+        and module not in by_name  # AIMET rounds no tensor that a layer is given so
+        and (most[module] == 1 or isinstance(module, single))
     }
 
 
-def _calls(root: nn.Module, call: NetworkInputs) -> Counter[nn.Module]:
+def _calls(root: nn.Module, call: NetworkInputs, by_name: set[nn.Module]) -> Counter[nn.Module]:
+    """Count how often each module is called in a pass; add those that are given a tensor by name to ``by_name``."""
     counts: Counter[nn.Module] = Counter()
 
     def count(module: nn.Module, args: Any, kwargs: Any) -> None:
-        # AIMET rounds no tensor that a layer is given by name: such a layer is no layer, as if it were called twice
-        counts[module] += 2 if tensors_among(tuple(kwargs.values())) else 1
+        counts[module] += 1
+        if tensors_among(kwargs):
+            by_name.add(module)
 
     handles = [one.register_forward_pre_hook(count, prepend=True, with_kwargs=True) for one in root.modules()]
     try:

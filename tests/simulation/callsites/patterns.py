@@ -551,6 +551,10 @@ PATTERNS: dict[str, Pattern] = {
         pool=lambda: nn.MaxPool2d(2), up=lambda: nn.Upsample(scale_factor=2.0), soft=lambda: nn.Softmax(1),
         turned=lambda: nn.ConvTranspose2d(8, 8, 2, stride=2),
     ),
+    "dropout and flattening by name": between(
+        lambda m, x: m.flat(input=m.drop(input=m.same(input=x))).mul(2).view_as(x),
+        drop=lambda: nn.Dropout(0.3), flat=nn.Flatten, same=nn.Identity,
+    ),
     "size alone by name": between(
         lambda m, x: m.turned(m.pool(x), output_size=[8, 8]),
         pool=lambda: nn.MaxPool2d(2), turned=lambda: nn.ConvTranspose2d(8, 8, 2, stride=2),
