@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_quant.simulation.callsites.attributes import CONTAINERS
 from lightning_quant.simulation.callsites.passes import current
-from lightning_quant.simulation.callsites.watching import class_before
+from lightning_quant.simulation.callsites.watching import class_before_watch
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
@@ -28,7 +28,7 @@ class Block:
 
     Args:
         name: of the module.
-        layers: names of the layers in it whose weights are learned together.
+        layers: names of the layers in it whose weights are learned together, in the order in which they are called.
         numbers: how many go into its layers, and come out of them, for one sample.
     """
 
@@ -40,7 +40,8 @@ class Block:
 def learnable_layers(network: QuantizedNetwork) -> dict[str, Any]:
     """Return the layers with a rounded weight of their own.
 
-    Not those that share one, nor what computes a function that the network's code gives the weight in each call.
+    Not those that share one, be it with an embedding, nor what computes a function that the network's code gives the
+    weight in each call.
     """
     layers: dict[str, Any] = {
         name: layer
@@ -49,12 +50,14 @@ def learnable_layers(network: QuantizedNetwork) -> dict[str, Any]:
         and isinstance(layer.weight, nn.Parameter)
         and layer.param_quantizers["weight"] is not None
     }
-    users = Counter(id(layer.weight) for layer in layers.values())
+    users = Counter(id(one) for module in network.network.modules() for one in module._parameters.values())
     return {name: layer for name, layer in layers.items() if users[id(layer.weight)] == 1}
 
 
-def find_blocks(network: nn.Module, layers: Iterable[str], call: NetworkInputs, most: int) -> list[Block]:
-    """Return the blocks of a network, in the order in which they are called.
+def find_blocks(
+    network: nn.Module, layers: Iterable[str], calls: Sequence[NetworkInputs], most: int
+) -> dict[Block, list[NetworkInputs]]:
+    """Return the blocks of a network, in the order in which they are called, with the calls that come to all of each.
 
     A block is the outermost module, no plain sequence or list, with at most ``most`` of the layers, which computes the
     same when it is called alone; a layer that is in none is a block of its own. Layers that are called several times in
@@ -63,33 +66,53 @@ def find_blocks(network: nn.Module, layers: Iterable[str], call: NetworkInputs, 
     Args:
         network: in eval mode.
         layers: names of the layers that count.
-        call: what the network is called with.
+        calls: what the network is called with; some may come to other layers than others.
         most: 1 makes each layer a block.
     """
     modules = dict(network.named_modules())
-    calls = _Calls(modules)
-    with calls.noted():
-        call.call(network)
-    once = {name for name in layers if calls.count[name] == 1}
+    passes = [_Pass(modules) for _ in calls]
+    for call, seen in zip(calls, passes, strict=True):
+        with seen.noted(), torch.no_grad():
+            call.call(network)
+    left = set(layers)
+    found = {}
+    for call, seen in zip(calls, passes, strict=True):
+        blocks = _blocks(network, modules, {name for name in left if seen.count[name] == 1}, call, seen, most)
+        left.difference_update(*(block.layers for block in blocks))
+        for block in blocks:
+            parts = (block.name, *block.layers)
+            found[block] = [
+                one for one, other in zip(calls, passes, strict=True) if all(other.count[part] == 1 for part in parts)
+            ]
+    return found
+
+
+def _blocks(
+    network: nn.Module, modules: Mapping[str, nn.Module], once: set[str], call: NetworkInputs, seen: _Pass, most: int
+) -> list[Block]:
+    """Return the blocks of the layers that are called once in a pass."""
     left = set(once)
     found = []
-    for name, module in modules.items():  # outer ones before those in them
+    for name, module in modules.items() if once else ():  # outer ones before those in them
         inside = tuple(layer for layer in once if layer == name or layer.startswith(f"{name}." if name else ""))
         if not inside or not left.issuperset(inside):
             continue
-        block = Block(name, inside, sum(calls.numbers[layer] for layer in inside) // max(call.batch_size, 1))
         if name in once or (
             len(inside) <= most
-            and class_before(module) not in CONTAINERS
-            and calls.count[name] == 1
+            and class_before_watch(module) not in CONTAINERS
+            and seen.count[name] == 1
             and _computes_alone(network, module, call)
         ):
-            found.append(block)
+            inside = tuple(sorted(inside, key=lambda layer: seen.order[layer]))
+            numbers = sum(seen.numbers[layer] for layer in inside) // max(call.batch_size, 1)
+            found.append(Block(name, inside, numbers))
             left.difference_update(inside)
-    return sorted(found, key=lambda block: calls.order[block.name])
+    return sorted(found, key=lambda block: seen.order[block.name])
 
 
-class _Calls:
+class _Pass:
+    """How often modules are called in a pass, in which order they end, and how many numbers go in and come out."""
+
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = modules
         self.count: Counter[str] = Counter()

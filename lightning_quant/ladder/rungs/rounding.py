@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_quant.errors import ConfigurationError
+from lightning_quant.errors import CalibrationError, ConfigurationError
 from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.ladder.rungs.blocks import (
     Block,
@@ -26,6 +26,7 @@ from lightning_quant.ladder.rungs.blocks import (
     passed_through,
     pieces,
 )
+from lightning_quant.ladder.rungs.layer_outputs import channel_axis
 from lightning_quant.ladder.rungs.learned_blocks import LearnedBlocks
 from lightning_quant.ladder.rungs.soft_weight import SoftWeight
 from lightning_quant.simulation import aimet
@@ -107,22 +108,22 @@ class LearnedRounding(Rung):
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
         layers = learnable_layers(network)
         calls = list(pieces(take_samples(context.samples(), self.samples), self.batch))
-        blocks = find_blocks(network.network, layers, calls[0], _MOST_LAYERS if self.unit == "block" else 1)
+        blocks = find_blocks(network.network, layers, calls, _MOST_LAYERS if self.unit == "block" else 1)
         float_network = copy.deepcopy(network)
         learned = None if context.cache is None else LearnedBlocks(context.cache, network, calls, self.options)
         turned = total = 0
-        told = False
-        for index, block in enumerate(blocks):
+        is_first = True
+        for index, (block, own_calls) in enumerate(blocks.items()):
             weights = {name: SoftWeight(layers[name]) for name in block.layers}
             if learned is None or not learned.recall(index, weights):
                 start = time.perf_counter()
-                samples = self._samples(network, float_network, block, list(pieces(calls, self._batch(block))))
+                samples = self._samples(network, float_network, block, list(pieces(own_calls, self._batch(block))))
                 self._learn(network, block, weights, samples, torch.Generator().manual_seed(index))
                 if learned is not None:
                     learned.keep(index, weights)
-                if not told:
-                    told = True
-                    self._tell(blocks[index:], time.perf_counter() - start)
+                if is_first:
+                    is_first = False
+                    self._tell(list(blocks)[index:], time.perf_counter() - start)
             for name, weight in weights.items():
                 turned += weight.turned()
                 total += weight.logits.numel()
@@ -168,18 +169,18 @@ class LearnedRounding(Rung):
     ) -> None:
         module = network.network.get_submodule(block.name)
         start = len(block.name) + 1 if block.name else 0
-        layers = {name: network.network.get_submodule(name) for name in block.layers}
+        layers = [network.network.get_submodule(name) for name in block.layers]
         learned = [weight.logits for weight in weights.values()]
         optimizer = torch.optim.Adam(learned, self.learning_rate)
         order: list[int] = []
-        with _weights_as_given(layers.values()), _dropped(module, self.drop, generator), torch.enable_grad():
+        with _weights_as_given(layers), _dropped(module, self.drop, generator), torch.enable_grad():
             for iteration in range(self.iterations):
                 order = order or torch.randperm(len(samples), generator=generator).tolist()
                 sample = samples[order.pop()]
                 soft = {f"{name}.weight"[start:]: weight.soft() for name, weight in weights.items()}
                 given = sample.mixed(self.drop, generator)
                 output = torch.func.functional_call(module, soft, given.args, given.kwargs)
-                loss = _difference(outputs_in(output), sample.wanted, isinstance(module, nn.Linear))
+                loss = _difference(outputs_in(output), sample.wanted, layers[-1])
                 progress = (iteration / self.iterations - _WARM_UP) / (1 - _WARM_UP)
                 if progress >= 0:
                     first, last = _EXPONENTS
@@ -188,6 +189,11 @@ class LearnedRounding(Rung):
                 for parameter, gradient in zip(learned, torch.autograd.grad(loss, learned), strict=True):
                     parameter.grad = gradient
                 optimizer.step()
+        if not all(bool(logits.isfinite().all()) for logits in learned):
+            raise CalibrationError(
+                f"rounding: {block.name or 'the network'} has no finite gradient on the calibration samples: expected "
+                "finite values in it. Leave this rung out, or look for what divides by zero there."
+            )
 
 
 @dataclass
@@ -223,17 +229,26 @@ def _chosen(rounded: Tensor, exact: Tensor, drop: float, generator: torch.Genera
     is_exact = torch.empty_like(rounded, device="cpu")
     in_memory = is_exact.as_strided((rounded.numel(),), (1,))  # as dense as `empty_like` makes it
     in_memory.copy_(drawn.view(torch.uint8)[: rounded.numel()] < round(drop * 256))
-    # `where` takes three times as long, forward and backward
-    return torch.lerp(rounded, exact, is_exact.to(rounded.device))
+    is_exact = is_exact.to(rounded.device)
+    if not bool((rounded.detach().sum() + exact.detach().sum()).isfinite()):  # a mask of -inf: its blend would be NaN
+        return torch.where(is_exact.bool(), exact, rounded)
+    return torch.lerp(rounded, exact, is_exact)  # `where` takes three times as long, forward and backward
 
 
-def _difference(outputs: Sequence[Tensor], wanted: Sequence[Tensor], is_linear: bool) -> Tensor:
-    """Return the squared difference, summed over channels and averaged over everything else, as in the papers."""
+def _difference(outputs: Sequence[Tensor], wanted: Sequence[Tensor], last: nn.Module) -> Tensor:
+    """Return the squared difference, summed over channels and averaged over everything else, as in the papers.
+
+    Args:
+        outputs: of a block.
+        wanted: the same in float; what is infinite there, as scores behind a mask are, does not count.
+        last: the layer that is called last, which says where the channels are.
+    """
     total = outputs[0].new_zeros(())
     for output, target in zip(outputs, wanted, strict=True):
-        square = (output - target).square()
-        channels = square.shape[-1 if is_linear or square.dim() < 4 else 1] if square.dim() > 1 else 1
-        total = total + square.mean() * channels
+        finite = target.isfinite()
+        difference = output - target if bool(finite.all()) else torch.where(finite, output - target, 0)
+        channels = target.shape[min(channel_axis(last, target), target.dim() - 1)] if target.dim() else 1
+        total = total + difference.square().mean() * channels
     return total
 
 

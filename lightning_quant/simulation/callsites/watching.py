@@ -59,7 +59,7 @@ def is_watched(module: nn.Module) -> bool:
     return "watched" in vars(type(module))
 
 
-def class_before(module: nn.Module) -> type[nn.Module]:
+def class_before_watch(module: nn.Module) -> type[nn.Module]:
     """Return the class that a module had before :func:`watch`."""
     cls: Any = vars(type(module)).get("watched", type(module))
     return cls

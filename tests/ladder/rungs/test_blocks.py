@@ -84,7 +84,7 @@ def quantized(network: nn.Module, *more: Tensor) -> tuple[QuantizedNetwork, Netw
 
 def found(network: nn.Module, *more: Tensor, most: int = 6) -> list[tuple[str, int]]:
     made, call = quantized(network, *more)
-    blocks = find_blocks(made.network, learnable_layers(made), call, most)
+    blocks = find_blocks(made.network, learnable_layers(made), [call], most)
     return [(block.name, len(block.layers)) for block in blocks]
 
 

@@ -11,15 +11,20 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_quant.errors import ConfigurationError
+from lightning_quant.errors import CalibrationError, ConfigurationError
 from lightning_quant.ladder.registry import parse_rungs
 from lightning_quant.ladder.rung import RungContext
+from lightning_quant.ladder.rungs.blocks import learnable_layers
 from lightning_quant.ladder.rungs.rounding import LearnedRounding, _dropped
 from lightning_quant.ladder.rungs.soft_weight import SoftWeight
+from lightning_quant.recipe import QuantRecipe
+from lightning_quant.simulation.build import quantize
+from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.calibration_cache import StatisticsCache
+from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
-from tests.callbacks.rung_cases import halfway
+from tests.callbacks.rung_cases import halfway, images
 from tests.helpers.small import assert_same_tensors
 from tests.ladder.rungs.contexts import context_of
 
@@ -178,6 +183,119 @@ def test_layers_that_share_a_weight_or_have_none_are_left(tmp_path: Path) -> Non
     assert torch.equal(network.network.a.weight, before)
     bare, context = context_of(network=nn.Sequential(nn.ReLU(), nn.Flatten()), precision="w4a8")
     assert LearnedRounding().skip_reason(bare, context) == "no convolution or linear layer has rounded weights"
+
+
+class Masked(nn.Module):
+    """Attention with a mask of -inf, which is an argument of the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = MaskedBlock()
+        self.head = nn.Sequential(nn.Linear(192, 32), nn.ReLU(), *[nn.Linear(32, 32) for _ in range(4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(2)
+        mask = torch.full((3, 3), -torch.inf).triu(1)
+        return self.head(self.block(x, mask).flatten(1))
+
+
+class MaskedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        scores = self.q(x) @ self.k(x).transpose(1, 2) / 8 + mask
+        return torch.softmax(scores, -1) @ self.v(x)
+
+
+class Scores(nn.Module):
+    """Returns scores of which some are -inf."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(192, 32), nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.second(torch.relu(self.first(x.flatten(1))))
+        return scores.masked_fill(torch.tensor([False, True, False, False]), -torch.inf)
+
+
+class Unbounded(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(Scores(), nn.Softmax(-1), *[nn.Linear(4, 4) for _ in range(5)])
+
+
+@pytest.mark.parametrize("kind", [Masked, Unbounded])
+def test_what_is_infinite_does_not_decide(kind: Any) -> None:
+    torch.manual_seed(0)
+    network, context = context_of(network=kind(), precision="w4a8")
+    before = context.measure()
+    said = apply(network, context, iterations=150)
+    assert int(said.split()[-2]) > 1  # what is infinite goes into a block, or comes out
+    assert context.measure() > before + 0.5
+
+
+class Steep(nn.Module):
+    """Its gradient is NaN, as that of a division by zero that is masked out behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(192, 32), nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x.flatten(1)))
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient * torch.nan)
+        return self.head(x)
+
+
+def test_without_a_finite_gradient_it_fails() -> None:
+    network, context = context_of(network=Steep(), precision="w4a8")
+    with pytest.raises(CalibrationError, match="rounding: the network has no finite gradient"):
+        apply(network, context, iterations=5)
+
+
+class Halves(nn.Module):
+    """Two calls of a step, each of a part of the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Sequential(nn.Linear(64, 32), nn.ReLU()), nn.Linear(32, 4)
+
+    def forward(self, images: torch.Tensor | None = None, code: torch.Tensor | None = None) -> torch.Tensor:
+        return self.decoder(code) if images is None else self.encoder(images.flatten(1)[:, :64])
+
+
+def test_parts_that_only_some_calls_come_to() -> None:
+    torch.manual_seed(0)
+    made = Halves().eval()
+    calls = []
+    for batch in images().split(32):
+        calls += [NetworkInputs((batch,), last=False), NetworkInputs((), {"code": made(batch).detach()})]
+    recipe = QuantRecipe(precision="w4a8", calibration_samples=128)
+    network = quantize(made, calls[0].first(1), recipe, [calls[1].first(1)]).eval()
+    calibrate(network, calls)
+    before = weights(network)
+    context = RungContext(made, calls[0], lambda: iter(calls), lambda: 0.0, None, lambda _: 0.0)
+    assert apply(network, context, iterations=60).endswith("in 2 blocks")
+    assert all(not torch.equal(value, before[name]) for name, value in weights(network).items())
+
+
+def test_a_weight_that_an_embedding_has_as_well_is_left() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.inner, self.scores = nn.Embedding(10, 16), nn.Linear(16, 16), nn.Linear(16, 10, bias=False)
+            self.scores.weight = self.words.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.scores(torch.relu(self.inner(self.words(ids))))
+
+    ids = torch.arange(10).repeat(2, 1)
+    network = quantize(Words().eval(), NetworkInputs((ids[:1],)), QuantRecipe(precision="w4a8", calibration_samples=2))
+    calibrate(network.eval(), [NetworkInputs((ids,))])
+    assert list(learnable_layers(network)) == ["inner"]
 
 
 def test_fewer_samples_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
