@@ -19,6 +19,8 @@ import lightning_quant as lq
 from benchmarks.zoo import emulator, floats
 from benchmarks.zoo.catalogue import catalogue
 from benchmarks.zoo.record import Record
+from lightning_quant.deploy.blame.result import Blame
+from lightning_quant.simulation.inputs import NetworkInputs
 
 SAMPLES, BATCH = 8, 2
 
@@ -122,7 +124,7 @@ def measure(record: Record, folder: Path) -> None:
     if record.passed("save"):
         with record.stage("load"):
             _load_again(module, folder / "last.ckpt", example)
-    _export(module, precision, folder, record)
+    _export(module, precision, folder, record, example)
 
 
 def _train_a_step(module: ZooModule, precision: str, folder: Path, record: Record) -> None:
@@ -144,7 +146,7 @@ def _load_again(module: ZooModule, path: Path, example: tuple[Tensor, ...]) -> N
         raise RuntimeError(f"loaded, it computes something else: outputs differ by up to {max(differing):.2e}")
 
 
-def _export(module: ZooModule, precision: str, folder: Path, record: Record) -> None:
+def _export(module: ZooModule, precision: str, folder: Path, record: Record, example: tuple[Tensor, ...]) -> None:
     target = "htp_emulator" if emulator.available() else None
     export = lq.DeviceExport(
         folder / "export", target=target, device=emulator.DEVICE, samples=2, name=precision,
@@ -168,7 +170,11 @@ def _export(module: ZooModule, precision: str, folder: Path, record: Record) -> 
         parity = export.bundle.manifest.to_dict()["parity"]
         left = floats.left_in_float(export.bundle.qdq)
         record.values |= {"parity": parity, "left_in_float": len(left), "left_in_float_names": left[:8]}
-    if target is None or not record.passed("export"):
+    if not record.passed("export"):
+        return
+    with record.stage("blame"):
+        record.values["blame"] = _layer_by_layer(lq.blame(module, NetworkInputs(example), export.bundle, count=1))
+    if target is None:
         return
     with record.stage("emulator"):
         if failed is not None:
@@ -179,6 +185,20 @@ def _export(module: ZooModule, precision: str, folder: Path, record: Record) -> 
         values = report.to_dict()
         record.values |= {"emulated": values["against_simulation"], "against_float": values.get("against_float")}
         record.values["seconds"]["emulator"] = emulating
+
+
+def _layer_by_layer(found: Blame) -> dict[str, Any]:
+    """Return which tensors of the file are computed otherwise than in the simulation, from the simulation's inputs."""
+    largest = max((layer.own.differing for layer in found.layers), default=0.0)
+    return {
+        "tensors": len(found.layers),
+        "otherwise": len(found.guilty),
+        "otherwise_names": [layer.layer for layer in found.guilty][:8],
+        "reasons": [str(reason) for layer in found.guilty for reason in layer.reasons][:8],
+        "largest_share": largest,
+        "observed_runs": found.observed_runs,
+        "unmatched": len(found.unmatched),
+    }
 
 
 def _findings(module: ZooModule) -> list[str]:

@@ -13,6 +13,7 @@ from lightning_quant.simulation import aimet, calibration_cache
 from lightning_quant.simulation.calibration_cache import DataHash, Statistics, StatisticsCache
 from lightning_quant.simulation.callsites.attributes import IN_TRACES_ONLY
 from lightning_quant.simulation.callsites.passes import noting
+from lightning_quant.simulation.callsites.traces import run_in_trace
 from lightning_quant.simulation.fixed_ranges import set_fixed_ranges
 from lightning_quant.simulation.inputs import NetworkInputs, counted, take_samples
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -109,7 +110,7 @@ def _observe(network: QuantizedNetwork, batches: Iterable[NetworkInputs], digest
         batch.call(network.network)
         if index == 0 and any(IN_TRACES_ONLY in vars(module) for module in network.network.modules()):
             # code for exporters alone, which wants its ranges too
-            torch.jit.trace(network.sim.model, tuple(batch.first(1).tensors), check_trace=False, strict=False)
+            run_in_trace(network.sim.model, tuple(batch.first(1).tensors))
         seen += new
         index += batch.last
     if seen == 0:

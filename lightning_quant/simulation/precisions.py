@@ -44,8 +44,8 @@ def matching(network: QuantizedNetwork, overrides: Mapping[str, Precision]) -> d
 
 def layer_precision(network: QuantizedNetwork, layer: str) -> Precision:
     """Return the precision a layer was asked to have: its own, or that of the whole network."""
-    own = {**matching(network, network.recipe.overrides), **network.promoted}
-    return own.get(layer, network.recipe.precision)
+    overrides = [one for glob, one in network.recipe.overrides.items() if fnmatch.fnmatchcase(layer, glob)]
+    return network.promoted.get(layer) or [network.recipe.precision, *overrides][-1]
 
 
 def set_precisions(network: QuantizedNetwork, precisions: Mapping[str, Precision]) -> None:

@@ -98,6 +98,7 @@ def prepare_in_place(
             )
         batch_norms, findings = _fold_batch_norms(network, twin, calls)
         instrument(network, calls)
+        batch_norms = _by_call_sites(network, batch_norms)
         for call, expected in zip(calls, outputs, strict=True):
             with state_kept(network):
                 difference = relative_difference(expected, _drawing_the_same(call, network))
@@ -130,7 +131,7 @@ def _fold_batch_norms(
     if not any(isinstance(module, _BatchNorm) for module in twin.modules()):
         return {}, []
     instrument(twin, calls)
-    owners = _owners(twin)
+    owners = owners_of_weights(twin)
     norms = {module: name for name, module in twin.named_modules() if isinstance(module, _BatchNorm)}
     layers = {module: name for name, module in twin.named_modules()}
     before = {name: copy.deepcopy(module) for module, name in layers.items() if hasattr(module, "weight")}
@@ -170,22 +171,49 @@ def _fold_batch_norms(
     return found, []
 
 
-def _owners(twin: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Return the modules whose own weights a call site is passed unchanged, by the layer there.
+def owners_of_weights(network: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Return the modules whose own weights one call site is passed unchanged, by the layer there.
 
-    Nothing can be folded into weights that are computed again in each pass, and a batch norm that is called as a
-    function belongs to a module that does more; such a layer is made one that AIMET does not know.
+    AIMET changes weights layer by layer, which nothing would come of where they are computed again in each pass, and
+    too much where other calls use them too; a batch norm that is called as a function belongs to a module that does
+    more. Such layers are made some that AIMET does not know.
+
+    Args:
+        network: with call sites, not simulated yet; the classes of layers are changed.
     """
-    owning = {module._parameters["weight"]: module for module in twin.modules() if "weight" in module._parameters}
+    owning: dict[Tensor | None, nn.Module] = {
+        module._parameters["weight"]: module for module in network.modules() if "weight" in module._parameters
+    }
+    sites = _by_weight(network)
     found = {}
-    for layer in list(twin.modules()):
-        if "_takes_weights" not in vars(layer):
-            continue
-        owner = owning.get(vars(layer).get("_weight_of"))
-        if owner is not None and not isinstance(layer, _BatchNorm):
-            found[layer] = owner
-        else:
-            layer.__class__ = type("Computed", (type(layer),), {})
+    for weight, layers in sites.items():
+        for layer in layers.values():
+            if weight in owning and len(layers) == 1 and not isinstance(layer, _BatchNorm):
+                found[layer] = owning[weight]
+            else:
+                layer.__class__ = type("Computed", (type(layer),), {})
+    return found
+
+
+def _by_weight(network: nn.Module) -> dict[Tensor, dict[str, nn.Module]]:
+    """Return the layers at call sites by the weight that they were passed, and by their names."""
+    found: dict[Tensor, dict[str, nn.Module]] = {}
+    for name, layer in network.named_modules():
+        if "_takes_weights" in vars(layer):
+            found.setdefault(vars(layer)["_weight_of"], {})[name] = layer
+    return found
+
+
+def _by_call_sites(network: nn.Module, batch_norms: dict[str, _BatchNorm]) -> dict[str, _BatchNorm]:
+    """Return batch norms by the layers that compute with the weights that they were folded into.
+
+    That is the layer at a call site where the module that owns the weights calls a function itself.
+    """
+    sites = _by_weight(network)
+    found = {}
+    for owner, norm in batch_norms.items():
+        weight: Any = network.get_submodule(owner).weight
+        found[next(iter(sites.get(weight, [owner])))] = norm
     return found
 
 

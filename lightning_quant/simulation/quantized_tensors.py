@@ -10,9 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_quant.simulation.aimet import QuantizedLayer, Quantizer
+from lightning_quant.simulation.callsites.attributes import WEIGHT
 from lightning_quant.simulation.inputs import NetworkInputs, take_samples
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
@@ -96,6 +97,32 @@ def quantizers_of(layer: QuantizedLayer) -> list[tuple[str, Quantizer | None]]:
         alone = len(quantizers) == 1
         parameters += [(what if alone else f"{what} {index}", one) for index, one in enumerate(quantizers)]
     return parameters
+
+
+def weight_parameters(network: QuantizedNetwork) -> dict[str, str]:
+    """Return the names of the parameters that are rounded as weights, by the layer that computes with them.
+
+    Where the network's own code passes a parameter to a function, that is the layer at the call site, and a parameter
+    of another module. Weights that are computed in each pass are not among them.
+    """
+    known = dict(network.network.named_parameters(remove_duplicate=False))
+    found = {
+        name: vars(layer).get(WEIGHT, f"{name}.weight")
+        for name, layer in quantized_layers(network).items()
+        if "weight" in layer.param_quantizers and layer.param_quantizers["weight"] is not None
+    }
+    return {name: parameter for name, parameter in found.items() if parameter in known}
+
+
+def rounded_weights(network: QuantizedNetwork) -> dict[str, tuple[nn.Parameter, Quantizer]]:
+    """Return the parameters that are rounded as weights, by their names, each once, with what rounds them."""
+    layers = quantized_layers(network)
+    found: dict[nn.Parameter, tuple[str, Quantizer]] = {}
+    for name, parameter in weight_parameters(network).items():
+        quantizer = layers[name].param_quantizers["weight"]
+        if quantizer is not None and quantizer.is_initialized():
+            found.setdefault(network.network.get_parameter(parameter), (parameter, quantizer))
+    return {name: (weight, quantizer) for weight, (name, quantizer) in found.items()}
 
 
 def _see(watched: _Watched, quantizer: Any, args: tuple[Tensor], output: Tensor) -> None:

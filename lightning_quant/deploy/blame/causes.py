@@ -49,15 +49,18 @@ def of_grid(graph: QdqGraph, cut: Cut, quantizer: Quantizer) -> Iterator[Reason]
 
 
 class Parameters:
-    """Weights and biases as the simulation computes with them, by their names in the file.
+    """Weights and biases as the simulation computes with them, and where a file holds them.
 
     Args:
         network: the quantized network, in eval mode.
+        graph: the file.
     """
 
-    def __init__(self, network: QuantizedNetwork) -> None:
+    def __init__(self, network: QuantizedNetwork, graph: QdqGraph) -> None:
         from lightning_quant.simulation.fast.biases import rounded_bias  # imports AIMET
 
+        self._graph = graph
+        self._written = {_name(node) for node in graph.model.graph.node if of_integers(node)}
         self._values: dict[str, np.ndarray] = {}
         self._steps: dict[str, np.ndarray] = {}
         self._of_layer: dict[str, list[str]] = {}
@@ -80,31 +83,40 @@ class Parameters:
                     self._steps[name] = step.detach().as_subclass(torch.Tensor).double().numpy()
                     self._of_layer.setdefault(layer, []).append(name)
 
-    def differences(self, graph: QdqGraph, piece: Sequence[onnx.NodeProto], layers: Sequence[str]) -> Iterator[Reason]:
+    def differences(self, piece: Sequence[onnx.NodeProto], layers: Sequence[str]) -> Iterator[Reason]:
         """Yield the parameters of a piece that have other values in the file.
 
         Args:
-            graph: the file.
             piece: nodes of one piece.
             layers: the layers in it.
         """
+        mine = [name for layer in layers for name in self._of_layer.get(layer, ())]
         used: set[str] = set()
         for node in piece:
-            name = _COPY.sub("", node.input[0].removesuffix("_q")) if node.input else ""
-            if of_integers(node) and name in self._values and graph.known(node.input[0]) is not None:
+            integers = self._graph.known(node.input[0]) if of_integers(node) else None
+            name = None if integers is None else self._held(_name(node), integers.shape, mine)
+            if integers is not None and name is not None:
                 used.add(name)
-                yield from self._compared(graph, node, name)
-        for layer in layers:
-            for name in self._of_layer.get(layer, ()):
-                missing = name.endswith(".bias") and name not in used and name not in graph.constants
-                weight_used = f"{name.removesuffix('bias')}weight" in used
-                if missing and weight_used and np.abs(self._values[name]).max(initial=0.0) > 0:
-                    yield Reason(Cause.BIAS_MISSING, name.partition(".")[2])
+                yield from self._compared(integers, node, name)
+        for name in mine:
+            missing = name.endswith(".bias") and name not in used and name not in self._graph.constants
+            weight_used = f"{name.removesuffix('bias')}weight" in used
+            if missing and weight_used and np.abs(self._values[name]).max(initial=0.0) > 0:
+                yield Reason(Cause.BIAS_MISSING, name.partition(".")[2])
 
-    def _compared(self, graph: QdqGraph, node: onnx.NodeProto, name: str) -> Iterator[Reason]:
-        integers = graph.known(node.input[0])
-        scale, zero_point = grid_of(graph, node)
-        assert integers is not None
+    def _held(self, name: str, shape: tuple[int, ...], mine: Sequence[str]) -> str | None:
+        """Return which parameter a constant holds, ``None`` for none: the one of its name, where it is of this piece.
+
+        Of parameters with equal values the exporter writes the first only: there it is one that the file does not name.
+        """
+        if name in mine or name not in self._values:
+            return name if name in mine else None
+        kind = name.rpartition(".")[2]
+        unnamed = (one for one in mine if one not in self._written and one.rpartition(".")[2] == kind)
+        return next((one for one in unnamed if self._values[one].shape == shape), name)
+
+    def _compared(self, integers: np.ndarray, node: onnx.NodeProto, name: str) -> Iterator[Reason]:
+        scale, zero_point = grid_of(self._graph, node)
         expected = self._values[name]
         axis = axis_of(node) % max(integers.ndim, 1)
         along = [-1 if place == axis else 1 for place in range(integers.ndim)]
@@ -137,6 +149,11 @@ class Parameters:
         permuted = sorted(map(bytes, rows)) == sorted(map(bytes, wanted))
         cause = Cause.WEIGHTS_PERMUTED if permuted else Cause.WEIGHTS
         yield Reason(cause, parameter, share=float(other.mean()), channels=channels)
+
+
+def _name(node: onnx.NodeProto) -> str:
+    """Return the name of the constant that a DequantizeLinear reads, as it was before its copies were numbered."""
+    return _COPY.sub("", node.input[0].removesuffix("_q"))
 
 
 def _integers(steps: np.ndarray) -> np.ndarray:

@@ -120,7 +120,7 @@ class _Comparison:
 
     def result(self) -> Blame:
         cuts = [one.cut for one in self.tensors if one.cut is not None]
-        parameters = Parameters(self.network)
+        parameters = Parameters(self.network, self.graph)
         layers = tuple(self._layer(one, cuts, parameters) for one in self.tensors)
         output = parity.compare(self.outputs)
         return Blame(layers, output, len(self.outputs), self.observed_runs, tuple(self.unmatched))
@@ -129,7 +129,7 @@ class _Comparison:
         piece = piece_of(self.graph, one.name, cuts)
         layer, modules = modules_in(self.graph, one.name, cuts, self.layers)
         reasons = [] if one.cut is None else [*of_grid(self.graph, one.cut, one.quantizer)]
-        reasons += parameters.differences(self.graph, piece, modules)
+        reasons += parameters.differences(piece, modules)
         by_itself = one.by_itself.result()
         helps = Remedy(Change.EXPORT)
         if by_itself.unexplained and not reasons:

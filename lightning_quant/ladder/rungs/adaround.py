@@ -42,6 +42,16 @@ class AdaptiveRounding(Rung):
         self.samples = samples
 
     @override
+    def skip_reason(self, network: QuantizedNetwork, context: RungContext) -> str | None:
+        at_sites = [name for name, layer in quantized_layers(network).items() if "_takes_weights" in vars(layer)]
+        if not at_sites:
+            return None
+        return (
+            "AIMET's AdaRound learns the weights of layers, not those that the network's code passes to a function "
+            f"({', '.join(at_sites[:3])}{', …' if len(at_sites) > 3 else ''}); take 'rounding'"
+        )
+
+    @override
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
         batches = TensorBatches(context.samples(), self.samples)
         device = next(iter(batches))[0].device

@@ -18,6 +18,7 @@ from lightning_quant.simulation.callsites.watching import class_before_watch
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
+from lightning_quant.simulation.quantized_tensors import weight_parameters
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -37,35 +38,32 @@ class Block:
     numbers: int
 
 
-def learnable_layers(network: QuantizedNetwork) -> dict[str, Any]:
-    """Return the layers with a rounded weight of their own.
+def learnable_layers(network: QuantizedNetwork) -> dict[str, str]:
+    """Return the names of the layers whose rounded weight is a parameter that nothing else uses, and of these.
 
-    Not those that share one, be it with an embedding, nor what computes a function that the network's code gives the
-    weight in each call.
+    Where the network's own code calls a function, that is the layer at the call site, and a parameter of the module
+    which calls it. Not those that share a weight, be it with an embedding, nor weights that are computed.
     """
-    layers: dict[str, Any] = {
-        name: layer
-        for name, layer in quantized_layers(network).items()
-        if isinstance(layer, _LAYERS)
-        and isinstance(layer.weight, nn.Parameter)
-        and layer.param_quantizers["weight"] is not None
-    }
-    users = Counter(id(one) for module in network.network.modules() for one in module._parameters.values())
-    return {name: layer for name, layer in layers.items() if users[id(layer.weight)] == 1}
+    layers = quantized_layers(network)
+    found = {name: one for name, one in weight_parameters(network).items() if isinstance(layers[name], _LAYERS)}
+    owned = Counter(id(one) for module in network.network.modules() for one in module._parameters.values())
+    users = Counter(id(network.network.get_parameter(parameter)) for parameter in found.values())
+    once = {one for one, count in users.items() if count == owned[one] == 1}
+    return {name: one for name, one in found.items() if id(network.network.get_parameter(one)) in once}
 
 
 def find_blocks(
-    network: nn.Module, layers: Iterable[str], calls: Sequence[NetworkInputs], most: int
+    network: nn.Module, layers: Mapping[str, str], calls: Sequence[NetworkInputs], most: int
 ) -> dict[Block, list[NetworkInputs]]:
     """Return the blocks of a network, in the order in which they are called, with the calls that come to all of each.
 
-    A block is the outermost module, no plain sequence or list, with at most ``most`` of the layers, which computes the
-    same when it is called alone; a layer that is in none is a block of its own. Layers that are called several times in
-    a pass are in none.
+    A block is the outermost module, no plain sequence or list, with at most ``most`` of the layers and with their
+    weights, which computes the same when it is called alone; a layer that is in none is a block of its own. Layers that
+    are called several times in a pass are in none.
 
     Args:
         network: in eval mode.
-        layers: names of the layers that count.
+        layers: names of the layers that count, and of their weights.
         calls: what the network is called with; some may come to other layers than others.
         most: 1 makes each layer a block.
     """
@@ -77,7 +75,8 @@ def find_blocks(
     left = set(layers)
     found = {}
     for call, seen in zip(calls, passes, strict=True):
-        blocks = _blocks(network, modules, {name for name in left if seen.count[name] == 1}, call, seen, most)
+        once = {name: layers[name] for name in left if seen.count[name] == 1}
+        blocks = _blocks(network, modules, once, call, seen, most)
         left.difference_update(*(block.layers for block in blocks))
         for block in blocks:
             parts = (block.name, *block.layers)
@@ -88,14 +87,20 @@ def find_blocks(
 
 
 def _blocks(
-    network: nn.Module, modules: Mapping[str, nn.Module], once: set[str], call: NetworkInputs, seen: _Pass, most: int
+    network: nn.Module,
+    modules: Mapping[str, nn.Module],
+    once: Mapping[str, str],
+    call: NetworkInputs,
+    seen: _Pass,
+    most: int,
 ) -> list[Block]:
     """Return the blocks of the layers that are called once in a pass."""
     left = set(once)
     found = []
     for name, module in modules.items() if once else ():  # outer ones before those in them
-        inside = tuple(layer for layer in once if layer == name or layer.startswith(f"{name}." if name else ""))
-        if not inside or not left.issuperset(inside):
+        start = f"{name}." if name else ""
+        inside = tuple(layer for layer in once if layer == name or layer.startswith(start))
+        if not inside or not left.issuperset(inside) or not all(once[layer].startswith(start) for layer in inside):
             continue
         if name in once or (
             len(inside) <= most

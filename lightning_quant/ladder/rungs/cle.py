@@ -12,8 +12,9 @@ from typing_extensions import override
 from lightning_quant.errors import LightningQuantError
 from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.simulation import aimet
+from lightning_quant.simulation.callsites.aimet_views import weights_attached
 from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork
-from lightning_quant.simulation.prepare import TOLERANCE, PreparedNetwork, relative_difference
+from lightning_quant.simulation.prepare import TOLERANCE, PreparedNetwork, owners_of_weights, relative_difference
 
 
 class CrossLayerEqualization(Rung):
@@ -44,8 +45,10 @@ def equalize(prepared: PreparedNetwork) -> tuple[nn.Module, int]:
     """
     equalized = copy.deepcopy(prepared.network)
     with torch.no_grad(), aimet.quiet(), aimet.failing_as("cross-layer equalization"):
+        owners_of_weights(equalized)  # the others are hidden from AIMET
         flat = FlatNetwork(equalized, prepared.inputs).eval()
-        groups = aimet.CrossLayerScaling.scale_model(flat, dummy_input=tuple(prepared.inputs.tensors))
+        with weights_attached(equalized):
+            groups = aimet.CrossLayerScaling.scale_model(flat, dummy_input=tuple(prepared.inputs.tensors))
         difference = relative_difference(prepared.output, prepared.inputs.call(equalized))
     if difference > TOLERANCE:
         raise LightningQuantError(f"equalizing changed what the float network computes by {difference:.1e}")

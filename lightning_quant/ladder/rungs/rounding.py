@@ -114,11 +114,11 @@ class LearnedRounding(Rung):
         turned = total = 0
         is_first = True
         for index, (block, own_calls) in enumerate(blocks.items()):
-            weights = {name: SoftWeight(layers[name]) for name in block.layers}
+            weights = {name: SoftWeight(network.network.get_submodule(name)) for name in block.layers}
             if learned is None or not learned.recall(index, weights):
                 start = time.perf_counter()
                 samples = self._samples(network, float_network, block, list(pieces(own_calls, self._batch(block))))
-                self._learn(network, block, weights, samples, torch.Generator().manual_seed(index))
+                self._learn(network, block, layers, weights, samples, torch.Generator().manual_seed(index))
                 if learned is not None:
                     learned.keep(index, weights)
                 if is_first:
@@ -127,7 +127,7 @@ class LearnedRounding(Rung):
             for name, weight in weights.items():
                 turned += weight.turned()
                 total += weight.logits.numel()
-                layers[name].weight.copy_(weight.hard())
+                network.network.get_parameter(layers[name]).copy_(weight.hard())
         context.calibrate(network, weights=False)
         return f"turned {turned / max(total, 1):.1%} of the roundings in {len(blocks)} blocks"
 
@@ -163,6 +163,7 @@ class LearnedRounding(Rung):
         self,
         network: QuantizedNetwork,
         block: Block,
+        parameters: Mapping[str, str],
         weights: Mapping[str, SoftWeight],
         samples: Sequence[_Sample],
         generator: torch.Generator,
@@ -177,7 +178,7 @@ class LearnedRounding(Rung):
             for iteration in range(self.iterations):
                 order = order or torch.randperm(len(samples), generator=generator).tolist()
                 sample = samples[order.pop()]
-                soft = {f"{name}.weight"[start:]: weight.soft() for name, weight in weights.items()}
+                soft = {parameters[name][start:]: weight.soft() for name, weight in weights.items()}
                 given = sample.mixed(self.drop, generator)
                 output = torch.func.functional_call(module, soft, given.args, given.kwargs)
                 loss = _difference(outputs_in(output), sample.wanted, layers[-1])

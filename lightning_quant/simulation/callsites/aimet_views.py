@@ -11,6 +11,8 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
+from lightning_quant.simulation.callsites.traces import run_in_trace
+
 
 @contextmanager
 def converted_in_place() -> Iterator[None]:
@@ -96,7 +98,7 @@ def shapes_from_traces() -> Iterator[None]:
 
         handles = [module.register_forward_hook(note) for module in model.modules() if module not in found]
         try:
-            torch.jit.trace(model, model_input, check_trace=False, strict=False)
+            run_in_trace(model, model_input)
         finally:
             for handle in handles:
                 handle.remove()

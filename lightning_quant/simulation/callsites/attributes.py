@@ -17,6 +17,8 @@ FOLDED = "_folded_away"
 IN_TRACES_ONLY = "_in_traces_only"
 # The module at a call site: the id of the module in whose code the operation is called.
 OWNER = "_owner"
+# The module at a call site: the name, in the network, of the parameter that it is passed as its weight; "" for others.
+WEIGHT = "_weight_parameter"
 # The names of the sites that a list of modules holds itself, and where those are while the list is read.
 LIST_SITES, HIDDEN_SITES = "_sites_of_a_list", "_hidden_sites"
 # The outermost module: which buffers a pass may write rounded values into, as modules and the names there.

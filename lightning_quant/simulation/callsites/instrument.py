@@ -11,12 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.callsites.attributes import CONTAINERS, FOLDED, IN_TRACES_ONLY, LIST_SITES, OWNER
+from lightning_quant.simulation.callsites.attributes import (
+    CONTAINERS,
+    FOLDED,
+    IN_TRACES_ONLY,
+    LIST_SITES,
+    OWNER,
+    WEIGHT,
+)
 from lightning_quant.simulation.callsites.checkpointing import follow_checkpoints
 from lightning_quant.simulation.callsites.functions import AUGMENTED, tensors_among
 from lightning_quant.simulation.callsites.passes import observed_by, paused
 from lightning_quant.simulation.callsites.recording import Found, Recorder
 from lightning_quant.simulation.callsites.sites import DecomposedSite, Site, add_site
+from lightning_quant.simulation.callsites.traces import run_in_trace
 from lightning_quant.simulation.callsites.watching import watch
 from lightning_quant.simulation.inplace import state_kept
 from lightning_quant.simulation.inputs import NetworkInputs
@@ -84,7 +92,7 @@ def instrument(root: nn.Module, calls: Sequence[NetworkInputs]) -> None:
         for call in calls:
             _recorded(root, call, recorder)
         _traced(root, calls[0], recorder)
-    _install(recorder.pending.values())
+    _install(root, recorder.pending.values())
 
 
 def _layers_with_reused_inputs(
@@ -125,7 +133,7 @@ def _traced(root: nn.Module, call: NetworkInputs, recorder: Recorder) -> None:
     before = dict(recorder.pending)
     try:
         with aimet.quiet(), observed_by(recorder):
-            torch.jit.trace(Recorded(root, call), tuple(call.tensors), check_trace=False, strict=False)
+            run_in_trace(Recorded(root, call), tuple(call.tensors))
     except Exception:
         recorder.pending = before
 
@@ -206,7 +214,8 @@ def _hooked(modules: Iterable[nn.Module], before: Callable[..., None], after: Ca
             handle.remove()
 
 
-def _install(found: Iterable[Found]) -> None:
+def _install(root: nn.Module, found: Iterable[Found]) -> None:
+    parameters: dict[Tensor, str] = {parameter: name for name, parameter in root.named_parameters()}
     for one in found:
         if one.child is None:
             add_site(one.module, one.at, DecomposedSite(one.name, one.at))
@@ -215,6 +224,7 @@ def _install(found: Iterable[Found]) -> None:
         one.child.eval()
         own = vars(one.child)
         own["_weight_of"] = one.weight  # until the simulation is built
+        own[WEIGHT] = "" if one.weight is None else parameters.get(one.weight, "")
         if one.traced:
             own[IN_TRACES_ONLY] = True
         own[OWNER] = id(one.module)

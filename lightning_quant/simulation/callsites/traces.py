@@ -33,6 +33,34 @@ def untraced() -> Iterator[None]:
         tracer._set_tracing_state(state)
 
 
+# ---- a pass as exporters run it --------------------------------------------------------------------------------------
+def run_in_trace(network: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> None:
+    """Run a network once while PyTorch traces it; the trace itself is thrown away.
+
+    What is traced is a function: PyTorch makes a script module of every module of a traced network, which takes several
+    times as long as the pass.
+    """
+
+    def run(*tensors: Tensor) -> Any:
+        return network(*tensors)
+
+    with _as_constants(network):
+        torch.jit.trace(run, inputs, check_trace=False, strict=False)
+
+
+@contextmanager
+def _as_constants(network: nn.Module) -> Iterator[None]:
+    """Let a function's trace take the parameters as constants, which have no gradients."""
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 # ---- sizes and casts -------------------------------------------------------------------------------------------------
 _SHAPE: Any = Tensor.shape
 SIZES = frozenset((Tensor.size, _SHAPE.__get__, Tensor.numel, Tensor.nelement, Tensor.__len__, torch.numel))
