@@ -88,8 +88,8 @@ def write_callback_report(
     training = callback if isinstance(callback, QuantizationAwareTraining) else None
     with on_cpu_in_eval(network.network):
         figures = LayerFigures.of(network, calls, SAMPLES // 2)
-        if training is not None and training.drift is not None:
-            figures.drift, figures.drift_steps = training.drift.values, training.drift.steps
+        if training is not None:
+            training.notes.add_to(figures)
     comparisons = draw_comparisons(pl_module, network.float_network, network.network, calls)
     overlays = write_comparisons(folder / "overlays", comparisons)
     figures.write(folder)

@@ -23,12 +23,9 @@ from lightning_quant.callbacks.gradient_guard import GradientGuard
 from lightning_quant.callbacks.ladder_runner import LadderRunner, check_fit
 from lightning_quant.callbacks.logs import rank_zero_log
 from lightning_quant.callbacks.networks import find_network
-from lightning_quant.callbacks.quantization import (
-    QuantizationCallback,
-    end_fit,
-    measuring,
-    quantization_callbacks,
-)
+from lightning_quant.callbacks.oscillation import WeightOscillation
+from lightning_quant.callbacks.quantization import QuantizationCallback, end_fit, measuring
+from lightning_quant.callbacks.training_notes import Oscillations, TrainingNotes
 from lightning_quant.callbacks.validation import isolated_validation
 from lightning_quant.errors import ConfigurationError, TrainingError
 from lightning_quant.ladder.gate import Ladder
@@ -88,6 +85,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         train_ranges: learn the ranges too, all but those of the network's inputs. ``False`` keeps them as calibrated.
         distillation: weight of a second loss, the squared difference from the float network's output relative to
             its power, beside your own. 0: none.
+        oscillations: ``"note"`` records how many weights turn back and forth between two integers while they train;
+            ``"freeze"`` also freezes them at the integer that they are on average. Costs memory for each weight.
         statistics_cache: folder that keeps what calibration saw, so that other precisions with the same width of
             weights, network and data need no pass of their own; their ranges are exactly the same. Not used under DDP.
         compile: let ``torch.compile`` compile the quantized network for training and its validation; or ``backend``,
@@ -101,6 +100,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             improved on it. ``fit(ckpt_path=…)`` resumes from there.
         drift: how far the ranges moved in training, a :class:`~lightning_quant.callbacks.drift.RangeDrift`, noted every
             ``Trainer(log_every_n_steps=…)``; ``None`` before training, and where they do not learn.
+        oscillation: which share of the weights oscillates, noted likewise, with ``oscillations``: a
+            :class:`~lightning_quant.callbacks.oscillation.WeightOscillation`.
 
     Raises:
         ConfigurationError, PreflightError, CalibrationError: as there.
@@ -126,6 +127,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         rungs: Sequence[Rung | Spec] = ("ptq",),
         train_ranges: bool = True,
         distillation: float = 0.0,
+        oscillations: Oscillations | None = None,
         statistics_cache: str | None = None,
         compile: bool | Mapping[str, Any] = False,
     ) -> None:
@@ -144,6 +146,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             raise ConfigurationError(f"max_drop={max_drop!r}: expected a number in units of the metric, or None.")
         if not isinstance(distillation, int | float) or not 0 <= distillation < math.inf:
             raise ConfigurationError(f"distillation={distillation!r}: expected a weight of at least 0.")
+        if oscillations not in (None, "note", "freeze"):
+            raise ConfigurationError(f"oscillations={oscillations!r}: expected 'note', 'freeze' or None.")
         self.rungs = parse_rungs(list(rungs) if isinstance(rungs, tuple) else rungs)
         self.climbs = max_drop is not None or [rung.name for rung in self.rungs] != ["ptq"]
         if self.climbs and (not isinstance(monitor, str) or not monitor):
@@ -162,6 +166,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.compile = None if compile is False else check_options(compile)
         self._compiled = ExitStack()
         self._guard = GradientGuard(network, uncompile=self._compiled.close)
+        self.notes = TrainingNotes(network, train_ranges, oscillations)
         self._only_rungs = False
         self._runner: LadderRunner | None = None
         self._teacher: Distillation | None = None
@@ -179,12 +184,21 @@ class QuantizationAwareTraining(QuantizationCallback):
         """The checkpoint of the best network so far; empty before there is one."""
         return self.session.best_model_path
 
+    @property
+    def drift(self) -> RangeDrift | None:
+        """How far the ranges moved."""
+        return self.notes.drift
+
+    @property
+    def oscillation(self) -> WeightOscillation | None:
+        """Which share of the weights oscillates."""
+        return self.notes.oscillation
+
     def _begin(self, ladder: Ladder, float_network: nn.Module | None) -> None:
         """Forget what an earlier fit measured."""
         self.session = LadderSession(ladder)
         self._float = float_network
-        self.drift: RangeDrift | None = None
-        self._drift_before: dict[str, Any] | None = None
+        self.notes.forget()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -218,11 +232,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.drift = None
-        if self._drift_before is not None:
-            self.drift = RangeDrift(self.quantized_network(pl_module))
-            self.drift.load_state_dict(self._drift_before)
-            self._drift_before = None
+        self.notes.restore(self.quantized_network(pl_module))
 
     @override
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -252,8 +262,7 @@ class QuantizationAwareTraining(QuantizationCallback):
                 end_fit(trainer)
                 return
             self._runner.start_training()
-        if self.train_ranges and self.drift is None:
-            self.drift = RangeDrift(self.quantized_network(pl_module))
+        self.notes.start(trainer, self.quantized_network(pl_module))
         if self.distillation:
             assert self._float is not None
             scale = partial(loss_scale, trainer)
@@ -300,13 +309,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     ) -> None:
         if self._teacher is not None:
             self._teacher.check_used(self.network_name)
-        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if self.drift is not None and trainer.is_global_zero and every and step % every == 0:
-            scalars = self.drift.note(self.quantized_network(pl_module), step)
-            if len(quantization_callbacks(trainer)) > 1:
-                scalars = {f"{self.network_name}/{name}": value for name, value in scalars.items()}
-            for logger in trainer.loggers if scalars else ():
-                logger.log_metrics(scalars, step=step)
+        self.notes.end_batch(trainer, self.quantized_network(pl_module))
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -349,17 +352,17 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        drift = {} if self.drift is None else {"drift": self.drift.state_dict()}
+        notes = self.notes.state_dict()
         if not (self.climbs or self.distillation):
-            return drift
-        state = {**drift, **self.session.state_dict()}
+            return notes
+        state = {**notes, **self.session.state_dict()}
         if self._float is not None and (self.distillation or not self.session.climbed):
             state["float"] = self._float.state_dict()
         return state
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._drift_before = state_dict.get("drift")
+        self.notes.load_state_dict(state_dict)
         if "ladder" not in state_dict:
             return
         self.session.load_state_dict(state_dict)

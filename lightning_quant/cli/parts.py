@@ -22,7 +22,7 @@ from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.errors import LightningQuantError
 from lightning_quant.precision import Precision
 
-_QAT_ARGUMENTS = ("train_ranges", "distillation", "compile")
+_QAT_ARGUMENTS = ("train_ranges", "distillation", "oscillations", "compile")
 
 
 class Parts:

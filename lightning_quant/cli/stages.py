@@ -15,11 +15,11 @@ from lightning_quant.callbacks.calibration import calibration_inputs
 from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import calibration_loader
 from lightning_quant.callbacks.device_export import DeviceExport
-from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.measured_precision import hook_measuring
 from lightning_quant.callbacks.reporting import blame_layers
 from lightning_quant.callbacks.resume_point import ResumePoint
 from lightning_quant.callbacks.training import QuantizationAwareTraining
+from lightning_quant.callbacks.training_notes import TrainingNotes
 from lightning_quant.callbacks.visualizer import DrawsComparisons, class_figures, draw_comparisons, log_pictures
 from lightning_quant.cli.float_network import float_task, read_or_refuse
 from lightning_quant.cli.parts import Parts
@@ -55,7 +55,7 @@ class Stages:
         self.folder = parts.folder
         self.record = record
         self.resumes = resumes
-        self.drift: RangeDrift | None = None
+        self.notes: TrainingNotes | None = None
 
     def quantize(self) -> None:
         """Climb the ladder from the float network, and export the best one."""
@@ -148,7 +148,7 @@ class Stages:
             trainer.fit(task, datamodule=self.parts.data, ckpt_path=ckpt_path, weights_only=True)
         finally:
             self.record.ladder = callback.result
-        self.drift = callback.drift
+        self.notes = callback.notes
         result = callback.result
         self.record.metric |= {rung.rung: rung.metric for rung in result.rungs if rung.metric is not None}
         if result.best is not None:
@@ -197,8 +197,8 @@ class Stages:
             samples = self._samples(trainer, quantized, calibration_loader(trainer, quantized, None), config.samples)
             _, network = next(QuantizedNetwork.named_in(quantized))
             figures = LayerFigures.of(network, samples, config.sensitivity_samples)
-            if self.drift is not None:
-                figures.drift, figures.drift_steps = self.drift.values, self.drift.steps
+            if self.notes is not None:
+                self.notes.add_to(figures)
             self.record.artifacts["layers"] = figures.write(self.folder).name
             blames = export.blames or blame_layers(network, samples[:1])
             self.record.artifacts["blame"] = write_blames(self.folder / BLAME_NAME, blames).name

@@ -244,6 +244,24 @@ def drift(figures: LayerFigures) -> figure | None:
     return chart
 
 
+def oscillation(figures: LayerFigures) -> figure | None:
+    """Draw which share of the weights turned back and forth between two integers during training."""
+    if len(figures.oscillation_steps) < 2:
+        return None
+    chart = _figure("Weights that oscillate in training", height=260)
+    for label, shares, color in (
+        ("oscillating", figures.oscillating, ORANGE),
+        ("frozen", figures.frozen, BLUE),
+    ):
+        if any(shares) or label == "oscillating":
+            percent = [100 * share for share in shares]
+            chart.line(figures.oscillation_steps, percent, color=color, line_width=2, legend_label=label)
+    _legend_above(chart)
+    chart.xaxis.axis_label = "training step"
+    chart.yaxis.axis_label = "% of the weights"
+    return chart
+
+
 def pareto(title: str, x_label: str, y_label: str, points: Sequence[tuple[str, float, float, bool]]) -> figure | None:
     """Draw the runs of a sweep by what is traded off; those that no other one beats are joined by a line.
 

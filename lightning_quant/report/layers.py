@@ -32,12 +32,19 @@ class LayerFigures:
         drift: how ranges moved in training: for each quantizer, at the steps of :attr:`drift_steps`, the logarithm
             to base 2 of its largest scale relative to calibration; 1 is twice as coarse.
         drift_steps: the training steps at which :attr:`drift` was noted.
+        oscillating: share of the weights whose integer turned back and forth, 0 to 1, at the steps of
+            :attr:`oscillation_steps`.
+        frozen: share of the weights that were frozen for it, likewise.
+        oscillation_steps: the training steps at which both were noted; none where they were not.
     """
 
     tensors: list[QuantizedTensor] = field(default_factory=list)
     sensitivity: list[LayerSensitivity] = field(default_factory=list)
     drift: dict[str, list[float]] = field(default_factory=dict)
     drift_steps: list[int] = field(default_factory=list)
+    oscillating: list[float] = field(default_factory=list)
+    frozen: list[float] = field(default_factory=list)
+    oscillation_steps: list[int] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -98,6 +105,9 @@ class LayerFigures:
             for name, curve in figures.drift.items():
                 fits = len(curve) == len(figures.drift_steps) and is_finite(*curve)
                 check(fits, f"drift.{name}", curve, "a finite number for each of drift_steps")
+            for name, shares in {"oscillating": figures.oscillating, "frozen": figures.frozen}.items():
+                fits = len(shares) == len(figures.oscillation_steps) and all(0 <= share <= 1 for share in shares)
+                check(fits, name, shares, "a share from 0 to 1 for each of oscillation_steps")
             return figures
         except (OSError, ValueError) as error:
             raise DataError(f"{path} holds no figures of layers: {error}. Run again to write it.") from error

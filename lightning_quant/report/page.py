@@ -67,6 +67,7 @@ def write_report(folder: str | Path) -> Path:
         "sensitivity": charts.sensitivity(figures.sensitivity),
         "histogram": charts.histogram(figures.tensors),
         "drift": charts.drift(figures),
+        "oscillation": charts.oscillation(figures),
     }
     return _write(
         folder,
