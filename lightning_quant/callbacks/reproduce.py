@@ -30,7 +30,8 @@ def reproduce(callback: QuantizationCallback) -> str:
         ladder = callback.result
         given |= {"max_drop": ladder.max_drop, "monitor": ladder.monitor or None, "mode": ladder.mode}
         given |= {"rungs": tuple(_as_spec(rung) for rung in callback.rungs)}
-        given |= {"train_ranges": callback.train_ranges, "distillation": callback.distillation}
+        given |= {"train_ranges": callback.train_ranges, "oscillations": callback.notes.oscillations}
+        given |= {"distillation": callback.distillation.argument}
         given |= {"compile": callback.compile or callback.compile is not None}  # no options: True
     defaults = inspect.signature(type(callback)).parameters
     changed = [f"{name}={value!r}" for name, value in given.items() if value != defaults[name].default]

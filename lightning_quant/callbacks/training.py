@@ -16,7 +16,8 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_quant.callbacks.best_checkpoint import locked_folder
-from lightning_quant.callbacks.distillation import Distillation, loss_scale
+from lightning_quant.callbacks.distillation import Distillation, features_in, loss_scale
+from lightning_quant.callbacks.distillation_loss import DistillationLoss
 from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.early_setup import set_up_early
 from lightning_quant.callbacks.gradient_guard import GradientGuard
@@ -83,8 +84,9 @@ class QuantizationAwareTraining(QuantizationCallback):
             ``"adaround"``, ``"mixed"``; with options as ``{"mixed": {"budget": 0.05}}``; or a ``Rung`` of your own, an
             instance or the dotted path of the class.
         train_ranges: learn the ranges too, all but those of the network's inputs. ``False`` keeps them as calibrated.
-        distillation: weight of a second loss, the squared difference from the float network's output relative to
-            its power, beside your own. 0: none.
+        distillation: weight of a second loss, the squared difference from the float network's output relative to its
+            power; or the weights of several: ``{"kl": 1.0, "temperature": 2.0, "features": {"backbone.*": 0.1}}``, see
+            :class:`~lightning_quant.callbacks.distillation_loss.DistillationLoss`. 0: none.
         oscillations: ``"note"`` records how many weights turn back and forth between two integers while they train;
             ``"freeze"`` also freezes them at the integer that they are on average. Costs memory for each weight.
         statistics_cache: folder that keeps what calibration saw, so that other precisions with the same width of
@@ -126,7 +128,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         mode: Literal["max", "min"] = "max",
         rungs: Sequence[Rung | Spec] = ("ptq",),
         train_ranges: bool = True,
-        distillation: float = 0.0,
+        distillation: float | Mapping[str, Any] = 0.0,
         oscillations: Oscillations | None = None,
         statistics_cache: str | None = None,
         compile: bool | Mapping[str, Any] = False,
@@ -144,10 +146,6 @@ class QuantizationAwareTraining(QuantizationCallback):
         )
         if max_drop is not None and (not isinstance(max_drop, int | float) or math.isnan(max_drop)):
             raise ConfigurationError(f"max_drop={max_drop!r}: expected a number in units of the metric, or None.")
-        if not isinstance(distillation, int | float) or not 0 <= distillation < math.inf:
-            raise ConfigurationError(f"distillation={distillation!r}: expected a weight of at least 0.")
-        if oscillations not in (None, "note", "freeze"):
-            raise ConfigurationError(f"oscillations={oscillations!r}: expected 'note', 'freeze' or None.")
         self.rungs = parse_rungs(list(rungs) if isinstance(rungs, tuple) else rungs)
         self.climbs = max_drop is not None or [rung.name for rung in self.rungs] != ["ptq"]
         if self.climbs and (not isinstance(monitor, str) or not monitor):
@@ -162,16 +160,16 @@ class QuantizationAwareTraining(QuantizationCallback):
             )
         self.refines = self.climbs and any(rung.refines for rung in self.rungs)
         self.train_ranges = train_ranges
-        self.distillation = distillation
+        self.distillation = DistillationLoss.parse(distillation)
         self.compile = None if compile is False else check_options(compile)
-        self._compiled = ExitStack()
+        if self.compile is not None and self.distillation.features:
+            raise ConfigurationError("distillation: features with compile=...: expected one of both.")
+        self._compiled, self._locked, self._sanity_check = ExitStack(), ExitStack(), ExitStack()
         self._guard = GradientGuard(network, uncompile=self._compiled.close)
         self.notes = TrainingNotes(network, train_ranges, oscillations)
         self._only_rungs = False
         self._runner: LadderRunner | None = None
         self._teacher: Distillation | None = None
-        self._locked = ExitStack()
-        self._sanity_check = ExitStack()
         self._begin(Ladder(monitor or "", mode, max_drop), None)
 
     @property
@@ -207,6 +205,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         is_float = QuantizedNetwork.of(find_network(pl_module, self.network_name)) is None
         if fits and (self.climbs or self.distillation):
             self._check_fit(trainer, has_float=is_float or self._float is not None)
+        if fits and is_float:
+            features_in(find_network(pl_module, self.network_name), self.distillation)  # refused before calibration
         super().setup(trainer, pl_module, stage)
         quantized = self.quantized_network(pl_module)
         if fits and is_float and (self.climbs or self.distillation):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 
 from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.oscillation import WeightOscillation
 from lightning_quant.callbacks.quantization import quantization_callbacks
+from lightning_quant.errors import ConfigurationError
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.simulation.network import QuantizedNetwork
 
@@ -28,9 +29,14 @@ class TrainingNotes:
     Attributes:
         drift: how the ranges moved; ``None`` before training, and where they do not learn.
         oscillation: which weights oscillate; ``None`` likewise.
+
+    Raises:
+        ConfigurationError: for another value of ``oscillations``.
     """
 
     def __init__(self, network_name: str, ranges: bool, oscillations: Oscillations | None) -> None:
+        if oscillations not in (None, *get_args(Oscillations)):
+            raise ConfigurationError(f"oscillations={oscillations!r}: expected 'note', 'freeze' or None.")
         self.network_name = network_name
         self.ranges = ranges
         self.oscillations = oscillations

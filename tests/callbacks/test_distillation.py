@@ -17,7 +17,9 @@ from torch.optim import SGD
 
 import lightning_quant as lq
 from lightning_quant.callbacks.distillation import Distillation
+from lightning_quant.callbacks.distillation_loss import DistillationLoss, kl_gradient
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.simulation.network import QuantizedNetwork
 from tests.helpers.small import SmallModule, assert_same_tensors, small_data, small_loader, small_net
 
 MakeTrainer = Callable[..., Trainer]
@@ -121,7 +123,7 @@ def test_several_outputs_share_the_weight() -> None:
             return {"a": 2 * x, "b": x.flatten(1)}
 
     x = torch.randn(3, 4, requires_grad=True)
-    distillation = Distillation(Two(), WEIGHT, lambda: 3.0)
+    distillation = Distillation(Two(), DistillationLoss.parse(WEIGHT), lambda: 3.0)
     student = nn.Identity().train()
     answer = {"a": 1.5 * x, "b": 0.5 * x.flatten(1)}
     distilled = distillation(student, (x,), {}, answer)
@@ -161,3 +163,95 @@ def test_mixed_precision(trainer: MakeTrainer, precision: str) -> None:
     module = SmallModule(small_net(), sgd)
     fit(trainer, module, lq.QuantizationAwareTraining("w4a8", distillation=WEIGHT), precision=precision)
     assert all(bool(torch.isfinite(p).all()) for p in module.parameters())
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3, 6, 4, 5), (2, 9, 6)])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_divergence_is_that_of_the_classes(shape: tuple[int, ...], temperature: float) -> None:
+    axis = 2 if len(shape) == 3 else 1
+    generator = torch.Generator().manual_seed(0)
+    y, t = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    y.requires_grad_()
+    log_y, log_t = ((one / temperature).log_softmax(axis) for one in (y, t))
+    # PyTorch's own, over positions
+    loss = temperature**2 * F.kl_div(log_y, log_t, reduction="none", log_target=True).sum(axis).mean()
+    (expected,) = torch.autograd.grad(loss, y)
+    torch.testing.assert_close(kl_gradient(y.detach(), t, temperature, None), expected)
+    moved = kl_gradient(y.detach().movedim(axis, 0), t.movedim(axis, 0), temperature, 0)
+    torch.testing.assert_close(moved.movedim(0, axis), expected)
+
+
+def test_a_single_class_has_no_divergence() -> None:
+    assert not kl_gradient(torch.randn(4, 1), torch.randn(4, 1), 1.0, None).any()
+    assert not kl_gradient(torch.randn(4), torch.randn(4), 1.0, None).any()
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_features_and_divergence_add_up(trainer: MakeTrainer, batches: int) -> None:
+    """Of a module in the network that is called once, and of the scores."""
+    network = small_net()
+    module, gradients = SmallModule(copy.deepcopy(network), sgd), Gradients()
+    given = {"mse": 0.3, "kl": 0.5, "temperature": 2.0, "features": {"bran*": 0.7}}
+    callback = lq.QuantizationAwareTraining("w4a8", distillation=given)
+    fit(trainer, module, callback, gradients, accumulate_grad_batches=batches)
+
+    student, teacher = module.quantized, network.eval()
+    student.restore(gradients.state)
+    student.zero_grad()
+    seen: list[Tensor] = []
+    for one in (student.network, teacher):
+        one.branch.register_forward_hook(lambda module, args, output: seen.append(output))  # type: ignore[union-attr]
+    images, labels = small_data().tensors
+    for index in range(batches):
+        part = slice(8 * index, 8 * index + 8)
+        seen.clear()
+        answer = student(images[part])
+        with torch.no_grad():
+            target = teacher(images[part])
+        log_y, log_t = ((score / 2).log_softmax(1) for score in (answer, target))
+        loss = F.cross_entropy(answer, labels[part]) + 0.3 * distillation_loss(answer, target)
+        loss = loss + 0.5 * 4 * F.kl_div(log_y, log_t, reduction="batchmean", log_target=True)
+        (loss + 0.7 * distillation_loss(*seen)).div(batches).backward()
+    expected = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    assert gradients.found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients.found[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+    assert not module.model.branch._forward_hooks.keys() - {max(module.model.branch._forward_hooks)}
+
+
+def test_a_part_that_is_called_alone_is_not_compared(trainer: MakeTrainer) -> None:
+    class Twice(SmallModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + self.model.branch(torch.ones(1, 6, 8, 8)).mean()
+
+    module = Twice(small_net(), sgd)
+    fit(trainer, module, lq.QuantizationAwareTraining("w4a8", distillation={"features": {"branch": 1.0}}))
+    assert all(bool(one.isfinite().all()) for one in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kl": -1.0}, r"kl=-1.0: expected a weight of at least 0"),
+        ({"cosine": 1.0}, r"'cosine': expected mse, kl, temperature, axis, features"),
+        ({"kl": 1.0, "temperature": 0}, r"temperature=0: expected a number above 0"),
+        ({"temperature": 2.0}, "expected a weight above 0 for mse, kl or features"),
+        ({"features": {"branch": float("nan")}}, r"branch=nan: expected a weight"),
+        ({"features": "branch"}, r"features='branch': expected a weight"),
+        ({"kl": 1.0, "axis": "last"}, "axis='last': expected the axis"),
+        (float("inf"), r"distillation=inf: expected a weight of at least 0"),
+    ],
+)
+def test_what_cannot_be_is_refused(given: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        lq.QuantizationAwareTraining("w4a8", distillation=given)
+
+
+def test_features_that_are_not_there_are_refused(trainer: MakeTrainer) -> None:
+    callback = lq.QuantizationAwareTraining("w4a8", distillation={"features": {"layer4": 1.0}})
+    module = SmallModule(small_net(), sgd)
+    with pytest.raises(ConfigurationError, match=r"features='layer4' names no module .* branch, head"):
+        fit(trainer, module, callback)
+    assert QuantizedNetwork.of(module.model) is None, "before anything was quantized"
+    with pytest.raises(ConfigurationError, match="features with compile"):
+        lq.QuantizationAwareTraining("w4a8", compile=True, distillation={"features": {"branch": 1.0}})
