@@ -147,7 +147,7 @@ def confusion(record: RunRecord) -> figure | None:
                     cells[name].append(value)
     size = len(found.classes)
     ends = (-0.5, size - 0.5)
-    height = 140 + (max(18 * size, 90) if size <= _ROWS else 18 * _ROWS)
+    height = 140 + max(18 * min(size, _ROWS), min(30 * size, 600))
     chart = _figure("Confusion of classes", x_range=ends, y_range=ends[::-1], height=height)
     squares = chart.rect(
         x="prediction", y="label", width=1, height=1, source=ColumnDataSource(cells), fill_color="color",

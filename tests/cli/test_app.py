@@ -331,7 +331,10 @@ def test_a_classifier_of_drawn_shapes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["task=classification", "data=shapes", "model=resnet18"], "ConfigurationError.*6 classes.*task.num_classes"),
+        (
+            ["task=classification", "model=resnet10", "data=shapes", "data.train=32", "data.val=6"],
+            "ConfigurationError.*6 classes.*task.num_classes",
+        ),
         (["task=classification", "data=image_folder", "data.root=nowhere"], "DataError.*nowhere"),
         (["data=cityscapes", "data.root=nowhere"], "DataError.*nowhere"),
         (["data=cityscapes"], "ConfigurationError.*data.root"),

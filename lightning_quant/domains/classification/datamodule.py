@@ -181,7 +181,7 @@ class SyntheticShapesDataModule(ImageFolderDataModule):
     """
 
     def __init__(
-        self, root: str, train: int = 960, val: int = 240, size: int = 64, seed: int = 0, **loading: Any
+        self, root: str, train: int = 768, val: int = 192, size: int = 32, seed: int = 0, **loading: Any
     ) -> None:
         super().__init__(root, size=size, seed=seed, **loading)
         self.train = train

@@ -1,10 +1,11 @@
 """Synthetic images to classify, in the layout of torchvision's ``ImageFolder``: one shape each, on a noisy background.
 
-Any color, size, place and turn: small ones and faint ones keep a network from being right about all.
+Each shape has colors that it prefers and shares with the next, so that color alone tells only some of them apart.
 """
 
 from __future__ import annotations
 
+import colorsys
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,7 @@ from lightning_quant.domains.loading import claim_folder
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.utilities.files import atomic_write
 
-GENERATOR_VERSION = 1
-"""Raised whenever the same parameters would draw other images."""
-MANIFEST = "shapes.json"
+GENERATOR_VERSION = 1  # raised whenever the same parameters would draw other images
 # Radius and degrees of each corner, before the shape is turned.
 _SHAPES: dict[str, Sequence[tuple[float, float]]] = {
     "circle": [(1, angle) for angle in range(0, 360, 10)],
@@ -32,8 +31,8 @@ _SHAPES: dict[str, Sequence[tuple[float, float]]] = {
 _SUPERSAMPLING = 2
 
 
-def draw_shapes(root: str | Path, train: int = 960, val: int = 240, size: int = 64, seed: int = 0) -> Path:
-    """Draw images of six shapes into ``train/<shape>/`` and ``val/<shape>/``; draw only those not there yet.
+def draw_shapes(root: str | Path, train: int = 768, val: int = 192, size: int = 32, seed: int = 0) -> Path:
+    """Draw images of six shapes into ``train/<shape>/`` and ``val/<shape>/``, where they are not there yet.
 
     Args:
         root: the folder to fill; created if missing.
@@ -41,9 +40,6 @@ def draw_shapes(root: str | Path, train: int = 960, val: int = 240, size: int = 
         val: images in the validation split, likewise.
         size: height and width of an image in pixels, at least 16.
         seed: decides what the images show.
-
-    Returns:
-        ``root``.
 
     Raises:
         ConfigurationError: when an argument is out of range.
@@ -56,7 +52,7 @@ def draw_shapes(root: str | Path, train: int = 960, val: int = 240, size: int = 
             "each shape, and at least 16x16 pixels."
         )
     root = Path(root)
-    claim_folder(root, MANIFEST, {"generator": GENERATOR_VERSION, **counts, "size": size, "seed": seed})
+    claim_folder(root, "shapes.json", {"generator": GENERATOR_VERSION, **counts, "size": size, "seed": seed})
     for split, count in counts.items():
         for index in range(count):
             shape = list(_SHAPES)[index % len(_SHAPES)]
@@ -68,10 +64,9 @@ def draw_shapes(root: str | Path, train: int = 960, val: int = 240, size: int = 
 
 
 def _draw(shape: str, size: int, random: Random) -> Image.Image:
-    back = np.array([random.uniform(0, 255) for _ in range(3)])
-    contrast = random.uniform(25, 110) * random.choice((-1, 1))
-    fore = np.clip(back + contrast + np.array([random.uniform(-40, 40) for _ in range(3)]), 0, 255)
-    radius, turn = random.uniform(0.16, 0.42) * size, random.uniform(0, 360)
+    hue = list(_SHAPES).index(shape) / len(_SHAPES) + random.gauss(0, 0.12)
+    color = 255 * np.array(colorsys.hsv_to_rgb(hue % 1, random.uniform(0.4, 1), random.uniform(0.4, 1)))
+    back, radius, turn = random.uniform(20, 235), random.uniform(0.25, 0.45) * size, random.uniform(-25, 25)
     x, y = (random.uniform(radius, size - radius) for _ in range(2))
     corners = [
         (x + radius * r * math.cos(math.radians(angle + turn)), y - radius * r * math.sin(math.radians(angle + turn)))
@@ -80,5 +75,5 @@ def _draw(shape: str, size: int, random: Random) -> Image.Image:
     mask = Image.new("L", (_SUPERSAMPLING * size, _SUPERSAMPLING * size))
     ImageDraw.Draw(mask).polygon([(_SUPERSAMPLING * a, _SUPERSAMPLING * b) for a, b in corners], fill=255)
     share = np.asarray(mask.reduce(_SUPERSAMPLING), dtype=np.float64)[..., None] / 255
-    noise = np.random.default_rng(random.getrandbits(64)).normal(0, random.uniform(4, 22), (size, size, 3))
-    return Image.fromarray(np.clip(back + share * (fore - back) + noise, 0, 255).astype(np.uint8))
+    noise = np.random.default_rng(random.getrandbits(64)).normal(0, random.uniform(4, 20), (size, size, 3))
+    return Image.fromarray(np.clip(back + share * (color - back) + noise, 0, 255).astype(np.uint8))
