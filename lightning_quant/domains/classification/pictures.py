@@ -28,7 +28,8 @@ class _Row(NamedTuple):
 def compare_scores(image: Tensor, float_scores: Tensor, quantized_scores: Tensor, names: Sequence[str]) -> Comparison:
     """Draw an image above the three likeliest classes of both networks, float to the left and quantized to the right.
 
-    The two lists stand beside each other, so that both are read where a page lays one picture over the other.
+    The two lists stand beside each other, so that both are read where a page lays one picture over the other. The
+    difference says whether the likeliest class is another, and which score changes most.
 
     Args:
         image: the normalized image, float ``(3, H, W)``.
@@ -46,16 +47,18 @@ def compare_scores(image: Tensor, float_scores: Tensor, quantized_scores: Tensor
     half, shown = _WIDTH // 2, min(_SHOWN, len(names))
     best, other = (scores.topk(shown).indices.tolist() for scores in (float_scores, quantized_scores))
     changes = (quantized_scores - float_scores).tolist()
-    moved = sorted({*best, *other}, key=lambda index: -abs(changes[index]))[:shown]
+    moved = max({*best, *other}, key=lambda index: abs(changes[index]))
     same = best[0] == other[0]
     verdict = f"still {names[best[0]]}" if same else f"{names[best[0]]} becomes {names[other[0]]}"
-    rows = [_Row(names[i], f"{100 * changes[i]:+.1f} points", abs(changes[i]), _ORANGE) for i in moved]
+    # without the minus of a zero
+    most = _Row(names[moved], f"{round(100 * changes[moved], 1) + 0.0:+.1f} points", abs(changes[moved]), _ORANGE)
     faded = photo.convert("L").convert("RGB").point(lambda value: 96 + value // 2)
     return Comparison(
         float=_listed(photo, "float", _rows(names, float_scores, best, _BLUE), 0, half),
         quantized=_listed(photo, "quantized", _rows(names, quantized_scores, other, _ORANGE), half, half),
         input=_listed(photo, "", [], 0, half),
-        difference=_listed(faded, verdict, rows, 0, _WIDTH, _BLACK if same else _RED),
+        # a page shows it at half the size
+        difference=_listed(faded, verdict, [most], 0, _WIDTH, _BLACK if same else _RED, times=2),
     )
 
 
@@ -64,18 +67,18 @@ def _rows(names: Sequence[str], scores: Tensor, chosen: Sequence[int], color: Co
 
 
 def _listed(
-    photo: Image.Image, title: str, rows: Sequence[_Row], left: int, width: int, color: Color = _BLACK
+    photo: Image.Image, title: str, rows: Sequence[_Row], left: int, width: int, color: Color = _BLACK, times: int = 1
 ) -> Image.Image:
     """Return the picture with a list below it: names to the left, figures to the right."""
     canvas = Image.new("RGB", (photo.width, photo.height + _ROW * (_SHOWN + 1) + 2 * _MARGIN), "white")
     canvas.paste(photo)
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=_TEXT)
+    font, height = ImageFont.load_default(size=times * _TEXT), times * _ROW
     start, end, top = left + _MARGIN, left + width - _MARGIN, photo.height + _MARGIN
     draw.text((start, top + 2), _cut(draw, title, font, end - start), fill=color, font=font)
     for row in rows:
-        top += _ROW
-        draw.rectangle((start, top, start + round(row.length * (end - start)), top + _ROW - 4), fill=row.color)
+        top += height
+        draw.rectangle((start, top, start + round(row.length * (end - start)), top + height - 4), fill=row.color)
         room = end - start - draw.textlength(row.figure, font=font) - 2 * _MARGIN
         draw.text((start + 3, top + 1), _cut(draw, row.name, font, room), fill=_BLACK, font=font)
         draw.text((end - 3, top + 1), row.figure, fill=_BLACK, font=font, anchor="ra")
