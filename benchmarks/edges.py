@@ -21,7 +21,7 @@ from benchmarks.networks import NETWORKS
 from lightning_quant.callbacks.export_samples import samples_of_graphs
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.deploy.push import Push
-from lightning_quant.domains.segmentation.images import IMAGE_MEAN, IMAGE_STD
+from lightning_quant.domains.images import IMAGE_MEAN, IMAGE_STD
 from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.build import quantize

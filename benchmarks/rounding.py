@@ -26,7 +26,7 @@ from torchvision.models import mobilenet_v2
 from torchvision.transforms.v2 import functional as F
 
 from benchmarks.measure import facts, table
-from lightning_quant.domains.segmentation.images import IMAGE_MEAN, IMAGE_STD
+from lightning_quant.domains.images import IMAGE_MEAN, IMAGE_STD
 from lightning_quant.ladder.registry import parse_rungs
 from lightning_quant.ladder.rung import RungContext
 from lightning_quant.precision import Precision

@@ -16,8 +16,10 @@ from PIL import Image
 from torchvision.models import get_model
 
 from lightning_quant import read_manifest
+from lightning_quant.domains.classification.shapes import draw_shapes
 from lightning_quant.domains.segmentation.images import find_images
 from lightning_quant.domains.segmentation.scenes import generate_scenes
+from lightning_quant.report.record import RunRecord
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +108,17 @@ def test_qat_with_the_gate(tmp_path: Path) -> None:
     assert "qat" not in drops  # a repair was enough
     (checkpoint,) = re.findall(r"checkpoint: (.+)", output)
     assert read_manifest(checkpoint)["precision"] == "w4a8"
+
+
+def test_classification(tmp_path: Path) -> None:
+    draw_shapes(tmp_path / "shapes", train=48, val=12, size=32)
+    output = run(tmp_path, "classification.py", "--images", "shapes", "--size", "32", "--epochs", "1")
+    in_float, quantized = (number(pattern, output) for pattern in (r"float (\S+), ", r"w8a8 after \w+ (\S+)"))
+    assert in_float - quantized <= 0.01
+    assert (tmp_path / "export/resnet18/resnet18.app.onnx").is_file()
+    record = RunRecord.read(tmp_path / "export/resnet18.report/results.json")
+    (confusion,) = record.confusion.values()
+    assert (len(confusion.classes), sum(map(sum, confusion.counts))) == (6, 12)
 
 
 def test_hydra_sweep(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_quant.callbacks.quantization import QuantizationCallback, callback_of
 from lightning_quant.callbacks.reproduce import reproduce
 from lightning_quant.callbacks.training import QuantizationAwareTraining
-from lightning_quant.callbacks.visualizer import class_figures, draw_comparisons, log_pictures
+from lightning_quant.callbacks.visualizer import class_confusion, class_figures, draw_comparisons, log_pictures
 from lightning_quant.deploy.blame.blame import blame_all
 from lightning_quant.deploy.blame.result import BLAME_NAME, Against, Blame, write_blames
 from lightning_quant.deploy.bundle import Bundle
@@ -97,8 +97,11 @@ def write_callback_report(
     record = _record(trainer, callback, network, bundle, devices)
     record.legend = legend_of(comparisons)
     # after a fit, the last validation need not be of what was exported
-    if trainer.state.fn == "validate" and (found := class_figures(pl_module)):
-        record.class_figures = {str(record.exported): found}
+    if trainer.state.fn == "validate":
+        if figures_of_classes := class_figures(pl_module):
+            record.class_figures = {str(record.exported): figures_of_classes}
+        if (confusion := class_confusion(pl_module)) is not None:
+            record.confusion = {str(record.exported): confusion}
     record.write(folder)
     path = write_report(folder)
     pictures = {f"overlay/{index}": picture for index, picture in enumerate(overlays)}

@@ -1,6 +1,6 @@
-"""What a user's LightningModule may have for its report: how predictions are drawn, and figures of single classes.
+"""What a user's LightningModule may have for its report: how predictions are drawn, and what is known of its classes.
 
-Both are methods that are called where a module has them, so no base class is needed.
+All are methods that are called where a module has them, so no base class is needed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_quant.callbacks.lightning_packages import either
 from lightning_quant.deploy.edges.contract import ClassLabel
+from lightning_quant.report.confusion import Confusion
 from lightning_quant.report.pictures import Comparison
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.utilities.modules import on_cpu_in_eval
@@ -49,6 +50,19 @@ class HasClassFigures(Protocol):
 
     def class_figures(self) -> Mapping[str, Mapping[str, float]]:
         """Return figures of the last validation: for each kind, such as ``"IoU"``, one for each class by name."""
+
+
+@runtime_checkable
+class HasClassConfusion(Protocol):
+    """A module that counts which of its classes are taken for each other."""
+
+    def class_confusion(self) -> tuple[Sequence[str], Any] | None:
+        """Return the names of the classes and the counts of the last validation.
+
+        Returns:
+            Up to 200 names, and a square table of whole numbers, rows for labels and columns for predictions, as
+            nested lists, an array or a tensor; ``None`` where nothing was counted.
+        """
 
 
 @runtime_checkable
@@ -112,6 +126,18 @@ def class_figures(module: pl.LightningModule) -> dict[str, dict[str, float]]:
     except Exception as error:  # nor to a table
         _warn(module, "class_figures", "classes", error)
         return {}
+
+
+def class_confusion(module: pl.LightningModule) -> Confusion | None:
+    """Return which classes a module takes for each other; where it fails there is none, and a warning."""
+    if not isinstance(module, HasClassConfusion):
+        return None
+    try:
+        found = module.class_confusion()
+        return None if found is None else Confusion.of(*found)
+    except Exception as error:  # nor to a matrix
+        _warn(module, "class_confusion", "confusion matrix", error)
+        return None
 
 
 def log_pictures(loggers: Iterable[Logger], pictures: Mapping[str, Path], step: int) -> None:

@@ -67,7 +67,8 @@ def _run(config: DictConfig, folder: Path, record: RunRecord) -> RunRecord:
     earlier = _earlier(folder, record.config_hash) if config.skip_finished else None
     if earlier is not None:  # what was measured is not measured again
         _keep_logs(folder)
-        record.metric, record.class_figures, record.seconds = earlier.metric, earlier.class_figures, earlier.seconds
+        record.metric, record.seconds = earlier.metric, earlier.seconds
+        record.class_figures, record.confusion = earlier.class_figures, earlier.confusion
     record.write(folder)
     try:
         stages = Stages(Parts(config, folder), record, resumes=earlier is not None)

@@ -20,7 +20,13 @@ from lightning_quant.callbacks.reporting import blame_layers
 from lightning_quant.callbacks.resume_point import ResumePoint
 from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.callbacks.training_notes import TrainingNotes
-from lightning_quant.callbacks.visualizer import DrawsComparisons, class_figures, draw_comparisons, log_pictures
+from lightning_quant.callbacks.visualizer import (
+    DrawsComparisons,
+    class_confusion,
+    class_figures,
+    draw_comparisons,
+    log_pictures,
+)
 from lightning_quant.cli.float_network import float_task, read_or_refuse
 from lightning_quant.cli.parts import Parts
 from lightning_quant.deploy.blame.result import BLAME_NAME, write_blames
@@ -125,6 +131,8 @@ class Stages:
         self.record.metric[name] = metrics[self.config.monitor]
         if figures := class_figures(task):
             self.record.class_figures[name] = figures
+        if (confusion := class_confusion(task)) is not None:
+            self.record.confusion[name] = confusion
         log.info("%s %s: %.4f", name, self.config.monitor, self.record.metric[name])
 
     def _climb(self, float_module: pl.LightningModule, callback: QuantizationAwareTraining) -> pl.LightningModule:

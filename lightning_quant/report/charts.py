@@ -21,10 +21,14 @@ from lightning_quant.simulation.sensitivity import LayerSensitivity
 BLUE, ORANGE, GRAY, GREEN, RED = "#3d8bd4", "#de7f26", "#8a8a8a", "#3fa35b", "#d9534f"
 _HISTOGRAM = "histogram"
 _LABEL = 22
+# What is said of a cell of a confusion matrix under the pointer.
+_CELL = ("is", "taken for", "samples", "share", "in float")
 # dB of the faintest and of the strongest color.
 _FAINT, _STRONG = 60.0, 15.0
 # What is said of a layer under the pointer.
 _TIPS = ("layer", "adds", "loses", "arrived", "why", "what helps")
+# Bars of more classes make a page of their own; names of more classes than these stand on each other.
+_BARS, _ROWS, _COLUMNS = 40, 40, 24
 # Curves of more quantizers than these cannot be distinguished.
 _CURVES = 8
 
@@ -81,12 +85,15 @@ def classes(record: RunRecord) -> list[figure]:
 
 
 def _classes(kind: str, sides: Mapping[str, Mapping[str, float]]) -> figure:
-    names = [name for name in sides["quantized"] if all(name in found for found in sides.values())]
+    known = [name for name in sides["quantized"] if all(name in found for found in sides.values())]
+    names = _most_changed(known, sides)
     columns = {side: [found[name] for name in names] for side, found in sides.items()}
     source = ColumnDataSource({"class": names, **columns})
     shares = all(0 <= value <= 1 for values in columns.values() for value in values)
+    which = "that change most" if "float" in sides else "with the least"
     chart = _figure(
-        f"{kind} of each class", y_range=FactorRange(*reversed(names)), height=80 + 30 * len(names),
+        f"{kind} of each class" if names == known else f"{kind} of {len(names)} of {len(known)} classes, those {which}",
+        y_range=FactorRange(*reversed(names)), height=80 + 30 * len(names),
         **({"x_range": (0, 1)} if shares else {}),
     )  # fmt: skip
     for side, place, color in (("float", 0.19, GRAY), ("quantized", -0.19, BLUE)):
@@ -102,6 +109,62 @@ def _classes(kind: str, sides: Mapping[str, Mapping[str, float]]) -> figure:
     chart.add_tools(HoverTool(tooltips=[("", "@class"), *((side, f"@{side}{{0.000}}") for side in columns)]))
     chart.xaxis.axis_label = kind
     _legend_above(chart)
+    return chart
+
+
+def _most_changed(names: Sequence[str], sides: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return as many classes as a chart has room for, in their order: those furthest from float, else the lowest."""
+    figures, reference = sides["quantized"], sides.get("float", {})
+    changes = {name: -abs(figures[name] - reference[name]) if reference else figures[name] for name in names}
+    shown = set(sorted(names, key=changes.__getitem__)[:_BARS])
+    return [name for name in names if name in shown]
+
+
+def confusion(record: RunRecord) -> figure | None:
+    """Draw which classes what was exported takes for each other: the stronger a cell, the larger its share of the row.
+
+    Blue is what was recognized, orange what was taken for something else. Cells without a sample are left out.
+    """
+    found, reference = record.confusion.get(record.exported or ""), record.confusion.get("float")
+    if found is None:
+        return None
+    if reference is not None and reference.classes != found.classes:
+        reference = None
+    cells: dict[str, list[Any]] = {name: [] for name in ("label", "prediction", "alpha", "color", *_CELL)}
+    for row, (label, counts) in enumerate(zip(found.classes, found.counts, strict=True)):
+        total = sum(counts)
+        for column, count in enumerate(counts):
+            in_float = 0 if reference is None else reference.counts[row][column]
+            if count or in_float:
+                share = count / max(total, 1)
+                told = (label, found.classes[column], count, f"{share:.1%} of {total}", in_float)
+                cells["label"].append(row)
+                cells["prediction"].append(column)
+                # a single error is to be seen as well
+                cells["alpha"].append(0.15 + 0.85 * share if count else 0.0)
+                cells["color"].append(BLUE if row == column else ORANGE)
+                for name, value in zip(_CELL, told, strict=True):
+                    cells[name].append(value)
+    size = len(found.classes)
+    ends = (-0.5, size - 0.5)
+    height = 140 + max(18 * min(size, _ROWS), min(30 * size, 600))
+    chart = _figure("Confusion of classes", x_range=ends, y_range=ends[::-1], height=height)
+    squares = chart.rect(
+        x="prediction", y="label", width=1, height=1, source=ColumnDataSource(cells), fill_color="color",
+        fill_alpha="alpha", line_color=None,
+    )  # fmt: skip
+    tips = [("is", "@is"), ("taken for", "@{taken for}"), ("samples", "@samples"), ("share", "@share")]
+    chart.add_tools(
+        HoverTool(renderers=[squares], tooltips=[*tips, *([] if reference is None else [("in float", "@{in float}")])])
+    )
+    names = {index: name if len(name) <= _LABEL else f"{name[:_LABEL]}…" for index, name in enumerate(found.classes)}
+    for axis, most, title in ((chart.xaxis, _COLUMNS, "predicted"), (chart.yaxis, _ROWS, "label")):
+        axis.ticker = list(range(0, size, -(-size // most)))
+        axis.major_label_overrides = names
+        axis.major_label_text_font_size = "11px"
+        axis.axis_label = title
+    chart.xaxis.major_label_orientation = "vertical" if size > 4 else "horizontal"
+    chart.grid.visible = False
     return chart
 
 

@@ -63,6 +63,7 @@ def write_report(folder: str | Path) -> Path:
     drawn = {
         "ladder": charts.ladder(record),
         **{f"classes{index}": chart for index, chart in enumerate(charts.classes(record))},
+        "confusion": charts.confusion(record),
         "blame": charts.layer_errors([(_AGAINST[one.against], one) for one in blames]),
         "sensitivity": charts.sensitivity(figures.sensitivity),
         "histogram": charts.histogram(figures.tensors),

@@ -74,7 +74,9 @@ class Comparison:
         Narrow ones are enlarged by a whole number, so that pixels stay squares.
         """
         panels = self.panels()
-        captions = {"difference": f"difference: {_differing(panels).mean():.2%} of pixels"}
+        # what a module has drawn by itself need not be of pixels
+        share = "" if self.difference is not None else f": {_differing(panels).mean():.2%} of pixels"
+        captions = {"difference": f"difference{share}"}
         width, height = panels["float"].size
         times = -(-_NARROWEST // width)
         width, height = times * width, times * height

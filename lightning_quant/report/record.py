@@ -14,6 +14,7 @@ from lightning_quant.deploy.parity import Parity, of_export
 from lightning_quant.errors import DataError
 from lightning_quant.ladder.gate import Ladder
 from lightning_quant.precision import Precision
+from lightning_quant.report.confusion import Confusion
 from lightning_quant.utilities.files import atomic_write
 from lightning_quant.utilities.hashing import short_hash
 from lightning_quant.utilities.monitor import Monitor
@@ -47,6 +48,8 @@ class RunRecord:
         device: what each device reported.
         class_figures: figures of single classes, of ``float`` and of what was exported: by their kind, such as
             ``"IoU"``, and by class, see :mod:`lightning_quant.callbacks.visualizer`.
+        confusion: which classes ``float`` and what was exported take for each other, where the task counts that;
+            empty in older records.
         legend: what the colors in the pictures stand for: ``#rrggbb`` by name.
         artifacts: where things are, relative to the record.
         error: the message, if it failed.
@@ -71,6 +74,7 @@ class RunRecord:
     parity: Parity | None = None
     device: list[DeviceReport] = field(default_factory=list)
     class_figures: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    confusion: dict[str, Confusion] = field(default_factory=dict)
     legend: dict[str, str] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
     error: str | None = None
@@ -103,6 +107,7 @@ class RunRecord:
         values["precision"] = str(self.precision)
         values["ladder"] = {} if self.ladder is None else self.ladder.to_dict()
         values["parity"] = {} if self.parity is None else of_export(self.parity)
+        values["confusion"] = {rung: found.to_json() for rung, found in self.confusion.items()}
         values["device"] = [report.to_dict() for report in self.device]
         return {"format_version": _FORMAT_VERSION, **values, "drop": self.drop}
 

@@ -307,9 +307,35 @@ def test_a_task_of_the_users_own_is_drawn_and_has_a_table_of_classes(tmp_path: P
     assert "Cityscapes" not in page
 
 
+def test_a_classifier_of_drawn_shapes(tmp_path: Path) -> None:
+    arguments = ["experiment=classification_demo", "data.train=48", "data.val=24", "data.size=32", "float.epochs=1"]
+    arguments += ["qat.epochs=0", "ladder.rungs=[ptq]", "ladder.max_drop=1", "quantizer.calibration_samples=12"]
+    arguments += ["report.samples=0", "overlays=2", "target=onnxruntime", "target.samples=6", "hydra.run.dir=out"]
+    lightning_quant(tmp_path, *arguments, "trainer.enable_progress_bar=false")
+    record = RunRecord.read(tmp_path / "out/results.json")
+    assert (record.status, record.monitor, record.exported) == ("finished", "val_acc", "ptq")
+    shapes = ("circle", "cross", "ring", "square", "star", "triangle")
+    for rung in ("float", "ptq"):
+        found = record.confusion[rung]
+        assert found.classes == shapes
+        assert [sum(row) for row in found.counts] == [4] * 6
+        assert sum(row[index] for index, row in enumerate(found.counts)) / 24 == pytest.approx(record.metric[rung])
+    assert [app.edged for app in record.device] == [False, True]
+    classes = json.loads((tmp_path / "out" / record.artifacts["bundle"] / "io.json").read_text())["classes"]
+    assert tuple(one["name"] for one in classes) == shapes
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Confusion of classes" in page
+    assert page.count('class="comparison"') == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["task=classification", "model=resnet10", "data=shapes", "data.train=32", "data.val=6"],
+            "ConfigurationError.*6 classes.*task.num_classes",
+        ),
+        (["task=classification", "data=image_folder", "data.root=nowhere"], "DataError.*nowhere"),
         (["data=cityscapes", "data.root=nowhere"], "DataError.*nowhere"),
         (["data=cityscapes"], "ConfigurationError.*data.root"),
         ([*SMALL, "float.checkpoint=missing.ckpt"], "CheckpointError.*missing.ckpt"),

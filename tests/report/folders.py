@@ -19,6 +19,7 @@ from lightning_quant.domains.segmentation.overlay import compare_class_maps
 from lightning_quant.domains.segmentation.scenes import draw_scene
 from lightning_quant.ladder.gate import Ladder
 from lightning_quant.precision import Precision
+from lightning_quant.report.confusion import Confusion
 from lightning_quant.report.layers import LayerFigures
 from lightning_quant.report.pictures import legend_of, write_comparisons
 from lightning_quant.report.record import RunRecord
@@ -76,6 +77,10 @@ def full_record(**values: Any) -> RunRecord:
         "class_figures": {
             "float": {"IoU": dict.fromkeys(CLASS_NAMES[:5], 0.7)},
             "qat": {"IoU": dict.fromkeys(CLASS_NAMES[:5], 0.69)},
+        },
+        "confusion": {
+            "float": Confusion.of(CLASS_NAMES[:5], 70 * np.eye(5) + 30 * np.eye(5, k=1)),
+            "qat": Confusion.of(CLASS_NAMES[:5], 69 * np.eye(5) + 31 * np.eye(5, k=1)),
         },
         "versions": {"torch": "2.14.1"},
         "config": {"model": {"name": "<b>not bold</b> & </script>"}, "seed": 3},

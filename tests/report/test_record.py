@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lightning_quant.errors import DataError
+from lightning_quant.report.confusion import Confusion
 from lightning_quant.report.record import RunRecord, config_hash
 from tests.report.folders import record
 
@@ -57,6 +59,35 @@ def test_a_record_of_the_version_before_is_read(tmp_path: Path) -> None:
     assert RunRecord.read(path) == written
     path.write_text(json.dumps(values | {"per_class_iou": [1]}))
     with pytest.raises(DataError, match=r"per_class_iou is .*, expected names with values"):
+        RunRecord.read(path)
+
+
+def test_a_confusion_matrix_is_kept_without_its_zeros(tmp_path: Path) -> None:
+    found = Confusion.of(["cat", "dog", "<b>"], [[8, 2, 0], [0, 0, 0], [1, 0, 4]])
+    written = record(confusion={"float": found, "ptq": Confusion.of(["1", "2"], np.eye(2))})
+    path = written.write(tmp_path)
+    assert RunRecord.read(path) == written
+    values = json.loads(path.read_text())
+    assert values["confusion"]["float"] == {"cat": {"cat": 8, "dog": 2}, "dog": {}, "<b>": {"cat": 1, "<b>": 4}}
+    del values["confusion"]  # as earlier versions wrote it
+    path.write_text(json.dumps(values))
+    assert RunRecord.read(path).confusion == {}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ([[1, 0], [0, 1]], r"confusion\.ptq is .*, expected names with values"),
+        ({"cat": {"cat": 1}}, "the number of classes is 1, expected 2 to 200"),
+        ({"cat": {"cow": 1}, "dog": {}}, r"confusion\.ptq\.cat is .*cow.*, expected names of classes"),
+        ({"cat": {"cat": -1}, "dog": {}}, "the least count is -1, expected 0 or more"),
+        ({"cat": {"cat": 0.5}, "dog": {}}, r"confusion\.ptq\.cat\.cat is 0\.5, expected a whole number"),
+    ],
+)
+def test_a_damaged_confusion_matrix_is_refused(tmp_path: Path, damage: object, message: str) -> None:
+    path = record().write(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"confusion": {"ptq": damage}}))
+    with pytest.raises(DataError, match=message):
         RunRecord.read(path)
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from lightning_quant.domains.segmentation.images import IMAGE_MEAN, IMAGE_STD, normalize_images
+from lightning_quant.domains.segmentation.images import normalize_images
 from lightning_quant.errors import DataError
 from lightning_quant.utilities.images import open_image
 
@@ -25,8 +25,6 @@ __all__ = [
     "CLASSES",
     "CLASS_NAMES",
     "IGNORE_INDEX",
-    "IMAGE_MEAN",
-    "IMAGE_STD",
     "NUM_CLASSES",
     "PALETTE",
     "CityscapesClass",

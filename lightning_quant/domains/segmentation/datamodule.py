@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from typing_extensions import override
 
+from lightning_quant.domains.loading import check_least, loader, training_loader
 from lightning_quant.domains.segmentation.cityscapes import (
     IGNORE_INDEX,
     CityscapesDataset,
@@ -74,15 +74,13 @@ class CityscapesDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("calibration_samples", calibration_samples, 1),
-            ("held_out", held_out, 0),
-            ("seed", seed, 0),
-        ):
-            if value < least:
-                raise ConfigurationError(f"{name}={value}: expected at least {least}.")
+        check_least(
+            batch_size=(batch_size, 1),
+            num_workers=(num_workers, 0),
+            calibration_samples=(calibration_samples, 1),
+            held_out=(held_out, 0),
+            seed=(seed, 0),
+        )
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ConfigurationError(f"size={tuple(size)}: expected (height, width) in pixels.")
         if calibration_pattern is not None and calibration_images is None:
@@ -122,13 +120,7 @@ class CityscapesDataModule(LightningDataModule):
         Raises:
             ConfigurationError: when ``batch_size`` is larger than the split, so that no batch would be left.
         """
-        dataset = self._labeled("train", self.augment)
-        if len(dataset) < self.batch_size:
-            raise ConfigurationError(
-                f"batch_size={self.batch_size} with a training split of {len(dataset)} images: "
-                f"not one full batch. Pass batch_size={len(dataset)} or less."
-            )
-        return self._loader(dataset, shuffle=True, drop_last=True)
+        return training_loader(self._labeled("train", self.augment), self.batch_size, self.num_workers)
 
     @override
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -157,16 +149,8 @@ class CityscapesDataModule(LightningDataModule):
         """Return the ``held_out`` images of the same source that :meth:`calibration_dataloader` never yields."""
         return self._loader(Subset(self._calibration(), self._chosen()[1]))
 
-    def _loader(self, dataset: Dataset[Any], shuffle: bool = False, drop_last: bool = False) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def _loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+        return loader(dataset, self.batch_size, self.num_workers)
 
     def _labeled(self, split: str, augment: bool = False) -> CityscapesDataset:
         # Built once and on demand: calibration needs the training split in every stage.

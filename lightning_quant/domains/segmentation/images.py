@@ -17,13 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from lightning_quant.domains.images import IMAGE_MEAN, IMAGE_STD
 from lightning_quant.errors import ConfigurationError, DataError
 from lightning_quant.utilities.images import open_image
 
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-"""Mean of ImageNet's red, green and blue, for values in 0..1: what pretrained backbones expect."""
-IMAGE_STD = (0.229, 0.224, 0.225)
-"""Standard deviation of ImageNet's red, green and blue, for values in 0..1."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 # Files that `Dataset.save_to_disk` and `DatasetDict.save_to_disk` leave at the top of their folder.

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_quant.domains.images import denormalize
 from lightning_quant.domains.segmentation.cityscapes import CLASS_NAMES, IGNORE_INDEX, NUM_CLASSES, PALETTE
-from lightning_quant.domains.segmentation.images import IMAGE_MEAN, IMAGE_STD
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.report.pictures import Comparison
 
@@ -44,18 +44,6 @@ def compare_class_maps(
         input=photo,
         legend={name: tuple(PALETTE[index].tolist()) for index, name in enumerate(names) if index in occurring},
     )
-
-
-def denormalize(image: Tensor) -> Picture:
-    """Undo the normalization of the data module: float ``(3, H, W)`` to a picture ``(H, W, 3)``.
-
-    Raises:
-        ConfigurationError: when ``image`` has another shape, such as a batch.
-    """
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise ConfigurationError(f"denormalize got shape {tuple(image.shape)}; expected one image (3, H, W).")
-    values = image.detach().float().cpu().numpy().transpose(1, 2, 0) * IMAGE_STD + IMAGE_MEAN
-    return np.clip(np.rint(values * 255), 0, 255).astype(np.uint8)
 
 
 def colorize(class_map: ClassMap) -> Picture:

@@ -6,7 +6,6 @@ not to perfection: thin things, colors shared between classes, things in front o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -16,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from lightning_quant.domains.loading import claim_folder
 from lightning_quant.domains.segmentation import scene_objects as things
 from lightning_quant.domains.segmentation.scene_objects import LABEL, Canvas, Color, shade, vary
-from lightning_quant.errors import ConfigurationError, DataError
+from lightning_quant.errors import ConfigurationError
 from lightning_quant.utilities.files import atomic_write
-from lightning_quant.utilities.parsing import read_json
 
 GENERATOR_VERSION = 1
 """Raised whenever the same parameters would draw other pictures."""
@@ -89,7 +88,9 @@ def generate_scenes(
         )
     root = Path(root)
     counts = {"train": train, "val": val}
-    _claim(root, {"generator": GENERATOR_VERSION, **counts, "height": height, "width": width, "seed": seed})
+    claim_folder(
+        root, MANIFEST, {"generator": GENERATOR_VERSION, **counts, "height": height, "width": width, "seed": seed}
+    )
     for split, count in counts.items():
         photos, labels = (root / kind / split / "synthetic" for kind in ("leftImg8bit", "gtFine"))
         for index in range(count):
@@ -294,25 +295,3 @@ def _shadow(random: Random, height: int, width: int, horizon: float) -> NDArray[
         draw.ellipse((x, y, x + 0.25 * width, y + 0.1 * height), fill=depth)
     mask = mask.filter(ImageFilter.GaussianBlur(0.012 * height))
     return np.asarray(mask, dtype=np.float32) / np.float32(255)
-
-
-def _claim(root: Path, parameters: dict[str, int]) -> None:
-    """Record the parameters in an empty folder, or make sure they are the recorded ones."""
-    manifest = root / MANIFEST
-    if not manifest.is_file():
-        if root.is_dir() and any(not p.name.startswith(".") for p in root.iterdir()):
-            raise DataError(
-                f"{root} holds files but no {MANIFEST}: this generator did not make it. Pass an empty folder."
-            )
-        with atomic_write(manifest) as partial:
-            partial.write_text(json.dumps(parameters, indent=2) + "\n")
-        return
-    try:
-        recorded = read_json(manifest)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{manifest} cannot be read ({error}). Delete {root} to draw the scenes again.") from error
-    if recorded != parameters:
-        raise DataError(
-            f"{root} holds scenes drawn with {recorded}, but {parameters} is asked for. "
-            "Pass another folder, or delete this one to draw the scenes again."
-        )

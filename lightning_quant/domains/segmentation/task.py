@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,9 @@ from typing_extensions import override
 
 from lightning_quant.domains.segmentation.cityscapes import CLASS_NAMES, CLASSES, IGNORE_INDEX, NUM_CLASSES
 from lightning_quant.domains.segmentation.overlay import compare_class_maps
+from lightning_quant.domains.training import adamw_with_cosine, check_training, first_tensor
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.report.confusion import MOST_CLASSES
 from lightning_quant.report.pictures import Comparison
 
 Batch = Sequence[Tensor]
@@ -75,12 +76,7 @@ class SegmentationTask(LightningModule):
         # 255 fits the uint8 of predict_step.
         if not 2 <= num_classes <= 255:
             raise ConfigurationError(f"num_classes={num_classes}: expected 2 to 255.")
-        if not learning_rate > 0:
-            raise ConfigurationError(f"learning_rate={learning_rate}: expected more than 0.")
-        if not weight_decay >= 0:
-            raise ConfigurationError(f"weight_decay={weight_decay}: expected 0 or more.")
-        if not 0 <= warmup_fraction < 1:
-            raise ConfigurationError(f"warmup_fraction={warmup_fraction}: expected 0 to below 1.")
+        check_training(learning_rate, weight_decay, warmup_fraction)
         if class_weights is not None and (len(class_weights) != num_classes or min(class_weights) < 0):
             raise ConfigurationError(
                 f"class_weights={class_weights}: expected {num_classes} numbers, one per class, each 0 or more."
@@ -102,6 +98,7 @@ class SegmentationTask(LightningModule):
             }
         )
         self._class_iou: dict[str, Tensor] = {}
+        self._counts: Tensor | None = None
 
     @override
     def forward(self, images: Tensor) -> Tensor:
@@ -147,14 +144,7 @@ class SegmentationTask(LightningModule):
 
     @override
     def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
-        groups = parameter_groups(self.model, self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
-        steps = float(self.trainer.estimated_stepping_batches)
-        if math.isinf(steps):
-            return optimizer
-        factor = partial(cosine_with_warmup, steps=steps, warmup=self.warmup_fraction * steps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return adamw_with_cosine(self, self.model, self.learning_rate, self.weight_decay, self.warmup_fraction)
 
     def draw_comparison(self, float_output: Any, quantized_output: Any, images: Tensor) -> Comparison | None:
         """Draw the classes of both networks over an image, for the report; none for more classes than it has colors.
@@ -174,6 +164,15 @@ class SegmentationTask(LightningModule):
     def class_figures(self) -> dict[str, dict[str, float]]:
         """Return the IoU of each class in the last validation, for the report."""
         return {"IoU": self.per_class_iou()}
+
+    def class_confusion(self) -> tuple[tuple[str, ...], Tensor] | None:
+        """Return the names and the pixels of the last validation, (C, C), rows for labels and columns for predictions.
+
+        ``None`` before it, and for more classes than a report can show.
+        """
+        if self._counts is None or self.num_classes > MOST_CLASSES:
+            return None
+        return self.class_names, self._counts
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -235,7 +234,10 @@ class SegmentationTask(LightningModule):
 
     def _log_miou(self, stage: str) -> None:
         # compute() adds up the matrices of all processes, so every process logs the same figure.
-        iou = class_iou(self._confusion(stage).compute())
+        counts = self._confusion(stage).compute()
+        if stage == "val":
+            self._counts = counts.cpu()
+        iou = class_iou(counts)
         self._class_iou[stage] = iou.cpu()
         self.log(f"{stage}_miou", iou.nanmean(), prog_bar=True, sync_dist=True)
 
@@ -264,49 +266,3 @@ def class_iou(confusion: Tensor) -> Tensor:
     union = labeled + confusion.sum(dim=0) - hits
     # 0 / 0 never reaches the result: a class with labels has a union.
     return torch.where(labeled > 0, hits / union, torch.nan)
-
-
-def first_tensor(output: object) -> Tensor:
-    """Return the logits in what a network returned: a tensor, ``output["out"]``, or the first of a tuple.
-
-    Raises:
-        ConfigurationError: there is no tensor at these places.
-    """
-    found = output
-    if isinstance(found, Mapping):
-        found = found.get("out")
-    elif isinstance(found, tuple | list) and found:
-        found = found[0]
-    if not isinstance(found, Tensor):
-        given = f"a dict with the keys {list(output)}" if isinstance(output, Mapping) else type(output).__name__
-        raise ConfigurationError(
-            f"The network returned {given}; expected logits as a tensor, as the entry 'out' of a dict or as "
-            "the first element of a tuple. Wrap the network in a module that returns them so."
-        )
-    # A quantized network returns a subclass of Tensor, which should not leave the task.
-    return found.as_subclass(Tensor)
-
-
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the trainable parameters in two groups: weights with more than one dimension decay, nothing else does.
-
-    By name as well as by shape: the trainable ranges of a quantized network have the dimensions of the weight
-    that they belong to, and a range that decays clips its weight.
-    """
-    decay: list[nn.Parameter] = []
-    keep: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            (decay if name.endswith("weight") and parameter.ndim > 1 else keep).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
-
-
-def cosine_with_warmup(step: int, steps: float, warmup: float) -> float:
-    """Return the factor on the learning rate: linear to 1 over ``warmup`` steps, then a half cosine to 0 at ``steps``.
-
-    The cosine of Loshchilov and Hutter, "SGDR", 2017, without restarts.
-    """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = min(1.0, (step - warmup) / max(1.0, steps - warmup))
-    return 0.5 * (1 + math.cos(math.pi * done))

@@ -6,12 +6,11 @@ import torch
 import torchvision
 from PIL import Image
 
+from lightning_quant.domains.images import IMAGE_MEAN, IMAGE_STD
 from lightning_quant.domains.segmentation.cityscapes import (
     CLASS_NAMES,
     CLASSES,
     IGNORE_INDEX,
-    IMAGE_MEAN,
-    IMAGE_STD,
     NUM_CLASSES,
     PALETTE,
     CityscapesDataset,

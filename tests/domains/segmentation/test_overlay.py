@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_quant.domains.images import denormalize
 from lightning_quant.domains.segmentation.cityscapes import PALETTE
 from lightning_quant.domains.segmentation.images import normalize_images
 from lightning_quant.domains.segmentation.overlay import (
     colorize,
     compare_class_maps,
-    denormalize,
     overlay,
 )
 from lightning_quant.errors import ConfigurationError

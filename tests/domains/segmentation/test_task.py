@@ -14,13 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
 from lightning_quant.domains.segmentation.ffnet import ffnet_nano
-from lightning_quant.domains.segmentation.task import (
-    SegmentationTask,
-    class_iou,
-    cosine_with_warmup,
-    first_tensor,
-    parameter_groups,
-)
+from lightning_quant.domains.segmentation.task import SegmentationTask, class_iou
+from lightning_quant.domains.training import cosine_with_warmup
 from lightning_quant.errors import ConfigurationError
 from tests.helpers.processes import run_two_ranks
 from tests.helpers.trainers import quiet_trainer
@@ -182,27 +177,11 @@ def test_learning_rate_climbs_and_falls_over_all_steps(tmp_path: Path) -> None:
     assert np.argmax(rates.seen) == 10
 
 
-def test_schedule_by_hand() -> None:
-    factors = [cosine_with_warmup(step, steps=13, warmup=3) for step in (0, 2, 3, 8, 13, 99)]
-    assert factors == pytest.approx([0.25, 0.75, 1, 0.5, 0, 0])
-
-
 def test_without_an_end_the_learning_rate_is_constant(tmp_path: Path) -> None:
     rates = LearningRates()
     run = quiet_trainer(tmp_path, rates, max_epochs=-1, max_time={"seconds": 1})
     run.fit(SegmentationTask(small(), learning_rate=0.1, num_classes=4), DataLoader(colored(8), batch_size=4))
     assert set(rates.seen) == {0.1}
-
-
-def test_only_weights_with_dimensions_decay() -> None:
-    network = small()
-    network.register_parameter("min", nn.Parameter(torch.zeros(8, 1, 1, 1)))  # as a per-channel range has
-    network.get_parameter("3.weight").requires_grad_(False)
-    decay, keep = parameter_groups(network, 0.1)
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
-    assert (decay["weight_decay"], keep["weight_decay"]) == (0.1, 0.0)
-    assert [names[id(p)] for p in decay["params"]] == ["0.weight"]
-    assert {names[id(p)] for p in keep["params"]} == {"0.bias", "1.weight", "1.bias", "3.bias", "min"}
 
 
 def test_class_weights_and_void_in_the_loss() -> None:
@@ -270,28 +249,6 @@ def test_trains_evaluates_and_predicts_any_network(tmp_path: Path, network: type
     (maps,) = run.predict(task, loader) or []
     assert isinstance(maps, Tensor)
     assert maps.shape == (2, 64, 96)
-
-
-def test_logits_are_found_in_what_networks_return() -> None:
-    logits = torch.zeros(1, 2, 3, 4)
-    for output in (logits, {"aux": torch.ones(1), "out": logits}, (logits, torch.ones(1)), [logits]):
-        assert torch.equal(first_tensor(output), logits)
-
-
-@pytest.mark.parametrize(
-    ("output", "message"),
-    [
-        (
-            {"logits": torch.zeros(1)},
-            r"returned a dict with the keys \['logits'\]; expected logits as a tensor",
-        ),
-        ((), "returned tuple; expected logits"),
-        (None, "returned NoneType; expected logits"),
-    ],
-)
-def test_other_outputs_are_refused(output: object, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        first_tensor(output)
 
 
 @pytest.mark.parametrize("network", [small(5), nn.Flatten()])
