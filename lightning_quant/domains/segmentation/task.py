@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassConfusionMatrix
 from typing_extensions import override
 
+from lightning_quant.domains.optimization import adamw_with_cosine, check_optimization
 from lightning_quant.domains.segmentation.cityscapes import CLASS_NAMES, CLASSES, IGNORE_INDEX, NUM_CLASSES
 from lightning_quant.domains.segmentation.overlay import compare_class_maps
 from lightning_quant.errors import ConfigurationError
@@ -75,12 +75,7 @@ class SegmentationTask(LightningModule):
         # 255 fits the uint8 of predict_step.
         if not 2 <= num_classes <= 255:
             raise ConfigurationError(f"num_classes={num_classes}: expected 2 to 255.")
-        if not learning_rate > 0:
-            raise ConfigurationError(f"learning_rate={learning_rate}: expected more than 0.")
-        if not weight_decay >= 0:
-            raise ConfigurationError(f"weight_decay={weight_decay}: expected 0 or more.")
-        if not 0 <= warmup_fraction < 1:
-            raise ConfigurationError(f"warmup_fraction={warmup_fraction}: expected 0 to below 1.")
+        check_optimization(learning_rate, weight_decay, warmup_fraction)
         if class_weights is not None and (len(class_weights) != num_classes or min(class_weights) < 0):
             raise ConfigurationError(
                 f"class_weights={class_weights}: expected {num_classes} numbers, one per class, each 0 or more."
@@ -147,14 +142,7 @@ class SegmentationTask(LightningModule):
 
     @override
     def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
-        groups = parameter_groups(self.model, self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
-        steps = float(self.trainer.estimated_stepping_batches)
-        if math.isinf(steps):
-            return optimizer
-        factor = partial(cosine_with_warmup, steps=steps, warmup=self.warmup_fraction * steps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return adamw_with_cosine(self.trainer, self.model, self.learning_rate, self.weight_decay, self.warmup_fraction)
 
     def draw_comparison(self, float_output: Any, quantized_output: Any, images: Tensor) -> Comparison | None:
         """Draw the classes of both networks over an image, for the report; none for more classes than it has colors.
@@ -285,28 +273,3 @@ def first_tensor(output: object) -> Tensor:
         )
     # A quantized network returns a subclass of Tensor, which should not leave the task.
     return found.as_subclass(Tensor)
-
-
-def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the trainable parameters in two groups: weights with more than one dimension decay, nothing else does.
-
-    By name as well as by shape: the trainable ranges of a quantized network have the dimensions of the weight
-    that they belong to, and a range that decays clips its weight.
-    """
-    decay: list[nn.Parameter] = []
-    keep: list[nn.Parameter] = []
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            (decay if name.endswith("weight") and parameter.ndim > 1 else keep).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
-
-
-def cosine_with_warmup(step: int, steps: float, warmup: float) -> float:
-    """Return the factor on the learning rate: linear to 1 over ``warmup`` steps, then a half cosine to 0 at ``steps``.
-
-    The cosine of Loshchilov and Hutter, "SGDR", 2017, without restarts.
-    """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = min(1.0, (step - warmup) / max(1.0, steps - warmup))
-    return 0.5 * (1 + math.cos(math.pi * done))

@@ -13,14 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
+from lightning_quant.domains.optimization import cosine_with_warmup, parameter_groups
 from lightning_quant.domains.segmentation.ffnet import ffnet_nano
-from lightning_quant.domains.segmentation.task import (
-    SegmentationTask,
-    class_iou,
-    cosine_with_warmup,
-    first_tensor,
-    parameter_groups,
-)
+from lightning_quant.domains.segmentation.task import SegmentationTask, class_iou, first_tensor
 from lightning_quant.errors import ConfigurationError
 from tests.helpers.processes import run_two_ranks
 from tests.helpers.trainers import quiet_trainer
