@@ -88,7 +88,7 @@ class DetectionTask(LightningModule):
             if not 0 <= value <= 1:
                 raise ConfigurationError(f"{name}={value}: expected 0 to 1.")
         if max_detections < 1:
-            raise ConfigurationError(f"max_detections={max_detections}: expected 1 or more.")
+            raise ConfigurationError(f"max_detections={max_detections}: expected at least 1.")
         self.class_names = tuple(str(name) for name in class_names)
         self.save_hyperparameters(
             {

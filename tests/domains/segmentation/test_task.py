@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
-from lightning_quant.domains.optimization import cosine_with_warmup, parameter_groups
+from lightning_quant.domains.optimization import cosine_with_warmup
 from lightning_quant.domains.segmentation.ffnet import ffnet_nano
 from lightning_quant.domains.segmentation.task import SegmentationTask, class_iou, first_tensor
 from lightning_quant.errors import ConfigurationError
@@ -177,27 +177,11 @@ def test_learning_rate_climbs_and_falls_over_all_steps(tmp_path: Path) -> None:
     assert np.argmax(rates.seen) == 10
 
 
-def test_schedule_by_hand() -> None:
-    factors = [cosine_with_warmup(step, steps=13, warmup=3) for step in (0, 2, 3, 8, 13, 99)]
-    assert factors == pytest.approx([0.25, 0.75, 1, 0.5, 0, 0])
-
-
 def test_without_an_end_the_learning_rate_is_constant(tmp_path: Path) -> None:
     rates = LearningRates()
     run = quiet_trainer(tmp_path, rates, max_epochs=-1, max_time={"seconds": 1})
     run.fit(SegmentationTask(small(), learning_rate=0.1, num_classes=4), DataLoader(colored(8), batch_size=4))
     assert set(rates.seen) == {0.1}
-
-
-def test_only_weights_with_dimensions_decay() -> None:
-    network = small()
-    network.register_parameter("min", nn.Parameter(torch.zeros(8, 1, 1, 1)))  # as a per-channel range has
-    network.get_parameter("3.weight").requires_grad_(False)
-    decay, keep = parameter_groups(network, 0.1)
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
-    assert (decay["weight_decay"], keep["weight_decay"]) == (0.1, 0.0)
-    assert [names[id(p)] for p in decay["params"]] == ["0.weight"]
-    assert {names[id(p)] for p in keep["params"]} == {"0.bias", "1.weight", "1.bias", "3.bias", "min"}
 
 
 def test_class_weights_and_void_in_the_loss() -> None:
