@@ -20,9 +20,9 @@ _LINE = 2
 
 def colors_of(count: int) -> list[Color]:
     """Return a color for each of ``count`` classes, red, green and blue from 0 to 255; beyond 20 they repeat."""
-    palette = colormaps["tab10" if count <= 10 else "tab20"].colors  # type: ignore[attr-defined]
-    rounded = [tuple(round(255 * part) for part in color) for color in palette]
-    return [rounded[index % len(rounded)] for index in range(count)]  # type: ignore[misc]
+    palette = colormaps["tab10" if count <= 10 else "tab20"]
+    colors = [palette(index % palette.N) for index in range(count)]
+    return [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue, _ in colors]
 
 
 def compare_boxes(

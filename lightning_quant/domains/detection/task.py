@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -25,7 +25,7 @@ Batch = tuple[Tensor, list[Boxes]]
 """``(images, targets)``: float (N, 3, H, W), and the boxes of each image with their classes."""
 
 # What torchmetrics computes average precision with, and the package that has it.
-_BACKENDS = ("pycocotools", "faster_coco_eval")
+_BACKENDS: tuple[Literal["pycocotools"], Literal["faster_coco_eval"]] = ("pycocotools", "faster_coco_eval")
 
 
 class DetectionTask(LightningModule):
@@ -74,7 +74,7 @@ class DetectionTask(LightningModule):
         score_threshold: float = 0.05,
         iou_threshold: float = 0.6,
         max_detections: int = 100,
-        drawn_score: float = 0.3,
+        drawn_score: float = 0.4,
     ) -> None:
         super().__init__()
         if class_names is None or isinstance(class_names, str) or not len(class_names):
@@ -175,15 +175,8 @@ class DetectionTask(LightningModule):
             quantized_output: the same of the quantized network.
             images: the one image, normalized, ``(1, 3, H, W)``.
         """
-        found = []
-        for output in (float_output, quantized_output):
-            scores, distances = raw_maps(output, len(self.class_names))
-            (one,) = self._decoded(scores, distances, images)
-            count = int((one["scores"] >= self.drawn_score).sum())
-            found.append(
-                Detections(boxes=one["boxes"][:count], labels=one["labels"][:count], scores=one["scores"][:count])
-            )
-        return compare_boxes(images[0], *found, self.class_names)
+        in_float, quantized = (self._drawn(output, images) for output in (float_output, quantized_output))
+        return compare_boxes(images[0], in_float, quantized, self.class_names)
 
     def class_figures(self) -> dict[str, dict[str, float]]:
         """Return the average precision of each class in the last validation, for the report."""
@@ -221,12 +214,22 @@ class DetectionTask(LightningModule):
     def _decoded(self, scores: Tensor, distances: Tensor, images: Tensor) -> list[Detections]:
         return decode(scores, distances, _size(images), self.score_threshold, self.iou_threshold, self.max_detections)
 
+    def _drawn(self, output: Any, images: Tensor) -> Detections:
+        (found,) = self._decoded(*raw_maps(output, len(self.class_names)), images)
+        count = int((found["scores"] >= self.drawn_score).sum())  # the best come first
+        return {
+            "boxes": found["boxes"][:count],
+            "labels": found["labels"][:count],
+            "scores": found["scores"][:count],
+        }
+
     def _evaluate(self, stage: str, batch: Batch) -> None:
         images, targets = batch
         scores, distances = self._maps(images)
         loss = sum(detection_losses(scores, distances, targets, _size(images)))
         self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
-        self._metric(stage).update(self._decoded(scores, distances, images), targets)
+        metric: Any = self._metric(stage)  # which takes dicts of any names
+        metric.update(self._decoded(scores, distances, images), targets)
 
     def _log_average_precision(self, stage: str) -> None:
         # compute() gathers the boxes of all processes, so every process logs the same figure.
