@@ -141,6 +141,17 @@ def test_dict_outputs(tmp_path: Path) -> None:
     assert (tmp_path / "export/SpeedAndSteering-w8a8/manifest.json").is_file()
 
 
+def test_detection(tmp_path: Path) -> None:
+    output = run(tmp_path, "detection.py")
+    (figures,) = re.findall(r"val_map50 in float: (\S+), at W8A8: (\S+)", output)
+    in_float, quantized = map(float, figures)
+    assert in_float > 0.05  # untrained it is 0
+    assert quantized == pytest.approx(in_float, abs=0.05)
+    assert number(r"average precision of car: (\S+)", output) > 0.02
+    assert (tmp_path / "export/detector/manifest.json").is_file()
+    assert list((tmp_path / "export/detector.report/overlays").glob("*.png"))
+
+
 def test_lightning_cli(tmp_path: Path) -> None:
     run(tmp_path, "lightning_cli.py", "fit", "--trainer.max_epochs", "2")
     (weights,) = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")

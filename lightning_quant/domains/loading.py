@@ -29,23 +29,27 @@ def check_least(**bounds: tuple[int, int]) -> None:
             raise ConfigurationError(f"{name}={value}: expected at least {least}.")
 
 
-def loader(
-    dataset: Dataset[Any], batch_size: int, num_workers: int = 0, shuffle: bool = False, drop_last: bool = False
-) -> DataLoader[Any]:
-    """Return a loader whose workers stay from epoch to epoch, into pinned memory where there is a GPU."""
+def loader(dataset: Dataset[Any], batch_size: int, num_workers: int = 0, **options: Any) -> DataLoader[Any]:
+    """Return a loader whose workers stay from epoch to epoch, into pinned memory where there is a GPU.
+
+    Args:
+        dataset: what it loads.
+        batch_size: items in a batch.
+        num_workers: processes that load; 0 loads in the main process.
+        **options: other arguments of PyTorch's ``DataLoader``.
+    """
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        shuffle=shuffle,
-        drop_last=drop_last,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
+        **options,
     )
 
 
-def training_loader(dataset: Dataset[Any], batch_size: int, num_workers: int = 0) -> DataLoader[Any]:
-    """Return a loader of shuffled batches of equal size; the incomplete last one is dropped.
+def training_loader(dataset: Dataset[Any], batch_size: int, num_workers: int = 0, **options: Any) -> DataLoader[Any]:
+    """Return a :func:`loader` of shuffled batches of equal size; the incomplete last one is dropped.
 
     Raises:
         ConfigurationError: when ``batch_size`` is larger than the data set, so that no batch would be left.
@@ -56,7 +60,7 @@ def training_loader(dataset: Dataset[Any], batch_size: int, num_workers: int = 0
             f"batch_size={batch_size} with a training split of {len(dataset)} images: "
             f"not one full batch. Pass batch_size={len(dataset)} or less."
         )
-    return loader(dataset, batch_size, num_workers, shuffle=True, drop_last=True)
+    return loader(dataset, batch_size, num_workers, shuffle=True, drop_last=True, **options)
 
 
 def claim_folder(root: Path, name: str, parameters: Mapping[str, Any]) -> None:

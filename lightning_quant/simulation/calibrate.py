@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 
 import torch
 
 from lightning_quant.errors import CalibrationError
-from lightning_quant.simulation import aimet, calibration_cache
+from lightning_quant.simulation import aimet, calibration_cache, preflight
 from lightning_quant.simulation.calibration_cache import DataHash, Statistics, StatisticsCache
 from lightning_quant.simulation.callsites.attributes import IN_TRACES_ONLY
 from lightning_quant.simulation.callsites.passes import noting
@@ -18,6 +18,8 @@ from lightning_quant.simulation.fixed_ranges import set_fixed_ranges
 from lightning_quant.simulation.inputs import NetworkInputs, counted, take_samples
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
+from lightning_quant.simulation.preflight import FindingKind
+from lightning_quant.simulation.unlike_ranges import Ends, noting_joined, unlike_ranges
 from lightning_quant.utilities.full_precision import full_precision
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ def calibrate(
     Raises:
         CalibrationError: if there was no sample, or one with NaN or Inf in it (the batch is named), or the
             network computed such values (the quantizer is named). It is not marked as calibrated then.
+        PreflightError: with ``recipe.strict``, if a range is one for unlike values.
     """
     wanted = network.recipe.calibration_samples
     seen = 0
@@ -78,7 +81,8 @@ def calibrate(
     exact = full_precision() if network.has_fine_grids or cache is not None else nullcontext()
     with torch.inference_mode(False), aimet.quiet(), kept, exact, network.cached_weights(), noting() as noted:
         set_fixed_ranges(network.quantizers())  # their bits may have changed
-        network.sim.compute_encodings(run)
+        with noting_joined(network) as joined:
+            network.sim.compute_encodings(run)
     names = {module: name for name, module in network.network.named_modules()}
     network.left_in_float = {names[module]: list(dict.fromkeys(found)) for module, found in noted.items()}
     if endless := [name for name, quantizer in _quantizers(network) if not _finite(quantizer)]:
@@ -89,8 +93,25 @@ def calibrate(
         )
     if seen < wanted:
         log.info("Calibrated with %d samples; %d were asked for.", seen, wanted)
+    _report_unlike_ranges(network, joined)
     network.calibrated = True
     return seen
+
+
+def _report_unlike_ranges(network: QuantizedNetwork, joined: Mapping[str, Ends]) -> None:
+    """Add to the findings of the preflight what only calibration shows; warn of what is new.
+
+    Raises:
+        PreflightError: instead of the warning, with ``strict=True``.
+    """
+    known = {one.module for one in network.findings if one.kind is FindingKind.UNLIKE_RANGES}
+    found = unlike_ranges(network, joined)
+    if network.recipe.strict:
+        preflight.refuse(found)
+    if new := [one for one in found if one.module not in known]:
+        log.warning("Preflight of %s, calibrated:\n%s", network.float_class.__name__, preflight.table(new))
+    # at other bits, or with another estimator, there may be fewer
+    network.findings[:] = [one for one in network.findings if one.kind is not FindingKind.UNLIKE_RANGES] + found
 
 
 def _observe(network: QuantizedNetwork, batches: Iterable[NetworkInputs], digest: DataHash | None = None) -> int:

@@ -96,7 +96,9 @@ def _one_place_per_input(graph: aimet.Graph, layers: Mapping[str, aimet.Quantize
     for operation in graph.get_all_ops().values():
         module = operation.get_module()
         if module in layers.values() and operation.type == "Concat":
-            missing = sum(not product.is_parm for product in operation.inputs) - len(module.input_quantizers)
+            # without a shape it is a number, the axis
+            tensors = [one for one in operation.inputs if one.shape is not None and not one.is_parm]
+            missing = len(tensors) - len(module.input_quantizers)
             for _ in range(missing):
                 module.input_quantizers.append(None)
                 added.append(module.input_quantizers)

@@ -33,6 +33,7 @@ class FindingKind(Enum):
     ON_CPU = "on the CPU"
     REFUSED = "refused by the NPU's compiler"
     WRONG_ON_NPU = "wrong on the NPU"
+    UNLIKE_RANGES = "unlike values in one range"
 
     @property
     def leaves_open(self) -> bool:

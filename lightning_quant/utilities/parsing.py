@@ -46,8 +46,12 @@ def short_repr(value: Any) -> str:
         return f"a {type(value).__name__}"
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, most_bytes: int = _MOST_JSON_BYTES) -> Any:
     """Return the content of a JSON file.
+
+    Args:
+        path: of the file.
+        most_bytes: that it may have.
 
     Raises:
         OSError: when it cannot be read.
@@ -56,9 +60,9 @@ def read_json(path: Path) -> Any:
     if not path.is_file():  # a pipe or a device would never end
         raise FileNotFoundError(f"there is no file {path}")
     with path.open("rb") as file:
-        data = file.read(_MOST_JSON_BYTES + 1)
-    if len(data) > _MOST_JSON_BYTES:
-        raise ValueError(f"it has more than {_MOST_JSON_BYTES >> 20} MB, expected less")
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise ValueError(f"it has more than {most_bytes >> 20} MB, expected less")
     try:
         return json.loads(data)
     except RecursionError:

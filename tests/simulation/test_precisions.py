@@ -128,14 +128,17 @@ def test_a_layer_between_functional_operations_is_made_finer() -> None:
     network(images(2)).sum().backward()
 
 
-def test_a_concatenation_itself_is_refused() -> None:
+def test_a_concatenation_itself_is_made_finer_with_all_that_it_joins() -> None:
     network = calibrated(Cat(), precision="w4a8")
     before, places_before = bits(network), places(network)
     (cat,) = (name for name in quantized_layers(network) if "cat" in name)
-    with pytest.raises(ConfigurationError, match=f"AIMET cannot give {cat} another precision"):
-        set_precisions(network, {cat: FINEST})
-    assert changed(network, before) == {}
+    set_precisions(network, {cat: FINEST})
+    layers = quantized_layers(network)
+    assert [layers[name].output_quantizers[0].bitwidth for name in ("a", "b")] == [16, 16]
+    assert not [name for name in changed(network, before) if "param" in name]
     assert places(network) == places_before
+    calibrate(network, [call(images(8))])
+    network(images(2)).sum().backward()
 
 
 def test_a_copy_of_a_network_is_refused() -> None:

@@ -145,10 +145,15 @@ def hands_on(sim: Any, op: Any) -> bool:
     return bool(inputs_of_one_grid(sim, op))
 
 
-def _is_concatenation(sim: Any, op: Any) -> bool:
+def joins(module: Any) -> bool:
+    """Return whether a module makes one tensor of several: a concatenation, or a write to a part of a tensor."""
     from lightning_quant.simulation.aimet import custom
 
-    return isinstance(sim._get_qmodule(op), (custom.Concat, custom.ScatterElements, custom.ScatterND))
+    return isinstance(module, (custom.Concat, custom.ScatterElements, custom.ScatterND))
+
+
+def _is_concatenation(sim: Any, op: Any) -> bool:
+    return joins(sim._get_qmodule(op))
 
 
 def _is_resize(sim: Any, op: Any) -> bool:

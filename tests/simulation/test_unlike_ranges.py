@@ -1,0 +1,103 @@
+"""What calibration adds to the preflight: concatenations whose one range leaves some values few integers."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.deploy.export import export_bundle
+from lightning_quant.errors import PreflightError
+from lightning_quant.precision import Precision
+from lightning_quant.simulation.calibrate import calibrate
+from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.preflight import FindingKind
+from tests.helpers.networks import calibrated, call, images, quantized, seeded
+
+
+class OneOutput(nn.Module):
+    """A head as YOLO's: boxes of up to ``pixels`` and scores of 0 to 1, joined along the channels."""
+
+    def __init__(self, pixels: float) -> None:
+        super().__init__()
+        self.boxes = nn.Conv2d(3, 4, 1)
+        self.scores = nn.Conv2d(3, 5, 1)
+        self.relu = nn.ReLU()
+        seeded(self)
+        with torch.no_grad():
+            for parameter in self.boxes.parameters():
+                parameter.mul_(pixels / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((self.relu(self.boxes(x)), self.scores(x).sigmoid()), dim=1)
+
+
+class Padded(OneOutput):
+    """Joined with zeros: a constant needs no integers of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        boxes = self.relu(self.boxes(x))
+        return torch.cat((boxes, torch.zeros_like(boxes)), dim=1)
+
+
+class Apart(OneOutput):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"boxes": self.relu(self.boxes(x)), "scores": self.scores(x).sigmoid()}
+
+
+def found(network: QuantizedNetwork) -> list[tuple[str, FindingKind]]:
+    return [(one.module, one.kind) for one in network.findings]
+
+
+def scores(network: QuantizedNetwork) -> Tensor:
+    with torch.no_grad():
+        return network(images(2, seed=1))[:, 4:]
+
+
+def test_pixels_and_scores_in_one_range_are_found_and_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        network = calibrated(OneOutput(640.0))
+    assert found(network) == [("cat", FindingKind.UNLIKE_RANGES)]
+    (finding,) = network.findings
+    assert "steps the former are left 0." in finding.problem
+    assert scores(network).unique().numel() <= 2  # which is why
+    assert finding.problem in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        calibrate(network, [call(images(8))])  # as each rung does
+    assert len(network.findings) == 1
+    assert not caplog.text
+
+
+def test_the_line_to_paste_keeps_the_scores(tmp_path: Path) -> None:
+    (finding,) = calibrated(OneOutput(640.0)).findings
+    assert 'overrides={"cat": "w8a16"}' in finding.remedy
+    network = calibrated(OneOutput(640.0), overrides={"cat": Precision.parse("w8a16")})
+    assert found(network) == []
+    assert scores(network).unique().numel() > 50
+    bundle = export_bundle(network, tmp_path / "fine", images(4))  # equal to the simulation, or it raises
+    assert bundle.manifest.parity
+
+
+@pytest.mark.parametrize(
+    ("network", "precision"),
+    [
+        (OneOutput(2.0), "w8a8"),
+        (OneOutput(640.0), "w8a16"),
+        (Padded(640.0), "w8a8"),
+        (Apart(640.0), "w8a8"),
+    ],
+    ids=["alike", "16 bits", "a constant", "apart"],
+)
+def test_nothing_is_found_where_integers_suffice(network: nn.Module, precision: str) -> None:
+    assert found(calibrated(network, precision=precision)) == []
+
+
+def test_strict_refuses_after_calibration() -> None:
+    network = quantized(OneOutput(640.0), strict=True).eval()
+    with pytest.raises(PreflightError, match="joins values"):
+        calibrate(network, [call(images(8))])
+    assert not network.calibrated
