@@ -260,7 +260,9 @@ class Edges:
 def _listed(given: Any) -> Sequence[Any]:
     from torch import nn
 
-    single = given is None or isinstance(given, (str, Mapping, ImageInput, OutputEdge, nn.Module))
+    if given is None:  # the network's own, however many there are
+        return []
+    single = isinstance(given, (str, Mapping, ImageInput, OutputEdge, nn.Module))
     if not single and not isinstance(given, Sequence):
         raise ConfigurationError(
             f"inputs or outputs is {short_repr(given)}: expected one for a network with one, or a list with one each."

@@ -239,6 +239,15 @@ def test_outputs_each_with_its_own(tmp_path: Path) -> None:
     assert_array_equal(classes, scores.argmax(1))
 
 
+def test_none_leaves_every_output_as_it_is(tmp_path: Path) -> None:
+    samples = [NetworkInputs((seen(photos(2, seed=1)),))]
+    bundle = export_bundle(network("w8a8", Detector), tmp_path / "net", samples, inputs=IMAGE, outputs=None)
+    pixels = photos(1, seed=5)
+    expected = run(bundle.qdq, seen(pixels).numpy())
+    for mine, other in zip(run(device_file(bundle), pixels.permute(0, 2, 3, 1).numpy()), expected, strict=True):
+        assert_array_equal(mine, other)
+
+
 @pytest.mark.parametrize("edge", ["argmax", "softmax", "sigmoid", "quantized", {"function": "top_k", "k": 2}])
 def test_a_metric_of_classes_is_that_of_what_the_app_gets(edge: Any) -> None:
     model = onnx.load(exported_once().qdq)
