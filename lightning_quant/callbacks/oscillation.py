@@ -47,21 +47,18 @@ class WeightOscillation:
         self.steps: list[int] = []
         self.oscillating: list[float] = []
         self.frozen: list[float] = []
-        self._weights = {
-            name: _Weight(_integers(weight, quantizer), freeze)
-            for name, (weight, quantizer) in rounded_weights(network).items()
-        }
+        self._rounded = rounded_weights(network)  # found once: looking them up takes longer than counting
+        self._weights = {name: _Weight(_integers(*one), freeze) for name, one in self._rounded.items()}
 
     @torch.no_grad()
-    def step(self, network: QuantizedNetwork, progress: float) -> None:
-        """Count the turns of a step of the optimizer, and freeze.
+    def step(self, progress: float) -> None:
+        """Count the turns of the optimizer's step that was just taken, and freeze.
 
         Args:
-            network: after the step.
             progress: how much of training is over, 0 to 1.
         """
         threshold = _FROZEN_TO + (_FROZEN_FROM - _FROZEN_TO) * (1 + math.cos(math.pi * progress)) / 2
-        for name, (weight, quantizer) in rounded_weights(network).items():
+        for name, (weight, quantizer) in self._rounded.items():
             known = self._weights[name]
             known.count(_integers(weight, quantizer))
             if self.freeze:

@@ -74,7 +74,7 @@ class TrainingNotes:
         """Note a batch of training, and log it every ``Trainer(log_every_n_steps=…)``."""
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.oscillation is not None and step != self._step:  # gradients of several batches may make one step
-            self.oscillation.step(network, min(step / max(self._steps, 1), 1.0) if math.isfinite(self._steps) else 1.0)
+            self.oscillation.step(min(step / max(self._steps, 1), 1.0) if math.isfinite(self._steps) else 1.0)
         self._step = step
         if not (trainer.is_global_zero and every and step % every == 0):
             return

@@ -76,7 +76,7 @@ def test_turns_are_those_of_the_paper(trainer: MakeTrainer) -> None:
     oscillation = WeightOscillation(network, freeze=False)
     for step in range(1, 7):
         put(network, path[step])
-        oscillation.step(network, progress=0.0)
+        oscillation.step(progress=0.0)
     known = oscillation.state_dict()["weights"][HEAD]
     for place, values in enumerate(PATHS):
         assert float(known["frequency"][0, place]) == pytest.approx(frequencies(values)[-1], abs=1e-7)
@@ -96,13 +96,13 @@ def test_a_frozen_weight_stays_where_it_was_on_average(trainer: MakeTrainer) -> 
     up[0, 0] = 1
     for step in range(200):  # of four steps three at 3
         put(network, still + 3 + up * (step % 4 == 0))
-        oscillation.step(network, progress=1.0)
+        oscillation.step(progress=1.0)
     frozen = oscillation.state_dict()["weights"][HEAD]["frozen"]
     assert frozen.nonzero().tolist() == [[0, 0]]
     _, quantizer = rounded_weights(network)[HEAD]
     quantizer.set_range(quantizer.get_min() * 1.5, quantizer.get_max() * 1.5)  # ranges learn
     put(network, still - 2)
-    oscillation.step(network, progress=1.0)
+    oscillation.step(progress=1.0)
     after = integers_of(network)
     assert float(after[0, 0]) == 3
     assert bool((after.flatten()[1:] == -2).all())
@@ -117,7 +117,7 @@ def test_the_threshold_sinks(trainer: MakeTrainer) -> None:
         oscillation = WeightOscillation(network, freeze=True)
         for step in range(600):
             put(network, torch.full((4, 6), float(step // 40 % 2)))
-            oscillation.step(network, progress)
+            oscillation.step(progress)
         return bool(oscillation.state_dict()["weights"][HEAD]["frozen"].any())
 
     assert frozen(1.0)
@@ -211,7 +211,7 @@ def test_gradients_of_several_batches_are_one_step(trainer: MakeTrainer) -> None
     one = trainer(quantization, max_epochs=1, accumulate_grad_batches=2)
     original = WeightOscillation.step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WeightOscillation, "step", lambda self, net, at: (counted.append(at), original(self, net, at)))
+        patch.setattr(WeightOscillation, "step", lambda self, at: (counted.append(at), original(self, at)))
         one.fit(module, small_loader(), small_loader())
     assert counted == [0.5, 1.0]
 

@@ -213,7 +213,7 @@ def test_second_derivatives_are_refused() -> None:
         torch.autograd.grad(quantizer(numbers).square().sum(), numbers, create_graph=True)
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_a_killed_build_is_repeated(tmp_path: Path) -> None:
     """PyTorch would wait for ever for the process that held its lock file."""
     code = "from lightning_quant.simulation.fast import kernels; print(kernels.unavailable())"
