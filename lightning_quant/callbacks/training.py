@@ -85,8 +85,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             instance or the dotted path of the class.
         train_ranges: learn the ranges too, all but those of the network's inputs. ``False`` keeps them as calibrated.
         distillation: weight of a second loss, the squared difference from the float network's output relative to its
-            power; or the weights of several: ``{"kl": 1.0, "temperature": 2.0, "features": {"backbone.*": 0.1}}``, see
-            :class:`~lightning_quant.callbacks.distillation_loss.DistillationLoss`. 0: none.
+            power; or weights of several losses by name, such as ``{"kl": 1.0, "temperature": 2.0}`` for the divergence
+            between classes, or ``{"mse": 1.0, "features": {"backbone.*": 0.1}}`` for what modules return. 0: none.
         oscillations: ``"note"`` records how many weights turn back and forth between two integers while they train;
             ``"freeze"`` also freezes them at the integer that they are on average. Costs memory for each weight.
         statistics_cache: folder that keeps what calibration saw, so that other precisions with the same width of
