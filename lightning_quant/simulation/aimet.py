@@ -33,7 +33,7 @@ _USED = {
     "aimet_torch.common.onnx": ("_utils",),
     "aimet_torch.common.onnx._utils": ("_is_grid_equivariant_op", "_is_htp_interpolation_op"),
     "aimet_torch.common.quantsim": ("_get_minimum_scale",),
-    "aimet_torch.cross_layer_equalization": ("CrossLayerScaling",),
+    "aimet_torch.cross_layer_equalization": ("CrossLayerScaling", "GraphSearchUtils"),
     "aimet_torch.meta": ("connectedgraph",),
     "aimet_torch.mixed_precision": ("MixedPrecisionConfigurator",),
     "aimet_torch.nn": ("BaseQuantizationMixin", "QuantizationMixin"),

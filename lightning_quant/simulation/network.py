@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -102,7 +103,7 @@ class QuantizedNetwork:
         self._bitwidths: dict[str, int] = {}
         ranges = {id(parameter) for parameter in self.range_parameters() if parameter.requires_grad}
         self._learnable_ranges = {name for name, value in network.named_parameters() if id(value) in ranges}
-        self._output = apply_to_collection(output, Tensor, lambda t: t.new_empty((0,) * t.dim()))
+        self._output = apply_to_collection(output, Tensor, lambda t: torch.empty_like(t, device="meta"))
         self.float_class = type(float_network)
         self.float_sha256: str | None = _weights_hash(float_network)
         self._float = (float_network, self.float_sha256)
@@ -163,7 +164,7 @@ class QuantizedNetwork:
 
     @property
     def output_structure(self) -> Any:
-        """The structure of the network's output, its tensors empty."""
+        """The structure of the network's output for one sample, its tensors on the meta device."""
         return self._output
 
     @property
@@ -247,7 +248,10 @@ class QuantizedNetwork:
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Go back to a :meth:`snapshot` bit for bit; the parameters stay the same objects."""
         # AIMET takes apart the extra state that it is given
-        self.network.load_state_dict({name: _copied(v) if isinstance(v, dict) else v for name, v in snapshot.items()})
+        state: Any = OrderedDict((name, _copied(v) if isinstance(v, dict) else v) for name, v in snapshot.items())
+        # without versions modules take it for the state of older ones, and convert it
+        state._metadata = {name: {"version": module._version} for name, module in self.network.named_modules()}
+        self.network.load_state_dict(state)
 
     def remember_bitwidths(self) -> None:
         """Remember the bit widths as those of the recipe, for :meth:`reset_to` to restore."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,11 +141,13 @@ def _fold_batch_norms(
             module.bias = nn.Parameter(torch.zeros(module.num_features, device=inputs.tensors[0].device))
             module.affine = True
     expected = [_drawing_the_same(call, twin) for call in calls]
+    kept = _Norms(twin)
     try:
         with shapes_from_traces():
             pairs = aimet.fold_all_batch_norms(
                 FlatNetwork(twin, inputs).eval(), None, dummy_input=tuple(inputs.tensors)
             )
+        kept.restore({one for layer, _ in pairs for one in (layer, owners.get(layer, layer))})
         for layer, _ in pairs:
             if layer in owners and owners[layer].bias is None:  # of the module that owns the weight
                 owners[layer].bias = layer._parameters["bias"]
@@ -171,12 +173,41 @@ def _fold_batch_norms(
     return found, []
 
 
+class _Norms:
+    """Parameters and buffers of batch norms as they are: AIMET writes the statistics of those it leaves into weights.
+
+    Where a function is called, these weights are those of a module, which goes on to pass its own statistics with them.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        weights = {one for one, sites in _by_weight(network).items() for site in sites.values() if _is_norm(site)}
+        self._known: list[tuple[nn.Module, Any, dict[str, Any], dict[str, Tensor]]] = [
+            (module, held, dict(held), {name: value.clone() for name, value in held.items() if value is not None})
+            for module in network.modules()
+            if _is_norm(module) or not weights.isdisjoint(module._parameters.values())
+            for held in (module._parameters, module._buffers)
+        ]
+
+    def restore(self, folded_into: Container[nn.Module]) -> None:
+        """Give all back what they held, but for a module that holds weights of both kinds."""
+        for module, held, objects, values in self._known:
+            if module not in folded_into:
+                held.clear()
+                held.update(objects)
+                for name, value in values.items():
+                    objects[name].copy_(value)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm)
+
+
 def owners_of_weights(network: nn.Module) -> dict[nn.Module, nn.Module]:
     """Return the modules whose own weights one call site is passed unchanged, by the layer there.
 
     AIMET changes weights layer by layer, which nothing would come of where they are computed again in each pass, and
     too much where other calls use them too; a batch norm that is called as a function belongs to a module that does
-    more. Such layers are made some that AIMET does not know.
+    more. Such layers are made some that AIMET does not know; where it asks for the base class, it finds them still.
 
     Args:
         network: with call sites, not simulated yet; the classes of layers are changed.
@@ -233,6 +264,7 @@ def _remove_norm(network: nn.Module, name: str) -> None:
         norm.__dict__[FOLDED] = True
         for part in (*norm._parameters, *norm._buffers):  # nothing would compute with them any more
             setattr(norm, part, None)
+        norm.track_running_stats = False
         return
     parent, _, child = name.rpartition(".")
     setattr(network.get_submodule(parent), child, nn.Identity())

@@ -181,6 +181,23 @@ def test_a_wrong_fold_is_left_out_and_reported(monkeypatch: pytest.MonkeyPatch) 
     assert torch.allclose(float_twin(made)(images(4)), original(images(4)), atol=1e-5)
 
 
+class Clamped(nn.BatchNorm2d):
+    """Computes more than a batch norm, which cannot be told apart from outside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-1, 1)
+
+
+def test_a_norm_that_cannot_be_folded_costs_the_others_nothing() -> None:
+    network = seeded(nn.Sequential(nn.Conv2d(3, 6, 3), Clamped(6), nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6))).eval()
+    original = copy.deepcopy(network)
+    made = calibrated(network)
+    assert [type(one) for one in made.network.children()][3] is nn.Identity
+    assert not [one for one in made.findings if "folding batch norms" in one.problem]
+    x = images(4)
+    assert torch.allclose(float_twin(made)(x), original(x), atol=1e-5)
+
+
 @pytest.mark.parametrize("broken", ["raises", "nan"])
 def test_a_fold_that_breaks_is_left_out_and_reported(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     def fold(model: nn.Module, *args: Any, **kwargs: Any) -> list[Any]:

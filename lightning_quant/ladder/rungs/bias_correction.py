@@ -62,14 +62,22 @@ class BiasCorrection(Rung):
                 batch.call(float_network)
             with weights_only(network), hooked(layers, correct):
                 batch.call(network.network)
+        of_bias: dict[int, tuple[Tensor, list[Tensor]]] = {}
         for name, values in shifts.items():
             bias = layers[name].bias
             assert isinstance(bias, Tensor)
+            of_bias.setdefault(bias.data_ptr(), (bias, []))[1].extend(values)  # several calls may add the same one
+        for bias, values in of_bias.values():
             bias.add_(torch.stack(values).mean(0))
         context.calibrate(network, weights=False)
-        return f"corrected {len(shifts)} biases"
+        return f"corrected {len(of_bias)} biases"
 
 
 def _correctable(network: QuantizedNetwork) -> dict[str, nn.Module]:
-    layers = quantized_layers(network)
-    return {name: layer for name, layer in layers.items() if isinstance(layer, _LAYERS) and layer.bias is not None}
+    """Return the layers that add a parameter; one that is computed in each pass would be what it was in the next."""
+    memory = {parameter.data_ptr() for parameter in network.network.parameters()}
+    return {
+        name: layer
+        for name, layer in quantized_layers(network).items()
+        if isinstance(layer, _LAYERS) and layer.bias is not None and layer.bias.data_ptr() in memory
+    }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 import torch
@@ -45,11 +47,28 @@ def equalize(prepared: PreparedNetwork) -> tuple[nn.Module, int]:
     """
     equalized = copy.deepcopy(prepared.network)
     with torch.no_grad(), aimet.quiet(), aimet.failing_as("cross-layer equalization"):
-        owners_of_weights(equalized)  # the others are hidden from AIMET
+        scalable = owners_of_weights(equalized)
+        computed = {one for one in equalized.modules() if "_takes_weights" in vars(one) and one not in scalable}
         flat = FlatNetwork(equalized, prepared.inputs).eval()
-        with weights_attached(equalized):
+        with weights_attached(equalized), _left_alone(computed):
             groups = aimet.CrossLayerScaling.scale_model(flat, dummy_input=tuple(prepared.inputs.tensors))
         difference = relative_difference(prepared.output, prepared.inputs.call(equalized))
     if difference > TOLERANCE:
         raise LightningQuantError(f"equalizing changed what the float network computes by {difference:.1e}")
     return equalized, len(groups)
+
+
+@contextmanager
+def _left_alone(layers: Set[nn.Module]) -> Iterator[None]:
+    """Let AIMET scale no layer whose weights are computed, or used elsewhere too, nor what would make up for it."""
+    search = aimet.GraphSearchUtils
+    original = search.__dict__["convert_layer_group_to_cls_sets"]
+
+    def scaled(group: list[nn.Module]) -> list[tuple[nn.Module, ...]]:
+        return [one for one in original.__func__(group) if layers.isdisjoint(one)]
+
+    search.convert_layer_group_to_cls_sets = staticmethod(scaled)
+    try:
+        yield
+    finally:
+        search.convert_layer_group_to_cls_sets = original
