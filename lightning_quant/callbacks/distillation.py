@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
@@ -13,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_quant.callbacks.distillation_loss import DistillationLoss, kl_gradient, mse_gradient
+from lightning_quant.callbacks.distillation_loss import DistillationLoss, class_axis, kl_gradient, mse_gradient
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.simulation.inputs import tensors_in, with_tensors
+from lightning_quant.simulation.callsites.passes import paused
+from lightning_quant.simulation.inputs import NetworkInputs, tensor_names, tensors_in, with_tensors
 
 # Of an output and of the float network's: the gradient of a loss with respect to the former.
 Gradient = Callable[[Tensor, Tensor], Tensor]
@@ -34,7 +37,7 @@ class Distillation:
         scale: returns the factor of the user's loss in the backward pass, see :func:`loss_scale`.
 
     Attributes:
-        used: whether any output has received the gradient yet.
+        used: whether any output of the network itself has received the gradient yet.
     """
 
     def __init__(self, teacher: nn.Module, loss: DistillationLoss, scale: Callable[[], float]) -> None:
@@ -43,8 +46,8 @@ class Distillation:
         self.scale = scale
         self.used = False
         self._handles: list[RemovableHandle] = []
-        self._waiting: dict[str, list[_Targets]] = defaultdict(list)
-        self._seen: dict[str, list[list[Tensor]]] = defaultdict(list)
+        self._targets: list[Tensor] | None = None  # known while the network is run
+        self._features: dict[str, Iterator[list[Tensor]]] = {}
 
     def attach(self, network: nn.Module) -> None:
         """Add the gradient to every output of ``network``, and of the layers that are compared, from now on.
@@ -52,14 +55,14 @@ class Distillation:
         Raises:
             ConfigurationError: for a feature that the float network does not have.
         """
-        for name, weight in features_in(self.teacher, self.loss).items():
-            self._handles += [
-                network.get_submodule(name).register_forward_hook(partial(self._compare_feature, name, weight)),
-                self.teacher.get_submodule(name).register_forward_hook(partial(self._note_feature, name)),
-            ]
         self._handles += [
-            network.register_forward_pre_hook(lambda *_: self._waiting.clear()),
-            network.register_forward_hook(self, with_kwargs=True),
+            network.get_submodule(name).register_forward_hook(partial(self._compare_feature, name, weight))
+            for name, weight in features_in(self.teacher, self.loss).items()
+        ]
+        self._handles += [
+            network.register_forward_pre_hook(self._run_teacher, with_kwargs=True),
+            network.register_forward_hook(self._compare),
+            network.register_forward_hook(self._end_pass, always_call=True),
         ]
 
     def detach(self) -> None:
@@ -83,49 +86,94 @@ class Distillation:
                 "what it returned. Name the attribute that is called in network=..., or set distillation=0."
             )
 
-    def __call__(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Attach the gradient to ``output``: a forward hook (``with_kwargs=True``)."""
+    def _run_teacher(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run the float network, before the quantized one can change in place what both are given."""
         if not torch.is_grad_enabled():  # validation; not ``training``: some train in eval mode
+            return
+        seen: dict[str, list[list[Tensor]]] = {name: [] for name in features_in(self.teacher, self.loss)}
+
+        def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
+            seen[name].append([tensor.clone() for tensor in tensors_in(output)])  # layers may change them in place
+
+        # this is in a pass of the quantized network, whose operations are recognized by their place in the code
+        with paused(), torch.no_grad(), ExitStack() as hooks:
+            for name in seen:
+                hooks.enter_context(self.teacher.get_submodule(name).register_forward_hook(partial(note, name)))
+            self._targets = tensors_in(NetworkInputs(args, kwargs).call(self.teacher))
+        self._features = {name: iter(tensors) for name, tensors in seen.items()}
+
+    def _compare(self, network: nn.Module, args: Any, output: Any) -> Any:
+        if self._targets is None:
             return output
-        self._seen.clear()
-        with torch.no_grad():
-            targets = tensors_in(self.teacher(*args, **kwargs))
-        for name, waiting in self._waiting.items():
-            for one, found in zip(waiting, self._seen[name], strict=True):
-                one.tensors = found
-        self._waiting.clear()
-        compared = [(mse_gradient, self.loss.mse)]
-        compared.append((partial(kl_gradient, temperature=self.loss.temperature, axis=self.loss.axis), self.loss.kl))
-        return self._with_gradients(output, _Targets(targets), [(one, weight) for one, weight in compared if weight])
+        parts = []
+        if self.loss.mse:
+            parts.append(_Part(mse_gradient, self.loss.mse, range(len(self._targets))))
+        if self.loss.kl:
+            gradient = partial(kl_gradient, temperature=self.loss.temperature, axis=self.loss.axis)
+            parts.append(_Part(gradient, self.loss.kl, compared_classes(output, self.loss)))
+        self.used = self.used or any(map(_is_trained, tensors_in(output)))
+        return self._with_gradients("the network", output, self._targets, parts)
+
+    def _end_pass(self, network: nn.Module, args: Any, output: Any) -> None:
+        self._targets = None
+        self._features.clear()
 
     def _compare_feature(self, name: str, weight: float, module: nn.Module, args: Any, output: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return output
-        targets = _Targets()
-        self._waiting[name].append(targets)  # the teacher is run at the end of this pass
-        return self._with_gradients(output, targets, [(mse_gradient, weight)])
-
-    def _note_feature(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        self._seen[name].append(tensors_in(output))
-
-    def _with_gradients(self, output: Any, targets: _Targets, parts: list[tuple[Gradient, float]]) -> Any:
         outputs = tensors_in(output)
-        differentiable = [tensor.requires_grad and tensor.is_floating_point() for tensor in outputs]
-        share = 1 / max(sum(differentiable), 1)
-        self.used = self.used or any(differentiable)
+        if self._targets is None:
+            # Called alone, the float network has nothing to compare; again by activation checkpointing, it has to do
+            # what it did before.
+            parts = [_Part(lambda own, target: torch.zeros_like(own), weight, range(len(outputs)))]
+            return self._with_gradients(name, output, outputs, parts) if torch.is_grad_enabled() else output
+        if not any(map(_is_trained, outputs)):
+            raise ConfigurationError(
+                f"distillation: features has {name!r}, which is run without gradients: expected a module whose output "
+                "is trained, outside of torch.no_grad and of checkpoint(use_reentrant=True)."
+            )
+        targets = next(self._features[name], [])
+        return self._with_gradients(name, output, targets, [_Part(mse_gradient, weight, range(len(targets)))])
+
+    def _with_gradients(self, what: str, output: Any, targets: list[Tensor], parts: list[_Part]) -> Any:
+        outputs = tensors_in(output)
+        shapes, expected = ([tuple(one.shape) for one in tensors] for tensors in (outputs, targets))
+        if shapes != expected:
+            raise ConfigurationError(
+                f"distillation: {what} returns {shapes or 'nothing'} while it trains, the float network, in eval mode, "
+                f"{expected or 'nothing'}: expected the same tensors of both. Set distillation=0, or let features name "
+                "modules whose output does not depend on the mode."
+            )
+        trained = [index for index, tensor in enumerate(outputs) if _is_trained(tensor)]
+        of_tensor: dict[int, list[Gradient]] = defaultdict(list)
+        for part in parts:
+            chosen = [index for index in part.indices if index in trained]
+            for index in chosen:
+                of_tensor[index].append(partial(part.weighted, 1 / len(chosen)))
 
         def added(index: int, own: Tensor) -> Tensor:
-            if not targets.tensors:  # of a module that was called alone: the float network has nothing to compare
-                return torch.zeros_like(own)
-            target = targets.tensors[index].to(own.dtype)
-            factor = share * self.scale()
-            return reduce(torch.add, (weight * factor * gradient(own, target) for gradient, weight in parts))
+            target = targets[index].to(own.dtype)
+            return self.scale() * reduce(torch.add, (gradient(own, target) for gradient in of_tensor[index]))
 
         made = [
-            _AddGradient.apply(tensor, partial(added, index)) if has_gradient and parts else tensor
-            for index, (tensor, has_gradient) in enumerate(zip(outputs, differentiable, strict=True))
+            _AddGradient.apply(tensor, partial(added, index)) if index in of_tensor else tensor
+            for index, tensor in enumerate(outputs)
         ]
         return with_tensors(output, made)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One loss: its gradient, its weight, and the positions of the tensors that share it."""
+
+    gradient: Gradient
+    weight: float
+    indices: Sequence[int]
+
+    def weighted(self, share: float, own: Tensor, target: Tensor) -> Tensor:
+        return self.weight * share * self.gradient(own, target)
+
+
+def _is_trained(tensor: Tensor) -> bool:
+    return tensor.requires_grad and tensor.is_floating_point()
 
 
 def features_in(network: nn.Module, loss: DistillationLoss) -> dict[str, float]:
@@ -147,11 +195,41 @@ def features_in(network: nn.Module, loss: DistillationLoss) -> dict[str, float]:
     return found
 
 
-class _Targets:
-    """The float network's tensors, known once it was run."""
+def compared_classes(output: Any, loss: DistillationLoss) -> list[int]:
+    """Return the positions of the tensors with classes, among all that a network returns.
 
-    def __init__(self, tensors: list[Tensor] | None = None) -> None:
-        self.tensors = tensors or []
+    Args:
+        output: what it returns; only names, shapes and types are looked at.
+        loss: its ``classes`` are globs on the names of tensors, those of :func:`tensor_names`.
+
+    Raises:
+        ConfigurationError: if it is not known which tensors hold classes, or one of them has less than two.
+    """
+    if not loss.kl:
+        return []
+    names, tensors = tensor_names(output), tensors_in(output)
+    globs = [loss.classes] if isinstance(loss.classes, str) else list(loss.classes)
+    given = [name for name, tensor in zip(names, tensors, strict=True) if tensor.is_floating_point()]
+    chosen = {name for glob in globs for name in fnmatch.filter(given, glob)} if globs else set(given)
+    for glob in globs:
+        if not fnmatch.filter(given, glob):
+            raise ConfigurationError(
+                f"distillation: classes={glob!r} names no tensor that the network returns: expected a glob on "
+                f"{', '.join(given)}."
+            )
+    if not globs and len(given) > 1:
+        raise ConfigurationError(
+            f"distillation: kl of a network that returns {', '.join(given)}: expected the names of those that hold "
+            f"classes, such as classes={given[0]!r}; what else it returns, mse and features compare."
+        )
+    for name, tensor in zip(names, tensors, strict=True):
+        axis = class_axis(tensor, loss.axis)
+        if name in chosen and not (-tensor.dim() <= axis < tensor.dim() and tensor.shape[axis] > 1):
+            raise ConfigurationError(
+                f"distillation: kl of {name!r}, whose shape is {tuple(tensor.shape)}: expected at least two classes on "
+                f"axis {axis}. Give the axis of the classes, or use mse."
+            )
+    return [index for index, name in enumerate(names) if name in chosen]
 
 
 def loss_scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
@@ -175,7 +253,7 @@ class _AddGradient(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, added: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(output)
         ctx.added = added
-        return output.view_as(output)
+        return output.clone()  # the user's code may change it in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -21,8 +21,10 @@ class DistillationLoss:
         mse: of ``Σ (y − t)² / Σ t²``, averaged over the tensors that the network returns.
         kl: of the Kullback-Leibler divergence from the classes of the float network, softmax(t/T), to those of the
             quantized one, softmax(y/T), times T² (Hinton et al., "Distilling the Knowledge in a Neural Network",
-            1503.02531), averaged over positions and samples and over the tensors with at least two classes.
+            1503.02531), averaged over positions and samples and over the tensors that hold classes.
         temperature: T.
+        classes: which tensors hold classes, as globs on their names: the keys and positions in what the network
+            returns, joined by underscores. Needed where it returns several.
         axis: where the classes lie. ``None``: last in tensors with three axes, as of tokens, else second.
         features: like ``mse``, of what modules return, by globs on their names.
     """
@@ -30,6 +32,7 @@ class DistillationLoss:
     mse: float = 0.0
     kl: float = 0.0
     temperature: float = 1.0
+    classes: str | Sequence[str] = ()
     axis: int | None = None
     features: Mapping[str, float] = field(default_factory=dict)
 
@@ -57,6 +60,8 @@ class DistillationLoss:
             raise ConfigurationError(f"distillation: temperature={made.temperature!r}: expected a number above 0.")
         if not (made.axis is None or isinstance(made.axis, int)):
             raise ConfigurationError(f"distillation: axis={made.axis!r}: expected the axis of the classes, or None.")
+        if not (isinstance(made.classes, Sequence) and all(isinstance(one, str) for one in made.classes)):
+            raise ConfigurationError(f"distillation: classes={made.classes!r}: expected names of tensors.")
         if isinstance(given, Mapping) and not made:
             raise ConfigurationError(
                 f"distillation={dict(given)!r}: expected a weight above 0 for mse, kl or features."
@@ -84,14 +89,17 @@ def mse_gradient(output: Tensor, target: Tensor) -> Tensor:
     return 2 / target.square().sum().clamp_min(torch.finfo(torch.float32).tiny) * (output - target)
 
 
+def class_axis(tensor: Tensor, axis: int | None) -> int:
+    """Return the axis of the classes: the one that is given, else the last of three, else the second."""
+    return axis if axis is not None else tensor.dim() - 1 if tensor.dim() == 3 else 1
+
+
 def kl_gradient(output: Tensor, target: Tensor, temperature: float, axis: int | None) -> Tensor:
-    """Return the gradient of the divergence ``kl`` with respect to y; zero where there are no two classes.
+    """Return the gradient of the divergence ``kl`` with respect to y.
 
     ``T · (softmax(y/T) − softmax(t/T))`` over the positions that have classes: equation 2 of 1503.02531, times T².
     """
-    place = (output.dim() - 1 if output.dim() == 3 else 1) if axis is None else axis
-    if not -output.dim() <= place < output.dim() or output.shape[place] < 2:
-        return torch.zeros_like(output)
+    place = class_axis(output, axis)
     positions = output.numel() // output.shape[place]
     difference = (output / temperature).softmax(place) - (target / temperature).softmax(place)
     return temperature / positions * difference

@@ -16,7 +16,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_quant.callbacks.best_checkpoint import locked_folder
-from lightning_quant.callbacks.distillation import Distillation, features_in, loss_scale
+from lightning_quant.callbacks.distillation import Distillation, compared_classes, features_in, loss_scale
 from lightning_quant.callbacks.distillation_loss import DistillationLoss
 from lightning_quant.callbacks.drift import RangeDrift
 from lightning_quant.callbacks.early_setup import set_up_early
@@ -209,6 +209,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             features_in(find_network(pl_module, self.network_name), self.distillation)  # refused before calibration
         super().setup(trainer, pl_module, stage)
         quantized = self.quantized_network(pl_module)
+        compared_classes(quantized.output_structure, self.distillation)
         if fits and is_float and (self.climbs or self.distillation):
             self._begin(Ladder(self.result.monitor, self.result.mode, self.result.max_drop), quantized.float_network)
         quantized.learn_ranges(self.train_ranges)

@@ -32,6 +32,30 @@ def tensors_in(data: Any) -> list[Tensor]:
     return found
 
 
+def tensor_names(structure: Any, name: str = "output") -> list[str]:
+    """Return a name for every tensor in a nested structure: keys and positions, joined by underscores.
+
+    Args:
+        structure: what a network returned; keys at its top stand alone.
+        name: of a tensor by itself, and before positions at the top.
+    """
+    if isinstance(structure, Mapping):
+        return [one for key, value in structure.items() for one in _inner_names(value, str(key))]
+    return _inner_names(structure, name)
+
+
+def _inner_names(structure: Any, name: str) -> list[str]:
+    if isinstance(structure, Tensor):
+        return [name]
+    if isinstance(structure, Mapping):
+        items = list(structure.items())
+    elif isinstance(structure, (list, tuple)):
+        items = list(enumerate(structure))
+    else:  # a dataclass: whatever tensors_in finds
+        items = list(enumerate(tensors_in(structure)))
+    return [one for key, value in items for one in _inner_names(value, f"{name}_{key}")]
+
+
 def with_tensors(structure: Any, tensors: Sequence[Tensor]) -> Any:
     """Return the same structure with its tensors replaced, in order."""
     replacement = iter(tensors)

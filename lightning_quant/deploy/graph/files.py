@@ -22,7 +22,7 @@ from lightning_quant.simulation import aimet
 from lightning_quant.simulation.callsites.aimet_views import weights_attached
 from lightning_quant.simulation.callsites.passes import noting
 from lightning_quant.simulation.exportable import FLOAT_OPSET
-from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
+from lightning_quant.simulation.inputs import NetworkInputs, tensor_names, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
 
 if TYPE_CHECKING:
@@ -177,23 +177,10 @@ def name_tensors(network: QuantizedNetwork, example: NetworkInputs, given: Any) 
     positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     positional += [f"input_{index}" for index in range(len(positional), len(example.args))]  # of *args
     called = [*zip(positional, example.args, strict=False), *example.kwargs.items()]
-    inputs = [label for name, value in called for label in _label(value, name, is_top=True)]
-    outputs = _label(given, "output", is_top=True)
+    inputs = [label for name, value in called for label in tensor_names(value, name)]
+    outputs = tensor_names(given)
     unique: list[str] = []
     for label in [*inputs, *outputs]:  # in ONNX, inputs and outputs share one namespace
         numbered = chain([label], (f"{label}_{number}" for number in count(1)))
         unique.append(next(name for name in numbered if name not in unique))
     return unique[: len(inputs)], unique[len(inputs) :]
-
-
-def _label(structure: Any, name: str, is_top: bool = False) -> list[str]:
-    """Return one name for every tensor in a structure: its keys or positions, joined by underscores."""
-    if isinstance(structure, torch.Tensor):
-        return [name]
-    if isinstance(structure, dict):
-        items = [(str(key) if is_top else f"{name}_{key}", value) for key, value in structure.items()]
-    elif isinstance(structure, (list, tuple)):
-        items = [(f"{name}_{index}", value) for index, value in enumerate(structure)]
-    else:  # a dataclass: whatever tensors_in finds
-        items = [(f"{name}_{index}", value) for index, value in enumerate(tensors_in(structure))]
-    return [label for key, value in items for label in _label(value, key)]
