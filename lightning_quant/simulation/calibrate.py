@@ -53,11 +53,13 @@ def calibrate(
     """
     wanted = network.recipe.calibration_samples
     seen = 0
+    joined: dict[str, Ends] = {}
 
     def run(_: object) -> None:
-        nonlocal seen
+        nonlocal seen, joined
         if cache is None:
-            seen = _observe(network, batches)
+            with noting_joined(network) as joined:
+                seen = _observe(network, batches)
             return
         with cache.locked(network) as path:
             known = calibration_cache.read(path)
@@ -68,12 +70,13 @@ def calibrate(
                 # layers learn in a forward pass whose outputs they read, see AIMET's protection against overflow
                 next(iter(batches)).batched_like(network.inputs).first(1).call(network.network)
                 known.give(network)
-                seen = known.samples
+                seen, joined = known.samples, known.joined
                 log.info("Calibrated with what was seen of the same %d samples before.", seen)
                 return
             digest = DataHash()
-            seen = _observe(network, batches, digest)
-            calibration_cache.write(path, Statistics.of(network, str(digest), seen))
+            with noting_joined(network) as joined:
+                seen = _observe(network, batches, digest)
+            calibration_cache.write(path, Statistics.of(network, str(digest), seen, joined))
 
     # ranges must be ordinary tensors: made under inference_mode they would break training later
     kept = nullcontext() if weights else _kept(weight_quantizers(network))
@@ -81,8 +84,7 @@ def calibrate(
     exact = full_precision() if network.has_fine_grids or cache is not None else nullcontext()
     with torch.inference_mode(False), aimet.quiet(), kept, exact, network.cached_weights(), noting() as noted:
         set_fixed_ranges(network.quantizers())  # their bits may have changed
-        with noting_joined(network) as joined:
-            network.sim.compute_encodings(run)
+        network.sim.compute_encodings(run)
     names = {module: name for name, module in network.network.named_modules()}
     network.left_in_float = {names[module]: list(dict.fromkeys(found)) for module, found in noted.items()}
     if endless := [name for name, quantizer in _quantizers(network) if not _finite(quantizer)]:

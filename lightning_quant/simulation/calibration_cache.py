@@ -26,6 +26,8 @@ from lightning_quant.simulation import aimet
 from lightning_quant.simulation.fixed_ranges import fixed_range
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.precisions import quantized_layers
+from lightning_quant.simulation.unlike_ranges import Ends
 from lightning_quant.utilities.files import atomic_write
 from lightning_quant.utilities.hashing import add_tensor
 from lightning_quant.utilities.parsing import check, read_arrays
@@ -33,6 +35,7 @@ from lightning_quant.utilities.parsing import check, read_arrays
 log = logging.getLogger(__name__)
 
 _FIELDS = ("histogram", "bin_edges", "min", "max")
+_JOINED = "joined"
 
 
 @dataclass
@@ -43,14 +46,16 @@ class Statistics:
         data: hash of the data.
         samples: how many samples it held.
         seen: for each quantizer that saw something, its observer's statistics by name.
+        joined: what concatenations join, by the name of the layer.
     """
 
     data: str
     samples: int
     seen: dict[str, dict[str, np.ndarray]]
+    joined: dict[str, Ends]
 
     @classmethod
-    def of(cls, network: QuantizedNetwork, data: str, samples: int) -> Statistics:
+    def of(cls, network: QuantizedNetwork, data: str, samples: int, joined: dict[str, Ends]) -> Statistics:
         """Copy what the observers of a network hold."""
         seen = {}
         for name, observer in _observers(network).items():
@@ -62,10 +67,12 @@ class Statistics:
             }
             if arrays:
                 seen[name] = arrays
-        return cls(data, samples, seen)
+        return cls(data, samples, seen, joined)
 
     def fits(self, network: QuantizedNetwork) -> bool:
         """Return whether the observers of a network are those that saw this, by their number of ranges and of bins."""
+        if not self.joined.keys() <= quantized_layers(network).keys():
+            return False
         observers = _observers(network)
         for name, arrays in self.seen.items():
             if name not in observers:
@@ -123,13 +130,18 @@ def read(path: Path) -> Statistics | None:
         check(data.shape == () and data.dtype.kind == "U", "data", data, "a hash")
         check(samples.shape == () and samples.dtype.kind == "i" and int(samples) > 0, "samples", samples, "at least 1")
         seen: dict[str, dict[str, np.ndarray]] = {}
+        joined: dict[str, Ends] = {}
         for key, array in stored.items():
             name, _, field = key.partition("|")
-            check(field in _FIELDS, key, array, f"one of {', '.join(_FIELDS)}")
+            if field == _JOINED:
+                check(array.dtype.kind == "f" and array.shape[1:] == (2,), key, array, "two ends for each tensor")
+                joined[name] = [(low, high) for low, high in array.tolist()]
+                continue
+            check(field in _FIELDS, key, array, f"one of {', '.join((*_FIELDS, _JOINED))}")
             seen.setdefault(name, {})[field] = array
         for name, arrays in seen.items():
             _check_arrays(name, arrays)
-        return Statistics(str(data), int(samples), seen)
+        return Statistics(str(data), int(samples), seen, joined)
     except Exception as error:  # truncated, or not one of ours: calibration writes it again
         log.warning("Calibrating again: %s cannot be read (%s: %s).", path, type(error).__name__, error)
         return None
@@ -153,6 +165,7 @@ def _check_arrays(name: str, arrays: dict[str, np.ndarray]) -> None:
 def write(path: Path, statistics: Statistics) -> None:
     """Write statistics to a file, whole or not at all."""
     arrays = {f"{name}|{field}": array for name, fields in statistics.seen.items() for field, array in fields.items()}
+    arrays |= {f"{name}|{_JOINED}": np.array(ends).reshape(-1, 2) for name, ends in statistics.joined.items()}
     with atomic_write(path) as partial:
         np.savez(partial, data=statistics.data, samples=statistics.samples, **arrays)  # type: ignore[arg-type]
 

@@ -13,6 +13,7 @@ from lightning_quant.deploy.export import export_bundle
 from lightning_quant.errors import PreflightError
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.calibrate import calibrate
+from lightning_quant.simulation.calibration_cache import StatisticsCache
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.preflight import FindingKind
 from tests.helpers.networks import calibrated, call, images, quantized, seeded
@@ -70,6 +71,20 @@ def test_pixels_and_scores_in_one_range_are_found_and_warned_of(caplog: pytest.L
         calibrate(network, [call(images(8))])  # as each rung does
     assert len(network.findings) == 1
     assert not caplog.text
+
+
+def test_a_pass_that_is_recalled_finds_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache, batches = StatisticsCache(tmp_path), [call(images(8))]
+    whole = quantized(OneOutput(640.0)).eval()
+    calibrate(whole, batches, cache=cache)
+    with caplog.at_level(logging.INFO):
+        calibrate(whole, batches, cache=cache)  # as each rung does
+        recalled = quantized(OneOutput(640.0)).eval()
+        calibrate(recalled, batches, cache=cache)
+    assert caplog.text.count("was seen of the same 8 samples before") == 2
+    assert [one.problem for one in recalled.findings] == [one.problem for one in whole.findings] != []
+    with pytest.raises(PreflightError, match="joins values"):
+        calibrate(quantized(OneOutput(640.0), strict=True).eval(), batches, cache=cache)
 
 
 def test_the_line_to_paste_keeps_the_scores(tmp_path: Path) -> None:
