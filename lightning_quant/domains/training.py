@@ -12,43 +12,109 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_quant.errors import ConfigurationError
 
 
-def check_training(learning_rate: float, weight_decay: float, warmup_fraction: float) -> None:
-    """Refuse what :func:`adamw_with_cosine` cannot train with.
+class Task(LightningModule):
+    """What the tasks of all domains share: one evaluation for validation and test, and AdamW for ``model``.
 
-    Raises:
-        ConfigurationError: when an argument is out of range.
-    """
-    if not learning_rate > 0:
-        raise ConfigurationError(f"learning_rate={learning_rate}: expected more than 0.")
-    if not weight_decay >= 0:
-        raise ConfigurationError(f"weight_decay={weight_decay}: expected 0 or more.")
-    if not 0 <= warmup_fraction < 1:
-        raise ConfigurationError(f"warmup_fraction={warmup_fraction}: expected 0 to below 1.")
-
-
-def adamw_with_cosine(
-    task: LightningModule, network: nn.Module, learning_rate: float, weight_decay: float, warmup_fraction: float
-) -> Optimizer | OptimizerLRSchedulerConfig:
-    """Return what ``configure_optimizers`` does: AdamW, whose learning rate climbs linearly and falls along a cosine.
+    A subclass has ``training_step``, and how a stage, ``"val"`` or ``"test"``, begins (:meth:`start_evaluation`),
+    counts a batch (:meth:`evaluate`) and ends (:meth:`end_evaluation`).
 
     Args:
-        task: its trainer knows the number of steps; where it does not (``max_epochs=-1``), the rate is constant.
-        network: whose parameters are trained, in the groups of :func:`parameter_groups`.
-        learning_rate: highest of the schedule.
+        network: the network, trained in place.
+        learning_rate: highest learning rate of the schedule.
         weight_decay: AdamW's decoupled weight decay.
-        warmup_fraction: part of all optimizer steps in which the rate climbs.
+        warmup_fraction: part of all optimizer steps in which the learning rate climbs, 0 to below 1.
+
+    Raises:
+        ConfigurationError: an argument is out of range.
     """
-    optimizer = torch.optim.AdamW(parameter_groups(network, weight_decay), lr=learning_rate)
-    steps = float(task.trainer.estimated_stepping_batches)
-    if math.isinf(steps):
-        return optimizer
-    factor = partial(cosine_with_warmup, steps=steps, warmup=warmup_fraction * steps)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float, warmup_fraction: float) -> None:
+        super().__init__()
+        if not learning_rate > 0:
+            raise ConfigurationError(f"learning_rate={learning_rate}: expected more than 0.")
+        if not weight_decay >= 0:
+            raise ConfigurationError(f"weight_decay={weight_decay}: expected 0 or more.")
+        if not 0 <= warmup_fraction < 1:
+            raise ConfigurationError(f"warmup_fraction={warmup_fraction}: expected 0 to below 1.")
+        self.model = network
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_fraction = warmup_fraction
+
+    def start_evaluation(self, stage: str) -> None:
+        """Forget what an earlier epoch counted."""
+        raise NotImplementedError
+
+    def evaluate(self, stage: str, batch: Any) -> None:
+        """Count one batch, and log its loss."""
+        raise NotImplementedError
+
+    def end_evaluation(self, stage: str) -> None:
+        """Log the figures of an epoch."""
+        raise NotImplementedError
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate("val", batch)
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.evaluate("test", batch)
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self.start_evaluation("val")
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self.start_evaluation("test")
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self.end_evaluation("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self.end_evaluation("test")
+
+    @override
+    def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
+        """Return AdamW, whose learning rate climbs linearly and falls along a cosine.
+
+        Where the trainer does not know its number of steps (``max_epochs=-1``), the rate is constant.
+        """
+        optimizer = torch.optim.AdamW(parameter_groups(self.model, self.weight_decay), lr=self.learning_rate)
+        steps = float(self.trainer.estimated_stepping_batches)
+        if math.isinf(steps):
+            return optimizer
+        factor = partial(cosine_with_warmup, steps=steps, warmup=self.warmup_fraction * steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def figures_of_epoch(found: Mapping[str, dict[str, float]], stage: str, method: str) -> dict[str, float]:
+    """Return the figures of the classes that an epoch of ``stage`` left.
+
+    Args:
+        found: by stage.
+        stage: ``"val"`` or ``"test"``.
+        method: what was called, for the error.
+
+    Raises:
+        ConfigurationError: there has been no such epoch.
+    """
+    if stage not in found:
+        expected = {"val": "trainer.validate or trainer.fit", "test": "trainer.test"}
+        raise ConfigurationError(
+            f"{method}({stage!r}) has nothing to report yet: stage is 'val' or 'test', after "
+            f"an epoch of {expected.get(stage, ' or '.join(expected.values()))}."
+        )
+    return dict(found[stage])
 
 
 def first_tensor(output: object, names: Sequence[str] = ("out",)) -> Tensor:

@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from typing_extensions import override
 
 from lightning_quant.domains.classification.pictures import compare_scores
-from lightning_quant.domains.training import adamw_with_cosine, check_training, first_tensor
+from lightning_quant.domains.training import Task, first_tensor
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.report.confusion import MOST_CLASSES
 from lightning_quant.report.pictures import Comparison
@@ -27,7 +24,7 @@ _LOGITS = ("logits", "out")
 _TOP = 5
 
 
-class ClassificationTask(LightningModule):
+class ClassificationTask(Task):
     """Train and evaluate a network that classifies images; knows nothing of quantization.
 
     The network lives in the attribute ``model``, where the callbacks of this package look for it by default.
@@ -69,19 +66,14 @@ class ClassificationTask(LightningModule):
         label_smoothing: float = 0.0,
         warmup_fraction: float = 0.05,
     ) -> None:
-        super().__init__()
+        super().__init__(network, learning_rate, weight_decay, warmup_fraction)
         if num_classes < 2:
             raise ConfigurationError(f"num_classes={num_classes}: expected at least 2.")
-        check_training(learning_rate, weight_decay, warmup_fraction)
         if not 0 <= label_smoothing < 1:
             raise ConfigurationError(f"label_smoothing={label_smoothing}: expected 0 to below 1.")
         self.save_hyperparameters(ignore=["network"])
-        self.model = network
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
-        self.warmup_fraction = warmup_fraction
         self.confusion = nn.ModuleDict(
             {stage: MulticlassConfusionMatrix(num_classes, validate_args=False) for stage in ("val", "test")}
         )
@@ -118,38 +110,10 @@ class ClassificationTask(LightningModule):
         return loss
 
     @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("val", batch)
-
-    @override
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("test", batch)
-
-    @override
     def predict_step(self, batch: Tensor | Batch, batch_idx: int) -> Tensor:
         """Return classes, int64 ``(N,)``, of bare images or of the images of ``(images, labels)``."""
         images = batch if isinstance(batch, Tensor) else batch[0]
         return self(images).argmax(dim=1)
-
-    @override
-    def on_validation_epoch_start(self) -> None:
-        self._reset("val")
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        self._reset("test")
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        self._counts = self._log_accuracy("val")
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self._log_accuracy("test")
-
-    @override
-    def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
-        return adamw_with_cosine(self, self.model, self.learning_rate, self.weight_decay, self.warmup_fraction)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -205,7 +169,8 @@ class ClassificationTask(LightningModule):
             )
         return logits
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    @override
+    def evaluate(self, stage: str, batch: Batch) -> None:
         images, labels = batch
         logits = self(images)
         loss = F.cross_entropy(logits, labels)
@@ -213,16 +178,18 @@ class ClassificationTask(LightningModule):
         for metric in self._metrics(stage).values():
             metric.update(logits, labels)
 
-    def _log_accuracy(self, stage: str) -> Tensor:
-        """Log the accuracies of an epoch and return its counts, (C, C), on the CPU."""
+    @override
+    def end_evaluation(self, stage: str) -> None:
         # compute() adds up the counts of all processes, so every process logs the same figures.
         found = {name: metric.compute() for name, metric in self._metrics(stage).items()}
         counts = found.pop("confusion")
         accuracies = {"acc": counts.diag().sum() / counts.sum(), **found}
         self.log_dict({f"{stage}_{name}": value for name, value in accuracies.items()}, prog_bar=True, sync_dist=True)
-        return counts.cpu()
+        if stage == "val":
+            self._counts = counts.cpu()
 
-    def _reset(self, stage: str) -> None:
+    @override
+    def start_evaluation(self, stage: str) -> None:
         for metric in self._metrics(stage).values():
             metric.reset()
 

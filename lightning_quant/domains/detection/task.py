@@ -7,17 +7,14 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torchmetrics.detection import MeanAveragePrecision
 from typing_extensions import override
 
 from lightning_quant.domains.detection.boxes import Boxes, Detections, decode, raw_maps
 from lightning_quant.domains.detection.drawing import colors_of, compare_boxes
 from lightning_quant.domains.detection.losses import detection_losses
-from lightning_quant.domains.training import adamw_with_cosine, check_training
+from lightning_quant.domains.training import Task, figures_of_epoch
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.report.pictures import Comparison
 
@@ -28,7 +25,7 @@ Batch = tuple[Tensor, list[Boxes]]
 _BACKENDS: tuple[Literal["pycocotools"], Literal["faster_coco_eval"]] = ("pycocotools", "faster_coco_eval")
 
 
-class DetectionTask(LightningModule):
+class DetectionTask(Task):
     """Train and evaluate a one-level anchor-free detector; knows nothing of quantization.
 
     The network lives in the attribute ``model``, where the callbacks of this package look for it by default. It maps
@@ -41,7 +38,7 @@ class DetectionTask(LightningModule):
     thresholds of the intersection over union from 0.5 to 0.95; ``map50`` that at 0.5 alone. Both are NaN where the
     labels hold no box. They are computed by torchmetrics with ``pycocotools`` or ``faster_coco_eval``.
 
-    The optimizer is AdamW, as in :func:`~lightning_quant.domains.training.adamw_with_cosine`.
+    The optimizer is AdamW, as in :func:`~lightning_quant.domains.training.Task`.
 
     The network is not a hyperparameter; pass it again when loading::
 
@@ -76,10 +73,9 @@ class DetectionTask(LightningModule):
         max_detections: int = 100,
         drawn_score: float = 0.4,
     ) -> None:
-        super().__init__()
+        super().__init__(network, learning_rate, weight_decay, warmup_fraction)
         if class_names is None or isinstance(class_names, str) or not len(class_names):
             raise ConfigurationError(f"class_names={class_names!r}: expected the names of the classes, one or more.")
-        check_training(learning_rate, weight_decay, warmup_fraction)
         for name, value in (
             ("score_threshold", score_threshold),
             ("iou_threshold", iou_threshold),
@@ -102,10 +98,6 @@ class DetectionTask(LightningModule):
                 "drawn_score": drawn_score,
             }
         )
-        self.model = network
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.warmup_fraction = warmup_fraction
         self.score_threshold = score_threshold
         self.iou_threshold = iou_threshold
         self.max_detections = max_detections
@@ -135,37 +127,9 @@ class DetectionTask(LightningModule):
         return loss
 
     @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("val", batch)
-
-    @override
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("test", batch)
-
-    @override
     def predict_step(self, batch: Tensor | Batch, batch_idx: int) -> list[Detections]:
         """Return what is detected in bare images or in the images of ``(images, targets)``, best first."""
         return self(batch if isinstance(batch, Tensor) else batch[0])
-
-    @override
-    def on_validation_epoch_start(self) -> None:
-        self._metric("val").reset()
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        self._metric("test").reset()
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        self._log_average_precision("val")
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self._log_average_precision("test")
-
-    @override
-    def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
-        return adamw_with_cosine(self, self.model, self.learning_rate, self.weight_decay, self.warmup_fraction)
 
     def draw_comparison(self, float_output: Any, quantized_output: Any, images: Tensor) -> Comparison:
         """Draw the boxes of both networks over an image, for the report: those with a score of ``drawn_score`` or more.
@@ -194,13 +158,7 @@ class DetectionTask(LightningModule):
         Raises:
             ConfigurationError: there has been no such epoch.
         """
-        if stage not in self._class_map:
-            expected = {"val": "trainer.validate or trainer.fit", "test": "trainer.test"}
-            raise ConfigurationError(
-                f"per_class_map({stage!r}) has nothing to report yet: stage is 'val' or 'test', after "
-                f"an epoch of {expected.get(stage, ' or '.join(expected.values()))}."
-            )
-        return dict(self._class_map[stage])
+        return figures_of_epoch(self._class_map, stage, "per_class_map")
 
     def _maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         divisor = getattr(self.model, "divisor", 1)
@@ -223,7 +181,8 @@ class DetectionTask(LightningModule):
             "scores": found["scores"][:count],
         }
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    @override
+    def evaluate(self, stage: str, batch: Batch) -> None:
         images, targets = batch
         scores, distances = self._maps(images)
         loss = sum(detection_losses(scores, distances, targets, _size(images)))
@@ -231,7 +190,12 @@ class DetectionTask(LightningModule):
         metric: Any = self._metric(stage)  # which takes dicts of any names
         metric.update(self._decoded(scores, distances, images), targets)
 
-    def _log_average_precision(self, stage: str) -> None:
+    @override
+    def start_evaluation(self, stage: str) -> None:
+        self._metric(stage).reset()
+
+    @override
+    def end_evaluation(self, stage: str) -> None:
         # compute() gathers the boxes of all processes, so every process logs the same figure.
         found = self._metric(stage).compute()
         names = dict(enumerate(self.class_names))

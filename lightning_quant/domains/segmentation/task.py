@@ -8,16 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassConfusionMatrix
 from typing_extensions import override
 
 from lightning_quant.domains.segmentation.cityscapes import CLASS_NAMES, CLASSES, IGNORE_INDEX, NUM_CLASSES
 from lightning_quant.domains.segmentation.overlay import compare_class_maps
-from lightning_quant.domains.training import adamw_with_cosine, check_training, first_tensor
+from lightning_quant.domains.training import Task, figures_of_epoch, first_tensor
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.report.confusion import MOST_CLASSES
 from lightning_quant.report.pictures import Comparison
@@ -26,7 +23,7 @@ Batch = Sequence[Tensor]
 """``(images, targets)``: float (N, 3, H, W) and int64 (N, H, W)."""
 
 
-class SegmentationTask(LightningModule):
+class SegmentationTask(Task):
     """Train and evaluate a segmentation network; knows nothing of quantization.
 
     The network lives in the attribute ``model``, where the callbacks of this package look for it by default.
@@ -72,22 +69,17 @@ class SegmentationTask(LightningModule):
         class_weights: list[float] | None = None,
         warmup_fraction: float = 0.05,
     ) -> None:
-        super().__init__()
+        super().__init__(network, learning_rate, weight_decay, warmup_fraction)
         # 255 fits the uint8 of predict_step.
         if not 2 <= num_classes <= 255:
             raise ConfigurationError(f"num_classes={num_classes}: expected 2 to 255.")
-        check_training(learning_rate, weight_decay, warmup_fraction)
         if class_weights is not None and (len(class_weights) != num_classes or min(class_weights) < 0):
             raise ConfigurationError(
                 f"class_weights={class_weights}: expected {num_classes} numbers, one per class, each 0 or more."
             )
         self.save_hyperparameters(ignore=["network"])
-        self.model = network
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
         self.num_classes = num_classes
         self.ignore_index = ignore_index
-        self.warmup_fraction = warmup_fraction
         weights = None if class_weights is None else torch.tensor(class_weights)
         # Not in the checkpoint: the hyperparameters hold them already.
         self.register_buffer("class_weights", weights, persistent=False)
@@ -97,7 +89,7 @@ class SegmentationTask(LightningModule):
                 for stage in ("val", "test")
             }
         )
-        self._class_iou: dict[str, Tensor] = {}
+        self._class_iou: dict[str, dict[str, float]] = {}
         self._counts: Tensor | None = None
 
     @override
@@ -113,38 +105,10 @@ class SegmentationTask(LightningModule):
         return loss
 
     @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("val", batch)
-
-    @override
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("test", batch)
-
-    @override
     def predict_step(self, batch: Tensor | Batch, batch_idx: int) -> Tensor:
         """Return class maps, uint8 ``(N, H, W)``, of bare images or of the images of ``(images, targets)``."""
         images = batch if isinstance(batch, Tensor) else batch[0]
         return self(images).argmax(dim=1).to(torch.uint8)
-
-    @override
-    def on_validation_epoch_start(self) -> None:
-        self._confusion("val").reset()
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        self._confusion("test").reset()
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        self._log_miou("val")
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self._log_miou("test")
-
-    @override
-    def configure_optimizers(self) -> Optimizer | OptimizerLRSchedulerConfig:
-        return adamw_with_cosine(self, self.model, self.learning_rate, self.weight_decay, self.warmup_fraction)
 
     def draw_comparison(self, float_output: Any, quantized_output: Any, images: Tensor) -> Comparison | None:
         """Draw the classes of both networks over an image, for the report; none for more classes than it has colors.
@@ -196,14 +160,7 @@ class SegmentationTask(LightningModule):
         Raises:
             ConfigurationError: there has been no such epoch.
         """
-        if stage not in self._class_iou:
-            expected = {"val": "trainer.validate or trainer.fit", "test": "trainer.test"}
-            raise ConfigurationError(
-                f"per_class_iou({stage!r}) has nothing to report yet: stage is 'val' or 'test', after "
-                f"an epoch of {expected.get(stage, ' or '.join(expected.values()))}."
-            )
-        values = self._class_iou[stage].tolist()
-        return {name: iou for name, iou in zip(self.class_names, values, strict=True) if not math.isnan(iou)}
+        return figures_of_epoch(self._class_iou, stage, "per_class_iou")
 
     def _logits(self, images: Tensor, size: Sequence[int]) -> Tensor:
         return self._upsampled(self.model(images), size)
@@ -225,20 +182,27 @@ class SegmentationTask(LightningModule):
         # reduction="mean" divides 0 by 0 where a batch is all void, and one NaN ends the training.
         return total / count.to(total.dtype).clamp(min=torch.finfo(total.dtype).tiny)
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    @override
+    def evaluate(self, stage: str, batch: Batch) -> None:
         images, targets = batch
         logits = self._logits(images, targets.shape[-2:])
         loss = self._loss(logits, targets)
         self.log(f"{stage}_loss", loss, prog_bar=True, batch_size=len(images), sync_dist=True)
         self._confusion(stage).update(logits.argmax(dim=1), targets)
 
-    def _log_miou(self, stage: str) -> None:
+    @override
+    def start_evaluation(self, stage: str) -> None:
+        self._confusion(stage).reset()
+
+    @override
+    def end_evaluation(self, stage: str) -> None:
         # compute() adds up the matrices of all processes, so every process logs the same figure.
         counts = self._confusion(stage).compute()
         if stage == "val":
             self._counts = counts.cpu()
         iou = class_iou(counts)
-        self._class_iou[stage] = iou.cpu()
+        named = zip(self.class_names, iou.tolist(), strict=True)
+        self._class_iou[stage] = {name: value for name, value in named if not math.isnan(value)}
         self.log(f"{stage}_miou", iou.nanmean(), prog_bar=True, sync_dist=True)
 
     def _confusion(self, stage: str) -> MulticlassConfusionMatrix:

@@ -1,0 +1,1 @@
+"""Networks of several domains with genuine weights, from float to the emulated NPU: `make showcase`."""

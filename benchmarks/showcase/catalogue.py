@@ -1,0 +1,8 @@
+"""The domains of the showcase, by name."""
+
+from __future__ import annotations
+
+from benchmarks.showcase.domain import Domain
+from benchmarks.showcase.domains import classification
+
+DOMAINS: dict[str, Domain] = {module.DOMAIN.name: module.DOMAIN for module in (classification,)}
