@@ -54,7 +54,7 @@ def measure(record: Record, folder: Path) -> None:
     with torch.no_grad():
         taken = _plain(network(*example))
     network = network if taken else AsTuple(network)
-    network = _prepared_and_folded(network, example, record)
+    network = prepared_and_folded(network, example, record)
     with record.stage("simulate"):
         from aimet_torch import QuantizationSimModel
 
@@ -84,7 +84,7 @@ def measure(record: Record, folder: Path) -> None:
             _emulate(sim, samples, qdq, folder / "emulator", record)
 
 
-def _prepared_and_folded(network: nn.Module, example: tuple[Tensor, ...], record: Record) -> nn.Module:
+def prepared_and_folded(network: nn.Module, example: tuple[Tensor, ...], record: Record) -> nn.Module:
     """The network for the simulation; as it was where preparing or folding fails, which AIMET allows."""
     with torch.no_grad():
         before = [tensor.clone() for tensor in tensors(network(*example))]
