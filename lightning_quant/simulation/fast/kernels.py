@@ -78,9 +78,13 @@ def _load() -> None:
     instructions = [flag for key, flags in _INSTRUCTIONS.items() if capability.startswith(key) for flag in flags]
     # PyTorch waits forever for a lock file that a killed process left; whoever holds this lock may remove it
     with FileLock(folder.with_suffix(".lock")), _silent("torch.utils.cpp_extension"), _on_path(ninja.BIN_DIR):
+        library, complete = folder / f"{name}.so", folder / "complete"
+        if complete.exists() and library.exists():  # ninja would build it again for the same sources in another place
+            torch.ops.load_library(str(library))
+            return
         (folder / "lock").unlink(missing_ok=True)
-        if not list(folder.glob("*.so")):
-            log.info("Building the kernels of fake quantization, once on this machine: about 20 s.")
+        complete.unlink(missing_ok=True)
+        log.info("Building the kernels of fake quantization, once on this machine: about 20 s.")
         from torch.utils import cpp_extension
 
         cpp_extension.load(
@@ -91,6 +95,7 @@ def _load() -> None:
             build_directory=str(folder),
             is_python_module=False,
         )
+        complete.touch()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -230,6 +231,25 @@ def test_a_killed_build_is_repeated(tmp_path: Path) -> None:
     (left.parent / "lock").touch()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip() == "None"
+
+
+def test_another_installation_of_the_same_version_builds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two virtual environments would build the library anew for each other, each time: ninja compares paths."""
+    built, loaded = [], []
+
+    def build(name: str, sources: list[str], *, build_directory: str, **_: object) -> None:
+        built.append(sources)
+        Path(build_directory, f"{name}.so").touch()
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr("torch.utils.cpp_extension.load", build)
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    kernels._load()
+    monkeypatch.setattr(kernels, "_SOURCES", [Path(shutil.copy(path, tmp_path)) for path in kernels._SOURCES])
+    kernels._load()
+    assert len(built) == len(loaded) == 1
 
 
 def test_without_a_compiler_the_reason_is_reported(tmp_path: Path) -> None:
