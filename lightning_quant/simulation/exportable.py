@@ -19,6 +19,8 @@ from lightning_quant.simulation.preflight import Finding, FindingKind
 
 # Of the float graph that AIMET's encodings belong to.
 FLOAT_OPSET = 17
+# An export writes them of truth values, under names without the last underscore, which the question does not look up.
+_OF_TRUTH_VALUES = frozenset(("aten::__and__", "aten::__or__", "aten::__xor__"))
 
 
 def not_in_onnx(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
@@ -34,17 +36,24 @@ def not_in_onnx(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
         graph, kinds = torch.onnx.utils.unconvertible_ops(flat, tuple(inputs.tensors), opset_version=FLOAT_OPSET)
     except torch.onnx.OnnxExporterError:  # it cannot be traced: AIMET says why
         return []
-    lines = {node.kind(): str(node.sourceRange()) for node in graph.nodes()}
+    lines = {node.kind(): str(node.sourceRange()) for node in graph.nodes() if not _is_of_truth_values(node)}
     findings = [
         Finding(
             "",
-            f"{kind.removeprefix('aten::')}{_place(lines.get(kind, ''))} is not in ONNX: the export will fail",
+            f"{kind.removeprefix('aten::')}{_place(lines[kind])} is not in ONNX: the export will fail",
             "compute it of other operations, or leave it out of the network: let it return what goes in",
             kind=FindingKind.NOT_IN_ONNX,
         )
         for kind in dict.fromkeys(kinds)
+        if kind in lines
     ]
     return findings + _uneven_pooling(graph)
+
+
+def _is_of_truth_values(node: torch.Node) -> bool:
+    if node.kind() not in _OF_TRUTH_VALUES:
+        return False
+    return all(value.type().scalarType() == "Bool" for value in node.inputs())
 
 
 def _uneven_pooling(graph: torch.Graph) -> list[Finding]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_quant.deploy.export import export_bundle
 from lightning_quant.errors import PreflightError
 from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import preflight
 from lightning_quant.simulation.build import quantize
+from lightning_quant.simulation.calibrate import calibrate, uncalibrated
 from lightning_quant.simulation.preflight import Finding, FindingKind
 from tests.helpers.networks import (
     Body,
@@ -92,6 +96,35 @@ def test_what_onnx_does_not_have_is_named_before_calibration() -> None:
     assert found.problem == f"fft_rfft2 in test_preflight.py, line {line}, is not in ONNX: the export will fail"
     with pytest.raises(PreflightError, match="fft_rfft2"):
         quantized(Spectrum().eval(), strict=True)
+
+
+class Masked(nn.Module):
+    """Combines masks by an operator, one of them cast from whole numbers as attention masks are."""
+
+    def __init__(self, combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.combine = combine
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        mask = self.combine(mask.to(torch.bool), x > 0)
+        return self.linear(x).masked_fill(mask, 0.5)
+
+
+@pytest.mark.parametrize("combine", [operator.and_, operator.or_, operator.xor])
+def test_masks_are_combined_and_written(combine: Any, tmp_path: Path) -> None:
+    network = Masked(combine).eval()
+    inputs = call(torch.randn(2, 4), torch.tensor([[1, 0, 1, 1], [1, 1, 0, 0]]))
+    simulated = quantized(network, inputs, strict=True)
+    calibrate(simulated, [inputs])
+    assert uncalibrated(simulated) == []  # truth values have no range
+    export_bundle(simulated, tmp_path / "masked", [inputs])  # which checks that the file computes the same
+
+
+def test_whole_numbers_combined_bit_by_bit_are_named() -> None:
+    network = Masked(lambda mask, _: (mask.long() & 1) > 0).eval()
+    found = quantized(network, call(torch.randn(2, 4), torch.ones(2, 4, dtype=torch.long))).findings
+    assert [finding.problem.split()[0] for finding in found] == ["__and__"]
 
 
 class Pooled(nn.Module):

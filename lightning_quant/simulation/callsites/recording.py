@@ -132,7 +132,8 @@ class Recorder:
         if pending is None and kwargs.get("out") is None and self._needs_site(name, func, given):
             made = self._make(running, module, at, name, func, args, kwargs)
         result = func(*args, **kwargs)
-        if made is not None and not (isinstance(result, Tensor) and result.is_floating_point()) and name not in MOVES:
+        of_numbers = isinstance(result, Tensor) and result.is_floating_point()
+        if not of_numbers and (name not in MOVES or name in CASTS):  # a mask is cast to truth values
             made = None
         if made is not None:
             self._add(made)
