@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from benchmarks.showcase.domain import Domain
-from benchmarks.showcase.domains import classification, keypoints, pitch
+from benchmarks.showcase.domains import classification, keypoints, pitch, sentences
 
-DOMAINS: dict[str, Domain] = {module.DOMAIN.name: module.DOMAIN for module in (classification, keypoints, pitch)}
+DOMAINS: dict[str, Domain] = {
+    module.DOMAIN.name: module.DOMAIN for module in (classification, keypoints, pitch, sentences)
+}
