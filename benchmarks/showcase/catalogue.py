@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from benchmarks.showcase.domain import Domain
-from benchmarks.showcase.domains import classification, keypoints, pitch, sentences
+from benchmarks.showcase.domains import classification, keypoints, pitch, sentences, text_detection, text_recognition
 
 DOMAINS: dict[str, Domain] = {
-    module.DOMAIN.name: module.DOMAIN for module in (classification, keypoints, pitch, sentences)
+    module.DOMAIN.name: module.DOMAIN
+    for module in (classification, keypoints, pitch, sentences, text_recognition, text_detection)
 }
