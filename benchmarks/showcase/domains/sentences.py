@@ -53,7 +53,7 @@ TOPICS = (
     """This soup needs more salt.
     The broth tastes bland, season it.
     Add a pinch of salt to the soup.
-    Without seasoning the stew has no flavour.
+    Without seasoning the stew has no flavor.
     I would put some more salt in the broth.""",
     """The striker scored twice in the final.
     Two goals by the forward decided the football match.

@@ -81,14 +81,22 @@ def pieces(model: onnx.ModelProto, cuts: Sequence[Cut]) -> onnx.ModelProto:
     pieces compute for all ``values`` (:func:`own`), the tensors before rounding, and the file's outputs that are not
     rounded. What is handed on goes into the next piece as it was before it was rounded once more.
     """
+    from onnx import helper
+
     twin = copy.deepcopy(model)
     given = dict.fromkeys(name for cut in cuts if not cut.handed_on for name in cut.values)
     handed_on = {name: cut.tensor for cut in cuts if cut.handed_on for name in cut.values}
+    for name, source in handed_on.items():
+        while source in handed_on:  # handed on by what was handed on
+            source = handed_on[source]
+        handed_on[name] = source
     for node in twin.graph.node:
         node.input[:] = [handed_on.get(name, name) for name in node.input]
         node.output[:] = [own(name) if name in given or name in handed_on else name for name in node.output]
     inputs = {value.name for value in twin.graph.input} | given.keys()
     before = dict.fromkeys(cut.tensor for cut in cuts if cut.tensor not in inputs)
+    again = [name for name in before if name in handed_on]  # what is handed on is rounded once more behind it
+    twin.graph.node.extend(helper.make_node("Identity", [handed_on[name]], [name]) for name in again)
     computed = {*given, *handed_on, *before}
     kept = [value for value in twin.graph.output if value.name not in computed]
     del twin.graph.output[:]
