@@ -47,6 +47,7 @@ def equalize(prepared: PreparedNetwork) -> tuple[nn.Module, int]:
     """
     equalized = copy.deepcopy(prepared.network)
     with torch.no_grad(), aimet.quiet(), aimet.failing_as("cross-layer equalization"):
+        prepared.inputs.call(equalized)  # call sites hold what the last call passed: here, copies of it
         scalable = owners_of_weights(equalized)
         computed = {one for one in equalized.modules() if "_takes_weights" in vars(one) and one not in scalable}
         flat = FlatNetwork(equalized, prepared.inputs).eval()

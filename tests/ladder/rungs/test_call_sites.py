@@ -146,6 +146,20 @@ def test_a_rung_does_to_a_function_what_it_does_to_a_layer(name: str, conv: type
         assert torch.allclose(plain.network(images()), own.network(images()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["bias_correction", "bn_reestimation"])
+def test_a_correction_behind_equalization_does_the_same(name: str) -> None:
+    """It compares the float network before and after, which was called in between."""
+    corrected = []
+    for conv in (None, OwnConv):
+        quantized, context, _ = applied("cle", own=conv)
+        assert quantized.equalized
+        (rung,) = parse_rungs([name])
+        with torch.no_grad():
+            rung.apply(quantized, context)
+            corrected.append(quantized.network(images()))
+    assert torch.allclose(*corrected, rtol=1e-4, atol=1e-4)
+
+
 def test_adaround_says_that_it_cannot() -> None:
     (rung,) = parse_rungs(["adaround"])
     plain, context = context_of(network=build(own=None), precision="w4a8")
