@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
@@ -47,7 +46,7 @@ class Distillation:
         self.used = False
         self._handles: list[RemovableHandle] = []
         self._targets: list[Tensor] | None = None  # known while the network is run
-        self._features: dict[str, Iterator[list[Tensor]]] = {}
+        self._seen: dict[str, list[list[Tensor]]] = {}  # in the teacher's pass, by feature
 
     def attach(self, network: nn.Module) -> None:
         """Add the gradient to every output of ``network``, and of the layers that are compared, from now on.
@@ -55,10 +54,11 @@ class Distillation:
         Raises:
             ConfigurationError: for a feature that the float network does not have.
         """
-        self._handles += [
-            network.get_submodule(name).register_forward_hook(partial(self._compare_feature, name, weight))
-            for name, weight in features_in(self.teacher, self.loss).items()
-        ]
+        for name, weight in features_in(self.teacher, self.loss).items():
+            self._handles += [
+                network.get_submodule(name).register_forward_hook(partial(self._compare_feature, name, weight)),
+                self.teacher.get_submodule(name).register_forward_hook(partial(self._note_feature, name)),
+            ]
         self._handles += [
             network.register_forward_pre_hook(self._run_teacher, with_kwargs=True),
             network.register_forward_hook(self._compare),
@@ -90,17 +90,10 @@ class Distillation:
         """Run the float network, before the quantized one can change in place what both are given."""
         if not torch.is_grad_enabled():  # validation; not ``training``: some train in eval mode
             return
-        seen: dict[str, list[list[Tensor]]] = {name: [] for name in features_in(self.teacher, self.loss)}
-
-        def note(name: str, module: nn.Module, args: Any, output: Any) -> None:
-            seen[name].append([tensor.clone() for tensor in tensors_in(output)])  # layers may change them in place
-
+        self._seen.clear()
         # this is in a pass of the quantized network, whose operations are recognized by their place in the code
-        with paused(), torch.no_grad(), ExitStack() as hooks:
-            for name in seen:
-                hooks.enter_context(self.teacher.get_submodule(name).register_forward_hook(partial(note, name)))
+        with paused(), torch.no_grad():
             self._targets = tensors_in(NetworkInputs(args, kwargs).call(self.teacher))
-        self._features = {name: iter(tensors) for name, tensors in seen.items()}
 
     def _compare(self, network: nn.Module, args: Any, output: Any) -> Any:
         if self._targets is None:
@@ -116,7 +109,11 @@ class Distillation:
 
     def _end_pass(self, network: nn.Module, args: Any, output: Any) -> None:
         self._targets = None
-        self._features.clear()
+        self._seen.clear()
+
+    def _note_feature(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        # layers behind it may change them in place
+        self._seen.setdefault(name, []).append([tensor.clone() for tensor in tensors_in(output)])
 
     def _compare_feature(self, name: str, weight: float, module: nn.Module, args: Any, output: Any) -> Any:
         outputs = tensors_in(output)
@@ -130,7 +127,8 @@ class Distillation:
                 f"distillation: features has {name!r}, which is run without gradients: expected a module whose output "
                 "is trained, outside of torch.no_grad and of checkpoint(use_reentrant=True)."
             )
-        targets = next(self._features[name], [])
+        waiting = self._seen.get(name)
+        targets = waiting.pop(0) if waiting else []
         return self._with_gradients(name, output, targets, [_Part(mse_gradient, weight, range(len(targets)))])
 
     def _with_gradients(self, what: str, output: Any, targets: list[Tensor], parts: list[_Part]) -> Any:

@@ -180,11 +180,13 @@ class _Norms:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        weights = {one for one, sites in _by_weight(network).items() for site in sites.values() if _is_norm(site)}
+        weights = {
+            one for one, sites in _by_weight(network).items() for site in sites.values() if isinstance(site, _BatchNorm)
+        }
         self._known: list[tuple[nn.Module, Any, dict[str, Any], dict[str, Tensor]]] = [
             (module, held, dict(held), {name: value.clone() for name, value in held.items() if value is not None})
             for module in network.modules()
-            if _is_norm(module) or not weights.isdisjoint(module._parameters.values())
+            if isinstance(module, _BatchNorm) or not weights.isdisjoint(module._parameters.values())
             for held in (module._parameters, module._buffers)
         ]
 
@@ -196,10 +198,6 @@ class _Norms:
                 held.update(objects)
                 for name, value in values.items():
                     objects[name].copy_(value)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm)
 
 
 def owners_of_weights(network: nn.Module) -> dict[nn.Module, nn.Module]:
