@@ -134,6 +134,7 @@ RUNGS: Registry[Rung] = Registry(
         "seq_mse": f"{__package__}.rungs.seq_mse.SequentialMse",
         "rounding": f"{__package__}.rungs.rounding.LearnedRounding",
         "adaround": f"{__package__}.rungs.adaround.AdaptiveRounding",
+        "attention": f"{__package__}.rungs.attention.AttentionPrecision",
         "mixed": f"{__package__}.rungs.mixed.MixedPrecision",
     },
     reserved=("float", "qat"),  # in records

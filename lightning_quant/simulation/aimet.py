@@ -35,7 +35,6 @@ _USED = {
     "aimet_torch.common.quantsim": ("_get_minimum_scale",),
     "aimet_torch.cross_layer_equalization": ("CrossLayerScaling", "GraphSearchUtils"),
     "aimet_torch.meta": ("connectedgraph",),
-    "aimet_torch.mixed_precision": ("MixedPrecisionConfigurator",),
     "aimet_torch.nn": ("BaseQuantizationMixin", "QuantizationMixin"),
     "aimet_torch.nn.modules": ("custom",),
     "aimet_torch.nn.true_quant": ("_DispatchMixin",),

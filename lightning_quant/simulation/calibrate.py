@@ -14,6 +14,7 @@ from lightning_quant.simulation.calibration_cache import DataHash, Statistics, S
 from lightning_quant.simulation.callsites.attributes import IN_TRACES_ONLY
 from lightning_quant.simulation.callsites.passes import noting
 from lightning_quant.simulation.callsites.traces import run_in_trace
+from lightning_quant.simulation.conversions import without_conversions
 from lightning_quant.simulation.fixed_ranges import set_fixed_ranges
 from lightning_quant.simulation.inputs import NetworkInputs, counted, take_samples
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -82,7 +83,8 @@ def calibrate(
     kept = nullcontext() if weights else _kept(weight_quantizers(network))
     # what is kept on disk is for networks with finer grids too
     exact = full_precision() if network.has_fine_grids or cache is not None else nullcontext()
-    with torch.inference_mode(False), aimet.quiet(), kept, exact, network.cached_weights(), noting() as noted:
+    alone = without_conversions(network.network, network.dataflow)  # their ranges are those that are looked for
+    with torch.inference_mode(False), aimet.quiet(), kept, exact, alone, network.cached_weights(), noting() as noted:
         set_fixed_ranges(network.quantizers())  # their bits may have changed
         network.sim.compute_encodings(run)
     names = {module: name for name, module in network.network.named_modules()}

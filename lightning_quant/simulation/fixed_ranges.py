@@ -84,6 +84,11 @@ def set_fixed_ranges(quantizers: Iterable[Any]) -> None:
                 parameter.requires_grad_(False)
 
 
+def forget_fixed_range(quantizer: Any) -> None:
+    """Let a copy of a quantizer keep the range it is given, whatever its bits."""
+    vars(quantizer).pop(_RANGES, None)
+
+
 def fixed_range(quantizer: Any) -> tuple[float, float] | None:
     """Return both ends of a range that follows from the quantizer's bits; ``None`` for one that is calibrated."""
     known: RangesByBits | None = vars(quantizer).get(_RANGES)

@@ -19,6 +19,8 @@ from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.callsites.traces import functions_inlined, tracing_state
 from lightning_quant.simulation.callsites.watching import watched_class
+from lightning_quant.simulation.conversions import convert_at, convert_where_needed, converts
+from lightning_quant.simulation.dataflow import Dataflow, quantizer_at
 from lightning_quant.simulation.fixed_ranges import fixed_range, set_fixed_ranges
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
 from lightning_quant.simulation.manifest import Manifest
@@ -75,6 +77,7 @@ class QuantizedNetwork:
         equalized: whether scale was shifted between channels, so that layers output other numbers than in float.
         float_class: class of the float network.
         float_sha256: identifies the weights of the float network it was made of.
+        dataflow: what rounds the input of each layer, and which layers share one bit width.
         sim: AIMET's ``QuantizationSimModel`` around it, for everything AIMET can do with one.
     """
 
@@ -99,6 +102,7 @@ class QuantizedNetwork:
         self.promoted: dict[str, Precision] = {}
         self.range_estimator = recipe.range_estimator
         self.equalized = False
+        self.dataflow = Dataflow.of(sim, network)
         self.left_in_float: dict[str, list[str]] = {}
         self._bitwidths: dict[str, int] = {}
         ranges = {id(parameter) for parameter in self.range_parameters() if parameter.requires_grad}
@@ -147,7 +151,7 @@ class QuantizedNetwork:
 
     def __getstate__(self) -> dict[str, Any]:
         # AIMET's graph of the network holds a local class, which no pickle takes, and is a chain deeper than
-        # Python's recursion limit. Only building and mixed precision need it: copies go without.
+        # Python's recursion limit. Only building needs it: copies go without.
         sim = copy.copy(self.sim)
         sim.connected_graph = None
         sim._onnx_exporter = type(sim.onnx)(sim)
@@ -174,7 +178,8 @@ class QuantizedNetwork:
 
     def range_parameters(self) -> list[nn.Parameter]:
         """Return the learnable ends (min, max) of all quantization ranges."""
-        return [parameter for quantizer in self.quantizers() for parameter in quantizer.parameters()]
+        found = (parameter for quantizer in self.quantizers() for parameter in quantizer.parameters())
+        return list(dict.fromkeys(found))  # a conversion has the range of what it converts
 
     def quantizers(self) -> Iterator[aimet.Quantizer]:
         """Return AIMET's quantizers of weights and activations; the objects stay the same, whatever bits they get."""
@@ -192,7 +197,7 @@ class QuantizedNetwork:
     def learn_ranges(self, learn: bool) -> None:
         """Let training change the ranges, or keep them as they are. Ends pinned by the hardware stay pinned."""
         fixed = {id(end) for one in self.quantizers() if fixed_range(one) is not None for end in one.parameters()}
-        for name, parameter in self.network.named_parameters():
+        for name, parameter in self.network.named_parameters(remove_duplicate=False):
             if name in self._learnable_ranges:
                 parameter.requires_grad_(learn and id(parameter) not in fixed)
 
@@ -256,7 +261,11 @@ class QuantizedNetwork:
     def remember_bitwidths(self) -> None:
         """Remember the bit widths as those of the recipe, for :meth:`reset_to` to restore."""
         modules = self.network.named_modules()
-        self._bitwidths = {name: module.bitwidth for name, module in modules if hasattr(module, "bitwidth")}
+        self._bitwidths = {
+            name: module.bitwidth
+            for name, module in modules
+            if isinstance(module, aimet.QuantizerBase) and not converts(module)
+        }
 
     def reset_to(self, network: nn.Module) -> None:
         """Go back to float weights that were never calibrated: weights, bit widths and range estimator.
@@ -272,6 +281,7 @@ class QuantizedNetwork:
                     mine[name].copy_(value)
         for name, bits in self._bitwidths.items():
             self.network.get_submodule(name).bitwidth = bits  # type: ignore[assignment]
+        convert_where_needed(self.network, self.dataflow)
         self.promoted = {}
         self.equalized = False
         self.set_range_estimator(self.recipe.range_estimator)
@@ -375,6 +385,9 @@ def _check_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix:
             "    module = MyModule.load_from_checkpoint(path)\n"
             "    trainer.fit(module)"
         )
+    if (known := QuantizedNetwork.of(module)) is not None:
+        places = [place for place in known.dataflow.sources if f"{prefix}{quantizer_at(place)}.min" in state_dict]
+        convert_at(module, known.dataflow, places)
     check_stored_ranges(module, state_dict, prefix)
 
 

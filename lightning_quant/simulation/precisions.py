@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.precision import Precision
 from lightning_quant.simulation import aimet
+from lightning_quant.simulation.conversions import convert_where_needed, converts, width_of
 
 if TYPE_CHECKING:
     from lightning_quant.simulation.network import QuantizedNetwork
@@ -48,62 +48,47 @@ def layer_precision(network: QuantizedNetwork, layer: str) -> Precision:
     return network.promoted.get(layer) or [network.recipe.precision, *overrides][-1]
 
 
-def set_precisions(network: QuantizedNetwork, precisions: Mapping[str, Precision]) -> None:
-    """Change the bit widths of layers: their weights, and the activations that go into them.
-
-    Ranges stay as they are: calibrate afterwards. The precision of a layer's output changes only if all layers after it
-    use the same one.
-
-    Args:
-        network: the quantized network, not a copy of one (copies lack AIMET's graph of the network).
-        precisions: by the layer's name.
-
-    Raises:
-        ConfigurationError: when AIMET does not find the activations that go into a layer, and for a copy.
-    """
-    if not precisions:
-        return
-    if (graph := network.sim.connected_graph) is None:
-        raise ConfigurationError(
-            "This quantized network is a copy, which lacks AIMET's graph of the network: expected the one "
-            "that quantize() or the callback made, to give layers another precision."
-        )
-    layers = quantized_layers(network)
-    modules = network.network.modules()
-    observers = {module: module.encoding_analyzer for module in modules if hasattr(module, "encoding_analyzer")}
-    with aimet.quiet(), _one_place_per_input(graph, layers):
-        configurator = aimet.MixedPrecisionConfigurator(network.sim)
-        for name, precision in precisions.items():
-            configurator.set_precision(layers[name], activation=f"int{precision.activation_bits}")
-        try:
-            configurator.apply(log_file=io.StringIO(), strict=False)
-        except (AttributeError, IndexError, KeyError, RuntimeError) as error:  # AIMET lost its way in the graph
-            raise ConfigurationError(
-                f"AIMET cannot give {', '.join(precisions)} another precision: {type(error).__name__}: {error}. "
-                "Expected layers whose inputs it can trace back; leave out those around resizing and concatenation."
-            ) from error
-    for name, precision in precisions.items():  # not by AIMET: a request for a neighbor would undo it
-        if (weight := dict(layers[name].param_quantizers).get("weight")) is not None:
-            weight.bitwidth = precision.weight_bits
-    for quantizer, observer in observers.items():  # AIMET replaces the one for percentile by that for tf_enhanced
-        quantizer.encoding_analyzer = observer
-
-
 @contextmanager
-def _one_place_per_input(graph: aimet.Graph, layers: Mapping[str, aimet.QuantizedLayer]) -> Iterator[None]:
-    """Give concatenations a place for a quantizer at each input: AIMET looks there, and they have but one."""
-    added = []
-    for operation in graph.get_all_ops().values():
-        module = operation.get_module()
-        if module in layers.values() and operation.type == "Concat":
-            # without a shape it is a number, the axis
-            tensors = [one for one in operation.inputs if one.shape is not None and not one.is_parm]
-            missing = len(tensors) - len(module.input_quantizers)
-            for _ in range(missing):
-                module.input_quantizers.append(None)
-                added.append(module.input_quantizers)
+def precisions_kept(network: QuantizedNetwork) -> Iterator[None]:
+    """Go back to the bit widths of now at the end of a block."""
+    before = {one: one.bitwidth for one in network.quantizers() if not converts(one)}
     try:
         yield
     finally:
-        for places in added:
-            del places[-1]
+        for quantizer, bits in before.items():
+            quantizer.bitwidth = bits
+        convert_where_needed(network.network, network.dataflow)
+
+
+def set_precisions(network: QuantizedNetwork, precisions: Mapping[str, Precision]) -> None:
+    """Change the bit widths of layers: their weights, the activations that go into them, and what they return.
+
+    The NPU computes a layer at one bit width. So more bits for what goes into a layer are more for all that computed
+    it, and its other takers convert; with fewer bits the layer converts what goes into it. A precision with the
+    activation bits of the whole network leaves activations to what the neighbors ask for.
+
+    Ranges stay as they are: calibrate afterwards.
+
+    Args:
+        network: the quantized network.
+        precisions: by the layer's name.
+    """
+    flow, module, layers = network.dataflow, network.network, quantized_layers(network)
+    asked: dict[int, int] = {}  # bits by group
+    for name, precision in precisions.items():
+        group = flow.group_of.get(name)
+        if group is not None and precision.activation_bits != network.recipe.precision.activation_bits:
+            asked[group] = max(asked.get(group, 0), precision.activation_bits)
+    units = {flow.unit_of.get(name) for name in precisions}
+    raised: dict[int, int] = {}
+    for (taker, _), source in flow.sources.items():
+        wanted, group = asked.get(flow.group_of[taker], 0), flow.group_of[source]
+        if flow.unit_of[taker] in units and group not in asked and wanted > (width_of(module, flow, source) or wanted):
+            raised[group] = max(raised.get(group, 0), wanted)
+    for group, bits in {**raised, **asked}.items():
+        for quantizer in flow.quantizers.get(group, ()):
+            module.get_submodule(quantizer).bitwidth = bits  # type: ignore[assignment]
+    for name, precision in precisions.items():
+        if (weight := dict(layers[name].param_quantizers).get("weight")) is not None:
+            weight.bitwidth = precision.weight_bits
+    convert_where_needed(module, flow)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.errors import ConfigurationError
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.inputs import NetworkInputs, take_samples, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.precisions import layer_precision, quantized_layers, set_precisions
+from lightning_quant.simulation.precisions import layer_precision, precisions_kept, quantized_layers, set_precisions
 from lightning_quant.utilities.full_precision import full_precision
 
 
@@ -25,14 +24,15 @@ class LayerSensitivity:
     """What one layer's bit widths do to the output of the network, everything else in float.
 
     Args:
-        layer: name of the layer; of the first with weights, where the hardware ties several together.
+        layer: name of the layer.
         part: ``"weights"``, or ``"activations"`` that go into it.
         bits: bits they have now.
         sqnr_db: signal-to-quantization-noise ratio of the output in dB: 10·log10(Σ y² / Σ (y − y_q)²). Infinite if
             nothing changed.
         share: part of all weights that are the layer's (``weights``), or part of all multiply-accumulate operations
-            that are done in the layers tied together (``activations``), 0 to 1.
-        quantizers: names of the quantizers concerned: those that the hardware wants at the same bit width.
+            that are done at the same bit width with it (``activations``), 0 to 1.
+        quantizers: names of the quantizers concerned: those that get finer with it.
+        shares: the share by layer; others that are raised may have layers in common with this one.
     """
 
     layer: str
@@ -41,6 +41,7 @@ class LayerSensitivity:
     sqnr_db: float
     share: float
     quantizers: tuple[str, ...]
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 def layer_sensitivity(
@@ -65,18 +66,22 @@ def layer_sensitivity(
         signal = sum(float(value[value.isfinite()].double().square().sum()) for value in expected)
         weights = {name: layer.weight.numel() for name, layer in layers.items() if _has_weight(layer)}
         found = []
-        for tied, part, affected in parts:
-            with quantizers.on(affected):
-                noise = _noise(network, calls, expected)
-            sizes = weights if part == "weights" else operations
+        noises: dict[tuple[Any, ...], float] = {}
+        for one in parts:
+            if one.quantizers not in noises:
+                with quantizers.on(one.quantizers):
+                    noises[one.quantizers] = _noise(network, calls, expected)
+            sizes = weights if one.part == "weights" else operations
+            shares = {name: sizes[name] / max(sum(sizes.values()), 1) for name in one.computed if name in sizes}
             found.append(
                 LayerSensitivity(
-                    layer=next((name for name in tied if name in weights), tied[0]),
-                    part=part,
-                    bits=min(quantizer.bitwidth for quantizer in affected),
-                    sqnr_db=_decibels(signal, noise),
-                    share=sum(sizes.get(name, 0) for name in tied) / max(sum(sizes.values()), 1),
-                    quantizers=tuple(names[quantizer] for quantizer in affected),
+                    layer=one.layer,
+                    part=one.part,
+                    bits=min(quantizer.bitwidth for quantizer in one.quantizers),
+                    sqnr_db=_decibels(signal, noises[one.quantizers]),
+                    share=sum(shares.values()),
+                    quantizers=tuple(names[quantizer] for quantizer in one.quantizers),
+                    shares=shares,
                 )
             )
     return sorted(found, key=lambda one: one.sqnr_db)
@@ -95,35 +100,56 @@ def next_finer(part: str, now: Precision) -> Precision | None:
     return Precision(now.weight_bits, 16) if now.activation_bits < 16 else None
 
 
-def _parts(network: QuantizedNetwork, layers: dict[str, Any]) -> list[tuple[list[str], str, list[Any]]]:
-    """List layers tied together, their part, and the quantizers that get finer if one of them is raised by a step.
+@dataclass(frozen=True)
+class _Part:
+    """What raising one layer makes finer.
 
-    Asked of AIMET, which knows what the hardware ties together: a layer's input is another one's output.
+    Args:
+        layer: its name.
+        part: ``"weights"`` or ``"activations"``.
+        quantizers: of it.
+        computed: the layers that compute at another bit width then, or the one that has the weights.
     """
-    snapshot = network.snapshot()
-    tied: dict[tuple[Any, ...], list[str]] = {}
+
+    layer: str
+    part: str
+    quantizers: tuple[Any, ...]
+    computed: tuple[str, ...]
+
+
+def _parts(network: QuantizedNetwork, layers: dict[str, Any]) -> Iterable[_Part]:
+    """Return the weights of each layer, and what goes into it, with all that gets finer with that."""
+    found: dict[Any, _Part] = {}
     for name, layer in layers.items():
-        weight = layer.param_quantizers["weight"] if _has_weight(layer) else None
-        if weight is not None:
-            tied["weights", weight] = [name]
-        if (raised := next_finer("activations", layer_precision(network, name))) is not None:
-            before = {quantizer: quantizer.bitwidth for quantizer in _quantizers(layers)}
-            with suppress(ConfigurationError):  # then its activations cannot be raised either
-                set_precisions(network, {name: raised})
-                group = [quantizer for quantizer, bits in before.items() if quantizer.bitwidth > bits]
-                tied.setdefault(("activations", *group), []).append(name)
-            network.restore(snapshot)
-        else:
-            group = [quantizer for quantizer in layer.input_quantizers if quantizer is not None]
-            tied.setdefault(("activations", *group), []).append(name)
-    return [(names, part, group) for (part, *group), names in tied.items() if group]
+        if _has_weight(layer) and layer.param_quantizers["weight"] is not None:
+            found["weights", name] = _Part(name, "weights", (layer.param_quantizers["weight"],), (name,))
+        gained, computed = _finer(network, name, layers)
+        if gained:  # the same for a layer and what the hardware computes with it
+            known = found.get((gained, computed))
+            if known is None or (_has_weight(layer) and not _has_weight(layers[known.layer])):
+                found[gained, computed] = _Part(name, "activations", gained, computed)
+    return found.values()
 
 
-def _quantizers(layers: dict[str, Any]) -> Iterator[Any]:
-    for layer in layers.values():
-        for quantizer in (*layer.input_quantizers, *layer.output_quantizers, *layer.param_quantizers.values()):
-            if quantizer is not None:
-                yield quantizer
+def _finer(network: QuantizedNetwork, name: str, layers: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+    """Return the quantizers of what a layer is given finer if it is raised, and the layers that are computed so."""
+    flow, layer = network.dataflow, layers[name]
+    if (raised := next_finer("activations", layer_precision(network, name))) is None:
+        return tuple(one for one in layer.input_quantizers if one is not None), (name,)
+    modules: dict[str, Any] = {
+        one: network.network.get_submodule(one) for group in flow.quantizers.values() for one in group
+    }
+    before = {one: module.bitwidth for one, module in modules.items()}
+    with precisions_kept(network):
+        set_precisions(network, {name: raised})
+        finer = {one for one, module in modules.items() if module.bitwidth > before[one]}
+        # what every layer that takes it converts back is none finer there
+        back: dict[str, bool] = {}
+        for (taker, index), source in flow.sources.items():
+            back[source] = back.get(source, True) and layers[taker].input_quantizers[index] is not None
+    groups = {flow.group_of[one] for one in finer}
+    gained = tuple(module for one, module in modules.items() if one in finer and not back.get(one, False))
+    return gained, tuple(one for one in layers if flow.group_of.get(one) in groups)
 
 
 class _Switchboard:

@@ -154,7 +154,7 @@ def test_bits_that_change_bring_their_range(function: Any, tmp_path: Path) -> No
         assert not isinstance(value, Tensor) or torch.equal(value, before[name])
     network.restore(raised)
     assert grids(file_of(network, tmp_path)[0]) == [(kind, *GRIDS[kind])]
-    lowered = quantized(Behind(function).eval(), precision="w8a16", overrides={"head": "w8a8"}).eval()
+    lowered = quantized(Behind(function).eval(), precision="w8a16", overrides={"*": "w8a8"}).eval()
     calibrate(lowered, [call(images(8))])
     assert grids(file_of(lowered, tmp_path)[0])[0][1] > 1e-3
 

@@ -8,11 +8,10 @@ from dataclasses import replace
 from lightning_quant.deploy.blame.grid_use import GridUse
 from lightning_quant.deploy.blame.reasons import Cause, Change, Reason, Remedy
 from lightning_quant.deploy.blame.takers import Takers
-from lightning_quant.errors import ConfigurationError
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.aimet import Quantizer
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.precisions import layer_precision, quantized_layers, set_precisions
+from lightning_quant.simulation.precisions import layer_precision, precisions_kept, quantized_layers, set_precisions
 from lightning_quant.simulation.range_estimators import MinMax
 from lightning_quant.simulation.sensitivity import next_finer
 
@@ -89,14 +88,8 @@ class Remedies:
         return list(found)
 
     def _gets_finer(self, overrides: Mapping[str, Precision], quantizer: Quantizer) -> bool:
-        """Return whether AIMET gives a tensor more bits by these overrides."""
-        if self.network.sim.connected_graph is None:  # of a copy: it cannot be asked
-            return True
-        before, snapshot = quantizer.bitwidth, self.network.snapshot()
-        try:
+        """Return whether a tensor gets more bits by these overrides."""
+        before = quantizer.bitwidth
+        with precisions_kept(self.network):
             set_precisions(self.network, overrides)
             return quantizer.bitwidth > before
-        except ConfigurationError:
-            return False
-        finally:
-            self.network.restore(snapshot)

@@ -11,10 +11,11 @@ from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.calibrate import calibrate_weights
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.precisions import layer_precision
+from lightning_quant.simulation.precisions import layer_precision, set_precisions
 from lightning_quant.simulation.sensitivity import LayerSensitivity, layer_sensitivity, next_finer
 
-_FINER = {"weights": 8, "activations": 16}
+# Of sums of shares.
+_ROUNDING = 1e-9
 
 
 class MixedPrecision(Rung):
@@ -38,9 +39,9 @@ class MixedPrecision(Rung):
 
     def __init__(self, budget: float = 0.1, samples: int = 8) -> None:
         if not 0 < budget <= 1:
-            raise ConfigurationError(f"mixed: budget={budget!r}: expected a share above 0, up to 1.")
+            raise ConfigurationError(f"{self.name}: budget={budget!r}: expected a share above 0, up to 1.")
         if not isinstance(samples, int) or samples < 1:
-            raise ConfigurationError(f"mixed: samples={samples!r}: expected a whole number of at least 1.")
+            raise ConfigurationError(f"{self.name}: samples={samples!r}: expected a whole number of at least 1.")
         self.budget = budget
         self.samples = samples
 
@@ -82,15 +83,20 @@ class MixedPrecision(Rung):
     def _within_budget(
         self, network: QuantizedNetwork, sensitivities: list[LayerSensitivity]
     ) -> list[LayerSensitivity]:
-        spent = {"weights": 0.0, "activations": 0.0}
+        spent: dict[str, dict[str, float]] = {"weights": {}, "activations": {}}
         chosen = []
         for one in sensitivities:
-            if next_finer(one.part, layer_precision(network, one.layer)) is None:
+            is_finest = next_finer(one.part, layer_precision(network, one.layer)) is None
+            if is_finest or not self._may_be_raised(network, one):
                 continue
-            if spent[one.part] + one.share <= self.budget:
-                spent[one.part] += one.share
+            together = {**spent[one.part], **one.shares}  # layers that are raised already cost nothing more
+            if sum(together.values()) <= self.budget + _ROUNDING:
+                spent[one.part] = together
                 chosen.append(one)
         return chosen
+
+    def _may_be_raised(self, network: QuantizedNetwork, one: LayerSensitivity) -> bool:
+        return True
 
     def _suffices(
         self, network: QuantizedNetwork, raised: list[LayerSensitivity], start: dict[str, object], context: RungContext
@@ -107,9 +113,7 @@ class MixedPrecision(Rung):
             now = precisions.get(one.layer) or layer_precision(network, one.layer)
             if (next_one := next_finer(one.part, now)) is not None:
                 precisions[one.layer] = next_one
-        for one in raised:
-            for name in one.quantizers:
-                network.network.get_submodule(name).bitwidth = _FINER[one.part]  # type: ignore[assignment]
+        set_precisions(network, precisions)
         network.promoted = {**network.promoted, **precisions}
         calibrate_weights(network, [one.layer for one in raised if one.part == "weights"])
         context.calibrate(network, weights=False)
@@ -118,8 +122,12 @@ class MixedPrecision(Rung):
 def _describe(raised: list[LayerSensitivity]) -> str:
     if not raised:
         return "raised nothing: no layer fits the budget"
-    shares = {part: sum(one.share for one in raised if one.part == part) for part in ("weights", "activations")}
+    shares = {part: sum(_shares(raised, part).values()) for part in ("weights", "activations")}
     units = {"weights": "of the weights", "activations": "of the multiply-accumulates"}
     parts = ", ".join(f"{share:.1%} {units[part]}" for part, share in shares.items() if share)
     names = ", ".join(f"{one.layer} ({one.part})" for one in raised[:3]) + (", …" if len(raised) > 3 else "")
     return f"raised {len(raised)} ({parts}): {names}"
+
+
+def _shares(raised: list[LayerSensitivity], part: str) -> dict[str, float]:
+    return {name: share for one in raised if one.part == part for name, share in one.shares.items()}

@@ -88,7 +88,7 @@ def tie_ranges(sim: Any) -> None:
     """
     if not sim.connected_graph.is_safe():  # as AIMET does
         return
-    groups = _Groups()
+    groups = Groups()
     operations = sim.connected_graph.ordered_ops
     for op in sim.connected_graph.get_all_ops().values():  # forks too
         for quantizer in outputs(sim, op):  # one already, as that of a recurrent layer for all steps
@@ -128,8 +128,13 @@ def _tensor(op: Any, index: int) -> Any:
     """Return what stands for an input of an operation: its producer, or the name of the network's input."""
     product = op.inputs[index]
     if product.producer is None and product.is_model_input:
-        return product.name.partition("_to_")[0]  # AIMET has a product for each operation that reads it
+        return input_name(product)
     return product.producer or (op, index)
+
+
+def input_name(product: Any) -> str:
+    """Return the name of an input of the network: AIMET has a product for each operation that reads it."""
+    return str(product.name.partition("_to_")[0])
 
 
 def inputs_of_one_grid(sim: Any, op: Any) -> list[int]:
@@ -168,8 +173,8 @@ def outputs(sim: Any, op: Any) -> list[Any]:
     return [one for one in getattr(sim._get_qmodule(op), "output_quantizers", ()) if one is not None]
 
 
-class _Groups:
-    """Tensors that share a range, each by the operation that computes it."""
+class Groups:
+    """What belongs together: tensors that share a range, each by the operation that computes it."""
 
     def __init__(self) -> None:
         self._same: dict[Any, Any] = {}

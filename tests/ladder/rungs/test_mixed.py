@@ -52,7 +52,8 @@ def bits(network: QuantizedNetwork) -> dict[str, int]:
 
 
 def raised_bits(network: QuantizedNetwork, before: dict[str, int]) -> dict[str, int]:
-    return {name: now for name, now in bits(network).items() if now != before[name]}
+    """Other bits than before, but for what converts between them."""
+    return {name: now for name, now in bits(network).items() if name in before and now != before[name]}
 
 
 def apply(rung: MixedPrecision, network: QuantizedNetwork, context: RungContext) -> str:
@@ -83,10 +84,11 @@ def test_only_activations_are_promoted_where_only_they_suffer() -> None:
     assert changed.startswith("raised 1 (")
     assert changed.endswith("of the multiply-accumulates): second (activations)")
     assert network.promoted == {"second": Precision(8, 16)}
-    after = raised_bits(network, before)
-    assert after
-    assert set(after.values()) == {16}
-    assert not any("param" in name or name.startswith(("first", "head")) for name in after)
+    # the layer before it computes at 16 bits too, to give it more; the one behind it converts
+    assert raised_bits(network, before) == dict.fromkeys(
+        ("first.input_quantizers.0", "relu.output_quantizers.0", "relu2.output_quantizers.0"), 16
+    )
+    assert bits(network)["head.input_quantizers.0"] == 8
     # nothing but bit widths and ranges of activations
     assert all(torch.equal(network.get_parameter(name), value) for name, value in weights.items())
     assert all(torch.equal(network.get_parameter(name), value) for name, value in ranges.items())
@@ -105,8 +107,8 @@ def test_the_fewest_layers_that_suffice_are_promoted() -> None:
     network.restore(start)
     assert reached[-1] > reached[0] + 5
     for count, metric in enumerate(reached, start=1):
-        if metric < max(reached[: count - 1], default=0):
-            continue  # fewer do better
+        if metric <= max(reached[: count - 1], default=0):
+            continue  # fewer do as well
         context.suffices = lambda value, enough=metric: value >= enough - 1e-6
         measured = counted(context)
         assert apply(mixed, network, context).startswith(f"raised {count} (")
@@ -118,14 +120,17 @@ def test_the_fewest_layers_that_suffice_are_promoted() -> None:
 def test_the_budget_bounds_weights_and_operations_each() -> None:
     for budget in (0.01, 0.2, 0.5, 1.0):
         network, context = context_of(precision="w4a8")
-        shares = {(one.layer, one.part): one.share for one in layer_sensitivity(network, batches())}
+        shares = {(one.layer, one.part): one.shares for one in layer_sensitivity(network, batches())}
         before = bits(network)
         apply(MixedPrecision(budget), network, context)
-        parts = {"weights": 0.0, "activations": 0.0}
+        spent: dict[str, dict[str, float]] = {"weights": {}, "activations": {}}
         for layer, precision in network.promoted.items():
             assert layer_precision(network, layer) == precision
-            parts["weights"] += shares[layer, "weights"] * (precision.weight_bits == 8)
-            parts["activations"] += shares[layer, "activations"] * (precision.activation_bits == 16)
+            if precision.weight_bits == 8:
+                spent["weights"] |= shares[layer, "weights"]
+            if precision.activation_bits == 16:
+                spent["activations"] |= shares[layer, "activations"]
+        parts = {part: sum(found.values()) for part, found in spent.items()}
         assert all(share <= budget + 1e-9 for share in parts.values())
         assert bool(raised_bits(network, before)) is bool(network.promoted)
         if budget == 1.0:
