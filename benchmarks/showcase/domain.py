@@ -29,6 +29,7 @@ class Domain:
         mode: ``"max"`` if more is better.
         epochs: of training where no rung is good enough; 0: the network is not trained.
         seeds: how many runs where something trains.
+        more_rungs: that only its kind of network needs, tried last.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Domain:
     mode: Literal["max", "min"] = "max"
     epochs: int = 0
     seeds: int = 1
+    more_rungs: tuple[str, ...] = ()
 
 
 class Judged(pl.LightningModule):

@@ -27,8 +27,10 @@ DEVICE = "Samsung Galaxy S24"
 # Of what the emulator computes: it takes up to seconds for an image.
 EMULATED = 16
 # From the cheapest; the gate ends the climb at the first that is good enough. No mixed precision: a row of the table is
-# of one, and it takes a validation for each layer.
-RUNGS = ("ptq", "cle", "bias_correction", "bn_reestimation", "seq_mse", "rounding")
+# of one.
+RUNGS = ("ptq", "cle", "bias_correction", "bn_reestimation")
+# Where rounding weights loses something.
+RUNGS_OF_4_BITS = (*RUNGS, "seq_mse", "rounding")
 # How much of the float figure a network may lose, relative to it.
 BOUNDS = {"w8a8": 0.01, "w8a16": 0.005, "w4a16": 0.015, "w4a8": 0.015}
 # Of the float learning rate, where a network is trained.
@@ -48,13 +50,14 @@ def measure_ours(record: Record, folder: Path) -> None:
     domain, module, data = _built(record)
     precision = record.values["precision"]
     pl.seed_everything(int(record.values["seed"]), verbose=False)
+    rungs = (*(RUNGS_OF_4_BITS if precision.startswith("w4") else RUNGS), *domain.more_rungs)
     quantization = lq.QuantizationAwareTraining(
-        precision, calibration_samples=CALIBRATION, rungs=RUNGS, monitor=domain.monitor, mode=domain.mode,
+        precision, calibration_samples=CALIBRATION, rungs=rungs, monitor=domain.monitor, mode=domain.mode,
         max_drop=BOUNDS[precision] * abs(float(record.values["float"])),
     )  # fmt: skip
     export = lq.DeviceExport(
         folder / "export", target="htp_emulator", device=DEVICE, samples=EMULATED, monitor=domain.monitor,
-        timeout=record.left_s,
+        timeout=record.left_s, on_parity="warn",
     )  # fmt: skip
     if domain.epochs:
         vars(module)["learning_rate"] *= QAT_RATE

@@ -156,4 +156,4 @@ def build(camvid: Path) -> tuple[pl.LightningModule, pl.LightningDataModule]:
     return Alike(network), Tensors(tokens(others[:CALIBRATION]), (words, mask, wanted, topics), batch_size=16)
 
 
-DOMAIN = Domain("sentences", "MiniLM-L6", build, "val_rank", "ranks of cosines as in float")
+DOMAIN = Domain("sentences", "MiniLM-L6", build, "val_rank", "ranks of cosines as in float", more_rungs=("attention",))
