@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_quant.simulation.aimet import QuantizedLayer, Quantizer
+from lightning_quant.simulation.aimet import Quantizer
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
@@ -34,6 +34,7 @@ class RoundedTensor:
         before: what was rounded, in units of the tensor.
         values: after rounding.
         quantizer: what rounded it.
+        place: of an input among those of the layer; 0 for an output.
     """
 
     layer: str
@@ -41,6 +42,7 @@ class RoundedTensor:
     before: Tensor
     values: Tensor
     quantizer: Quantizer
+    place: int
 
 
 def rounded_tensors(network: QuantizedNetwork, call: NetworkInputs) -> tuple[list[RoundedTensor], Any]:
@@ -67,10 +69,10 @@ class _Recorder:
     def __init__(self) -> None:
         self.seen: list[RoundedTensor] = []
         self.watched: set[Any] = set()
-        self._running: list[tuple[str, QuantizedLayer, list[Any]]] = []
+        self._running: list[tuple[str, list[tuple[int, Any]]]] = []
 
     def enter(self, name: str, layer: Any, args: Any) -> None:
-        self._running.append((name, layer, [one for one in layer.input_quantizers if one is not None]))
+        self._running.append((name, [(at, one) for at, one in enumerate(layer.input_quantizers) if one is not None]))
 
     def leave(self, layer: Any, args: Any, output: Any) -> None:
         self._running.pop()
@@ -78,10 +80,10 @@ class _Recorder:
     def see(self, quantizer: Any, args: Any, output: Any) -> None:
         if not self._running or not isinstance(output, Tensor):
             return
-        name, _, awaited = self._running[-1]
-        is_input = quantizer in awaited
-        if is_input:  # layers tied to each other have one quantizer on both sides: the inputs come first
-            awaited.remove(quantizer)
-        side = Side.INPUT if is_input else Side.OUTPUT
+        name, awaited = self._running[-1]
+        place = next((at for at, one in awaited if one is quantizer), None)
+        if place is not None:  # layers tied to each other have one quantizer on both sides: the inputs come first
+            awaited.remove((place, quantizer))
+        side = Side.OUTPUT if place is None else Side.INPUT
         before, values = (tensor.detach().as_subclass(Tensor).clone() for tensor in (args[0], output))
-        self.seen.append(RoundedTensor(name, side, before, values, quantizer))
+        self.seen.append(RoundedTensor(name, side, before, values, quantizer, place or 0))

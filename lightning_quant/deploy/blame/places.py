@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _ONE_RANGE = 1e-3
 # Operations that output values of their input, or zeros.
 _ON_ITS_GRID = ("MaxPool", "Pad")
+# Operations whose inputs come in the order of the call that they are written for.
+_IN_ORDER = ("Add", "Sub", "Mul", "Div", "MatMul", "Concat")
 _NO_OPERATION = ("QuantizeLinear", "DequantizeLinear", "Constant")
 Sizes = Mapping[str, int]
 
@@ -71,9 +73,11 @@ class _Match:
 
     def run(self) -> tuple[list[Cut], list[str]]:
         self._by_outputs()
-        for cut in self.cuts:
-            if cut.tensor not in self.found:
-                self._by_inputs(cut)
+        # those on the grid of an input first: they are not left the input of another
+        for within in (_ONE_RANGE, math.inf):
+            for cut in self.cuts:
+                if cut.tensor not in self.found:
+                    self._by_inputs(cut, within)
         self._missing_inputs()
         ordered = sorted(self.found.values(), key=lambda cut: self.order.get(cut.tensor, -1))
         unknown = [cut for cut in self.cuts if cut.tensor not in self.found and not self._rounded_again(cut)]
@@ -98,20 +102,21 @@ class _Match:
                     self._take(cut, fitting[0])
                     positions = positions[positions.index(fitting[0]) + 1 :]
 
-    def _by_inputs(self, cut: Cut) -> None:
-        behind = {layer_of(taker, self.layers) for name in cut.values for taker in self._takers(name)}
+    def _by_inputs(self, cut: Cut, within: float) -> None:
+        takers = [taker for name in cut.values for taker in self._takers(name)]
         inputs = self._positions(Side.INPUT)
-        candidates = [
+        candidates = {
             position
-            for layer in behind
-            for position in inputs.get(layer, ())
+            for taker, place in takers
+            for position in inputs.get(layer_of(taker, self.layers), ())
             if position in self.free and self._fits(cut, position)
-        ]
+            if taker.op_type not in _IN_ORDER or place == self.seen[position].place
+        }
         best = min(candidates, key=lambda one: (self._distance(cut, one), one), default=None)
         origin = self._handed_on_from(cut)
-        if best is not None and (origin is None or self._distance(cut, best) < _ONE_RANGE):
+        if best is not None and self._distance(cut, best) < (within if origin is None else _ONE_RANGE):
             self._take(cut, best)
-        elif origin is not None:
+        elif origin is not None and within == math.inf:
             self.found[cut.tensor] = replace(cut, position=origin.position, handed_on=True)
 
     def _missing_inputs(self) -> None:
@@ -180,12 +185,14 @@ class _Match:
         ]
         return all(taker.op_type in ("Relu", "Clip") for taker in takers) and len(set(grids)) == 1 < len(grids)
 
-    def _takers(self, name: str) -> list[onnx.NodeProto]:
-        """Return what takes a tensor, behind nodes that hand it on as it is."""
+    def _takers(self, name: str) -> list[tuple[onnx.NodeProto, int]]:
+        """Return what takes a tensor, and as which input, behind nodes that hand it on as it is."""
         found = []
         for taker in self.graph.consumers[name]:
-            known = layer_of(taker, self.layers) in self.layers
-            found += [taker] if known or not hands_on(taker) else self._takers(taker.output[0])
+            if layer_of(taker, self.layers) in self.layers or not hands_on(taker):
+                found += [(taker, place) for place, one in enumerate(taker.input) if one == name]
+            else:
+                found += self._takers(taker.output[0])
         return found
 
     def _fits(self, cut: Cut, position: int) -> bool:

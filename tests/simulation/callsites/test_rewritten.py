@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -13,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_quant.deploy.export import export_bundle
+from lightning_quant.deploy.graph.files import write_onnx
+from lightning_quant.simulation.callsites.decompositions import resampling
 from lightning_quant.simulation.switched_off import unrounded
 from tests.helpers.networks import calibrated, call
-from tests.helpers.qdq import NO_EMULATOR, emulated
+from tests.helpers.qdq import NO_EMULATOR, computed, emulated
 from tests.simulation.callsites.patterns import ReadsKept
 
 IMAGES = torch.randn(8, 3, 10, 10, generator=torch.Generator().manual_seed(0))
@@ -248,3 +251,28 @@ def test_hooks_receive_tensors_as_changed_in_place() -> None:
         known.network(IMAGES)
     float_network(IMAGES)
     torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=1e-5)
+
+
+def overlapping_windows(m: Rewritten, y: Tensor) -> Tensor:
+    return y.unfold(-1, 4, 2).mean(-1)
+
+
+@pytest.mark.parametrize(("function", "slices"), [(windows, 0), (overlapping_windows, 3)])
+def test_windows_side_by_side_are_no_slices_in_the_file(
+    tmp_path: Path, function: Callable[[Rewritten, Tensor], Tensor], slices: int
+) -> None:
+    known = calibrated(Rewritten(function).eval(), call(IMAGES))
+    write_onnx(known, call(IMAGES[:1]), tmp_path / "float.onnx", tmp_path / "qdq.onnx")
+    model = onnx.load(tmp_path / "qdq.onnx")
+    joined = [len(node.input) for node in model.graph.node if node.op_type == "Concat"]
+    assert sum(joined) == slices
+    with torch.no_grad():
+        expected = known.network(IMAGES[:1])
+    (name,) = [one.name for one in model.graph.input]
+    actual = computed(model, tmp_path, **{name: IMAGES[:1].numpy()})[0]
+    np.testing.assert_allclose(actual, expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(("dimension", "size"), [(0, 2), (1, 3), (-1, 4), (3, 5)])
+def test_windows_are_those_of_unfold(dimension: int, size: int) -> None:
+    assert torch.equal(resampling.windows(IMAGES, dimension, size, size), IMAGES.unfold(dimension, size, size))

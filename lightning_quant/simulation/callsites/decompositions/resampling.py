@@ -53,6 +53,16 @@ def supports_unfold(input: Tensor, *args: Any, **kwargs: Any) -> bool:
     return input.dim() == 4 and len(args) != 3 and not kwargs.keys() & {"dimension", "size", "step"}
 
 
+def windows(input: Tensor, dimension: int, size: int, step: int) -> Tensor:
+    """Compute ``Tensor.unfold``; windows side by side are a reshape, of which ONNX gets a slice for each otherwise."""
+    dimension %= input.dim()  # PyTorch's exporter joins windows of the last axis along another
+    if size != step:
+        return input.unfold(dimension, size, step)
+    count = input.shape[dimension] // size
+    side_by_side = input.narrow(dimension, 0, count * size).unflatten(dimension, (count, size))
+    return side_by_side.movedim(dimension + 1, -1)
+
+
 def _picking(like: Tensor, kernel: tuple[int, int]) -> Tensor:
     size = math.prod(kernel)
     return torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, 1, *kernel)

@@ -100,6 +100,7 @@ TRACE_SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     torch.channel_shuffle: _channel_shuffle,
     torch.clamp: _clamp,
     Tensor.clamp: _clamp,
+    Tensor.unfold: resampling.windows,
     # of positions that are learned
     F.interpolate: resampling.interpolate,
 }
