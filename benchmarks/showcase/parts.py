@@ -57,7 +57,7 @@ def measure_ours(record: Record, folder: Path) -> None:
     )  # fmt: skip
     export = lq.DeviceExport(
         folder / "export", target="htp_emulator", device=DEVICE, samples=EMULATED, monitor=domain.monitor,
-        timeout=record.left_s, on_parity="warn",
+        timeout=record.left_s, on_parity="warn", on_failure="raise",
     )  # fmt: skip
     if domain.epochs:
         vars(module)["learning_rate"] *= QAT_RATE
