@@ -9,7 +9,7 @@ loses nothing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,29 +22,35 @@ from lightning_quant.simulation.fixed_ranges import forget_fixed_range
 _CONVERTS = "_converts"
 
 
-def width_of(network: nn.Module, flow: Dataflow, name: str) -> int | None:
-    """Return the bits of the activations of a layer or quantizer; ``None`` for a layer that rounds none."""
-    quantizers = flow.quantizers.get(flow.group_of.get(name, -1), ())
-    return max((_bits(network, one) for one in quantizers), default=None)
+def widths(network: nn.Module, flow: Dataflow) -> dict[int, int]:
+    """Return the bits of the activations of each group that rounds any."""
+    return {group: max(_bits(network, one) for one in names) for group, names in flow.quantizers.items()}
 
 
 def convert_where_needed(network: nn.Module, flow: Dataflow) -> None:
     """Put a conversion wherever a layer takes a tensor of another bit width, and remove every other."""
+    bits = widths(network, flow)
     for place, source in flow.sources.items():
-        wanted = width_of(network, flow, place[0])
+        wanted = bits.get(flow.group_of[place[0]])
         if wanted is None or wanted == _bits(network, source):
             _remove(network, flow, place)
         else:
             _put(network, flow, place, wanted)
 
 
-def convert_at(network: nn.Module, flow: Dataflow, places: Collection[Place]) -> None:
-    """Put conversions in these places and in no others; their bits are not set yet."""
-    for place, source in flow.sources.items():
+def convert_at(network: nn.Module, flow: Dataflow, places: Mapping[Place, int]) -> None:
+    """Put conversions of so many bits in these places, and none in others."""
+    for place in flow.sources:
         if place in places:
-            _put(network, flow, place, _bits(network, source))
+            _put(network, flow, place, places[place])
         else:
             _remove(network, flow, place)
+
+
+def conversions(network: nn.Module, flow: Dataflow) -> dict[Place, int]:
+    """Return where there are conversions now, and their bits."""
+    found = {place: _layer(network, place).input_quantizers[place[1]] for place in flow.sources}
+    return {place: int(conversion.bitwidth) for place, conversion in found.items() if conversion is not None}
 
 
 def converts(quantizer: Any) -> bool:
@@ -55,7 +61,7 @@ def converts(quantizer: Any) -> bool:
 @contextmanager
 def without_conversions(network: nn.Module, flow: Dataflow) -> Iterator[None]:
     """Remove the conversions for the length of a block, and put in their place what its end asks for."""
-    convert_at(network, flow, ())
+    convert_at(network, flow, {})
     try:
         yield
     finally:
@@ -67,9 +73,12 @@ def _bits(network: nn.Module, quantizer: str) -> int:
     return int(bits)
 
 
+def _layer(network: nn.Module, place: Place) -> Any:
+    return network.get_submodule(place[0])
+
+
 def _put(network: nn.Module, flow: Dataflow, place: Place, bits: int) -> None:
-    layer, index = place
-    module: Any = network.get_submodule(layer)
+    module, index = _layer(network, place), place[1]
     conversion = module.input_quantizers[index]
     source: Any = network.get_submodule(flow.sources[place])
     if conversion is None:
@@ -85,8 +94,7 @@ def _put(network: nn.Module, flow: Dataflow, place: Place, bits: int) -> None:
 
 
 def _remove(network: nn.Module, flow: Dataflow, place: Place) -> None:
-    layer, index = place
-    module: Any = network.get_submodule(layer)
+    module, index = _layer(network, place), place[1]
     if module.input_quantizers[index] is not None:
         module.input_quantizers[index] = None
         _note_rounding(module, index, network.get_submodule(flow.sources[place]))

@@ -19,7 +19,6 @@ from lightning_quant.simulation.callsites.tied_ranges import (
     rounding,
 )
 
-_INPUT = "input"
 # A layer and the place of one of its inputs.
 Place = tuple[str, int]
 
@@ -62,7 +61,7 @@ class Dataflow:
         sources: dict[Place, str] = {}
         rounds: set[str] = set()
         layers: set[str] = set()
-        for op in sim.connected_graph.ordered_ops:
+        for op in sim.connected_graph.ordered_ops:  # one for each layer: a second call has a layer of its own
             module = sim._get_qmodule(op)
             if module not in names or not hasattr(module, "output_quantizers"):
                 continue
@@ -74,7 +73,7 @@ class Dataflow:
                 rounds.add(names[quantizer])
             for product in op.inputs:
                 if product.producer is None and product.is_model_input:  # one tensor in the file, whoever reads it
-                    groups.join((_INPUT, input_name(product)), layer)
+                    groups.join(("an input", input_name(product)), layer)
             if not own and passes_values(sim, op):
                 continue
             tied = inputs_of_one_grid(sim, op)

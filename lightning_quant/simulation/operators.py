@@ -18,7 +18,7 @@ from torch import nn
 from lightning_quant.precision import Precision
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.aimet import QuantizedLayer
-from lightning_quant.simulation.precisions import layer_precision, quantized_layers
+from lightning_quant.simulation.precisions import computed_precisions, quantized_layers
 from lightning_quant.simulation.preflight import Finding, FindingKind, refused_in_few_bits
 from lightning_quant.utilities.parsing import parse_as, read_json
 
@@ -136,14 +136,14 @@ def off_the_npu(network: QuantizedNetwork, hexagon: int | None) -> list[Finding]
         network: quantized; it need not be calibrated.
         hexagon: version of the NPU, e.g. 75; ``None`` for a device of which nothing is known.
     """
-    layers, precision_of = quantized_layers(network), functools.partial(layer_precision, network)
-    findings = refused_in_few_bits(layers, precision_of)
+    layers, precisions = quantized_layers(network), computed_precisions(network)
+    findings = refused_in_few_bits(layers, precisions.__getitem__)
     if hexagon is None:
         return findings
     known = {finding.module for finding in findings}
     table = operator_table()
     for name, layer in layers.items():
-        operation, precision = operation_of(layer), _measured_as(layer, precision_of(name))
+        operation, precision = operation_of(layer), _measured_as(layer, precisions[name])
         placement = table.placement(operation, precision, hexagon)
         if name in known or placement is None or placement is Placement.NPU:
             continue

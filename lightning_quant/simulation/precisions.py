@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.precision import Precision
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.conversions import convert_where_needed, converts, width_of
+from lightning_quant.simulation.conversions import convert_where_needed, widths
 
 if TYPE_CHECKING:
     from lightning_quant.simulation.network import QuantizedNetwork
@@ -48,16 +47,38 @@ def layer_precision(network: QuantizedNetwork, layer: str) -> Precision:
     return network.promoted.get(layer) or [network.recipe.precision, *overrides][-1]
 
 
-@contextmanager
-def precisions_kept(network: QuantizedNetwork) -> Iterator[None]:
-    """Go back to the bit widths of now at the end of a block."""
-    before = {one: one.bitwidth for one in network.quantizers() if not converts(one)}
-    try:
-        yield
-    finally:
-        for quantizer, bits in before.items():
-            quantizer.bitwidth = bits
-        convert_where_needed(network.network, network.dataflow)
+def computed_precisions(network: QuantizedNetwork) -> dict[str, Precision]:
+    """Return the precision that each layer is computed at: what a neighbor asks for raises its activations too."""
+    flow, bits = network.dataflow, widths(network.network, network.dataflow)
+    asked = {name: layer_precision(network, name) for name in quantized_layers(network)}
+    return {
+        name: Precision(one.weight_bits, bits.get(flow.group_of.get(name, -1), one.activation_bits))
+        for name, one in asked.items()
+    }
+
+
+def planned_widths(network: QuantizedNetwork, precisions: Mapping[str, Precision]) -> dict[int, int]:
+    """Return the bits that :func:`set_precisions` would give the activations of each group of layers.
+
+    Args:
+        network: the quantized network; not changed.
+        precisions: by the layer's name.
+    """
+    flow, now = network.dataflow, widths(network.network, network.dataflow)
+    base, overrides = network.recipe.precision, matching(network, network.recipe.overrides)
+    kept = {name: precision for name, precision in overrides.items() if precision == base}
+    asked: dict[int, int] = {}
+    for name, precision in {**kept, **precisions}.items():
+        group = flow.group_of.get(name)
+        if group in now and (name in kept or precision.activation_bits != base.activation_bits):
+            asked[group] = max(asked.get(group, 0), precision.activation_bits)
+    units = {flow.unit_of.get(name) for name in precisions}
+    raised: dict[int, int] = {}
+    for (taker, _), source in flow.sources.items():
+        wanted, group = asked.get(flow.group_of[taker], 0), flow.group_of[source]
+        if flow.unit_of[taker] in units and wanted > now[group]:
+            raised[group] = max(raised.get(group, 0), wanted)
+    return {**now, **raised, **asked}
 
 
 def set_precisions(network: QuantizedNetwork, precisions: Mapping[str, Precision]) -> None:
@@ -65,7 +86,8 @@ def set_precisions(network: QuantizedNetwork, precisions: Mapping[str, Precision
 
     The NPU computes a layer at one bit width. So more bits for what goes into a layer are more for all that computed
     it, and its other takers convert; with fewer bits the layer converts what goes into it. A precision with the
-    activation bits of the whole network leaves activations to what the neighbors ask for.
+    activation bits of the whole network leaves activations to what the neighbors ask for, but where an override gives a
+    layer the network's own precision: that layer keeps it, whatever its neighbors ask for.
 
     Ranges stay as they are: calibrate afterwards.
 
@@ -73,22 +95,11 @@ def set_precisions(network: QuantizedNetwork, precisions: Mapping[str, Precision
         network: the quantized network.
         precisions: by the layer's name.
     """
-    flow, module, layers = network.dataflow, network.network, quantized_layers(network)
-    asked: dict[int, int] = {}  # bits by group
-    for name, precision in precisions.items():
-        group = flow.group_of.get(name)
-        if group is not None and precision.activation_bits != network.recipe.precision.activation_bits:
-            asked[group] = max(asked.get(group, 0), precision.activation_bits)
-    units = {flow.unit_of.get(name) for name in precisions}
-    raised: dict[int, int] = {}
-    for (taker, _), source in flow.sources.items():
-        wanted, group = asked.get(flow.group_of[taker], 0), flow.group_of[source]
-        if flow.unit_of[taker] in units and group not in asked and wanted > (width_of(module, flow, source) or wanted):
-            raised[group] = max(raised.get(group, 0), wanted)
-    for group, bits in {**raised, **asked}.items():
-        for quantizer in flow.quantizers.get(group, ()):
+    layers, module = quantized_layers(network), network.network
+    for group, bits in planned_widths(network, precisions).items():
+        for quantizer in network.dataflow.quantizers[group]:
             module.get_submodule(quantizer).bitwidth = bits  # type: ignore[assignment]
     for name, precision in precisions.items():
         if (weight := dict(layers[name].param_quantizers).get("weight")) is not None:
             weight.bitwidth = precision.weight_bits
-    convert_where_needed(module, flow)
+    convert_where_needed(module, network.dataflow)

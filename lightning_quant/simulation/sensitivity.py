@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.precision import Precision
+from lightning_quant.simulation.conversions import widths
 from lightning_quant.simulation.inputs import NetworkInputs, take_samples, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.precisions import layer_precision, precisions_kept, quantized_layers, set_precisions
+from lightning_quant.simulation.precisions import layer_precision, planned_widths, quantized_layers
 from lightning_quant.utilities.full_precision import full_precision
 
 
@@ -136,20 +137,20 @@ def _finer(network: QuantizedNetwork, name: str, layers: dict[str, Any]) -> tupl
     flow, layer = network.dataflow, layers[name]
     if (raised := next_finer("activations", layer_precision(network, name))) is None:
         return tuple(one for one in layer.input_quantizers if one is not None), (name,)
-    modules: dict[str, Any] = {
-        one: network.network.get_submodule(one) for group in flow.quantizers.values() for one in group
-    }
-    before = {one: module.bitwidth for one, module in modules.items()}
-    with precisions_kept(network):
-        set_precisions(network, {name: raised})
-        finer = {one for one, module in modules.items() if module.bitwidth > before[one]}
-        # what every layer that takes it converts back is none finer there
-        back: dict[str, bool] = {}
-        for (taker, index), source in flow.sources.items():
-            back[source] = back.get(source, True) and layers[taker].input_quantizers[index] is not None
-    groups = {flow.group_of[one] for one in finer}
-    gained = tuple(module for one, module in modules.items() if one in finer and not back.get(one, False))
-    return gained, tuple(one for one in layers if flow.group_of.get(one) in groups)
+    now, then = widths(network.network, flow), planned_widths(network, {name: raised})
+    finer = {group for group, bits in then.items() if bits > now[group]}
+    # what every layer that takes it converts back is none finer there
+    taken = dict.fromkeys(flow.sources.values(), False)
+    for (taker, _), source in flow.sources.items():
+        group = flow.group_of[source]
+        taken[source] |= then.get(flow.group_of[taker], then[group]) == then[group]
+    gained = tuple(
+        network.network.get_submodule(one)
+        for group in sorted(finer)
+        for one in flow.quantizers[group]
+        if taken.get(one, True)
+    )
+    return gained, tuple(one for one in layers if flow.group_of.get(one) in finer)
 
 
 class _Switchboard:

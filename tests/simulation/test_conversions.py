@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_quant.errors import CheckpointError
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.conversions import converts
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.precisions import precisions_kept, quantized_layers, set_precisions
-from tests.helpers.networks import Body, Chain, calibrated, call, images, seeded
+from lightning_quant.simulation.precisions import quantized_layers, set_precisions
+from tests.helpers.networks import Body, Chain, SharedConv, calibrated, call, images, seeded
 from tests.helpers.small import assert_same_tensors
 from tests.simulation.test_precisions import Cat, CatInput, CatLater, bits
 
@@ -56,7 +57,43 @@ class Pyramid(nn.Module):
         return self.last(torch.cat([high, F.interpolate(low, scale_factor=2)], 1))
 
 
-NETWORKS: list[Callable[[], nn.Module]] = [Chain, Body, Cat, CatInput, CatLater, Attention, Pyramid]
+class Twice(nn.Module):
+    """A convolution that is called on small numbers and on large ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+        seeded(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(self.shared(x) + self.shared(100 * x).sigmoid())
+
+
+class Recurrent(nn.Module):
+    """A layer whose steps share their ranges."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.last = nn.GRU(8, 4, batch_first=True), nn.Linear(4, 2)
+        seeded(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.steps(x.mean(1))[0])
+
+
+NETWORKS: list[Callable[[], nn.Module]] = [
+    Chain,
+    Body,
+    Cat,
+    CatInput,
+    CatLater,
+    Attention,
+    Pyramid,
+    SharedConv,
+    Twice,
+    Recurrent,
+]
 
 
 def widths(network: QuantizedNetwork) -> dict[str, set[int]]:
@@ -77,7 +114,7 @@ def widths(network: QuantizedNetwork) -> dict[str, set[int]]:
         # what hands values on leaves them at their bits; what is not rounded is computed with the next layer
         moved = taken[0] if own is None and taken and torch.isin(output, args[0]).all() else None
         last[output.data_ptr()] = bits or moved
-        seen[name] = {one for one in (*taken, bits) if one}
+        seen.setdefault(name, set()).update(one for one in (*taken, bits) if one)
 
     handles: list[Any] = []
     for name, layer in quantized_layers(network).items():
@@ -97,12 +134,12 @@ def test_whichever_layer_gets_another_width_every_layer_computes_at_one(
 ) -> None:
     network = calibrated(make(), precision=precision)
     assert all(len(found) <= 1 for found in widths(network).values())
-    before, answer = bits(network), network(images(2))
+    before, answer, snapshot = bits(network), network(images(2)), network.snapshot()
     for name in quantized_layers(network):
-        with precisions_kept(network):
-            set_precisions(network, {name: other})
-            mixed = {one: found for one, found in widths(network).items() if len(found) > 1}
-            assert not mixed, (name, mixed)
+        set_precisions(network, {name: other})
+        mixed = {one: found for one, found in widths(network).items() if len(found) > 1}
+        assert not mixed, (name, mixed)
+        network.restore(snapshot)
         assert bits(network) == before
     assert torch.equal(network(images(2)), answer)
 
@@ -159,3 +196,14 @@ def test_a_state_brings_its_conversions_along() -> None:
         known.restore(coarse)
         assert_same_tensors(known.state_dict(), coarse)
     assert not any(converts(one) for one in other.quantizers())
+
+
+def test_a_state_that_is_refused_leaves_the_conversions_as_they_were() -> None:
+    network = calibrated(Attention(), precision="w8a8", overrides={"norm": "w8a16"})
+    before, answer = network.snapshot(), network(images(2))
+    coarse = calibrated(Attention(), precision="w8a8").snapshot()
+    name = next(key for key in coarse if key.endswith("query.output_quantizers.0.max"))
+    with pytest.raises(CheckpointError, match="rounded here and not there"):
+        network.restore({key: value for key, value in coarse.items() if key != name})
+    assert_same_tensors(network.state_dict(), before)
+    assert torch.equal(network(images(2)), answer)

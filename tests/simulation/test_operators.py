@@ -53,6 +53,26 @@ def test_what_falls_back_is_named_with_its_remedy() -> None:
         quantized(Activation().eval(), strict=True)
 
 
+class Logarithm(nn.Module):
+    """A logarithm, which the NPU computes right at 8 bits only, between two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.log(self.first(x).abs() + 1.0))
+
+
+def test_a_layer_that_a_neighbor_raises_is_judged_at_the_bits_that_it_gets() -> None:
+    assert not found(Logarithm())
+    (finding,) = found(Logarithm(), overrides={"last": "w8a16"})
+    assert (finding.module, finding.kind) == ("log", FindingKind.WRONG_ON_NPU)
+    assert "w8a16" in finding.problem
+    assert finding.remedy.endswith('overrides={"log": "w8a8"}')
+    assert not found(Logarithm(), overrides={"last": "w8a16", "log": "w8a8"})
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_network_of_npu_operators_has_no_finding(precision: str) -> None:
     assert found(small_net(), precision=precision) == []

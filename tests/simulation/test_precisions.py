@@ -77,6 +77,15 @@ def test_a_layers_weights_change_with_what_it_takes_and_returns_and_its_taker_co
     assert "second.input_quantizers.0" not in bits(network)
 
 
+def test_a_layer_that_an_override_gives_the_networks_own_precision_keeps_it() -> None:
+    network = calibrated(Chain(), precision="w8a8", overrides={"first": "w8a8"})
+    before = bits(network)
+    set_precisions(network, {"second": FINEST})
+    assert changed(network, before) == {"second.input_quantizers.0": 16, "second.output_quantizers.0": 16}
+    set_precisions(network, {"first": FINEST})  # a rung may raise it all the same
+    assert bits(network)["first.input_quantizers.0"] == 16
+
+
 def test_weights_alone_can_change() -> None:
     network = calibrated(Chain(), precision="w4a8")
     before = bits(network)

@@ -11,7 +11,7 @@ from lightning_quant.deploy.blame.takers import Takers
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.aimet import Quantizer
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.precisions import layer_precision, precisions_kept, quantized_layers, set_precisions
+from lightning_quant.simulation.precisions import layer_precision, planned_widths, quantized_layers
 from lightning_quant.simulation.range_estimators import MinMax
 from lightning_quant.simulation.sensitivity import next_finer
 
@@ -89,7 +89,7 @@ class Remedies:
 
     def _gets_finer(self, overrides: Mapping[str, Precision], quantizer: Quantizer) -> bool:
         """Return whether a tensor gets more bits by these overrides."""
-        before = quantizer.bitwidth
-        with precisions_kept(self.network):
-            set_precisions(self.network, overrides)
-            return quantizer.bitwidth > before
+        names = {module: name for name, module in self.network.network.named_modules()}
+        group = self.network.dataflow.group_of.get(names[quantizer])
+        # none: a conversion, which a raised layer needs no longer
+        return group is None or planned_widths(self.network, overrides)[group] > quantizer.bitwidth

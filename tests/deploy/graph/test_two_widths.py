@@ -29,19 +29,20 @@ CASES = [
 ]  # fmt: skip
 
 
-def files_of(make: Callable[[], nn.Module], layer: str, precision: str, folder: Path) -> tuple[onnx.ModelProto, float]:
-    """The file of a network with an override, and how close it comes to the simulation in dB."""
+def files_of(
+    make: Callable[[], nn.Module], layer: str, precision: str, folder: Path
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray], float]:
+    """The file of a network with an override, its input, and how close it comes to the simulation in dB."""
     plain = calibrated(make(), precision=precision)
     assert fnmatch.filter(quantized_layers(plain), layer), list(quantized_layers(plain))
     other = "w8a8" if precision == "w8a16" else "w8a16"
     network = calibrated(make(), precision=precision, overrides={layer: other})
     write_onnx(network, call(images(1)), folder / "float.onnx", folder / "qdq.onnx")
     model = onnx.load(folder / "qdq.onnx")
-    given = images(1, seed=9)
     with torch.no_grad():
-        expected = network(given).numpy()
-    (name,) = [one.name for one in model.graph.input]
-    return model, psnr(expected, computed(model, folder, **{name: given.numpy()})[0])
+        expected = network(images(1, seed=9)).numpy()
+    given = {model.graph.input[0].name: images(1, seed=9).numpy()}
+    return model, given, psnr(expected, computed(model, folder, **given)[0])
 
 
 @pytest.mark.parametrize(("make", "layer"), CASES)
@@ -49,7 +50,7 @@ def files_of(make: Callable[[], nn.Module], layer: str, precision: str, folder: 
 def test_the_file_computes_what_the_simulation_does(
     tmp_path: Path, make: Callable[[], nn.Module], layer: str, precision: str
 ) -> None:
-    model, closeness = files_of(make, layer, precision, tmp_path)
+    model, _, closeness = files_of(make, layer, precision, tmp_path)
     assert closeness > 100
     grids = {
         tensor.data_type
@@ -66,10 +67,8 @@ def test_the_file_computes_what_the_simulation_does(
 def test_nothing_leaves_the_npu_or_its_integers(
     tmp_path: Path, make: Callable[[], nn.Module], layer: str, precision: str
 ) -> None:
-    model, _ = files_of(make, layer, precision, tmp_path)
-    (name,) = [one.name for one in model.graph.input]
-    given = images(1, seed=9).numpy().astype(np.float32)
-    report, (output,) = emulated(model, tmp_path / "npu", **{name: given})
+    model, given, _ = files_of(make, layer, precision, tmp_path)
+    report, (output,) = emulated(model, tmp_path / "npu", **given)
     assert not report.float_islands
     assert not report.layers["CPU"]
-    assert psnr(computed(model, tmp_path, **{name: given})[0], output) > 30
+    assert psnr(computed(model, tmp_path, **given)[0], output) > 30
