@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,14 +31,16 @@ from lightning_quant.callbacks.validation import (
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.ladder.climb import climb
 from lightning_quant.ladder.gate import Ladder, RungResult
-from lightning_quant.ladder.rung import Rung, RungContext
+from lightning_quant.ladder.rung import Cost, Rung, RungContext
 from lightning_quant.ladder.session import LadderSession
-from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.utilities.memory import PeakMemory
 from lightning_quant.utilities.modules import preserve_modes
 
 # How much better than chance a float network has to be, as a part of chance itself: an untrained one is off by luck.
 _CHANCE_MARGIN = 0.01
+# Seconds from which on it is said how long a rung will take.
+_WORTH_TELLING_S = 30.0
 
 
 class LadderRunner:
@@ -69,6 +72,7 @@ class LadderRunner:
         self._best_state: dict[str, Any] | None = None
         self._started = 0.0
         self._validated_at = -1
+        self._validation_seconds = 0.0
         self._memory = PeakMemory()
 
     @property
@@ -197,15 +201,35 @@ class LadderRunner:
         )
 
     @contextmanager
-    def _attempt(self, name: str) -> Iterator[None]:
+    def _attempt(self, name: str, cost: Cost | None) -> Iterator[None]:
         self._rung = name
+        if cost is not None:
+            seconds = cost.samples * self._sample_seconds + cost.validations * self._validation_seconds
+            if seconds > _WORTH_TELLING_S:
+                minutes = round(seconds / 60) or 1
+                rank_zero_log(f"Rung {name} takes about {minutes} minute{'s' * (minutes > 1)}.")
         with isolated_seed():  # so that a rung does not depend on whether those before it ran or were restored
             yield
 
+    @cached_property
+    def _sample_seconds(self) -> float:
+        """How long the quantized network takes for a sample, by the fastest of three calls."""
+        example = self.network.inputs.map(lambda tensor: tensor.to(self.pl_module.device))
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            for output in tensors_in(example.call(self.network.network)):
+                output.cpu()  # a GPU is waited for
+            seconds.append(time.perf_counter() - start)
+        return min(seconds) / max(example.batch_size, 1)
+
     def _measure(self) -> float:
         network = self.pl_module.get_submodule(self.callback.network_name)
+        start = time.perf_counter()
         with self.network.cached_weights():  # the callback does so for other validations, but it is hidden here
-            return measure(self.trainer, self.ladder.monitor, hidden=self.callback, network=network)
+            metric = measure(self.trainer, self.ladder.monitor, hidden=self.callback, network=network)
+        self._validation_seconds = time.perf_counter() - start
+        return metric
 
     def _measure_other(self, network: nn.Module) -> float:
         with swapped_network(self.pl_module, self.callback.network_name, network):

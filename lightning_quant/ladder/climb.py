@@ -62,7 +62,7 @@ def climb(
         try:
             if (reference := rung.float_reference(context)) is not None:
                 ladder.float_reestimated = context.measure_float(reference)
-            with context.attempt(rung.name), PeakMemory() as memory:
+            with context.attempt(rung.name, rung.cost(network)), PeakMemory() as memory:
                 if rung.start == "float":
                     network.reset_to(context.prepared.network)
                 elif session.base is not None:

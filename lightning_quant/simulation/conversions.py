@@ -9,7 +9,7 @@ loses nothing.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,19 +38,17 @@ def convert_where_needed(network: nn.Module, flow: Dataflow) -> None:
             _put(network, flow, place, wanted)
 
 
-def convert_at(network: nn.Module, flow: Dataflow, places: Mapping[Place, int]) -> None:
-    """Put conversions of so many bits in these places, and none in others."""
-    for place in flow.sources:
-        if place in places:
-            _put(network, flow, place, places[place])
-        else:
-            _remove(network, flow, place)
-
-
-def conversions(network: nn.Module, flow: Dataflow) -> dict[Place, int]:
-    """Return where there are conversions now, and their bits."""
-    found = {place: _layer(network, place).input_quantizers[place[1]] for place in flow.sources}
-    return {place: int(conversion.bitwidth) for place, conversion in found.items() if conversion is not None}
+@contextmanager
+def converting_at(network: nn.Module, flow: Dataflow, places: Iterable[Place]) -> Iterator[None]:
+    """Put conversions in these places and in no others, for a state to set their bits; undone if the block raises."""
+    now = {place: _layer(network, place).input_quantizers[place[1]] for place in flow.sources}
+    before = {place: int(conversion.bitwidth) for place, conversion in now.items() if conversion is not None}
+    _convert_at(network, flow, dict.fromkeys(places, 8))
+    try:
+        yield
+    except BaseException:
+        _convert_at(network, flow, before)
+        raise
 
 
 def converts(quantizer: Any) -> bool:
@@ -61,11 +59,20 @@ def converts(quantizer: Any) -> bool:
 @contextmanager
 def without_conversions(network: nn.Module, flow: Dataflow) -> Iterator[None]:
     """Remove the conversions for the length of a block, and put in their place what its end asks for."""
-    convert_at(network, flow, {})
+    _convert_at(network, flow, {})
     try:
         yield
     finally:
         convert_where_needed(network, flow)
+
+
+def _convert_at(network: nn.Module, flow: Dataflow, places: Mapping[Place, int]) -> None:
+    """Put conversions of so many bits in these places, and none in others."""
+    for place in flow.sources:
+        if place in places:
+            _put(network, flow, place, places[place])
+        else:
+            _remove(network, flow, place)
 
 
 def _bits(network: nn.Module, quantizer: str) -> int:

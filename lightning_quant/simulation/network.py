@@ -19,7 +19,7 @@ from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.callsites.traces import functions_inlined, tracing_state
 from lightning_quant.simulation.callsites.watching import watched_class
-from lightning_quant.simulation.conversions import conversions, convert_at, convert_where_needed, converts
+from lightning_quant.simulation.conversions import convert_where_needed, converting_at, converts
 from lightning_quant.simulation.dataflow import Dataflow, quantizer_at
 from lightning_quant.simulation.fixed_ranges import fixed_range, set_fixed_ranges
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
@@ -386,14 +386,9 @@ def _check_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix:
             "    trainer.fit(module)"
         )
     flow = module.__dict__[_STATE].dataflow
-    before = conversions(module, flow)
     stored = [place for place in flow.sources if f"{prefix}{quantizer_at(place)}.min" in state_dict]
-    convert_at(module, flow, dict.fromkeys(stored, 8))  # the state brings their bits
-    try:
+    with converting_at(module, flow, stored):
         check_stored_ranges(module, state_dict, prefix)
-    except CheckpointError:  # the network stays as it was
-        convert_at(module, flow, before)
-        raise
 
 
 def _fix_ranges(module: nn.Module, _: Any) -> None:

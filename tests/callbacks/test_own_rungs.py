@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +14,26 @@ from lightning.pytorch.cli import LightningCLI
 
 import lightning_quant as lq
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.ladder.rung import Cost
 from tests.helpers.rungs import ScaledWeights
 from tests.helpers.small import SmallModule, small_loader
 
 MakeTrainer = Callable[..., Trainer]
 PATH = "tests.helpers.rungs.ScaledWeights"
 GIVEN: list[Any] = [PATH, {PATH: {"factor": 1.1}}]
+
+
+class Dear(ScaledWeights):
+    """A rung that says that it takes so many validations."""
+
+    name = "dear"
+
+    def __init__(self, validations: float) -> None:
+        super().__init__()
+        self.validations = validations
+
+    def cost(self, network: Any) -> Cost:
+        return Cost(0, self.validations)
 
 
 def made_by(callback: lq.QuantizationAwareTraining) -> tuple[type, float]:
@@ -32,6 +48,21 @@ def test_it_is_tried_and_judged(trainer: MakeTrainer, rung: Any) -> None:
     trainer(quantization, max_epochs=0).fit(SmallModule(), small_loader(), small_loader())
     assert [result.rung for result in quantization.result.rungs] == ["ptq", "scaled_weights"]
     assert quantization.result.rungs[1].changed == "weight ranges 1.1 times as wide"
+
+
+@pytest.mark.parametrize(("validations", "is_told"), [(1e6, True), (0, False)])
+def test_how_long_it_takes_is_said_where_it_is_long(
+    trainer: MakeTrainer, caplog: pytest.LogCaptureFixture, validations: float, is_told: bool
+) -> None:
+    quantization = lq.QuantizationAwareTraining(
+        "w8a8", monitor="val_loss", mode="min", rungs=("ptq", Dear(validations))
+    )
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
+        trainer(quantization, max_epochs=0).fit(SmallModule(), small_loader(), small_loader())
+    told = re.findall(r"Rung dear takes about (\d+) minutes\.", caplog.text)
+    assert bool(told) == is_told
+    if is_told:  # of a validation that takes between a millisecond and ten seconds
+        assert 1e6 * 0.001 / 60 < int(told[0]) < 1e6 * 10 / 60
 
 
 @pytest.mark.parametrize("rung", [*GIVEN, {"class_path": PATH, "init_args": {"factor": 1.1}}])

@@ -10,11 +10,14 @@ import torch
 from typing_extensions import override
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.ladder.rung import Rung, RungContext
+from lightning_quant.ladder.rung import CALIBRATION, LEARNING_STEP, Cost, Rung, RungContext
 from lightning_quant.ladder.rungs.seq_mse import TensorBatches, call_flat
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
+
+# Of AIMET's AdaRound.
+_BATCH = 32
 
 
 class AdaptiveRounding(Rung):
@@ -50,6 +53,12 @@ class AdaptiveRounding(Rung):
             "AIMET's AdaRound learns the weights of layers, not those that the network's code passes to a function "
             f"({', '.join(at_sites[:3])}{', …' if len(at_sites) > 3 else ''}); take 'rounding'"
         )
+
+    @override
+    def cost(self, network: QuantizedNetwork) -> Cost:
+        # each layer: two passes up to it, in float and rounded, and its steps
+        learned = len(quantized_layers(network)) * self.samples + LEARNING_STEP * self.iterations * _BATCH
+        return Cost(learned + CALIBRATION * network.recipe.calibration_samples)
 
     @override
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_quant.ladder.rung import Rung, RungContext
+from lightning_quant.ladder.rung import CALIBRATION, Cost, Rung, RungContext
 from lightning_quant.ladder.rungs.layer_outputs import (
     channel_axis,
     channel_scales,
@@ -36,6 +36,10 @@ class BiasCorrection(Rung):
     @override
     def skip_reason(self, network: QuantizedNetwork, context: RungContext) -> str | None:
         return None if _correctable(network) else "no layer has a bias"
+
+    @override
+    def cost(self, network: QuantizedNetwork) -> Cost:
+        return Cost((2 + CALIBRATION) * network.recipe.calibration_samples)
 
     @override
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.ladder.rung import Rung, RungContext
+from lightning_quant.ladder.rung import CALIBRATION, Cost, Rung, RungContext
 from lightning_quant.ladder.rungs.layer_outputs import (
     channel_scales,
     hooked,
@@ -73,6 +73,10 @@ class BatchNormReestimation(Rung):
             with suppress(ValueError):  # a last batch of one sample, with one value per channel: no variance
                 batch.call(network)
         return network.eval()
+
+    @override
+    def cost(self, network: QuantizedNetwork) -> Cost:
+        return Cost((2 + CALIBRATION) * network.recipe.calibration_samples, validations=2)
 
     @override
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:

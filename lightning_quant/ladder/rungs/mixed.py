@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from typing_extensions import override
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.ladder.rung import Rung, RungContext
+from lightning_quant.ladder.rung import CALIBRATION, Cost, Rung, RungContext
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.calibrate import calibrate_weights
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.precisions import layer_precision, set_precisions
+from lightning_quant.simulation.precisions import layer_precision, quantized_layers, set_precisions
 from lightning_quant.simulation.sensitivity import LayerSensitivity, layer_sensitivity, next_finer
 
 # Of sums of shares.
@@ -51,6 +52,13 @@ class MixedPrecision(Rung):
         if all(next_finer(part, now) is None for part in ("weights", "activations")):
             return f"{now} is the finest precision there is"
         return None
+
+    @override
+    def cost(self, network: QuantizedNetwork) -> Cost:
+        layers = len(quantized_layers(network))
+        tries = 2 * math.log2(max(layers, 2))
+        calibration = CALIBRATION * network.recipe.calibration_samples
+        return Cost(2 * layers * self.samples + tries * calibration, validations=tries)
 
     @override
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:

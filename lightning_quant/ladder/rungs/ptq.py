@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from typing_extensions import override
 
-from lightning_quant.ladder.rung import Rung, RungContext
+from lightning_quant.ladder.rung import CALIBRATION, Cost, Rung, RungContext
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.range_estimators import (
     MinMax,
@@ -33,6 +33,10 @@ class CalibratedRanges(Rung):
         if range_estimator is not None:
             self.estimator = RangeEstimator.parse(range_estimator)
             self.name = self.estimator.name  # type: ignore[misc]  # one rung for each estimator
+
+    @override
+    def cost(self, network: QuantizedNetwork) -> Cost:
+        return Cost(CALIBRATION * network.recipe.calibration_samples)
 
     @override
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:

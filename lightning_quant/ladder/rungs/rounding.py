@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_quant.errors import CalibrationError, ConfigurationError
-from lightning_quant.ladder.rung import Rung, RungContext
+from lightning_quant.ladder.rung import CALIBRATION, LEARNING_STEP, Cost, Rung, RungContext
 from lightning_quant.ladder.rungs.blocks import (
     Block,
     find_blocks,
@@ -34,17 +32,12 @@ from lightning_quant.simulation.inputs import NetworkInputs, take_samples
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.switched_off import unrounded
 
-# Below Lightning's own logger, so that it appears where Lightning's messages do.
-log = logging.getLogger(f"lightning.pytorch.{__name__}")
-
 # Of the penalty on weights between two integers, as in 2004.10568: its weight, its exponent from the first to the last
 # iteration, and the share of iterations before it begins.
 _PENALTY, _EXPONENTS, _WARM_UP = 0.01, (20.0, 2.0), 0.2
 # A step takes as many samples as put about so many numbers into and out of a block's layers: where feature maps are
 # large, one sample has enough of them.
 _NUMBERS = 1_500_000
-# Seconds from which on it is said how long it will take.
-_WORTH_TELLING_S = 30.0
 # Layers in a block: a bottleneck with squeeze and excitation has five, a transformer's layer six.
 _MOST_LAYERS = 6
 
@@ -105,25 +98,29 @@ class LearnedRounding(Rung):
         return None if learnable_layers(network) else "no convolution or linear layer has rounded weights"
 
     @override
+    def cost(self, network: QuantizedNetwork) -> Cost:
+        blocks = list(self._blocks(network, [network.inputs.first(1)]))
+        numbers = sum(block.numbers for block in blocks)
+        in_a_step = sum(self._batch(block) * block.numbers for block in blocks) / max(numbers, 1)
+        # each block: two passes up to it, in float and rounded, and its steps
+        learned = len(blocks) * self.samples + LEARNING_STEP * self.iterations * in_a_step
+        return Cost(learned + CALIBRATION * network.recipe.calibration_samples)
+
+    @override
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
         layers = learnable_layers(network)
         calls = list(pieces(take_samples(context.samples(), self.samples), self.batch))
-        blocks = find_blocks(network.network, layers, calls, _MOST_LAYERS if self.unit == "block" else 1)
+        blocks = self._blocks(network, calls)
         float_network = copy.deepcopy(network)
         learned = None if context.cache is None else LearnedBlocks(context.cache, network, calls, self.options)
         turned = total = 0
-        is_first = True
         for index, (block, own_calls) in enumerate(blocks.items()):
             weights = {name: SoftWeight(network.network.get_submodule(name)) for name in block.layers}
             if learned is None or not learned.recall(index, weights):
-                start = time.perf_counter()
                 samples = self._samples(network, float_network, block, list(pieces(own_calls, self._batch(block))))
                 self._learn(network, block, layers, weights, samples, torch.Generator().manual_seed(index))
                 if learned is not None:
                     learned.keep(index, weights)
-                if is_first:
-                    is_first = False
-                    self._tell(list(blocks)[index:], time.perf_counter() - start)
             for name, weight in weights.items():
                 turned += weight.turned()
                 total += weight.logits.numel()
@@ -131,16 +128,13 @@ class LearnedRounding(Rung):
         context.calibrate(network, weights=False)
         return f"turned {turned / max(total, 1):.1%} of the roundings in {len(blocks)} blocks"
 
+    def _blocks(self, network: QuantizedNetwork, calls: Sequence[NetworkInputs]) -> dict[Block, list[NetworkInputs]]:
+        most = _MOST_LAYERS if self.unit == "block" else 1
+        return find_blocks(network.network, learnable_layers(network), calls, most)
+
     def _batch(self, block: Block) -> int:
         """Return the samples in a step of a block."""
         return min(max(1, _NUMBERS // max(block.numbers, 1)), self.batch)
-
-    def _tell(self, blocks: Sequence[Block], seconds: float) -> None:
-        """Say how long the blocks will take, of which the first took so many seconds."""
-        first, *others = (max(block.numbers, 1) * self._batch(block) for block in blocks)
-        left = seconds * sum(others) / first
-        if left > _WORTH_TELLING_S:
-            log.info("rounding: %d more blocks take about %.0f minutes.", len(others), max(left / 60, 1))
 
     def _samples(
         self, network: QuantizedNetwork, float_network: QuantizedNetwork, block: Block, calls: Sequence[NetworkInputs]
