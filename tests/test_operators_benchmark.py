@@ -91,7 +91,12 @@ def test_page_and_shipped_table_are_those_of_the_results() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
 @pytest.mark.parametrize(
-    ("network", "precision"), [("Conv2d depthwise 1×1", "w4a16"), ("PReLU", "w8a8"), ("erf", "w8a16")]
+    ("network", "precision"),
+    [
+        ("Conv2d depthwise 1×1", "w4a16"),
+        pytest.param("PReLU", "w8a8", marks=pytest.mark.torture),
+        pytest.param("erf", "w8a16", marks=pytest.mark.torture),
+    ],
 )
 def test_a_fresh_run_says_the_same(network: str, precision: str) -> None:
     (known,) = [one for one in read(RESULTS) if (one["network"], one["precision"]) == (network, precision)]

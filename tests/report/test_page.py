@@ -272,6 +272,7 @@ def test_what_a_run_found_stands_in_its_report(report: Path) -> None:
     assert "default-src 'none'" in text  # and so the browser fetches nothing
 
 
+@pytest.mark.torture
 def test_a_large_network_stays_below_five_megabytes(tmp_path: Path) -> None:
     path = write_report(run_folder(tmp_path, ffnet_40s(), torch.randn(1, 3, 64, 128), (1024, 2048)))
     assert path.stat().st_size < 5_000_000

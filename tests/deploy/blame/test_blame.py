@@ -26,6 +26,7 @@ from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.rounded_tensors import rounded_tensors
 from lightning_quant.utilities.modules import on_cpu_in_eval
 from tests.deploy.blame.faults import FAULTS, NotThere, Planted
+from tests.helpers.members import in_turn
 from tests.helpers.networks import Body, Chain, SharedConv, calibrated, call, images, seeded
 from tests.helpers.small import SmallModule, small_net
 
@@ -107,9 +108,7 @@ def planted_everywhere(exported: Exported, fault: str) -> list[tuple[str, Blame]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["w8a8", "w4a16"])
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("fault", "name", "precision"), in_turn(FAULTS, NETWORKS, ["w8a8", "w4a16"]))
 def test_the_layer_with_a_fault_is_named(fault: str, name: str, precision: str, folder: Path) -> None:
     found = planted_everywhere(exported(name, precision, folder), fault)
     if not found:

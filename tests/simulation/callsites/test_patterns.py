@@ -18,6 +18,7 @@ from lightning_quant.simulation.callsites.attributes import is_range
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.switched_off import unrounded
+from tests.helpers.members import in_turn
 from tests.simulation.callsites.patterns import PATTERNS, Pattern
 
 # Sums in another order, relative to the largest value; a wrong one is off by far more.
@@ -57,8 +58,7 @@ def assert_same(actual: Tensor, expected: Tensor, exact: bool, what: str) -> Non
         assert (actual - expected).abs().max() <= ROUNDING * expected.abs().max().clamp_min(1), what
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize(("name", "training"), in_turn(PATTERNS, [True, False]))
 def test_nothing_rounded(name: str, training: bool) -> None:
     pattern = PATTERNS[name]
     network, calls = made(pattern)
@@ -110,8 +110,10 @@ def test_rounded(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-@pytest.mark.parametrize("name", [one for one in PATTERNS if one not in ("hooks", "weight norm", "orthogonal")])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    in_turn((one for one in PATTERNS if one not in ("hooks", "weight norm", "orthogonal")), ["deepcopy", "pickle"]),
+)
 def test_copies(name: str, way: str) -> None:
     network, calls = made(PATTERNS[name])
     if way == "pickle":

@@ -118,7 +118,7 @@ class Whole(nn.Module):
         return self.head(self.body(self.stem(x)))  # type: ignore[no-any-return]
 
 
-@settings(deadline=None, derandomize=True, max_examples=40)
+@settings(deadline=None, derandomize=True, max_examples=15)
 @given(plan=st.lists(PLANS, min_size=1, max_size=4), training=st.booleans())
 def test_nothing_rounded(plan: list[Any], training: bool) -> None:
     """Batch norms are folded, so with one of them training is compared in its eval mode.

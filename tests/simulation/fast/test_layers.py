@@ -21,6 +21,7 @@ from lightning_quant.simulation import aimet
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
+from tests.helpers.members import in_turn
 from tests.helpers.networks import Body, calibrated, images, quantized
 from tests.helpers.small import SmallModule, small_loader
 
@@ -51,11 +52,6 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 def call_of(name: str, seed: int = 0) -> NetworkInputs:
     return NetworkInputs((torch.randn(2, 3, 32, 64, generator=torch.Generator().manual_seed(seed)),))
-
-
-@pytest.fixture(scope="module", params=list(NETWORKS))
-def name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def made(name: str, precision: str = "w8a8", **recipe: Any) -> QuantizedNetwork:
@@ -90,8 +86,7 @@ def _step(network: QuantizedNetwork, inputs: NetworkInputs) -> tuple[Tensor, dic
     return loss.detach(), gradients, output["out"] if isinstance(output, dict) else output
 
 
-@pytest.mark.parametrize("learned", [True, False], ids=["learned", "frozen"])
-@pytest.mark.parametrize("precision", ["w8a8", "w4a16"])
+@pytest.mark.parametrize(("name", "precision", "learned"), in_turn(NETWORKS, ["w8a8", "w4a16"], [True, False]))
 def test_losses_and_gradients_are_those_of_aimet(name: str, precision: str, learned: bool) -> None:
     network = copy.deepcopy(known(name, precision))
     network.learn_ranges(learned)

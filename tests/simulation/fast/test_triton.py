@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_quant.simulation.fast import gpu, kernels
 from lightning_quant.simulation.fast.kernels import Activation
+from tests.helpers.members import in_turn
 from tests.simulation.fast.triton_cases import COMMON, GRIDS, SHAPES, assert_alike, equal, numbers, on_cpu, run
 
 pytestmark = [
@@ -24,8 +25,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(("shape", "grid"), in_turn(SHAPES, GRIDS), ids=str)
 def test_one_range(shape: tuple[int, ...], grid: str) -> None:
     *settings, low, high = GRIDS[grid]
     ends = torch.tensor(low), torch.tensor(high)

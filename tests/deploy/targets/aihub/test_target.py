@@ -260,7 +260,7 @@ def test_samples_of_another_export_are_not_compared(hub: StandIn, exported: Any)
         resume(bundle.path)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut"])
+@pytest.mark.parametrize("content", [pytest.param(b"", marks=pytest.mark.torture), b"PK\x03\x04 cut"])
 def test_one_damaged_bundle_does_not_keep_the_others(hub: StandIn, tmp_path: Path, content: bytes) -> None:
     hub.hold()
     for name in ("a", "b"):
@@ -361,6 +361,7 @@ ROWS: dict[str, tuple[faults.Fault, str, int | None, tuple[type[LightningQuantEr
 ALIKE = {
     "401 while waiting",
     "403",
+    "400",
     "404",
     "413",
     "422",
@@ -370,6 +371,12 @@ ALIKE = {
     "500 of a GET",
     "storage answers late",
     "garbage, always",
+    "429 of a job",
+    "reply lost, inputs",
+    "reply lost, run",
+    "upload cut once",
+    "hung GET",
+    "empty answer",
 }
 
 
