@@ -57,6 +57,7 @@ def open_session(model: Path, provider: str = "cpu", soc: str | None = None) -> 
     onnxruntime.register_execution_provider_library(name, onnxruntime_qnn.get_library_path())
     devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    options.add_session_config_entry("session.disable_double_qdq_remover", "1")  # two roundings stay two
     settings = {"backend_path": onnxruntime_qnn.get_qnn_htp_path(), **({} if soc is None else {"soc_model": soc})}
     options.add_provider_for_devices(devices, settings)
     session = onnxruntime.InferenceSession(str(model), sess_options=options)

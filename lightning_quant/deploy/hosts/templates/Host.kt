@@ -79,6 +79,7 @@ class Network(model: ByteArray, npu: Boolean) : AutoCloseable {
                 }
                 val devices = environment.epDevices.filter { it.epName == PROVIDER }
                 check(devices.isNotEmpty()) { "this phone offers no NPU to ONNX Runtime" }
+                options.addConfigEntry("session.disable_double_qdq_remover", "1") // two roundings stay two
                 options.addExecutionProvider(devices, mapOf("backend_path" to "libQnnHtp.so"))
             } else {
                 options.setOptimizationLevel(OrtSession.SessionOptions.OptLevel.NO_OPT)

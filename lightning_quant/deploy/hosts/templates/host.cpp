@@ -117,6 +117,7 @@ std::string add_qnn(Ort::Env& env, Ort::SessionOptions& options, const std::stri
   std::unordered_map<std::string, std::string> settings = {% raw %}{{"backend_path", backend}}{% endraw %};
   if (!soc.empty()) settings["soc_model"] = soc;
   options.AddConfigEntry("session.record_ep_graph_assignment_info", "1");
+  options.AddConfigEntry("session.disable_double_qdq_remover", "1");  // two roundings stay two
   options.AppendExecutionProvider_V2(env, devices, settings);
   return name;
 }

@@ -122,6 +122,8 @@ def _session(graph: Graph, soc: str, devices: list[Any], folder: Path, traces: P
     options = onnxruntime.SessionOptions()
     entries = {
         "session.record_ep_graph_assignment_info": "1",
+        # Else it makes one rounding of two, to a grid of neither, and the layer before it is computed in float.
+        "session.disable_double_qdq_remover": "1",
         "ep.context_enable": "1",
         "ep.context_file_path": str(folder / graph.context),
         "ep.context_embed_mode": "0",
