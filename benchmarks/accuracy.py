@@ -35,6 +35,8 @@ from lightning_quant.ladder.gate import Ladder
 
 FLOAT = Path("outputs/accuracy/float")
 RESULTS = Path(__file__).parent / "results" / "accuracy"
+# Cells of an earlier version, run on the same float networks.
+BEFORE = RESULTS / "before"
 
 PRECISIONS = ("w8a8", "w8a16", "w4a16", "w4a8")
 RUNGS = ("ptq", "cle", "bias_correction", "bn_reestimation", "seq_mse", "mixed")
@@ -165,9 +167,9 @@ def cell(name: str, source: str, precision: str, seed: int, camvid: str, factor:
         os.replace(partial, path)
 
 
-def finished() -> list[dict[str, Any]]:
+def finished(folder: Path = RESULTS) -> list[dict[str, Any]]:
     """The cells that were run to the end."""
-    cells = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    cells = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return [one for one in cells if one.keys() >= {*PARTS, TUNED}]
 
 
@@ -207,6 +209,31 @@ def lines(cells: list[dict[str, Any]]) -> Iterator[str]:
         yield "| " + " | ".join([*key, *figures]) + " |"
 
 
+def changes(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield a table of what an earlier version came to with the same float networks, and what this one does."""
+    heads = ["network", "", "float", "ptq", "best rung", "QAT", "distilled", "plain QAT"]
+    yield "| " + " | ".join(heads) + " |"
+    yield "|" + "---|" * len(heads)
+    known = {_cell(one): one for one in before}
+    for one in sorted(after, key=lambda one: (one["network"], PRECISIONS.index(one["precision"]))):
+        if (old := known.get(_cell(one))) is None:
+            continue
+        figures = [[_points(value) for value in _figures(cell)] for cell in (old, one)]
+        pairs = [a if a == b else f"{a} → {b}" for a, b in zip(*figures, strict=True)]
+        yield "| " + " | ".join([one["network"], one["precision"], *pairs]) + " |"
+
+
+def _cell(one: dict[str, Any]) -> tuple[Any, ...]:
+    return one["network"], one["data"], one["precision"], one["seed"]
+
+
+def _figures(one: dict[str, Any]) -> list[float | None]:
+    ladder = Ladder.from_dict(one["ladder"])
+    metrics = {rung.rung: rung.metric for rung in ladder.rungs}
+    best = max(value for value in metrics.values() if value is not None)
+    return [ladder.float_metric, metrics["ptq"], best, *(one[part]["miou"] for part in PARTS)]
+
+
 def _points(value: float | None, seconds: float | None = None) -> str:
     if value is None:
         return "–"
@@ -236,6 +263,7 @@ def main() -> None:
         cell(name, source, precision, seed, arguments.camvid, arguments.longer)
     table = "\n".join(lines(finished()))
     (RESULTS / "table.md").write_text(table + "\n")
+    (RESULTS / "changes.md").write_text("\n".join(changes(finished(BEFORE), finished())) + "\n")
     Console(width=240).print(Markdown(table))
 
 
