@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
 import lightning_quant as lq
@@ -62,7 +63,8 @@ def measure_ours(record: Record, folder: Path) -> None:
     if domain.epochs:
         vars(module)["learning_rate"] *= QAT_RATE
     with record.stage("ladder"):
-        trainer(folder, quantization, max_epochs=domain.epochs).fit(module, datamodule=data)
+        keep = _AfterEachRung(record, quantization)
+        trainer(folder, quantization, max_epochs=domain.epochs, logger=keep).fit(module, datamodule=data)
         record.values["ladder"] = quantization.result.to_dict()
     if not record.passed("ladder"):
         return
@@ -94,12 +96,24 @@ PARTS = {
 }
 
 
+class _AfterEachRung(DummyLogger):
+    """Keeps what the ladder has measured, for a climb that is ended by its limit."""
+
+    def __init__(self, record: Record, quantization: lq.QuantizationAwareTraining) -> None:
+        super().__init__()
+        self.record, self.quantization = record, quantization
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        self.record.values["ladder"] = self.quantization.result.to_dict()
+        self.record.write()
+
+
 def trainer(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
     """Return a Trainer on the CPU that says and keeps nothing."""
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     return pl.Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, callbacks=list(callbacks), default_root_dir=folder,
-        **options,
+        accelerator="cpu", devices=1, enable_model_summary=False, num_sanity_val_steps=0, callbacks=list(callbacks),
+        default_root_dir=folder, **{**quiet, **options},
     )  # fmt: skip
 
 

@@ -42,13 +42,13 @@ class Record:
         self.path = path
         self._deadline = time.perf_counter() + limit_s
         self.values: dict[str, Any] = {**key, "passed": [], "errors": {}, "seconds": {}, "running": None}
-        self._write()
+        self.write()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Run a block as a stage. Its error is kept, not raised: ask :meth:`passed` whether to continue."""
         self.values["running"] = name
-        self._write()
+        self.write()
         started = time.perf_counter()
         try:
             yield
@@ -58,7 +58,7 @@ class Record:
             self.values["passed"].append(name)
         self.values["running"] = None
         self.values["seconds"].setdefault(name, round(time.perf_counter() - started, 2))
-        self._write()
+        self.write()
 
     @property
     def left_s(self) -> float:
@@ -68,7 +68,8 @@ class Record:
     def passed(self, name: str) -> bool:
         return name in self.values["passed"]
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Keep what is known so far; every stage does so at its start and end."""
         with atomic_write(self.path) as partial:
             partial.write_text(json.dumps(self.values))
 
