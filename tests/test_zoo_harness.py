@@ -57,8 +57,8 @@ def _raises(record: Record, folder: Path) -> None:
 def test_however_a_measurement_ends_its_line_says_where(
     function: Callable[[Record, Path], None], stage: str, kind: str
 ) -> None:
-    # 4 GB take a loaded machine longer than 20 seconds
-    line = measured(function, KEY, limit_s=20 if kind == "TimeLimit" else 120, limit_gb=3)
+    # 4 GB take a loaded machine longer than 10 seconds
+    line = measured(function, KEY, limit_s=10 if kind == "TimeLimit" else 120, limit_gb=3)
     assert stopped(line) == stage
     assert line["errors"][stage]["type"] == kind
     assert reached(line) == ("build" if stage == "ptq" else "")

@@ -32,17 +32,19 @@ def measured(function: Measurement, key: dict[str, str], limit_s: float, limit_g
     Args:
         function: a module-level function; gets the record to fill and a folder that is removed afterwards.
         key: ``network``, ``by`` and ``precision``.
-        limit_s: seconds after which it is killed.
+        limit_s: seconds after which it is killed, from when it begins.
         limit_gb: memory of it and its children, in 10^9 bytes, at which it is killed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     with tempfile.TemporaryDirectory(prefix="zoo-") as folder:
         path = Path(folder) / "record.json"
-        started = time.perf_counter()
         process = context.Process(target=_run, args=(function, key, folder, limit_s, os.getpid()))
         process.start()
         assert process.pid is not None
+        while process.exitcode is None and not path.exists():  # the first one waits for what is preloaded
+            process.join(_LOOK)
+        started = time.perf_counter()
         peak, why = 0.0, None
         while process.exitcode is None:
             process.join(_LOOK)
