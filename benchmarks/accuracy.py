@@ -211,16 +211,17 @@ def lines(cells: list[dict[str, Any]]) -> Iterator[str]:
 
 def changes(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Iterator[str]:
     """Yield a table of what an earlier version came to with the same float networks, and what this one does."""
-    heads = ["network", "", "float", "ptq", "best rung", "QAT", "distilled", "plain QAT"]
+    heads = ["network", "data", "", "seed", "float", "ptq", "best rung", "QAT", "distilled", "plain QAT"]
     yield "| " + " | ".join(heads) + " |"
     yield "|" + "---|" * len(heads)
     known = {_cell(one): one for one in before}
     for one in sorted(after, key=lambda one: (one["network"], PRECISIONS.index(one["precision"]))):
-        if (old := known.get(_cell(one))) is None:
+        old = known.get(_cell(one))
+        if old is None or old["ladder"]["float_metric"] != one["ladder"]["float_metric"]:
             continue
         figures = [[_points(value) for value in _figures(cell)] for cell in (old, one)]
         pairs = [a if a == b else f"{a} → {b}" for a, b in zip(*figures, strict=True)]
-        yield "| " + " | ".join([one["network"], one["precision"], *pairs]) + " |"
+        yield "| " + " | ".join([*map(str, _cell(one)), *pairs]) + " |"
 
 
 def _cell(one: dict[str, Any]) -> tuple[Any, ...]:

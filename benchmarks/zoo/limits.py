@@ -22,6 +22,8 @@ from benchmarks.zoo.record import Record
 _PRELOADED = ["torch", "torchvision", "timm", "lightning.pytorch", "aimet_torch", "lightning_quant"]
 # Seconds between two looks at the memory.
 _LOOK = 0.25
+# Seconds that a process may take to begin before its limit runs.
+_LONGEST_START = 300.0
 
 Measurement = Callable[[Record, Path], None]
 
@@ -42,7 +44,8 @@ def measured(function: Measurement, key: dict[str, str], limit_s: float, limit_g
         process = context.Process(target=_run, args=(function, key, folder, limit_s, os.getpid()))
         process.start()
         assert process.pid is not None
-        while process.exitcode is None and not path.exists():  # the first one waits for what is preloaded
+        begin = time.perf_counter()  # the first one waits for what is preloaded
+        while process.exitcode is None and not path.exists() and time.perf_counter() - begin < _LONGEST_START:
             process.join(_LOOK)
         started = time.perf_counter()
         peak, why = 0.0, None

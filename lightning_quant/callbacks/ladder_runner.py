@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -31,8 +32,9 @@ from lightning_quant.callbacks.validation import (
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.ladder.climb import climb
 from lightning_quant.ladder.gate import Ladder, RungResult
-from lightning_quant.ladder.rung import Cost, Rung, RungContext
+from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.ladder.session import LadderSession
+from lightning_quant.simulation.inplace import state_kept
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.utilities.memory import PeakMemory
 from lightning_quant.utilities.modules import preserve_modes
@@ -69,10 +71,11 @@ class LadderRunner:
         self.float_network = float_network
         self.session = session
         self._rung = ""
+        self._rungs: dict[str, Rung] = {}
         self._best_state: dict[str, Any] | None = None
         self._started = 0.0
         self._validated_at = -1
-        self._validation_seconds = 0.0
+        self._validation_seconds: float | None = None
         self._memory = PeakMemory()
 
     @property
@@ -88,6 +91,7 @@ class LadderRunner:
             seconds: how long the calibration before the fit took.
             peak_memory_bytes: how much memory it took.
         """
+        self._rungs = {rung.name: rung for rung in rungs}
         self.float_network.to(self.pl_module.device).eval()
         if self.ladder.float_metric is None:
             self._measure_float()
@@ -201,26 +205,43 @@ class LadderRunner:
         )
 
     @contextmanager
-    def _attempt(self, name: str, cost: Cost | None) -> Iterator[None]:
-        self._rung = name
-        if cost is not None:
-            seconds = cost.samples * self._sample_seconds + cost.validations * self._validation_seconds
-            if seconds > _WORTH_TELLING_S:
-                minutes = round(seconds / 60) or 1
-                rank_zero_log(f"Rung {name} takes about {minutes} minute{'s' * (minutes > 1)}.")
+    def _attempt(self, rung: Rung) -> Iterator[None]:
+        self._rung = rung.name
+        seconds = self._expected_seconds(rung)
+        if seconds is not None and seconds > _WORTH_TELLING_S:
+            minutes = round(seconds / 60) or 1
+            rank_zero_log(f"Rung {rung.name} takes about {minutes} minute{'s' * (minutes > 1)}.")
         with isolated_seed():  # so that a rung does not depend on whether those before it ran or were restored
             yield
+
+    def _expected_seconds(self, rung: Rung) -> float | None:
+        """Return about how long a rung takes; ``None`` where that is not known, for whatever reason."""
+        # a network may draw random numbers in eval mode, and count its calls: nothing of that is to stay
+        with isolated_seed(), state_kept(self.network.network), suppress(Exception):
+            cost = rung.cost(self.network, self._context())
+            if cost is not None and self._validation_seconds is not None:
+                samples = cost.samples + (cost.validations + 1) * self._correction_samples()
+                seconds = samples * self._sample_seconds + cost.validations * self._validation_seconds
+                return seconds if math.isfinite(seconds) else None
+        return None
+
+    def _correction_samples(self) -> float:
+        """Return what the correction in force takes, which is applied again after a rung and for each measurement."""
+        correction = self._rungs.get(self.session.correction or "")
+        cost = None if correction is None else correction.cost(self.network, self._context())
+        return 0.0 if cost is None else cost.samples
 
     @cached_property
     def _sample_seconds(self) -> float:
         """How long the quantized network takes for a sample, by the fastest of three calls."""
-        example = self.network.inputs.map(lambda tensor: tensor.to(self.pl_module.device))
+        example = self.network.inputs.to(self.pl_module.device)
         seconds = []
-        for _ in range(3):
-            start = time.perf_counter()
-            for output in tensors_in(example.call(self.network.network)):
-                output.cpu()  # a GPU is waited for
-            seconds.append(time.perf_counter() - start)
+        with self.network.cached_weights():  # as calibration and validation do
+            for _ in range(3):
+                start = time.perf_counter()
+                for output in tensors_in(example.call(self.network.network)):
+                    output.cpu()  # a GPU is waited for
+                seconds.append(time.perf_counter() - start)
         return min(seconds) / max(example.batch_size, 1)
 
     def _measure(self) -> float:

@@ -60,9 +60,9 @@ def climb(
         kept = False
         start = time.perf_counter()
         try:
-            if (reference := rung.float_reference(context)) is not None:
-                ladder.float_reestimated = context.measure_float(reference)
-            with context.attempt(rung.name, rung.cost(network)), PeakMemory() as memory:
+            with context.attempt(rung), PeakMemory() as memory:
+                if (reference := rung.float_reference(context)) is not None:
+                    ladder.float_reestimated = context.measure_float(reference)
                 if rung.start == "float":
                     network.reset_to(context.prepared.network)
                 elif session.base is not None:

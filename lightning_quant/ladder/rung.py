@@ -21,7 +21,7 @@ from lightning_quant.utilities.registry import Registry
 
 # What calibration and a step that learns weights take, in passes of the same samples without gradients: measured on
 # FFNet-nano on a CPU.
-CALIBRATION, LEARNING_STEP = 2.0, 2.5
+_CALIBRATION, LEARNING_STEP = 2.0, 2.5
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class RungContext:
         suffices: whether a value of that metric is within what the user allows; ``None`` if there is no bound.
         measure_float: the user's metric of another float network in the place of theirs. Costs a validation.
         cache: where calibration keeps what it saw, for other precisions; ``None``: nowhere.
-        attempt: makes what each rung runs within, given its name and what it will take, if that is known.
+        attempt: makes what each rung runs within.
     """
 
     float_network: nn.Module
@@ -60,7 +60,7 @@ class RungContext:
     suffices: Callable[[float], bool] | None
     measure_float: Callable[[nn.Module], float]
     cache: StatisticsCache | None = None
-    attempt: Callable[[str, Cost | None], AbstractContextManager[object]] = lambda name, cost: nullcontext()
+    attempt: Callable[[Rung], AbstractContextManager[object]] = nullcontext
 
     @cached_property
     def prepared(self) -> PreparedNetwork:
@@ -129,7 +129,7 @@ class Rung(ABC):
         """Return the float network changed in the same way, if that changes it as well."""
         return None
 
-    def cost(self, network: QuantizedNetwork) -> Cost | None:
+    def cost(self, network: QuantizedNetwork, context: RungContext) -> Cost | None:
         """Return about what it takes, for the estimate that is shown before it runs; ``None``: no estimate."""
         return None
 
@@ -139,6 +139,11 @@ class Rung(ABC):
 
         It is called in eval mode and without gradients.
         """
+
+
+def calibration(network: QuantizedNetwork) -> float:
+    """Return what a calibration takes, see :attr:`Cost.samples`."""
+    return _CALIBRATION * network.recipe.calibration_samples
 
 
 RUNGS: Registry[Rung] = Registry(

@@ -65,20 +65,29 @@ def planned_widths(network: QuantizedNetwork, precisions: Mapping[str, Precision
         precisions: by the layer's name.
     """
     flow, now = network.dataflow, widths(network.network, network.dataflow)
-    base, overrides = network.recipe.precision, matching(network, network.recipe.overrides)
-    kept = {name: precision for name, precision in overrides.items() if precision == base}
     asked: dict[int, int] = {}
-    for name, precision in {**kept, **precisions}.items():
+    for name, precision in precisions.items():
         group = flow.group_of.get(name)
-        if group in now and (name in kept or precision.activation_bits != base.activation_bits):
+        if group in now and precision.activation_bits != network.recipe.precision.activation_bits:
             asked[group] = max(asked.get(group, 0), precision.activation_bits)
+    pinned = {flow.group_of.get(name) for name in _pinned(network)}
     units = {flow.unit_of.get(name) for name in precisions}
     raised: dict[int, int] = {}
     for (taker, _), source in flow.sources.items():
         wanted, group = asked.get(flow.group_of[taker], 0), flow.group_of[source]
-        if flow.unit_of[taker] in units and wanted > now[group]:
+        if flow.unit_of[taker] in units and wanted > now[group] and group not in pinned:
             raised[group] = max(raised.get(group, 0), wanted)
     return {**now, **raised, **asked}
+
+
+def _pinned(network: QuantizedNetwork) -> list[str]:
+    """Return the layers to which an override gives the network's own precision; of one without weights, its bits."""
+    base, layers = network.recipe.precision, quantized_layers(network)
+    return [
+        name
+        for name, one in matching(network, network.recipe.overrides).items()
+        if one == base or (one.activation_bits == base.activation_bits and _weight_quantizer(layers[name]) is None)
+    ]
 
 
 def set_precisions(network: QuantizedNetwork, precisions: Mapping[str, Precision]) -> None:
@@ -87,7 +96,7 @@ def set_precisions(network: QuantizedNetwork, precisions: Mapping[str, Precision
     The NPU computes a layer at one bit width. So more bits for what goes into a layer are more for all that computed
     it, and its other takers convert; with fewer bits the layer converts what goes into it. A precision with the
     activation bits of the whole network leaves activations to what the neighbors ask for, but where an override gives a
-    layer the network's own precision: that layer keeps it, whatever its neighbors ask for.
+    layer the network's own precision: what its neighbors ask for does not reach that layer.
 
     Ranges stay as they are: calibrate afterwards.
 
@@ -100,6 +109,10 @@ def set_precisions(network: QuantizedNetwork, precisions: Mapping[str, Precision
         for quantizer in network.dataflow.quantizers[group]:
             module.get_submodule(quantizer).bitwidth = bits  # type: ignore[assignment]
     for name, precision in precisions.items():
-        if (weight := dict(layers[name].param_quantizers).get("weight")) is not None:
+        if (weight := _weight_quantizer(layers[name])) is not None:
             weight.bitwidth = precision.weight_bits
     convert_where_needed(module, network.dataflow)
+
+
+def _weight_quantizer(layer: aimet.QuantizedLayer) -> aimet.Quantizer | None:
+    return dict(layer.param_quantizers).get("weight")

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
+from torch import Tensor, nn
 
 import lightning_quant as lq
 from lightning_quant.errors import ConfigurationError
@@ -32,7 +34,7 @@ class Dear(ScaledWeights):
         super().__init__()
         self.validations = validations
 
-    def cost(self, network: Any) -> Cost:
+    def cost(self, network: Any, context: Any) -> Cost:
         return Cost(0, self.validations)
 
 
@@ -50,7 +52,7 @@ def test_it_is_tried_and_judged(trainer: MakeTrainer, rung: Any) -> None:
     assert quantization.result.rungs[1].changed == "weight ranges 1.1 times as wide"
 
 
-@pytest.mark.parametrize(("validations", "is_told"), [(1e6, True), (0, False)])
+@pytest.mark.parametrize(("validations", "is_told"), [(1e6, True), (0, False), (float("inf"), False)])
 def test_how_long_it_takes_is_said_where_it_is_long(
     trainer: MakeTrainer, caplog: pytest.LogCaptureFixture, validations: float, is_told: bool
 ) -> None:
@@ -90,3 +92,38 @@ def test_a_metric_is_needed_only_where_something_is_compared() -> None:
     assert not lq.QuantizationAwareTraining(monitor=None).climbs
     with pytest.raises(ConfigurationError, match="monitor=None"):
         lq.QuantizationAwareTraining(monitor=None, max_drop=0.1)
+
+
+class Counting(nn.Module):
+    """Counts its calls, and draws a random number in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 5, 1)
+        self.calls = 0  # no buffer, which is rolled back with the rung
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layer(x).mean((2, 3)) + 0 * torch.rand(())  # type: ignore[no-any-return]
+
+
+class Fails(Dear):
+    """A rung whose cost fails."""
+
+    name = "fails"
+
+    def cost(self, network: Any, context: Any) -> Cost:
+        raise ZeroDivisionError
+
+
+def test_what_it_takes_is_found_out_without_a_trace(trainer: MakeTrainer) -> None:
+    """Neither the network's own counters nor the random numbers of training know of it, and it ends no fit."""
+    ends = []
+    for rung in (ScaledWeights(), Dear(0), Fails(0)):
+        torch.manual_seed(0)
+        module = SmallModule(Counting())  # type: ignore[arg-type]
+        quantization = lq.QuantizationAwareTraining("w8a8", monitor="val_loss", mode="min", rungs=("ptq", rung))
+        trainer(quantization, max_epochs=1).fit(module, small_loader(), small_loader())
+        assert len(quantization.result.rungs) == 3
+        ends.append((module.model.calls, float(torch.rand(()))))
+    assert ends[0] == ends[1] == ends[2]

@@ -15,6 +15,7 @@ def in_turn(first: Iterable[Any], *others: Iterable[Any]) -> list[Any]:
     That one has the combinations of the others in turn, so each of these is run as well.
     """
     firsts, combinations = list(first), list(product(*others))
+    assert len(firsts) >= len(combinations)
     return [
         pytest.param(value, *others, marks=() if at == index % len(combinations) else pytest.mark.torture)
         for index, value in enumerate(firsts)

@@ -64,13 +64,14 @@ class Logarithm(nn.Module):
         return self.last(torch.log(self.first(x).abs() + 1.0))
 
 
-def test_a_layer_that_a_neighbor_raises_is_judged_at_the_bits_that_it_gets() -> None:
-    assert not found(Logarithm())
-    (finding,) = found(Logarithm(), overrides={"last": "w8a16"})
+@pytest.mark.parametrize("precision", ["w8a8", "w4a8"])
+def test_a_layer_that_a_neighbor_raises_is_judged_at_the_bits_that_it_gets(precision: str) -> None:
+    assert not found(Logarithm(), precision=precision)
+    (finding,) = found(Logarithm(), precision=precision, overrides={"last": "w8a16"})
     assert (finding.module, finding.kind) == ("log", FindingKind.WRONG_ON_NPU)
     assert "w8a16" in finding.problem
     assert finding.remedy.endswith('overrides={"log": "w8a8"}')
-    assert not found(Logarithm(), overrides={"last": "w8a16", "log": "w8a8"})
+    assert not found(Logarithm(), precision=precision, overrides={"last": "w8a16", "log": "w8a8"})
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

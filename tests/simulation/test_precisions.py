@@ -82,8 +82,19 @@ def test_a_layer_that_an_override_gives_the_networks_own_precision_keeps_it() ->
     before = bits(network)
     set_precisions(network, {"second": FINEST})
     assert changed(network, before) == {"second.input_quantizers.0": 16, "second.output_quantizers.0": 16}
-    set_precisions(network, {"first": FINEST})  # a rung may raise it all the same
+    raised = Precision(8, 16)
+    set_precisions(network, {"first": raised})  # a rung may raise it all the same, and the next one leaves it so
+    network.promoted = {"first": raised}
+    set_precisions(network, {"second": raised})
     assert bits(network)["first.input_quantizers.0"] == 16
+
+
+def test_finer_weights_of_such_a_layer_raise_nothing_else() -> None:
+    overrides = {"first": "w4a8", "second": "w4a16"}
+    network = calibrated(Chain(), precision="w4a16", overrides=overrides)
+    before = bits(network)
+    set_precisions(network, {"second": Precision(8, 16)})
+    assert changed(network, before) == {"second.param_quantizers.weight": 8}
 
 
 def test_weights_alone_can_change() -> None:

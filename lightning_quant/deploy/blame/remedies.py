@@ -10,6 +10,7 @@ from lightning_quant.deploy.blame.reasons import Cause, Change, Reason, Remedy
 from lightning_quant.deploy.blame.takers import Takers
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.aimet import Quantizer
+from lightning_quant.simulation.conversions import converts
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import layer_precision, planned_widths, quantized_layers
 from lightning_quant.simulation.range_estimators import MinMax
@@ -89,7 +90,8 @@ class Remedies:
 
     def _gets_finer(self, overrides: Mapping[str, Precision], quantizer: Quantizer) -> bool:
         """Return whether a tensor gets more bits by these overrides."""
+        if converts(quantizer):  # a raised layer needs it no longer
+            return True
         names = {module: name for name, module in self.network.network.named_modules()}
-        group = self.network.dataflow.group_of.get(names[quantizer])
-        # none: a conversion, which a raised layer needs no longer
-        return group is None or planned_widths(self.network, overrides)[group] > quantizer.bitwidth
+        group = self.network.dataflow.group_of[names[quantizer]]
+        return planned_widths(self.network, overrides)[group] > quantizer.bitwidth

@@ -10,9 +10,10 @@ import torch
 from typing_extensions import override
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.ladder.rung import CALIBRATION, LEARNING_STEP, Cost, Rung, RungContext
+from lightning_quant.ladder.rung import LEARNING_STEP, Cost, Rung, RungContext, calibration
 from lightning_quant.ladder.rungs.seq_mse import TensorBatches, call_flat
 from lightning_quant.simulation import aimet
+from lightning_quant.simulation.calibrate import weight_quantizers
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
 
@@ -55,10 +56,11 @@ class AdaptiveRounding(Rung):
         )
 
     @override
-    def cost(self, network: QuantizedNetwork) -> Cost:
+    def cost(self, network: QuantizedNetwork, context: RungContext) -> Cost:
         # each layer: two passes up to it, in float and rounded, and its steps
-        learned = len(quantized_layers(network)) * self.samples + LEARNING_STEP * self.iterations * _BATCH
-        return Cost(learned + CALIBRATION * network.recipe.calibration_samples)
+        in_a_step = min(_BATCH, self.samples)
+        learned = len(weight_quantizers(network)) * self.samples + LEARNING_STEP * self.iterations * in_a_step
+        return Cost(learned + calibration(network))
 
     @override
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:

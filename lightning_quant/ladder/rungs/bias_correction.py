@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_quant.ladder.rung import CALIBRATION, Cost, Rung, RungContext
+from lightning_quant.ladder.rung import Cost, Rung, RungContext, calibration
 from lightning_quant.ladder.rungs.layer_outputs import (
     channel_axis,
     channel_scales,
@@ -38,8 +38,8 @@ class BiasCorrection(Rung):
         return None if _correctable(network) else "no layer has a bias"
 
     @override
-    def cost(self, network: QuantizedNetwork) -> Cost:
-        return Cost((2 + CALIBRATION) * network.recipe.calibration_samples)
+    def cost(self, network: QuantizedNetwork, context: RungContext) -> Cost:
+        return Cost(2 * network.recipe.calibration_samples + calibration(network))
 
     @override
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:

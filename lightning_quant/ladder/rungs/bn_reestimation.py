@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import override
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.ladder.rung import CALIBRATION, Cost, Rung, RungContext
+from lightning_quant.ladder.rung import Cost, Rung, RungContext, calibration
 from lightning_quant.ladder.rungs.layer_outputs import (
     channel_scales,
     hooked,
@@ -75,8 +75,8 @@ class BatchNormReestimation(Rung):
         return network.eval()
 
     @override
-    def cost(self, network: QuantizedNetwork) -> Cost:
-        return Cost((2 + CALIBRATION) * network.recipe.calibration_samples, validations=2)
+    def cost(self, network: QuantizedNetwork, context: RungContext) -> Cost:
+        return Cost(2 * network.recipe.calibration_samples + calibration(network), validations=2)
 
     @override
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:

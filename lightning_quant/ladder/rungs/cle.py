@@ -12,7 +12,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_quant.errors import LightningQuantError
-from lightning_quant.ladder.rung import CALIBRATION, Cost, Rung, RungContext
+from lightning_quant.ladder.rung import Cost, Rung, RungContext, calibration
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.callsites.aimet_views import weights_attached
 from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork
@@ -31,8 +31,8 @@ class CrossLayerEqualization(Rung):
     start: ClassVar[Literal["best", "float"]] = "float"
 
     @override
-    def cost(self, network: QuantizedNetwork) -> Cost:
-        return Cost(CALIBRATION * network.recipe.calibration_samples)
+    def cost(self, network: QuantizedNetwork, context: RungContext) -> Cost:
+        return Cost(calibration(network))
 
     @override
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:

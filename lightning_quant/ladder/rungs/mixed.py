@@ -8,7 +8,7 @@ from typing import ClassVar
 from typing_extensions import override
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.ladder.rung import CALIBRATION, Cost, Rung, RungContext
+from lightning_quant.ladder.rung import Cost, Rung, RungContext, calibration
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.calibrate import calibrate_weights
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -54,11 +54,13 @@ class MixedPrecision(Rung):
         return None
 
     @override
-    def cost(self, network: QuantizedNetwork) -> Cost:
+    def cost(self, network: QuantizedNetwork, context: RungContext) -> Cost:
         layers = len(quantized_layers(network))
+        sensitivity = 2 * layers * self.samples
+        if context.suffices is None:  # all that the budget allows is raised at once
+            return Cost(sensitivity + calibration(network))
         tries = 2 * math.log2(max(layers, 2))
-        calibration = CALIBRATION * network.recipe.calibration_samples
-        return Cost(2 * layers * self.samples + tries * calibration, validations=tries)
+        return Cost(sensitivity + tries * calibration(network), validations=tries)
 
     @override
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from typing_extensions import override
 
-from lightning_quant.ladder.rung import CALIBRATION, Cost, Rung, RungContext
+from lightning_quant.ladder.rung import Cost, Rung, RungContext, calibration
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.range_estimators import (
     MinMax,
@@ -35,8 +35,8 @@ class CalibratedRanges(Rung):
             self.name = self.estimator.name  # type: ignore[misc]  # one rung for each estimator
 
     @override
-    def cost(self, network: QuantizedNetwork) -> Cost:
-        return Cost(CALIBRATION * network.recipe.calibration_samples)
+    def cost(self, network: QuantizedNetwork, context: RungContext) -> Cost:
+        return Cost(calibration(network))
 
     @override
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:

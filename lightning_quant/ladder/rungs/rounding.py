@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_quant.errors import CalibrationError, ConfigurationError
-from lightning_quant.ladder.rung import CALIBRATION, LEARNING_STEP, Cost, Rung, RungContext
+from lightning_quant.ladder.rung import LEARNING_STEP, Cost, Rung, RungContext, calibration
 from lightning_quant.ladder.rungs.blocks import (
     Block,
     find_blocks,
@@ -98,13 +98,14 @@ class LearnedRounding(Rung):
         return None if learnable_layers(network) else "no convolution or linear layer has rounded weights"
 
     @override
-    def cost(self, network: QuantizedNetwork) -> Cost:
-        blocks = list(self._blocks(network, [network.inputs.first(1)]))
+    def cost(self, network: QuantizedNetwork, context: RungContext) -> Cost:
+        device = next(network.parameters()).device
+        blocks = list(self._blocks(network, [network.inputs.first(1).to(device)]))
         numbers = sum(block.numbers for block in blocks)
         in_a_step = sum(self._batch(block) * block.numbers for block in blocks) / max(numbers, 1)
         # each block: two passes up to it, in float and rounded, and its steps
         learned = len(blocks) * self.samples + LEARNING_STEP * self.iterations * in_a_step
-        return Cost(learned + CALIBRATION * network.recipe.calibration_samples)
+        return Cost(learned + calibration(network))
 
     @override
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.ladder.rung import CALIBRATION, Cost, Rung, RungContext
+from lightning_quant.ladder.rung import Cost, Rung, RungContext, calibration
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.calibrate import weight_quantizers
 from lightning_quant.simulation.inputs import NetworkInputs, take_samples
@@ -42,10 +42,10 @@ class SequentialMse(Rung):
         return None if coarse else "AIMET's SeqMSE is for weights of at most 4 bits"
 
     @override
-    def cost(self, network: QuantizedNetwork) -> Cost:
+    def cost(self, network: QuantizedNetwork, context: RungContext) -> Cost:
         # each layer: two passes up to it, in float and rounded, and its output for each candidate
         learned = (len(weight_quantizers(network)) + self.candidates) * self.samples
-        return Cost(learned + CALIBRATION * network.recipe.calibration_samples)
+        return Cost(learned + calibration(network))
 
     @override
     def apply(self, network: QuantizedNetwork, context: RungContext) -> str:

@@ -12,9 +12,9 @@ from tests.ladder.rungs.contexts import context_of
 
 
 def cost_of(rung: Any, samples: int = 128) -> Cost:
-    network, _ = context_of(precision="w4a8", calibration_samples=samples)
+    network, context = context_of(precision="w4a8", calibration_samples=samples)
     (made,) = parse_rungs([rung])
-    cost = made.cost(network)
+    cost = made.cost(network, context)
     assert cost is not None
     return cost
 
@@ -33,6 +33,7 @@ def test_every_rung_reads_all_calibration_samples_and_is_measured(name: str) -> 
         ("rounding", "iterations", 100, 1000),
         ("rounding", "batch", 1, 8),
         ("adaround", "iterations", 100, 1000),
+        ("adaround", "samples", 1, 8),
         ("seq_mse", "candidates", 2, 20),
         ("mixed", "samples", 1, 8),
     ],
@@ -46,6 +47,6 @@ def test_re_estimated_batch_norms_are_measured_in_float_too() -> None:
 
 
 def test_a_rung_of_the_users_need_not_say() -> None:
-    network, _ = context_of()
+    network, context = context_of()
     (made,) = parse_rungs(["tests.helpers.rungs.ScaledWeights"])
-    assert made.cost(network) is None
+    assert made.cost(network, context) is None
