@@ -12,13 +12,13 @@ import lightning.pytorch as pl
 import numpy
 import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_quant.callbacks.lightning_internals import recombined, stage_dataloaders
 from lightning_quant.callbacks.lightning_packages import either, is_overridden
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.utilities.random_state import random_state_kept
 
 
 def stage_loader(trainer: pl.Trainer) -> CombinedLoader:
@@ -69,9 +69,11 @@ def _attributes_kept(source: Any) -> Iterator[None]:
     if isinstance(source, nn.Module):
         owned += [source._modules, source._parameters, source._buffers]
     before = [dict(mapping) for mapping in owned]
-    yield
-    for mapping, entries in zip(owned, before, strict=True):
-        mapping.update(entries)
+    try:
+        yield
+    finally:
+        for mapping, entries in zip(owned, before, strict=True):
+            mapping.update(entries)
 
 
 @contextmanager
@@ -80,7 +82,7 @@ def isolated_seed() -> Iterator[None]:
 
     Without this, adding the callback would change the order of the training data.
     """
-    with isolate_rng():
+    with random_state_kept():
         torch.manual_seed(0)
         numpy.random.seed(0)
         random.seed(0)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.utilities.random_state import random_state_kept
 
 _QUANTIZER = re.compile(r"\.(param|input|output)_quantizers\..*")
 
@@ -165,7 +165,7 @@ def origin(network: QuantizedNetwork, calls: Iterable[NetworkInputs]) -> str:
     ]
     before = network.snapshot()
     try:
-        with isolate_rng(), torch.no_grad():
+        with random_state_kept(), torch.no_grad():
             for call in calls:
                 call.call(network.network)
     finally:

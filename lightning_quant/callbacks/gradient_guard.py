@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.distillation import loss_scaler
@@ -21,6 +20,7 @@ from lightning_quant.callbacks.finiteness import (
 )
 from lightning_quant.errors import CalibrationError
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.utilities.random_state import random_state_kept
 
 
 class GradientGuard:
@@ -88,7 +88,7 @@ class GradientGuard:
         self.uncompile()
         catcher = InputCatcher(trainer, pl_module, self.network_name, network, first="training_step")
         try:
-            with isolate_rng():
+            with random_state_kept():
                 calls = catcher.catch(*self._batch)
             with trainer.precision_plugin.train_step_context():  # float16 ends where float32 does not
                 return origin(network, calls)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
-import torch
 from typing_extensions import override
 
 from lightning_quant.callbacks.lightning_packages import AnyCheckpoint
 from lightning_quant.utilities.files import atomic_write
+from lightning_quant.utilities.random_state import random_state, set_random_state
 
 
 class ResumePoint(AnyCheckpoint):
@@ -64,7 +62,7 @@ class ResumePoint(AnyCheckpoint):
     def state_dict(self) -> dict[str, Any]:
         if self._restored is not None:  # stopped again before it was restored
             return self._restored
-        return {**_random_state(), "between_epochs": self._between_epochs}
+        return {**random_state(), "between_epochs": self._between_epochs}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -74,7 +72,7 @@ class ResumePoint(AnyCheckpoint):
 
     def _restore(self) -> None:
         if self._restored is not None and self._single_process:
-            _set_random_state(self._restored)
+            set_random_state(self._restored)
         self._restored = None
 
 
@@ -87,23 +85,3 @@ def save_whole(trainer: pl.Trainer, path: Path) -> None:
     with atomic_write(path) if trainer.is_global_zero else nullcontext(path) as partial:
         trainer.save_checkpoint(partial, weights_only=False)
     trainer.strategy.barrier()
-
-
-def _random_state() -> dict[str, Any]:
-    """Return the state of PyTorch's, NumPy's and Python's generators, in types that load without pickle."""
-    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(gauss)),
-        "python": random.getstate(),
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))
-    random.setstate(state["python"])

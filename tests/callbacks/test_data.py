@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
@@ -287,4 +288,22 @@ def test_random_numbers_are_restored() -> None:
         with isolated_seed():
             draws.append((torch.rand(1).item(), np.random.rand(), random.random()))
     assert draws[0] == draws[1]
+    assert (torch.rand(1).item(), np.random.rand(), random.random()) == expected
+
+
+def _drawing() -> Iterator[float]:
+    with isolated_seed():
+        while True:
+            yield torch.rand(1).item() + np.random.rand() + random.random()
+
+
+def test_random_numbers_are_restored_however_it_ends() -> None:
+    """Lightning's own isolation does not do so, which gave every fit the random numbers of calibration."""
+    torch.manual_seed(7), np.random.seed(7), random.seed(7)
+    expected = torch.rand(1).item(), np.random.rand(), random.random()
+    torch.manual_seed(7), np.random.seed(7), random.seed(7)
+    next(_drawing())  # not read to its end
+    with suppress(ZeroDivisionError), isolated_seed():
+        torch.rand(1), np.random.rand(), random.random()
+        raise ZeroDivisionError
     assert (torch.rand(1).item(), np.random.rand(), random.random()) == expected

@@ -369,9 +369,20 @@ def test_second_quantization_callback_is_refused(trainer: MakeTrainer) -> None:
 
 
 @pytest.mark.parametrize("own_generator", [False, True])
-def test_order_of_the_data_and_random_numbers_do_not_change(trainer: MakeTrainer, own_generator: bool) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"calibration_samples": 8},  # fewer than there are: the data is not read to its end
+        {"calibration_samples": 12, "rungs": ("ptq", "cle", "bias_correction"), "monitor": "val_loss", "mode": "min"},
+    ],
+    ids=["all samples", "some", "rungs"],
+)
+def test_order_of_the_data_and_random_numbers_do_not_change(
+    trainer: MakeTrainer, options: dict[str, Any], own_generator: bool
+) -> None:
     orders, drawn = [], []
-    for callbacks in ([], [QuantizationAwareTraining()]):
+    for callbacks in ([], [QuantizationAwareTraining(**options)]):
         pl.seed_everything(3, verbose=False)
         generator = torch.Generator().manual_seed(4) if own_generator else None
         module = SmallModule(optimizers=lambda module: torch.optim.SGD(module.parameters(), lr=0.1))
