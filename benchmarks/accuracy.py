@@ -211,7 +211,7 @@ def lines(cells: list[dict[str, Any]]) -> Iterator[str]:
 
 def changes(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Iterator[str]:
     """Yield a table of what an earlier version came to with the same float networks, and what this one does."""
-    heads = ["network", "data", "", "seed", "float", "ptq", "best rung", "QAT", "distilled", "plain QAT"]
+    heads = ["network", "data", "", "seed", "float", "ptq", "best rung", "QAT", "plain QAT"]
     yield "| " + " | ".join(heads) + " |"
     yield "|" + "---|" * len(heads)
     known = {_cell(one): one for one in before}
@@ -232,7 +232,7 @@ def _figures(one: dict[str, Any]) -> list[float | None]:
     ladder = Ladder.from_dict(one["ladder"])
     metrics = {rung.rung: rung.metric for rung in ladder.rungs}
     best = max(value for value in metrics.values() if value is not None)
-    return [ladder.float_metric, metrics["ptq"], best, *(one[part]["miou"] for part in PARTS)]
+    return [ladder.float_metric, metrics["ptq"], best, *(one[part]["miou"] for part in ("qat", "plain_qat"))]
 
 
 def _points(value: float | None, seconds: float | None = None) -> str:
