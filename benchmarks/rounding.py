@@ -77,13 +77,23 @@ def crops(camvid: str, split: str, count: int) -> Tensor:
     made = []
     for index in range(count):
         image = decode_image(str(files[index * len(files) // count]))[:3]
-        height, width = image.shape[1:]
-        side = int(height * (0.5 + 0.5 * torch.rand((), generator=generator)))
-        top = int(torch.randint(0, height - side + 1, (), generator=generator))
-        left = int(torch.randint(0, width - side + 1, (), generator=generator))
-        part = F.resize(image[:, top : top + side, left : left + side], [SIZE, SIZE], antialias=True)
-        made.append(F.normalize(part.float() / 255, list(IMAGE_MEAN), list(IMAGE_STD)))
+        made.append(prepared(square(image, 0.5, 1.0, generator)))
     return torch.stack(made)
+
+
+def square(image: Tensor, smallest: float, largest: float, generator: torch.Generator) -> Tensor:
+    """Return a square part of (C, H, W) anywhere, its side a random fraction of the height."""
+    height, width = image.shape[-2:]
+    side = int(height * (smallest + (largest - smallest) * torch.rand((), generator=generator)))
+    top = int(torch.randint(0, height - side + 1, (), generator=generator))
+    left = int(torch.randint(0, width - side + 1, (), generator=generator))
+    return image[:, top : top + side, left : left + side]
+
+
+def prepared(image: Tensor) -> Tensor:
+    """Return uint8 RGB as ImageNet's networks take it."""
+    part = F.resize(image, [SIZE, SIZE], antialias=True)
+    return F.normalize(part.float() / 255, list(IMAGE_MEAN), list(IMAGE_STD))
 
 
 @torch.no_grad()

@@ -61,8 +61,10 @@ def main() -> None:
         if part == "float":
             run(name, part)
             continue
-        for seed in range(DOMAINS[name].seeds if part == "ours" else 1):
-            run(name, part, precision, seed)
+        first = run(name, part, precision)
+        if part == "ours" and table.has_trained(first):
+            for seed in range(1, DOMAINS[name].seeds):
+                run(name, part, precision, seed)
     (table.RESULTS / "table.md").write_text(table.markdown() + "\n")
     Console(width=220).print(Markdown(table.markdown()))
 

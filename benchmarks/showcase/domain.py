@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 CALIBRATION = 64
+# Float weights that are trained here: once, for all cells.
+TRAINED = Path(__file__).parents[2] / "outputs" / "showcase"
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Domain:
         figure: what that is, for the table.
         mode: ``"max"`` if more is better.
         epochs: of training where no rung is good enough; 0: the network is not trained.
-        seeds: how many runs where something trains.
+        seeds: how many runs, if the first one trained.
         more_rungs: that only its kind of network needs, tried last.
     """
 
@@ -69,17 +73,25 @@ class Tensors(pl.LightningDataModule):
         calibration: first axis over the samples; one tensor or several of equal length.
         validation: likewise.
         batch_size: of both.
+        shuffle: those that calibrate, for a network that is trained with them as well.
     """
 
-    def __init__(self, calibration: tuple[Tensor, ...], validation: tuple[Tensor, ...], batch_size: int = 8) -> None:
+    def __init__(
+        self,
+        calibration: tuple[Tensor, ...],
+        validation: tuple[Tensor, ...],
+        batch_size: int = 8,
+        shuffle: bool = False,
+    ) -> None:
         super().__init__()
         self.calibration = TensorDataset(*calibration)
         self.validation = TensorDataset(*validation)
         self.batch_size = batch_size
+        self.shuffle = shuffle
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return what calibrates."""
-        return DataLoader(self.calibration, self.batch_size)
+        return DataLoader(self.calibration, self.batch_size, shuffle=self.shuffle)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return what judges."""
@@ -93,3 +105,16 @@ def file_of(distribution: str, path: str) -> Path:
         importlib.metadata.PackageNotFoundError: if it is not installed.
     """
     return Path(str(importlib.metadata.distribution(distribution).locate_file(path)))
+
+
+def trained(name: str, network: nn.Module, train: Callable[[], None]) -> None:
+    """Load the float weights of ``network``, or train it and keep them."""
+    path = TRAINED / f"{name}.pt"
+    if not path.is_file():
+        train()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        torch.save(network.state_dict(), partial)
+        os.replace(partial, path)
+    network.load_state_dict(torch.load(path, weights_only=True))
+    network.eval()

@@ -33,6 +33,11 @@ def read(domain: str, part: str, precision: str = "", seed: int = 0) -> dict[str
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def has_trained(line: dict[str, Any]) -> bool:
+    """Whether a run of ours went on to train, rather than stop at a rung before."""
+    return any(rung.rung == "qat" for rung in Ladder.from_dict(line["ladder"]).rungs) if "ladder" in line else False
+
+
 def rows() -> Iterator[list[str]]:
     """Yield a row for each domain and precision of which anything is known: figures in percent, seconds in brackets."""
     for domain in DOMAINS.values():
