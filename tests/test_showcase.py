@@ -1,4 +1,4 @@
-"""The showcase's table and weights, without its networks (those: `make showcase`)."""
+"""The tables and weights of the showcase and of ways to train, without the networks (`make showcase training`)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import training
 from benchmarks.showcase import domain, table
 from lightning_quant.ladder.gate import Ladder, RungResult
 
@@ -66,3 +67,16 @@ def test_float_weights_are_trained_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert torch.equal(first[0].weight, torch.full((2, 2), 7.0))
     assert torch.equal(second[0].weight, first[0].weight)
     assert not second.training
+
+
+def test_ways_to_train_are_told_over_the_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "RESULTS", tmp_path)
+    cells = {(training.NOTHING, 0): {"figure": 0.25}}
+    for seed, figure in enumerate((0.29, 0.31)):
+        cells["as it is", seed] = {"figure": figure, "oscillating": 0.02 + 0.02 * seed, "seconds": 10.0}
+    for (way, seed), results in cells.items():
+        training.path_of("detection", way, seed).write_text(json.dumps({"results": results}))
+    assert training.rows() == [
+        ["fcos_nano", "AP at IoU 0.5", "no training", "25.0", "–", "–"],
+        ["fcos_nano", "AP at IoU 0.5", "as it is", "30.0 ± 1.4", "3.0", "10"],
+    ]

@@ -129,18 +129,15 @@ class Constant(nn.Module):
         return self.function(x, self.constant)
 
 
-class Normalization(nn.BatchNorm2d):
-    """A batch norm with statistics and weights as training leaves them."""
-
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self) -> None:
-        super().__init__(8)
-        self.running_mean.uniform_(-1, 1)
-        self.running_var.uniform_(0.5, 2)
-        nn.init.uniform_(self.weight, 0.5, 1.5)
-        nn.init.uniform_(self.bias)
+def normalization(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> nn.Module:
+    """Give a batch norm statistics and weights as training leaves them."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.5, 2)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.uniform_(norm.bias)
+    return norm
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -272,7 +269,8 @@ def _norms() -> list[Operator]:
         return Operator("Norms", name, build, inputs or (MAP,))
 
     return [
-        of("BatchNorm2d that is not folded", Normalization),
+        of("BatchNorm2d that is not folded", lambda: normalization(nn.BatchNorm2d(8))),
+        of("BatchNorm1d of vectors that is not folded", lambda: normalization(nn.BatchNorm1d(16)), normal(1, 16)),
         of("LayerNorm over features", lambda: nn.LayerNorm(16), TOKENS),
         of("LayerNorm, no weights", lambda: nn.LayerNorm(16, elementwise_affine=False), TOKENS),
         of("LayerNorm over channels, height, width", lambda: nn.LayerNorm((8, 8, 8))),

@@ -19,7 +19,7 @@ from lightning_quant.precision import Precision
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.aimet import QuantizedLayer
 from lightning_quant.simulation.precisions import computed_precisions, quantized_layers
-from lightning_quant.simulation.preflight import Finding, FindingKind, refused_in_few_bits
+from lightning_quant.simulation.preflight import Finding, FindingKind
 from lightning_quant.utilities.parsing import parse_as, read_json
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ _PROBLEMS = {
 REMEDIES = {
     "AdaptiveMaxPool2D": "use amax over height and width, if it is to 1x1",
     "AdaptiveMaxPool2d": "use amax over height and width, if it is to 1x1",
-    "AvgPool2d 4x4": "use nn.AvgPool2d(2) twice, which is the same",
     "AvgPool3d": "use avg_pool2d over height and width, then over depth",
     "CELU": "use nn.ELU, which is the same for alpha=1",
     "ConvTranspose2d depthwise": "use interpolate and a depthwise convolution, or bias=False",
@@ -136,16 +135,14 @@ def off_the_npu(network: QuantizedNetwork, hexagon: int | None) -> list[Finding]
         network: quantized; it need not be calibrated.
         hexagon: version of the NPU, e.g. 75; ``None`` for a device of which nothing is known.
     """
-    layers, precisions = quantized_layers(network), computed_precisions(network)
-    findings = refused_in_few_bits(layers, precisions.__getitem__)
     if hexagon is None:
-        return findings
-    known = {finding.module for finding in findings}
-    table = operator_table()
+        return []
+    layers, precisions = quantized_layers(network), computed_precisions(network)
+    findings, table = [], operator_table()
     for name, layer in layers.items():
         operation, precision = operation_of(layer), _measured_as(layer, precisions[name])
         placement = table.placement(operation, precision, hexagon)
-        if name in known or placement is None or placement is Placement.NPU:
+        if placement is None or placement is Placement.NPU:
             continue
         kind, what = _PROBLEMS[placement]
         problem = f"{operation} {what} (Hexagon v{hexagon}, {precision})"

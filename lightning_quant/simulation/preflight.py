@@ -6,7 +6,7 @@ or speed on the device, so each becomes a row that names the module, the problem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -15,8 +15,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.errors import PreflightError
-from lightning_quant.precision import Precision
-from lightning_quant.simulation.aimet import QuantizedLayer
 from lightning_quant.simulation.callsites.attributes import FOLDED
 
 
@@ -27,7 +25,6 @@ class FindingKind(Enum):
     NO_RANGES = "no ranges"
     UNFOLDED = "unfolded"
     SHARED = "shared"
-    NARROW = "narrow"
     NOT_IN_ONNX = "not in ONNX"
     FLOAT_ON_NPU = "in float on the NPU"
     ON_CPU = "on the CPU"
@@ -119,42 +116,10 @@ def inspect(network: nn.Module) -> list[Finding]:
                 Finding(
                     name,
                     problem,
-                    "put it directly after one, or expect an extra operation on the device",
+                    "put it directly after one, or expect a depthwise convolution on the device",
                     kind=FindingKind.UNFOLDED,
                 )
             )
-    return findings
-
-
-def refused_in_few_bits(
-    layers: Mapping[str, QuantizedLayer], precision_of: Callable[[str], Precision]
-) -> list[Finding]:
-    """Find convolutions that the NPU's compiler does not take with weights below 8 bits.
-
-    Compiled with QAIRT 2.51: it refuses all of three dimensions, and of two dimensions those with one output channel
-    and a bias; it takes them without a bias, and those of one dimension.
-
-    Args:
-        layers: the quantized layers by name, batch norms folded into their biases.
-        precision_of: returns the precision that a layer is asked to have.
-    """
-    findings = []
-    for name, layer in layers.items():
-        if not isinstance(layer, nn.modules.conv._ConvNd):
-            continue
-        dimensions = len(layer.kernel_size)
-        if dimensions == 3:
-            what = "3 dimensions with"
-        elif dimensions == 2 and layer.out_channels == 1 and layer.bias is not None:
-            what = "one output channel with"
-        else:
-            continue
-        precision = precision_of(name)
-        if layer.param_quantizers["weight"] is not None and precision.weight_bits < 8:
-            problem = f"{what} {precision.weight_bits}-bit weights: the NPU's compiler refuses it"
-            taken = Precision(8, precision.activation_bits)
-            remedy = f'give it 8-bit weights: overrides={{"{name}": "{taken}"}}'
-            findings.append(Finding(name, problem, remedy, kind=FindingKind.NARROW))
     return findings
 
 

@@ -97,12 +97,11 @@ def test_nothing_is_claimed_of_an_operation_that_was_not_measured() -> None:
 
 
 def test_a_precision_that_the_npu_takes_is_the_remedy() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=4))
-    (finding,) = found(network, precision="w4a16")
-    assert (finding.module, finding.kind) == ("1", FindingKind.REFUSED)
-    assert finding.problem == "Conv2d depthwise 1x1 makes the NPU's compiler crash (Hexagon v75, w4a16)"
-    assert finding.remedy == 'give it another precision: overrides={"1": "w8a16"}'
-    assert found(network, precision="w4a16", overrides={"1": Precision(8, 16)}) == []
+    (finding,) = found(Logarithm(), precision="w8a16")
+    assert (finding.module, finding.kind) == ("log", FindingKind.WRONG_ON_NPU)
+    assert finding.problem == "Log computes something else on the NPU's emulator (Hexagon v75, w8a16)"
+    assert finding.remedy == 'give it another precision: overrides={"log": "w8a8"}'
+    assert found(Logarithm(), precision="w8a16", overrides={"log": Precision(8, 8)}) == []
 
 
 def test_a_precision_at_which_the_npu_computes_something_else_is_not() -> None:
@@ -113,11 +112,21 @@ def test_a_precision_at_which_the_npu_computes_something_else_is_not() -> None:
     assert [one.kind for one in found(network, precision="w8a8")] == [FindingKind.WRONG_ON_NPU]
 
 
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("mask", torch.rand(6, 6) > 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).masked_fill(self.mask, 0.0)
+
+
 def test_each_chip_has_findings_of_its_own() -> None:
-    made = quantized(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, groups=4)).eval())
+    made = quantized(Masked().eval())
     assert made.findings == []
     (old,) = off_the_npu(made, 68)
-    assert (old.module, old.kind) == ("1", FindingKind.REFUSED)
+    assert (old.module, old.kind) == ("masked_fill", FindingKind.REFUSED)
     assert off_the_npu(made, None) == []
 
 

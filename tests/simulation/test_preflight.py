@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import operator
 import re
@@ -215,41 +214,6 @@ def test_every_finding_says_of_what_kind_it_is() -> None:
     assert kinds(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1))) == [FindingKind.UNFOLDED]
     assert kinds(Untraceable(SharedReLU())) == []
     assert [kind for kind in FindingKind if kind.leaves_open] == [FindingKind.LEFT_IN_FLOAT, FindingKind.NO_RANGES]
-
-
-@pytest.mark.parametrize(
-    ("last", "what"),
-    [
-        (nn.Conv2d(4, 1, 3), "one output channel"),
-        (nn.ConvTranspose2d(4, 1, 2), "one output channel"),
-        (nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Conv3d(2, 2, (1, 3, 3))), "3 dimensions"),
-        (nn.Sequential(nn.Unflatten(1, (2, 2)), nn.ConvTranspose3d(2, 2, 2)), "3 dimensions"),
-    ],
-)
-def test_convolutions_that_the_npu_refuses_in_4_bits(last: nn.Module, what: str) -> None:
-    def found(precision: str, **recipe: Any) -> list[Finding]:
-        network = nn.Sequential(nn.Conv2d(3, 4, 1), copy.deepcopy(last))
-        return quantized(network, call(images(1)), precision=precision, **recipe).findings
-
-    (finding,) = found("w4a8")
-    assert finding.kind is FindingKind.NARROW
-    assert finding.module == ("1" if what == "one output channel" else "1.1")
-    assert finding.problem.startswith(f"{what} with 4-bit weights")
-    assert f'overrides={{"{finding.module}": "w8a8"}}' in finding.remedy
-    (finding,) = found("w4a16")  # activations keep their bits
-    assert f'overrides={{"{finding.module}": "w8a16"}}' in finding.remedy
-    assert found("w8a8") == found("w4a8", overrides={finding.module: Precision.parse("w8a8")}) == []
-    with pytest.raises(PreflightError, match=what):
-        found("w4a16", strict=True)
-
-
-@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
-def test_one_output_channel_without_a_bias_is_taken_in_4_bits(kind: Any) -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), kind(4, 1, 3, bias=False))
-    assert quantized(network, call(images(1)), precision="w4a8").findings == []
-    folded = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 1, 3, bias=False), nn.BatchNorm2d(1)).eval()
-    (finding,) = quantized(folded, call(images(1)), precision="w4a8").findings  # the batch norm becomes a bias
-    assert (finding.module, finding.kind) == ("1", FindingKind.NARROW)
 
 
 def test_table_is_aligned_and_strict_raises_with_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from lightning_quant.deploy.graph import activations, biases, constants, shared_grids
 from lightning_quant.deploy.graph.fixed import check_fixed, check_repeatable
+from lightning_quant.deploy.graph.lowering import lowered
 from lightning_quant.deploy.graph.many_axes import leave_out_ones
 from lightning_quant.deploy.graph.passed_inputs import Grid, encode_passed_inputs, round_passed_inputs
 from lightning_quant.errors import ExportError
@@ -78,7 +79,13 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
     names = dict(zip(("input_names", "output_names"), name_tensors(network, example, given), strict=True))
     sizes = [tuple(tensor.shape) for tensor in tensors_in(given)]
     tensors = tuple(example.tensors)
-    with aimet.quiet(), aimet.reduce_min_exported(), weights_attached(network.network), noting() as noted:
+    with (
+        aimet.quiet(),
+        aimet.reduce_min_exported(),
+        weights_attached(network.network),
+        lowered(network.network),
+        noting() as noted,
+    ):
         try:
             network.sim.onnx.export(
                 tensors,

@@ -23,6 +23,8 @@ WEIGHT = "_weight_parameter"
 LIST_SITES, HIDDEN_SITES = "_sites_of_a_list", "_hidden_sites"
 # The outermost module: which buffers a pass may write rounded values into, as modules and the names there.
 BUFFERS = "_written_buffers"
+# A batch norm that no layer took in, a depthwise convolution on the device: over how many axes besides the channels.
+DEPTHWISE = "_is_depthwise_on_the_device"
 # A tensor that a recurrent layer made as its first state, since none was passed.
 DEFAULT_STATE = "_is_default_state"
 

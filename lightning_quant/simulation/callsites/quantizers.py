@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_quant.simulation.callsites.attributes import OWNER, is_at_call_site
+from lightning_quant.simulation.callsites.attributes import DEPTHWISE, OWNER, is_at_call_site
 from lightning_quant.simulation.callsites.tied_ranges import leave_out_roundings, outputs, rounding, tie_ranges
 from lightning_quant.simulation.fixed_ranges import note_fixed_ranges
 
@@ -32,6 +33,7 @@ def complete(sim: Any, returned: Container[nn.Module]) -> None:
                 parameter.requires_grad_(False)
     _share_weights(sim)
     _share_over_steps(sim)
+    _leave_scales_of_channels(sim)
     _fuse_activations(sim, returned)
     _round_before_activations(sim)
     _quantize_constants(sim)
@@ -86,6 +88,26 @@ def _share_over_steps(sim: Any) -> None:
                     own[index] = theirs[index]
 
 
+def _leave_scales_of_channels(sim: Any) -> None:
+    """Leave the weights of batch norms as they are: the device computes them as depthwise convolutions.
+
+    A channel has one weight there, which the channel's own scale represents exactly. The NPU's own batch norm has one
+    scale for all channels, and computes something else with 4-bit weights and for vectors of features
+    (:mod:`lightning_quant.deploy.graph.lowering`). It is left to hardware without a scale for each channel, and to
+    statistics of the batch.
+    """
+    if sim._hw_version in _COMPUTE_APART:
+        return
+    for op in sim.connected_graph.ordered_ops:
+        module: Any = sim._get_qmodule(op)
+        if not isinstance(module, _BatchNorm) or module.running_var is None or module.training:
+            continue
+        if op.inputs and op.inputs[0].shape is not None:
+            module.__dict__[DEPTHWISE] = len(op.inputs[0].shape) - 2
+            weights: Any = module.param_quantizers
+            weights.update(dict.fromkeys(weights))
+
+
 def _fuse_activations(sim: Any, returned: Container[nn.Module]) -> None:
     """Round once behind a ReLU or clip, not before it as well: the NPU computes it with the operation before it.
 
@@ -104,8 +126,10 @@ def _fuse_activations(sim: Any, returned: Container[nn.Module]) -> None:
         after = sim._get_qmodule(op)
         source = op.inputs[0].producer if isinstance(after, (nn.ReLU, nn.ReLU6, nn.Hardtanh)) and op.inputs else None
         before = sim._get_qmodule(source) if source is not None and len(source.output_ops) == 1 else None
-        if not isinstance(before, computed_with) or after.output_quantizers[0] is None:
+        is_one = isinstance(before, computed_with) or (isinstance(before, _BatchNorm) and vars(before).get(DEPTHWISE))
+        if not is_one or after.output_quantizers[0] is None:
             continue
+        assert before is not None
         quantizers: Any = before.output_quantizers
         # of the two alone, the configuration of such hardware has it so
         is_tied = quantizers[0] is after.output_quantizers[0] and users[quantizers[0]] > 2
@@ -164,7 +188,7 @@ def _guard_divisions(sim: Any) -> None:
 
 
 def _note_roundings(sim: Any) -> None:
-    """Let layers with a bias know what rounds their input, as the hardware adds the bias in its units.
+    """Let layers with a bias know what rounds their input: the hardware adds the bias in its units.
 
     A layer that several calls give inputs of other grids has no such unit: its bias is not rounded.
     """
@@ -173,7 +197,7 @@ def _note_roundings(sim: Any) -> None:
     found: dict[Any, set[Any]] = {}
     for op in sim.connected_graph.ordered_ops:
         module: Any = sim._get_qmodule(op)
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and op.inputs:
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, _BatchNorm)) and op.inputs:
             quantizers: Any = getattr(module, "input_quantizers", ())
             own = quantizers[0] if len(quantizers) else None
             found.setdefault(module, set()).add(own or rounding(sim, op.inputs[0].producer))

@@ -1,0 +1,238 @@
+"""Layers that the NPU computes wrongly or not at all, lowered to ones that it takes and that compute the same."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_quant.simulation import aimet
+from lightning_quant.simulation.callsites.attributes import DEPTHWISE
+from lightning_quant.simulation.callsites.passes import paused
+from lightning_quant.simulation.prepare import output_factors
+
+# All taps but the one in the middle are 0. With a single one, the NPU's compiler of QAIRT 2.51 ends its process at
+# W4A16 and refuses 8-bit activations on chips before SM8550.
+_TAPS = 3
+_WEIGHT_BITS = 8
+# The smallest block of a mean that is wrong; compiled with QAIRT 2.51, as are those of 6, 8, 10, 12, 16 and 8 by 4.
+_MISCOMPUTED = 4
+# Attributes of any module, its hooks among them.
+_EVERY_MODULE = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+_CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@contextmanager
+def lowered(network: nn.Module) -> Iterator[None]:
+    """Lower layers of a simulation for the length of a block: what is exported is what the NPU takes.
+
+    - A batch norm that no layer took in is a depthwise convolution. Its own file would be a batch norm with one 8-bit
+      scale for the factors of all channels and 8 bits for what is added, as ONNX Runtime's QNN provider has it
+      (``batch_norm_op_builder.cc``), and the NPU computes something else with 4-bit weights and for vectors.
+    - A depthwise convolution with one tap has three along each axis.
+    - Weights of fewer than 8 bits are stored in 8, on the same grid, where the compiler of QAIRT 2.51 refuses them
+      otherwise: in convolutions of three dimensions, and of two dimensions to one channel, with a bias.
+    - A mean over blocks of an even height and width of 4 or more, which the NPU gets wrong where the blocks do not
+      overlap, is one over blocks that do, of which every second is taken.
+
+    Args:
+        network: the simulation, on the CPU in eval mode; its layers stay the objects they are.
+    """
+    with ExitStack() as restored:
+        layer: Any
+        for layer in network.modules():
+            if isinstance(layer, _BatchNorm) and DEPTHWISE in vars(layer):
+                restored.enter_context(_being(layer, _of_norm(layer)))
+            elif isinstance(layer, nn.modules.conv._ConvNd) and isinstance(layer, aimet.BaseQuantizationMixin):
+                if _has_a_single_tap(layer):
+                    restored.enter_context(_being(layer, _of_single_tap(layer)))
+                elif _is_refused_in_few_bits(layer):
+                    restored.enter_context(_stored_in_8_bits(layer))
+            elif (names := _arguments_of_means(layer)) and layer.output_quantizers[0] is not None:
+                restored.enter_context(_being(layer, _of_means(layer, names)))
+        yield
+
+
+def _of_norm(norm: Any) -> nn.Module:
+    """Return the convolution that a batch norm in eval mode is."""
+    factors = output_factors(norm)
+    added = -norm.running_mean.detach() * factors
+    if norm.bias is not None:
+        added = added + norm.bias.detach()
+    axes, channels = vars(norm)[DEPTHWISE], factors.numel()
+    plain = _CONVOLUTIONS[max(axes, 1)](channels, channels, _TAPS, padding=_TAPS // 2, groups=channels)
+    plain.bias = nn.Parameter(added, requires_grad=False)
+    return _rounding_like(norm, plain, factors) if axes else _of_vectors(norm, _rounding_like(norm, plain, factors))
+
+
+def _of_vectors(norm: Any, made: Any) -> nn.Module:
+    """Let a convolution take vectors, as sequences of length one that are rounded like the vectors."""
+    from lightning_quant.simulation.fast.biases import ROUNDED_BY  # imports AIMET
+
+    of_input, of_output = vars(norm).get(ROUNDED_BY), made.output_quantizers[0]
+    kind = type(made)
+
+    def forward(self: Any, features: Tensor) -> Any:
+        with paused():
+            sequences = features.unsqueeze(-1)
+            outputs = kind.forward(self, sequences if of_input is None else of_input(sequences)).squeeze(-1)
+            return outputs if of_output is None else of_output(outputs)
+
+    made.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    return made
+
+
+def _has_a_single_tap(layer: Any) -> bool:
+    """Return whether a layer is a convolution whose output channels have a weight, and a range, each."""
+    if layer.transposed or len(layer.kernel_size) > 2 or layer.groups != layer.in_channels:
+        return False
+    quantizer: Any = layer.param_quantizers["weight"]
+    is_padded_with_zeros = layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    is_single = is_padded_with_zeros and set(layer.kernel_size) == {1}
+    return is_single and quantizer is not None and math.prod(quantizer.shape) == layer.out_channels > 1
+
+
+def _of_single_tap(layer: Any) -> nn.Module:
+    """Return the convolution with zeros around the tap, which has its rounded weights and biases."""
+    from lightning_quant.simulation.fast.biases import rounded_bias  # imports AIMET
+
+    factory = _CONVOLUTIONS[len(layer.kernel_size)]
+    plain = factory(
+        layer.in_channels, layer.out_channels, _TAPS, layer.stride, [size + _TAPS // 2 for size in layer.padding],
+        groups=layer.groups, bias=False,
+    )  # fmt: skip
+    bias = rounded_bias(layer)
+    plain.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    rounded = layer.param_quantizers["weight"](layer.weight).detach()
+    return _rounding_like(layer, plain, rounded.as_subclass(Tensor))
+
+
+def _rounding_like(layer: Any, plain: Any, factors: Tensor) -> nn.Module:
+    """Return ``plain`` with one weight for each channel, exactly on its grid, and the roundings of ``layer``.
+
+    Its class is one that traces see as a single layer.
+    """
+    from lightning_quant.simulation.fast.short_path import accelerate  # imports AIMET
+
+    factors = factors.reshape(-1, *[1] * (plain.weight.dim() - 1))
+    plain.weight = nn.Parameter(F.pad(factors, [_TAPS // 2] * (2 * len(plain.kernel_size))), requires_grad=False)
+    made: Any = aimet.QuantizationMixin.from_module(plain)
+    # all of the integers' range is used: the NPU loses some 500 of 65536 steps where a lone weight is the integer 1
+    ends = factors.abs()
+    ends = ends.clamp_min(float(ends.max()) * torch.finfo(ends.dtype).eps or 1.0)
+    quantizer = aimet.QuantizeDequantize(ends.shape, bitwidth=_WEIGHT_BITS, symmetric=True)
+    quantizer.set_range(-ends * 2 ** (_WEIGHT_BITS - 1) / (2 ** (_WEIGHT_BITS - 1) - 1), ends)
+    made.param_quantizers["weight"] = quantizer
+    made.input_quantizers, made.output_quantizers = layer.input_quantizers, layer.output_quantizers
+    result: nn.Module = made.eval()
+    accelerate(result)
+    return result
+
+
+def _arguments_of_means(layer: Any) -> tuple[str, ...]:
+    """Return what says, besides its input, of which blocks a layer takes the mean; nothing for other layers."""
+    if not isinstance(layer, aimet.BaseQuantizationMixin):
+        return ()
+    if isinstance(layer, nn.AvgPool2d | aimet.custom.AvgPool2d):
+        return "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
+    return ("output_size",) if isinstance(layer, nn.AdaptiveAvgPool2d | aimet.custom.AdaptiveAvgPool2d) else ()
+
+
+def _of_means(layer: Any, names: Sequence[str]) -> nn.Module:
+    """Return a pooling layer that decides by its input how its file computes it."""
+    kind = type(layer)
+
+    def forward(self: Any, maps: Tensor, *args: Any, **kwargs: Any) -> Any:
+        called = dict(zip(names, args, strict=False)) | kwargs  # of a function; a module holds them
+        given = {name: called.get(name, getattr(self, name, None)) for name in names}
+        block = _block([int(size) for size in maps.shape[-2:]], **given)
+        if not block or not all(size >= _MISCOMPUTED and size % 2 == 0 for size in block):
+            return kind.forward(self, maps, *args, **kwargs)
+        height, width = block
+        padding, counted = given.get("padding") or 0, given.get("count_include_pad") is not False
+        pool: Any = aimet.QuantizationMixin.from_module(
+            nn.AvgPool2d((height, width), (height // 2, width // 2), padding, False, counted)
+        )
+        pool.input_quantizers, pool.output_quantizers = self.input_quantizers, self.output_quantizers
+        with paused():
+            means = pool(maps)
+            for every_second in ((..., slice(None, None, 2), slice(None)), (..., slice(None, None, 2))):
+                means = self.output_quantizers[0](means[every_second])  # on the same grid
+            return means
+
+    made = copy.copy(layer)
+    made.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    result: nn.Module = made
+    return result
+
+
+def _block(
+    sizes: Sequence[int],
+    kernel_size: Any = None,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: Any = False,
+    count_include_pad: Any = True,
+    divisor_override: Any = None,
+    output_size: Any = None,
+) -> list[int]:
+    """Return height and width of the blocks that a mean is taken of; nothing if they overlap or there is one alone."""
+    if kernel_size is None:
+        counts = [size if count is None else int(count) for size, count in zip(sizes, _pair(output_size), strict=True)]
+        block = [size // count for size, count in zip(sizes, counts, strict=True)]
+        exact = [size * count for size, count in zip(block, counts, strict=True)] == list(sizes)
+    else:
+        block = [int(size) for size in _pair(kernel_size)]
+        strides = block if stride is None or stride == [] else [int(size) for size in _pair(stride)]
+        exact = strides == block and not ceil_mode and divisor_override is None
+    return block if exact and block != list(sizes) else []
+
+
+def _pair(sizes: Any) -> Sequence[Any]:
+    return (sizes, sizes) if not isinstance(sizes, Sequence) else sizes if len(sizes) == 2 else (*sizes, *sizes)
+
+
+def _is_refused_in_few_bits(layer: Any) -> bool:
+    quantizer: Any = layer.param_quantizers["weight"]
+    if quantizer is None or quantizer.bitwidth >= _WEIGHT_BITS:
+        return False
+    dimensions = len(layer.kernel_size)
+    return dimensions == 3 or (dimensions == 2 and layer.out_channels == 1 and layer.bias is not None)
+
+
+@contextmanager
+def _stored_in_8_bits(layer: Any) -> Iterator[None]:
+    """Give a layer its rounded weights, and the same steps in more bits."""
+    quantizer, weight = layer.param_quantizers["weight"], layer._parameters["weight"]
+    wide = aimet.QuantizeDequantize(quantizer.shape, bitwidth=_WEIGHT_BITS, symmetric=True)
+    scale = quantizer.get_scale().detach()
+    wide.set_range(-scale * 2 ** (_WEIGHT_BITS - 1), scale * (2 ** (_WEIGHT_BITS - 1) - 1))
+    rounded = quantizer(weight).detach().as_subclass(Tensor)
+    layer._parameters["weight"] = nn.Parameter(rounded, requires_grad=False)
+    layer.param_quantizers["weight"] = wide
+    try:
+        yield
+    finally:
+        layer._parameters["weight"] = weight
+        layer.param_quantizers["weight"] = quantizer
+
+
+@contextmanager
+def _being(layer: nn.Module, other: nn.Module) -> Iterator[None]:
+    """Let a layer be another one, for all that hold it; hooks and what a call site keeps on it stay."""
+    kind, values = type(layer), dict(vars(layer))
+    layer.__class__ = type(other)
+    vars(layer).update({name: value for name, value in vars(other).items() if name not in _EVERY_MODULE})
+    try:
+        yield
+    finally:
+        layer.__class__ = kind
+        vars(layer).clear()
+        vars(layer).update(values)

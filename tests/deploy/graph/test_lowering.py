@@ -1,0 +1,223 @@
+"""Layers that the NPU computes wrongly or refuses are others in the file, which compute the same on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_quant.deploy.graph.files import write_onnx
+from lightning_quant.deploy.graph.qdq import QdqGraph
+from lightning_quant.simulation import aimet
+from lightning_quant.simulation.network import QuantizedNetwork
+from tests.helpers.members import in_turn
+from tests.helpers.networks import calibrated, call
+from tests.helpers.qdq import NO_EMULATOR, computed, emulated, operations, psnr, values
+
+aimet.load()
+needs_emulator = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
+PRECISIONS = ["w8a8", "w8a16", "w4a8", "w4a16"]
+CHANNELS = 6
+
+
+def trained(norm: Any) -> Any:
+    """Statistics whose deviations span two powers of ten: one scale for all factors would lose the small ones."""
+    generator = torch.Generator().manual_seed(3)
+    norm.running_mean.copy_(torch.randn(CHANNELS, generator=generator))
+    norm.running_var.copy_(10 ** (4 * torch.rand(CHANNELS, generator=generator) - 2))
+    if norm.affine:
+        norm.weight.data.copy_(torch.randn(CHANNELS, generator=generator))
+        norm.bias.data.copy_(torch.randn(CHANNELS, generator=generator))
+    return norm
+
+
+class Called(nn.Module):
+    """The function, with what a module holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = trained(nn.BatchNorm2d(CHANNELS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        return F.relu(F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, 1e-3))
+
+
+class Activated(nn.BatchNorm2d):
+    """A batch norm that does more than normalize, as some libraries have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+class Dense(nn.Module):
+    """The pre-activated block of a DenseNet: what one convolution made is normalized more than once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(CHANNELS, CHANNELS // 2, 3, padding=1)
+        self.norm = trained(nn.BatchNorm2d(CHANNELS))
+        self.last = nn.Conv2d(CHANNELS, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.first(x)
+        return self.last(F.relu(self.norm(torch.cat([made, x[:, : CHANNELS // 2]], 1))))
+
+
+class ToOne(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(1, CHANNELS, 3, 3)), nn.Parameter(torch.randn(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias).relu()
+
+
+class Pooled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(CHANNELS, CHANNELS, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = F.avg_pool2d(self.conv(x).relu(), kernel_size=4)
+        return self.conv(pooled) + F.adaptive_avg_pool2d(pooled, 1)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = trained(nn.BatchNorm2d(CHANNELS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.norm(x).sigmoid())
+
+
+def tapped(**settings: Any) -> nn.Module:
+    made = nn.Conv2d(CHANNELS, CHANNELS, 1, groups=CHANNELS, **settings)
+    assert made.bias is not None
+    made.weight.data.copy_(torch.linspace(-1, 2, CHANNELS).reshape(-1, 1, 1, 1) + 0.1)
+    made.bias.data.copy_(torch.linspace(-1, 1, CHANNELS))
+    return made
+
+
+MAPS, SEQUENCES, VECTORS, VOLUMES = (1, CHANNELS, 8, 10), (1, CHANNELS, 12), (1, CHANNELS), (1, CHANNELS, 4, 6, 8)
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "maps": (lambda: nn.Sequential(trained(nn.BatchNorm2d(CHANNELS))), MAPS),
+    "sequences": (lambda: nn.Sequential(nn.ReLU(), trained(nn.BatchNorm1d(CHANNELS)), nn.ReLU()), SEQUENCES),
+    "vectors": (
+        lambda: nn.Sequential(nn.Linear(CHANNELS, CHANNELS), nn.ReLU(), trained(nn.BatchNorm1d(CHANNELS)), nn.ReLU()),
+        VECTORS,
+    ),
+    "volumes": (lambda: nn.Sequential(trained(nn.BatchNorm3d(CHANNELS))), VOLUMES),
+    "no weights": (lambda: nn.Sequential(nn.ReLU(), trained(nn.BatchNorm2d(CHANNELS, affine=False))), MAPS),
+    "a function": (Called, MAPS),
+    "a class of its own": (lambda: nn.Sequential(nn.ReLU(), trained(Activated(CHANNELS))), MAPS),
+    "a dense block": (Dense, MAPS),
+    "called twice": (Twice, MAPS),
+    "to one channel": (lambda: nn.Sequential(nn.Conv2d(CHANNELS, 1, 3)), MAPS),
+    "to one channel, transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(CHANNELS, 1, 2)), MAPS),
+    "three dimensions": (lambda: nn.Sequential(nn.Conv3d(CHANNELS, 4, (1, 3, 3), bias=False)), VOLUMES),
+    "three dimensions, transposed": (lambda: nn.Sequential(nn.ConvTranspose3d(CHANNELS, 4, 2)), VOLUMES),
+    "a function to one channel": (ToOne, MAPS),
+    "means of blocks": (lambda: nn.Sequential(nn.ReLU(), nn.AvgPool2d(4)), (1, CHANNELS, 8, 12)),
+    "means of padded blocks": (lambda: nn.Sequential(nn.AvgPool2d((8, 4), padding=(2, 1))), (1, CHANNELS, 12, 10)),
+    "means of as many blocks": (lambda: nn.Sequential(nn.AdaptiveAvgPool2d((2, None))), (1, CHANNELS, 12, 10)),
+    "means of 2 by 3 blocks": (lambda: nn.Sequential(nn.AdaptiveAvgPool2d((2, 3))), (1, CHANNELS, 12, 18)),
+    "means by a function": (Pooled, (1, CHANNELS, 16, 16)),
+    "one tap": (lambda: nn.Sequential(tapped()), MAPS),
+    "one tap, strided and padded": (lambda: nn.Sequential(tapped(stride=2, padding=1)), MAPS),
+}
+
+
+def simulated(name: str, precision: str, **recipe: Any) -> tuple[QuantizedNetwork, Tensor]:
+    """A network, and an input of it."""
+    torch.manual_seed(0)
+    make, shape = NETWORKS[name]
+    samples = torch.randn(16, *shape[1:])
+    return calibrated(make().eval(), call(samples), precision=precision, **recipe), samples[:1]
+
+
+def written(network: QuantizedNetwork, given: Tensor, folder: Path) -> tuple[onnx.ModelProto, Tensor]:
+    write_onnx(network, call(given), folder / "float.onnx", folder / "qdq.onnx")
+    with torch.no_grad():
+        return onnx.load(folder / "qdq.onnx"), network(given)
+
+
+@pytest.mark.parametrize(("name", "precision"), in_turn(NETWORKS, PRECISIONS))
+def test_the_file_computes_what_the_simulation_does(tmp_path: Path, name: str, precision: str) -> None:
+    network, given = simulated(name, precision)
+    kept = {part: (module, type(module), set(vars(module))) for part, module in network.network.named_modules()}
+    with torch.no_grad():
+        before = network(given)
+    model, expected = written(network, given, tmp_path)
+    assert {part: (one, type(one), set(vars(one))) for part, one in network.network.named_modules()} == kept
+    assert torch.equal(expected, before)
+    assert not operations(model, "BatchNormalization")
+    assert not operations(onnx.load(tmp_path / "float.onnx"), "BatchNormalization")
+    (output,) = computed(model, tmp_path, **{model.graph.input[0].name: given.numpy()})
+    # of 8 bits, a few values lie on the border between two integers: the sum that is added is rounded in the file
+    assert psnr(expected.numpy(), output) > (60 if precision.endswith("a8") else 100)
+
+
+@needs_emulator
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "precision"), in_turn(NETWORKS, PRECISIONS))
+def test_the_npu_computes_it_too(tmp_path: Path, name: str, precision: str) -> None:
+    model, expected = written(*simulated(name, precision), tmp_path)
+    given = {model.graph.input[0].name: simulated(name, precision)[1].numpy()}
+    report, (output,) = emulated(model, tmp_path / "npu", **given)
+    assert not report.float_islands
+    assert not report.layers["CPU"]
+    assert psnr(expected.numpy(), output) > (40 if precision.endswith("a8") else 55)
+
+
+def test_factors_and_sums_are_those_of_the_batch_norm(tmp_path: Path) -> None:
+    model, _ = written(*simulated("maps", "w4a16"), tmp_path)
+    norm, found = trained(nn.BatchNorm2d(CHANNELS)), values(model)
+    (node,) = operations(model, "Conv")
+    graph = QdqGraph(model)
+    weight, bias = (graph.source(name) for name in node.input[1:])
+    assert weight is not None
+    assert bias is not None
+    factors = norm.weight / (norm.running_var + norm.eps).sqrt()
+    taps = found[weight.input[0]] * found[weight.input[1]].reshape(-1, 1, 1, 1)
+    assert torch.allclose(torch.from_numpy(taps[:, 0, 1, 1]), factors, rtol=1e-6)
+    assert (abs(found[weight.input[0]]).sum((1, 2, 3)) == 127).all()  # in all of 8 bits, and nothing beside the middle
+    sums = torch.from_numpy(found[bias.input[0]] * found[bias.input[1]])
+    assert torch.allclose(sums.float(), norm.bias - norm.running_mean * factors, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["to one channel", "a function to one channel", "three dimensions, transposed"])
+def test_few_bits_are_stored_in_more(tmp_path: Path, name: str) -> None:
+    model, _ = written(*simulated(name, "w4a8"), tmp_path)
+    (node,) = [node for node in model.graph.node if node.op_type in ("Conv", "ConvTranspose")]
+    graph = QdqGraph(model)
+    weight = graph.source(node.input[1])
+    assert weight is not None
+    stored = graph.constants[weight.input[0]]
+    assert stored.data_type == onnx.TensorProto.INT8
+    integers = values(model)[stored.name]
+    assert -8 <= integers.min() < integers.max() <= 7
+
+
+def test_hardware_with_one_scale_for_all_channels_keeps_the_batch_norm(tmp_path: Path) -> None:
+    model, _ = written(*simulated("maps", "w8a8", hardware="htp_v66"), tmp_path)
+    assert len(operations(model, "BatchNormalization")) == 1
+    assert not operations(model, "Conv")
+
+
+def test_training_goes_on_as_in_float() -> None:
+    network, _ = simulated("a dense block", "w4a8")
+    network.network.train()
+    norm: Any = network.network.norm
+    assert not dict(norm.param_quantizers)["weight"]
+    mean = norm.running_mean.clone()
+    network(torch.randn(4, *MAPS[1:])).square().sum().backward()
+    assert float(norm.weight.grad.abs().sum()) > 0
+    assert not torch.equal(norm.running_mean, mean)
