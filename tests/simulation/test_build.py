@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 import warnings
 from pathlib import Path
@@ -488,3 +489,15 @@ def test_the_ranges_of_inputs_do_not_learn_and_images_need_no_gradient() -> None
     made.learn_ranges(False)
     made.learn_ranges(True)
     assert not any(p.requires_grad for p in made.network.first.input_quantizers.parameters())
+
+
+def test_no_weight_outlives_its_network() -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(one, Tensor) and one.shape == (7, 3, 5, 3) for one in gc.get_objects())
+
+    def quantize_and_drop() -> None:
+        calibrated(nn.Sequential(nn.Conv2d(3, 7, (5, 3)), nn.BatchNorm2d(7), nn.ReLU()).eval())
+
+    quantize_and_drop()
+    assert alive() == 0

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from lightning_quant.simulation.callsites.functions import CASTS, base_name
 
 tracing_state = torch._C._get_tracing_state
+# Private in PyTorch 2.14: what torch.onnx's exporter traces with.
+_trace_graph: Any = torch.jit._get_trace_graph
 
 
 def traced() -> bool:
@@ -38,14 +40,16 @@ def run_in_trace(network: nn.Module, inputs: Tensor | tuple[Tensor, ...]) -> Non
     """Run a network once while PyTorch traces it; the trace itself is thrown away.
 
     What is traced is a function: PyTorch makes a script module of every module of a traced network, which takes several
-    times as long as the pass.
+    times as long as the pass. Of a function, ``torch.jit.trace`` would make a compiled one, which PyTorch keeps as long
+    as the process runs, and with it the weights.
     """
 
     def run(*tensors: Tensor) -> Any:
-        return network(*tensors)
+        network(*tensors)
+        return tensors
 
     with _as_constants(network):
-        torch.jit.trace(run, inputs, check_trace=False, strict=False)
+        _trace_graph(run, inputs if isinstance(inputs, tuple) else (inputs,), strict=False)
 
 
 @contextmanager
