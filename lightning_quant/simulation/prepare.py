@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.errors import PreflightError
 from lightning_quant.simulation import aimet
+from lightning_quant.simulation.batch_norms import output_factors
 from lightning_quant.simulation.callsites.aimet_views import shapes_from_traces
 from lightning_quant.simulation.callsites.attributes import FOLDED
 from lightning_quant.simulation.callsites.instrument import instrument
@@ -308,13 +309,6 @@ def _follows(norm: _BatchNorm, layer: Any, folded: Any) -> bool:
         return False  # channels lie on another axis, in groups
     expected = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
     return torch.allclose(folded.weight.detach(), expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
-
-
-def output_factors(norm: _BatchNorm) -> torch.Tensor:
-    """Return what a batch norm in eval mode multiplies each channel with: weight / sqrt(running_var + eps)."""
-    assert norm.running_var is not None
-    scale = (norm.running_var.detach() + norm.eps).rsqrt()
-    return scale if norm.weight is None else norm.weight.detach() * scale
 
 
 def relative_difference(expected: Any, actual: Any) -> float:

@@ -23,5 +23,8 @@ def weights_only(network: QuantizedNetwork) -> Iterator[None]:
 @contextmanager
 def unrounded(network: QuantizedNetwork) -> Iterator[None]:
     """Round nothing: the float network that these weights are."""
-    with aimet.remove_all_quantizers(list(quantized_layers(network).values())):
+    from lightning_quant.simulation.fast.biases import unrounded_biases  # imports AIMET
+
+    layers = list(quantized_layers(network).values())
+    with aimet.remove_all_quantizers(layers), unrounded_biases(layers):
         yield

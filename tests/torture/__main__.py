@@ -69,7 +69,7 @@ def kills(short: bool) -> Row:
     from tests.torture import runs
 
     what = "kill -9: calibration, rungs, training, checkpoints, export, report"
-    return _disturbed(what, runs.kill, runs.RUN, 4 if short else 60, 0)
+    return _disturbed(what, runs.kill, runs.RUN, 2 if short else 60, 0)
 
 
 def sweeps(short: bool) -> Row:
@@ -81,7 +81,7 @@ def sweeps(short: bool) -> Row:
 def shared(short: bool) -> Row:
     from tests.torture import runs
 
-    return _disturbed("kill -9: two runs that share float network and statistics", runs.share, 2 if short else 20, 2)
+    return _disturbed("kill -9: two runs that share float network and statistics", runs.share, 1 if short else 20, 2)
 
 
 def journals(short: bool) -> Row:
@@ -101,7 +101,7 @@ def stops(short: bool) -> Row:
 def disks(short: bool) -> Row:
     from tests.torture import runs
 
-    return _disturbed("full disks (tmpfs)", runs.fill, runs.RUN, 2 if short else 15)
+    return _disturbed("full disks (tmpfs)", runs.fill, runs.RUN, 1 if short else 15)
 
 
 def _endured(what: str, count: int, bound: int, unit: str, work: Callable[[int], Any]) -> Row:

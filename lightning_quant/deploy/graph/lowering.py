@@ -8,20 +8,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.simulation import aimet
+from lightning_quant.simulation.batch_norms import WEIGHT_BITS, ends_on_device, output_factors, sums
 from lightning_quant.simulation.callsites.attributes import DEPTHWISE
 from lightning_quant.simulation.callsites.passes import paused
-from lightning_quant.simulation.prepare import output_factors
 
 # All taps but the one in the middle are 0. With a single one, the NPU's compiler of QAIRT 2.51 ends its process at
 # W4A16 and refuses 8-bit activations on chips before SM8550.
 _TAPS = 3
-_WEIGHT_BITS = 8
 # The smallest block of a mean that is wrong; compiled with QAIRT 2.51, as are those of 6, 8, 10, 12, 16 and 8 by 4.
 _MISCOMPUTED = 4
 # Attributes of any module, its hooks among them.
@@ -62,13 +60,10 @@ def lowered(network: nn.Module) -> Iterator[None]:
 
 def _of_norm(norm: Any) -> nn.Module:
     """Return the convolution that a batch norm in eval mode is."""
-    factors = output_factors(norm)
-    added = -norm.running_mean.detach() * factors
-    if norm.bias is not None:
-        added = added + norm.bias.detach()
+    factors = output_factors(norm).detach()
     axes, channels = vars(norm)[DEPTHWISE], factors.numel()
     plain = _CONVOLUTIONS[max(axes, 1)](channels, channels, _TAPS, padding=_TAPS // 2, groups=channels)
-    plain.bias = nn.Parameter(added, requires_grad=False)
+    plain.bias = nn.Parameter(sums(norm).detach(), requires_grad=False)
     return _rounding_like(norm, plain, factors) if axes else _of_vectors(norm, _rounding_like(norm, plain, factors))
 
 
@@ -124,11 +119,8 @@ def _rounding_like(layer: Any, plain: Any, factors: Tensor) -> nn.Module:
     factors = factors.reshape(-1, *[1] * (plain.weight.dim() - 1))
     plain.weight = nn.Parameter(F.pad(factors, [_TAPS // 2] * (2 * len(plain.kernel_size))), requires_grad=False)
     made: Any = aimet.QuantizationMixin.from_module(plain)
-    # all of the integers' range is used: the NPU loses some 500 of 65536 steps where a lone weight is the integer 1
-    ends = factors.abs()
-    ends = ends.clamp_min(float(ends.max()) * torch.finfo(ends.dtype).eps or 1.0)
-    quantizer = aimet.QuantizeDequantize(ends.shape, bitwidth=_WEIGHT_BITS, symmetric=True)
-    quantizer.set_range(-ends * 2 ** (_WEIGHT_BITS - 1) / (2 ** (_WEIGHT_BITS - 1) - 1), ends)
+    quantizer = aimet.QuantizeDequantize(factors.shape, bitwidth=WEIGHT_BITS, symmetric=True)
+    quantizer.set_range(*ends_on_device(factors))
     made.param_quantizers["weight"] = quantizer
     made.input_quantizers, made.output_quantizers = layer.input_quantizers, layer.output_quantizers
     result: nn.Module = made.eval()
@@ -201,7 +193,7 @@ def _pair(sizes: Any) -> Sequence[Any]:
 
 def _is_refused_in_few_bits(layer: Any) -> bool:
     quantizer: Any = layer.param_quantizers["weight"]
-    if quantizer is None or quantizer.bitwidth >= _WEIGHT_BITS:
+    if quantizer is None or quantizer.bitwidth >= WEIGHT_BITS:
         return False
     dimensions = len(layer.kernel_size)
     return dimensions == 3 or (dimensions == 2 and layer.out_channels == 1 and layer.bias is not None)
@@ -211,9 +203,9 @@ def _is_refused_in_few_bits(layer: Any) -> bool:
 def _stored_in_8_bits(layer: Any) -> Iterator[None]:
     """Give a layer its rounded weights, and the same steps in more bits."""
     quantizer, weight = layer.param_quantizers["weight"], layer._parameters["weight"]
-    wide = aimet.QuantizeDequantize(quantizer.shape, bitwidth=_WEIGHT_BITS, symmetric=True)
+    wide = aimet.QuantizeDequantize(quantizer.shape, bitwidth=WEIGHT_BITS, symmetric=True)
     scale = quantizer.get_scale().detach()
-    wide.set_range(-scale * 2 ** (_WEIGHT_BITS - 1), scale * (2 ** (_WEIGHT_BITS - 1) - 1))
+    wide.set_range(-scale * 2 ** (WEIGHT_BITS - 1), scale * (2 ** (WEIGHT_BITS - 1) - 1))
     rounded = quantizer(weight).detach().as_subclass(Tensor)
     layer._parameters["weight"] = nn.Parameter(rounded, requires_grad=False)
     layer.param_quantizers["weight"] = wide

@@ -21,9 +21,9 @@ from lightning_quant.ladder.rungs.layer_outputs import (
     per_channel,
     statistics,
 )
+from lightning_quant.simulation.batch_norms import output_factors
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
-from lightning_quant.simulation.prepare import output_factors
 from lightning_quant.simulation.switched_off import weights_only
 
 

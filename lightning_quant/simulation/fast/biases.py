@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_quant.simulation.batch_norms import WEIGHT_BITS, ends_on_device, output_factors, sums
 from lightning_quant.simulation.fast import gpu, in_graphs, kernels
 from lightning_quant.simulation.fast.quantizer import is_fast, is_known, smallest_scale
 
@@ -36,6 +37,22 @@ def rounded_bias(layer: Any) -> Tensor | None:
         return bias
     grids = _grids(of_input.qmax - of_input.qmin, of_weight.qmax - of_weight.qmin)
     return round_bias(bias, *input_ends, *weight_ends, *grids)
+
+
+def rounded_sums(norm: Any) -> Tensor | None:
+    """Return what a batch norm in eval mode adds, as the depthwise convolution that it is on the device adds it.
+
+    The gradient passes straight through the rounding.
+
+    Returns:
+        One value for each channel; ``None`` where its input has no grid.
+    """
+    of_input, added = norm.__dict__.get(ROUNDED_BY), sums(norm)
+    ends = _ends(of_input)
+    if ends is None or added.dtype is not torch.float32:
+        return None
+    grids = _grids(of_input.qmax - of_input.qmin, 2**WEIGHT_BITS - 1)
+    return round_bias(added, *ends, *ends_on_device(output_factors(norm).detach()), *grids)
 
 
 @functools.cache

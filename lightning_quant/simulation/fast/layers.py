@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.simulation.aimet import QuantizationMixin, QuantizedTensorBase
+from lightning_quant.simulation.batch_norms import output_factors
+from lightning_quant.simulation.callsites.attributes import DEPTHWISE
 from lightning_quant.simulation.callsites.passes import current, paused, running_pass
 from lightning_quant.simulation.fast import in_graphs
-from lightning_quant.simulation.fast.biases import ROUNDED_BY, rounded_bias
+from lightning_quant.simulation.fast.biases import ROUNDED_BY, rounded_bias, rounded_sums
 from lightning_quant.simulation.fast.kernels import Activation
 from lightning_quant.simulation.fast.quantizer import is_fast, is_known, is_traced
 
@@ -141,6 +143,19 @@ class FastTransposed(FastWeighted):
         weight, bias = self._rounded_parameters()
         with _replaced(self, weight=weight, bias=bias):
             output = self.float_class.forward(self, input, output_size)
+        return output if quantizer is None else quantizer(output)
+
+
+class FastNorm(FastLayer):
+    """A batch norm; in eval mode, one that no layer took in computes what it does on the device, as a convolution."""
+
+    def _computed(self: Any, quantizer: Any, input: Tensor) -> Any:
+        is_plain = self.training or DEPTHWISE not in self.__dict__ or input.dtype is not torch.float32
+        added = None if is_plain else rounded_sums(self)
+        if added is None:
+            return FastLayer._computed(self, quantizer, input)
+        shape = [-1, *[1] * (input.dim() - 2)]
+        output = torch.addcmul(added.reshape(shape), input, output_factors(self).reshape(shape))
         return output if quantizer is None else quantizer(output)
 
 

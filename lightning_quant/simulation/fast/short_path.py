@@ -23,7 +23,15 @@ from lightning_quant.simulation.aimet import (
     _DispatchMixin,
     custom,
 )
-from lightning_quant.simulation.fast.layers import FUSED, FastActivation, FastLayer, FastTransposed, FastWeighted, Layer
+from lightning_quant.simulation.fast.layers import (
+    FUSED,
+    FastActivation,
+    FastLayer,
+    FastNorm,
+    FastTransposed,
+    FastWeighted,
+    Layer,
+)
 from lightning_quant.simulation.fast.observers import accelerate_analyzer, slow_down_analyzer
 from lightning_quant.simulation.fast.quantizer import FastQuantizer, is_fast
 
@@ -78,6 +86,8 @@ def _fast_class(aimet_class: Any) -> Any:
         kind = FastTransposed
     elif float_class in FUSED:
         kind = FastActivation
+    elif float_class in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        kind = FastNorm
     elif float_class in _PLAIN or _is_plainly_dispatched(aimet_class):
         kind = FastLayer
     elif issubclass(aimet_class, BaseQuantizationMixin):
