@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
+from torch import Tensor, nn
 
 from benchmarks.showcase.domain import CALIBRATION, Domain, trained
 from lightning_quant.domains.detection.datamodule import MaskBoxesDataModule
@@ -16,6 +17,19 @@ CLASSES = ("person", "car")
 # Of an object, in photographs of 192×256.
 FEWEST_PIXELS = 40
 FLOAT_EPOCHS = 60
+
+
+class Pair(nn.Module):
+    """A detector that returns a pair of tensors: plain AIMET takes no dict."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scores and distances."""
+        maps = self.detector(images)
+        return maps["scores"], maps["distances"]
 
 
 def fit(task: pl.LightningModule, data: pl.LightningDataModule) -> None:
@@ -32,8 +46,10 @@ def build(camvid: Path) -> tuple[pl.LightningModule, pl.LightningDataModule]:
     data = MaskBoxesDataModule(
         str(camvid), classes=CLASSES, min_area=FEWEST_PIXELS, batch_size=8, calibration_samples=CALIBRATION
     )
-    task = DetectionTask(fcos_nano(len(CLASSES)), class_names=CLASSES)
-    trained("detection", task.model, partial(fit, task, data))
+    detector = fcos_nano(len(CLASSES))
+    task = DetectionTask(Pair(detector), class_names=CLASSES)
+    trained("detection", detector, partial(fit, task, data))
+    task.eval()
     return task, data
 
 
