@@ -11,6 +11,7 @@ import torch
 
 from lightning_quant.deploy.blame.cuts import Cut, grid_of
 from lightning_quant.deploy.blame.reasons import Cause, Reason
+from lightning_quant.deploy.graph.lowering import lowered
 from lightning_quant.deploy.graph.qdq import QdqGraph, axis_of, of_integers
 from lightning_quant.simulation.aimet import Quantizer
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -57,13 +58,17 @@ class Parameters:
     """
 
     def __init__(self, network: QuantizedNetwork, graph: QdqGraph) -> None:
-        from lightning_quant.simulation.fast.biases import rounded_bias  # imports AIMET
-
         self._graph = graph
         self._written = {_name(node) for node in graph.model.graph.node if of_integers(node)}
         self._values: dict[str, np.ndarray] = {}
         self._steps: dict[str, np.ndarray] = {}
         self._of_layer: dict[str, list[str]] = {}
+        with lowered(network.network), torch.no_grad():  # as the file has them
+            self._read(network)
+
+    def _read(self, network: QuantizedNetwork) -> None:
+        from lightning_quant.simulation.fast.biases import rounded_bias  # imports AIMET
+
         names = {id(value): [] for value in network.sim.model.parameters()}  # type: ignore[var-annotated]
         for name, value in network.sim.model.named_parameters(remove_duplicate=False):
             names[id(value)].append(name)
@@ -71,13 +76,12 @@ class Parameters:
             own: Any = module
             for parameter, value in own.named_parameters(recurse=False):
                 quantizer = dict(own.param_quantizers.items()).get(parameter)
-                with torch.no_grad():
-                    if quantizer is not None and quantizer.is_initialized():
-                        made, step = quantizer(value), quantizer.get_scale()
-                    elif parameter == "bias" and hasattr(own, "weight"):
-                        made, step = rounded_bias(own), torch.zeros(())
-                    else:
-                        made, step = value, torch.zeros(())
+                if quantizer is not None and quantizer.is_initialized():
+                    made, step = quantizer(value), quantizer.get_scale()
+                elif parameter == "bias" and hasattr(own, "weight"):
+                    made, step = rounded_bias(own), torch.zeros(())
+                else:
+                    made, step = value, torch.zeros(())
                 for name in names.get(id(value), ()):
                     self._values[name] = made.detach().as_subclass(torch.Tensor).double().numpy()
                     self._steps[name] = step.detach().as_subclass(torch.Tensor).double().numpy()

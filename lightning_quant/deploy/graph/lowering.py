@@ -41,11 +41,14 @@ def lowered(network: nn.Module) -> Iterator[None]:
       overlap, is one over blocks that do, of which every second is taken.
 
     Args:
-        network: the simulation, on the CPU in eval mode; its layers stay the objects they are.
+        network: the simulation, on the CPU in eval mode; its layers stay the objects they are. Those at call sites are
+            lowered in a block of ``weights_attached``.
     """
     with ExitStack() as restored:
         layer: Any
         for layer in network.modules():
+            if "_takes_weights" in vars(layer) and "weight" not in layer._parameters:
+                continue  # at a call site, without the weights that it is passed
             if isinstance(layer, _BatchNorm) and DEPTHWISE in vars(layer):
                 restored.enter_context(_being(layer, _of_norm(layer)))
             elif isinstance(layer, nn.modules.conv._ConvNd) and isinstance(layer, aimet.BaseQuantizationMixin):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_quant.deploy.blame.file import compare_file
 from lightning_quant.deploy.graph.files import write_onnx
 from lightning_quant.deploy.graph.qdq import QdqGraph
 from lightning_quant.simulation import aimet
@@ -174,6 +175,24 @@ def test_the_npu_computes_it_too(tmp_path: Path, name: str, precision: str) -> N
     assert not report.float_islands
     assert not report.layers["CPU"]
     assert psnr(expected.numpy(), output) > (40 if precision.endswith("a8") else 55)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_blame_names_no_layer_and_the_one_that_is_changed(tmp_path: Path, name: str) -> None:
+    network, given = simulated(name, "w4a8")
+    model, _ = written(network, given, tmp_path)
+    inputs = [model.graph.input[0].name]
+    assert not compare_file(network, model, inputs, [call(given)]).guilty
+    if "means" in name:
+        return
+    graph = QdqGraph(model)
+    weight = next(
+        graph.source(node.input[1]) for node in model.graph.node if node.op_type in ("Gemm", "Conv", "ConvTranspose")
+    )
+    assert weight is not None
+    graph.write(weight.input[1], 1.5 * graph.array(weight.input[1]))
+    changed = {layer.layer for layer in compare_file(network, model, inputs, [call(given)]).guilty}
+    assert len(changed) == (2 if name == "called twice" else 1)  # which share the weight
 
 
 def test_factors_and_sums_are_those_of_the_batch_norm(tmp_path: Path) -> None:
