@@ -33,7 +33,7 @@ class Domain:
         mode: ``"max"`` if more is better.
         epochs: of training where no rung is good enough; 0: the network is not trained.
         seeds: how many runs, if the first one trained.
-        more_rungs: that only its kind of network needs, tried last.
+        more_rungs: that only its kind of network needs, tried before weights are rounded in other ways.
     """
 
     name: str

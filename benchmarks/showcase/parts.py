@@ -31,7 +31,7 @@ EMULATED = 16
 # of one.
 RUNGS = ("ptq", "cle", "bias_correction", "bn_reestimation")
 # Where rounding weights loses something.
-RUNGS_OF_4_BITS = (*RUNGS, "seq_mse", "rounding")
+RUNGS_OF_4_BITS = ("seq_mse", "rounding")
 # How much of the float figure a network may lose, relative to it.
 BOUNDS = {"w8a8": 0.01, "w8a16": 0.005, "w4a16": 0.015, "w4a8": 0.015}
 # Of the float learning rate, where a network is trained.
@@ -51,7 +51,7 @@ def measure_ours(record: Record, folder: Path) -> None:
     domain, module, data = _built(record)
     precision = record.values["precision"]
     pl.seed_everything(int(record.values["seed"]), verbose=False)
-    rungs = (*(RUNGS_OF_4_BITS if precision.startswith("w4") else RUNGS), *domain.more_rungs)
+    rungs = (*RUNGS, *domain.more_rungs, *(RUNGS_OF_4_BITS if precision.startswith("w4") else ()))
     quantization = lq.QuantizationAwareTraining(
         precision, calibration_samples=CALIBRATION, rungs=rungs, monitor=domain.monitor, mode=domain.mode,
         max_drop=BOUNDS[precision] * abs(float(record.values["float"])),
