@@ -165,7 +165,7 @@ class _Tensor:
             self.by_itself.add(outputs[self.name], computed[self.name])
             self.arrived.add(outputs[self.name], arrived[self.name])
             return
-        step = float(self.quantizer.get_scale().reshape(-1)[0])
+        step = float(self.quantizer.get_scale().detach().reshape(-1)[0])
         before = computed[self.name] if self.cut.quantizer is not None else computed[own(self.name)]
         one = seen[self.cut.position]
         reference, unrounded = one.values.numpy(), one.before.numpy()

@@ -38,6 +38,14 @@ def trained(norm: Any) -> Any:
     return norm
 
 
+def silenced() -> nn.Module:
+    """What training with weight decay leaves: channels that are constant, or all but."""
+    norm = trained(nn.BatchNorm2d(CHANNELS))
+    norm.weight.data[:2] = torch.tensor([0.0, 1e-9])
+    norm.bias.data[:2] = 3.0
+    return nn.Sequential(norm)
+
+
 class Called(nn.Module):
     """The function, with what a module holds."""
 
@@ -110,6 +118,7 @@ def tapped(**settings: Any) -> nn.Module:
 MAPS, SEQUENCES, VECTORS, VOLUMES = (1, CHANNELS, 8, 10), (1, CHANNELS, 12), (1, CHANNELS), (1, CHANNELS, 4, 6, 8)
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "maps": (lambda: nn.Sequential(trained(nn.BatchNorm2d(CHANNELS))), MAPS),
+    "a channel of zeros": (silenced, MAPS),
     "sequences": (lambda: nn.Sequential(nn.ReLU(), trained(nn.BatchNorm1d(CHANNELS)), nn.ReLU()), SEQUENCES),
     "vectors": (
         lambda: nn.Sequential(nn.Linear(CHANNELS, CHANNELS), nn.ReLU(), trained(nn.BatchNorm1d(CHANNELS)), nn.ReLU()),
