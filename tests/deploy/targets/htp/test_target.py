@@ -33,6 +33,7 @@ from lightning_quant.domains.segmentation.task import SegmentationTask
 from lightning_quant.errors import ConfigurationError, DeviceError, DeviceTimeoutError
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.preflight import FindingKind
 from tests.helpers.networks import Body, calibrated, call, images
 from tests.helpers.trainers import quiet_trainer
 
@@ -142,17 +143,17 @@ def test_16_bit_activations_where_there_are_none(tmp_path: Path) -> None:
         HtpEmulatorTarget("Samsung Galaxy S21").check(mine)
 
 
-def test_what_the_preflight_says_of_one_output_channel_is_so(tmp_path: Path) -> None:
-    def emulated(name: str, **recipe: Any) -> Any:
-        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3))
-        network = calibrated(network.eval(), call(images(1)), precision="w4a8", **recipe)
+def test_what_the_preflight_says_is_refused_is(tmp_path: Path) -> None:
+    def emulated(name: str, last: nn.Module) -> Any:
+        network = calibrated(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), last).eval(), call(images(1)))
+        assert [one.kind for one in network.findings] == ([FindingKind.REFUSED] if name == "groups" else [])
         mine = export_bundle(network.eval(), tmp_path / name, [call(images(1))])
         return HtpEmulatorTarget("SM8650").run(mine, [{mine.manifest.input_names[0]: images(1).numpy()}], tmp_path)
 
     with pytest.raises(DeviceError, match="compiler refused the network"):
-        emulated("narrow")
-    (wide,) = emulated("wide", overrides={"2": Precision.parse("w8a8")})
-    assert wide.report.fallen_back == {}
+        emulated("groups", nn.ConvTranspose2d(4, 4, 2, groups=2))
+    (whole,) = emulated("whole", nn.ConvTranspose2d(4, 4, 2))
+    assert whole.report.fallen_back == {}
 
 
 @pytest.fixture(scope="module")
