@@ -57,7 +57,6 @@ REMEDIES = {
     "ConvTranspose2d depthwise": "use interpolate and a depthwise convolution, or bias=False",
     "ConvTranspose2d grouped": "use groups=1, or interpolate and a convolution",
     "Erf": "use nn.GELU if it is part of one, or tanh",
-    "InstanceNorm2d without weights": "use affine=True",
     "LayerNorm over 3 axes": "use nn.GroupNorm(1, channels), which is the same up to its weights",
     "LogSigmoid": "use -softplus(-x), which is the same",
     "Logsumexp": "use log(sum(exp(x - max))) + max, which is the same",

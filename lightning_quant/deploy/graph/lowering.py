@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,6 +23,7 @@ from lightning_quant.simulation.callsites.passes import paused
 _TAPS = 3
 # The smallest block of a mean that is wrong; compiled with QAIRT 2.51, as are those of 6, 8, 10, 12, 16 and 8 by 4.
 _MISCOMPUTED = 4
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 # Attributes of any module, its hooks among them.
 _EVERY_MODULE = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
 _CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -39,6 +41,7 @@ def lowered(network: nn.Module) -> Iterator[None]:
       otherwise: in convolutions of three dimensions, and of two dimensions to one channel, with a bias.
     - A mean over blocks of an even height and width of 4 or more, which the NPU gets wrong where the blocks do not
       overlap, is one over blocks that do, of which every second is taken.
+    - An instance norm without weights, which the NPU computes in float, has ones and zeros.
 
     Args:
         network: the simulation, on the CPU in eval mode; its layers stay the objects they are. Those at call sites are
@@ -56,6 +59,9 @@ def lowered(network: nn.Module) -> Iterator[None]:
                     restored.enter_context(_being(layer, _of_single_tap(layer)))
                 elif _is_refused_in_few_bits(layer):
                     restored.enter_context(_stored_in_8_bits(layer))
+            elif isinstance(layer, _INSTANCE_NORMS) and isinstance(layer, aimet.BaseQuantizationMixin):
+                if layer.weight is None and not layer.track_running_stats:
+                    restored.enter_context(_being(layer, _with_ones(layer)))
             elif (names := _arguments_of_means(layer)) and layer.output_quantizers[0] is not None:
                 restored.enter_context(_being(layer, _of_means(layer, names)))
         yield
@@ -113,22 +119,34 @@ def _of_single_tap(layer: Any) -> nn.Module:
 
 
 def _rounding_like(layer: Any, plain: Any, factors: Tensor) -> nn.Module:
-    """Return ``plain`` with one weight for each channel, exactly on its grid, and the roundings of ``layer``.
-
-    Its class is one that traces see as a single layer.
-    """
-    from lightning_quant.simulation.fast.short_path import accelerate  # imports AIMET
-
+    """Return ``plain`` with one weight for each channel, exactly on its grid, and the roundings of ``layer``."""
     factors = factors.reshape(-1, *[1] * (plain.weight.dim() - 1))
     plain.weight = nn.Parameter(F.pad(factors, [_TAPS // 2] * (2 * len(plain.kernel_size))), requires_grad=False)
     made: Any = aimet.QuantizationMixin.from_module(plain)
     quantizer = aimet.QuantizeDequantize(factors.shape, bitwidth=WEIGHT_BITS, symmetric=True)
     quantizer.set_range(*ends_on_device(factors))
     made.param_quantizers["weight"] = quantizer
+    return _rounding_as(layer, made)
+
+
+def _rounding_as(layer: Any, made: Any) -> nn.Module:
+    """Return ``made`` with what rounds input and output of ``layer``, in a class that traces see as one layer."""
+    from lightning_quant.simulation.fast.short_path import accelerate  # imports AIMET
+
     made.input_quantizers, made.output_quantizers = layer.input_quantizers, layer.output_quantizers
     result: nn.Module = made.eval()
     accelerate(result)
     return result
+
+
+def _with_ones(layer: Any) -> nn.Module:
+    """Return an instance norm with weights of one and biases of zero."""
+    factory = next(kind for kind in _INSTANCE_NORMS if isinstance(layer, kind))
+    made: Any = aimet.QuantizationMixin.from_module(factory(layer.num_features, layer.eps, affine=True))
+    quantizer = aimet.QuantizeDequantize((), bitwidth=WEIGHT_BITS, symmetric=True)
+    quantizer.set_range(*ends_on_device(torch.ones(())))
+    made.param_quantizers["weight"] = quantizer
+    return _rounding_as(layer, made)
 
 
 def _arguments_of_means(layer: Any) -> tuple[str, ...]:
