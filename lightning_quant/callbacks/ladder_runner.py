@@ -220,8 +220,10 @@ class LadderRunner:
         with isolated_seed(), state_kept(self.network.network), suppress(Exception):
             cost = rung.cost(self.network, self._context())
             if cost is not None and self._validation_seconds is not None:
-                samples = cost.samples + (cost.validations + 1) * self._correction_samples()
-                seconds = samples * self._sample_seconds + cost.validations * self._validation_seconds
+                correction = self._correction_samples()
+                samples = cost.samples + (cost.validations + 1) * correction
+                validations = cost.validations + bool(correction)  # with it and without
+                seconds = samples * self._sample_seconds + validations * self._validation_seconds
                 return seconds if math.isfinite(seconds) else None
         return None
 

@@ -71,11 +71,19 @@ def climb(
                 correction = corrections.get(session.correction or "")
                 base = None
                 if rung.is_correction:
-                    correction, base = rung, session.base or before
-                elif correction is not None:
-                    base = network.snapshot()
-                    changed += f"; then {correction.apply(network, context)}"
-                metric = measure()
+                    correction, base, metric = rung, session.base or before, measure()
+                elif correction is None:
+                    metric = measure()
+                else:
+                    base, alone = network.snapshot(), measure()
+                    said = correction.apply(network, context)
+                    metric = measure()
+                    if ladder.is_better(alone, metric):  # what learned from outputs may need no correction
+                        network.restore(base)
+                        correction, base, metric = None, None, alone
+                        changed += f"; worse with {session.correction}"
+                    else:
+                        changed += f"; then {said}"
             seconds = time.perf_counter() - start
             result = ladder.judge(rung.name, metric, changed, seconds, memory.peak_bytes)
             kept = result.kept

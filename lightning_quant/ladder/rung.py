@@ -87,7 +87,7 @@ class Rung(ABC):
         name: the name of the rung in records.
         start: what it is applied to: the ``"best"`` network so far, or the ``"float"`` weights newly quantized.
         is_correction: whether it corrects what rounding did to the layers' outputs. A correction holds for one rounding
-            only: it is reverted before the next rung and applied again after it.
+            only: it is reverted before the next rung, and applied again after it unless that makes the metric worse.
         refines: whether it may give quantizers more than 8 bits. Everything is then measured in float32, with all its
             digits: the float network and the rungs before it, too.
     """

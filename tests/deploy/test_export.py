@@ -467,7 +467,7 @@ def test_a_kill_or_a_full_disk_at_any_moment_leaves_a_whole_bundle_or_none(tmp_p
 
 
 def test_an_operation_that_onnx_lacks_is_named_in_one_line(tmp_path: Path) -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 2), nn.AdaptiveAvgPool2d(2))  # of 7 by 7
+    network = nn.Sequential(nn.Conv2d(3, 4, 2), nn.AdaptiveMaxPool2d(2, return_indices=True))  # of 7 by 7
     with pytest.raises(
         ExportError, match=r"^Sequential cannot be written as ONNX: SymbolicValueError: .*adaptive"
     ) as caught:

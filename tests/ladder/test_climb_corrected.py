@@ -51,6 +51,41 @@ def test_a_correction_is_applied_again_after_a_rung_that_starts_from_float() -> 
     assert noise(climber.network, climber.context) == pytest.approx(0.001, abs=1e-6)
 
 
+def test_a_correction_that_a_rung_is_better_without_is_left_out_from_there_on() -> None:
+    class Learned(Noise):
+        """Leaves nothing for a correction to do, which then does harm."""
+
+        name = "learned"
+
+        @override
+        def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
+            Noise.applied.append(self.name)
+            network.get_parameter("network.head.bias").copy_(context.float_network.head.bias + 0.001)
+            return "learned"
+
+    class Overdone(Finish):
+        """Takes half a percent back, whatever there is."""
+
+        name = "overdone"
+
+        @override
+        def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
+            Noise.applied.append(self.name)
+            network.get_parameter("network.head.bias").sub_(0.005)
+            return "overdone"
+
+    tenth = Tenth()
+    climber = Climb(Small(), Overdone(), Learned(), tenth).start()
+    assert Noise.applied == ["small", "overdone", "learned", "overdone", "tenth"]
+    assert [rung.kept for rung in climber.ladder.rungs] == [True] * 4
+    learned = climber.ladder.rungs[2]
+    assert learned.metric == pytest.approx(-0.001, abs=1e-6)
+    assert learned.changed == "learned; worse with overdone"
+    assert (climber.session.correction, climber.session.base) == (None, None)
+    assert tenth.seen == pytest.approx(0.001, abs=1e-6)
+    assert tenth.measured == pytest.approx(-0.0001, abs=1e-6)
+
+
 def test_a_rung_fails_if_the_correction_after_it_does() -> None:
     class OnceOnly(Finish):
         name = "once"

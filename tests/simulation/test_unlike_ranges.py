@@ -44,6 +44,22 @@ class Padded(OneOutput):
         return torch.cat((boxes, torch.zeros_like(boxes)), dim=1)
 
 
+class ColorsAndDistance(nn.Module):
+    """Colors from 0 to 1 and a distance in one input."""
+
+    def __init__(self, meters: float) -> None:
+        super().__init__()
+        self.meters = meters
+        self.of_colors, self.of_distance = nn.Conv2d(2, 4, 1), nn.Conv2d(1, 4, 1)
+        seeded(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of_colors(x[:, :2]) + self.of_distance(x[:, 2:]).sigmoid()
+
+    def batch(self) -> Tensor:
+        return torch.rand(8, 3, 8, 8) * torch.tensor([1.0, 1.0, self.meters]).reshape(3, 1, 1)
+
+
 class Apart(OneOutput):
     def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         return {"boxes": self.relu(self.boxes(x)), "scores": self.scores(x).sigmoid()}
@@ -71,6 +87,23 @@ def test_pixels_and_scores_in_one_range_are_found_and_warned_of(caplog: pytest.L
         calibrate(network, [call(images(8))])  # as each rung does
     assert len(network.findings) == 1
     assert not caplog.text
+
+
+def test_parts_of_an_input_that_are_unlike_are_found(tmp_path: Path) -> None:
+    known = [
+        calibrated(network, call(network.batch())) for network in (ColorsAndDistance(80.0), ColorsAndDistance(4.0))
+    ]
+    assert [found(network) for network in known] == [[("of_colors", FindingKind.UNLIKE_RANGES)], []]
+    (finding,) = known[0].findings
+    assert finding.problem.startswith("reads a part of values from ")
+    assert "of whose 255 steps the former are left 3." in finding.problem
+    wide = calibrated(ColorsAndDistance(80.0), call(ColorsAndDistance(80.0).batch()), precision="w8a16")
+    assert not wide.findings
+    cache, batches = StatisticsCache(tmp_path), [call(ColorsAndDistance(80.0).batch())]
+    for _ in range(2):
+        again = quantized(ColorsAndDistance(80.0), call(ColorsAndDistance(80.0).batch())).eval()
+        calibrate(again, batches, cache=cache)
+        assert found(again) == [("of_colors", FindingKind.UNLIKE_RANGES)]
 
 
 def test_a_pass_that_is_recalled_finds_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,6 +23,8 @@ from lightning_quant.simulation.callsites.passes import paused
 _TAPS = 3
 # The smallest block of a mean that is wrong; compiled with QAIRT 2.51, as are those of 6, 8, 10, 12, 16 and 8 by 4.
 _MISCOMPUTED = 4
+# The only block of a maximum that is, with 8-bit activations: neither others up to 16, nor these where they overlap.
+_MISCOMPUTED_MAXIMUM = [8, 8]
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 # Attributes of any module, its hooks among them.
 _EVERY_MODULE = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
@@ -41,6 +43,7 @@ def lowered(network: nn.Module) -> Iterator[None]:
       otherwise: in convolutions of three dimensions, and of two dimensions to one channel, with a bias.
     - A mean over blocks of an even height and width of 4 or more, which the NPU gets wrong where the blocks do not
       overlap, is one over blocks that do, of which every second is taken.
+    - A maximum over blocks of 8 by 8 that do not overlap is the maximum along the height, then along the width.
     - An instance norm without weights, which the NPU computes in float, has ones and zeros.
 
     Args:
@@ -62,8 +65,8 @@ def lowered(network: nn.Module) -> Iterator[None]:
             elif isinstance(layer, _INSTANCE_NORMS) and isinstance(layer, aimet.BaseQuantizationMixin):
                 if layer.weight is None and not layer.track_running_stats:
                     restored.enter_context(_being(layer, _with_ones(layer)))
-            elif (names := _arguments_of_means(layer)) and layer.output_quantizers[0] is not None:
-                restored.enter_context(_being(layer, _of_means(layer, names)))
+            elif isinstance(layer, aimet.BaseQuantizationMixin) and (pooling := _pooling(layer)):
+                restored.enter_context(_being(layer, _deciding(layer, *pooling)))
         yield
 
 
@@ -77,7 +80,7 @@ def _of_norm(norm: Any) -> nn.Module:
 
 
 def _of_vectors(norm: Any, made: Any) -> nn.Module:
-    """Let a convolution take vectors, as sequences of length one that are rounded like the vectors."""
+    """Let a convolution take vectors, side by side as one sequence that is rounded like them."""
     from lightning_quant.simulation.fast.biases import ROUNDED_BY  # imports AIMET
 
     of_input, of_output = vars(norm).get(ROUNDED_BY), made.output_quantizers[0]
@@ -85,8 +88,8 @@ def _of_vectors(norm: Any, made: Any) -> nn.Module:
 
     def forward(self: Any, features: Tensor) -> Any:
         with paused():
-            sequences = features.unsqueeze(-1)
-            outputs = kind.forward(self, sequences if of_input is None else of_input(sequences)).squeeze(-1)
+            sequence = features.T.unsqueeze(0)
+            outputs = kind.forward(self, sequence if of_input is None else of_input(sequence)).squeeze(0).T
             return outputs if of_output is None else of_output(outputs)
 
     made.__class__ = type(kind.__name__, (kind,), {"forward": forward})
@@ -149,36 +152,29 @@ def _with_ones(layer: Any) -> nn.Module:
     return _rounding_as(layer, made)
 
 
-def _arguments_of_means(layer: Any) -> tuple[str, ...]:
-    """Return what says, besides its input, of which blocks a layer takes the mean; nothing for other layers."""
-    if not isinstance(layer, aimet.BaseQuantizationMixin):
-        return ()
+def _pooling(layer: Any) -> tuple[Sequence[str], Callable[..., Any]] | None:
+    """Return what says, besides its input, of which blocks a layer takes what, and how that is lowered."""
     if isinstance(layer, nn.AvgPool2d | aimet.custom.AvgPool2d):
-        return "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
-    return ("output_size",) if isinstance(layer, nn.AdaptiveAvgPool2d | aimet.custom.AdaptiveAvgPool2d) else ()
+        names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+        return names, _means_of_blocks
+    if isinstance(layer, nn.AdaptiveAvgPool2d | aimet.custom.AdaptiveAvgPool2d):
+        return ("output_size",), _means_of_blocks
+    if isinstance(layer, nn.MaxPool2d | aimet.custom.MaxPool2d):
+        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+        return names, _maxima_of_blocks
+    return (("output_size", "return_indices"), _maxima_of_blocks) if isinstance(layer, nn.AdaptiveMaxPool2d) else None
 
 
-def _of_means(layer: Any, names: Sequence[str]) -> nn.Module:
+def _deciding(layer: Any, names: Sequence[str], lowered_on: Callable[..., Any]) -> nn.Module:
     """Return a pooling layer that decides by its input how its file computes it."""
     kind = type(layer)
 
     def forward(self: Any, maps: Tensor, *args: Any, **kwargs: Any) -> Any:
         called = dict(zip(names, args, strict=False)) | kwargs  # of a function; a module holds them
         given = {name: called.get(name, getattr(self, name, None)) for name in names}
-        block = _block([int(size) for size in maps.shape[-2:]], **given)
-        if not block or not all(size >= _MISCOMPUTED and size % 2 == 0 for size in block):
-            return kind.forward(self, maps, *args, **kwargs)
-        height, width = block
-        padding, counted = given.get("padding") or 0, given.get("count_include_pad") is not False
-        pool: Any = aimet.QuantizationMixin.from_module(
-            nn.AvgPool2d((height, width), (height // 2, width // 2), padding, False, counted)
-        )
-        pool.input_quantizers, pool.output_quantizers = self.input_quantizers, self.output_quantizers
         with paused():
-            means = pool(maps)
-            for every_second in ((..., slice(None, None, 2), slice(None)), (..., slice(None, None, 2))):
-                means = self.output_quantizers[0](means[every_second])  # on the same grid
-            return means
+            result = lowered_on(self, maps, [int(size) for size in maps.shape[-2:]], given)
+        return kind.forward(self, maps, *args, **kwargs) if result is None else result
 
     made = copy.copy(layer)
     made.__class__ = type(kind.__name__, (kind,), {"forward": forward})
@@ -186,26 +182,50 @@ def _of_means(layer: Any, names: Sequence[str]) -> nn.Module:
     return result
 
 
-def _block(
-    sizes: Sequence[int],
-    kernel_size: Any = None,
-    stride: Any = None,
-    padding: Any = 0,
-    ceil_mode: Any = False,
-    count_include_pad: Any = True,
-    divisor_override: Any = None,
-    output_size: Any = None,
-) -> list[int]:
-    """Return height and width of the blocks that a mean is taken of; nothing if they overlap or there is one alone."""
-    if kernel_size is None:
-        counts = [size if count is None else int(count) for size, count in zip(sizes, _pair(output_size), strict=True)]
+def _means_of_blocks(layer: Any, maps: Tensor, sizes: Sequence[int], given: dict[str, Any]) -> Any:
+    block = [] if given.get("ceil_mode") or given.get("divisor_override") is not None else _block(sizes, given)
+    if not block or not all(size >= _MISCOMPUTED and size % 2 == 0 for size in block):
+        return None
+    (height, width), of_output = block, layer.output_quantizers[0]
+    if of_output is None:
+        return None
+    padding, counted = given.get("padding") or 0, given.get("count_include_pad") is not False
+    pool: Any = aimet.QuantizationMixin.from_module(
+        nn.AvgPool2d((height, width), (height // 2, width // 2), padding, False, counted)
+    )
+    pool.input_quantizers, pool.output_quantizers = layer.input_quantizers, layer.output_quantizers
+    means = pool(maps)
+    for every_second in ((..., slice(None, None, 2), slice(None)), (..., slice(None, None, 2))):
+        means = of_output(means[every_second])  # on the same grid
+    return means
+
+
+def _maxima_of_blocks(layer: Any, maps: Tensor, sizes: Sequence[int], given: dict[str, Any]) -> Any:
+    is_plain = not given["return_indices"] and list(_pair(given.get("dilation") or 1)) == [1, 1]
+    if not is_plain or _block(sizes, given) != _MISCOMPUTED_MAXIMUM:
+        return None
+    padding, rounds_up = _pair(given.get("padding") or 0), bool(given.get("ceil_mode"))
+    (height, width), modules = _MISCOMPUTED_MAXIMUM, []
+    for block, around in (((height, 1), (padding[0], 0)), ((1, width), (0, padding[1]))):
+        modules.append(aimet.QuantizationMixin.from_module(nn.MaxPool2d(block, None, around, ceil_mode=rounds_up)))
+    along_height, along_width = modules
+    along_height.input_quantizers, along_width.output_quantizers = layer.input_quantizers, layer.output_quantizers
+    return along_width(along_height(maps))
+
+
+def _block(sizes: Sequence[int], given: dict[str, Any]) -> list[int]:
+    """Return height and width of the blocks of a pooling layer; nothing if they overlap or there is one alone."""
+    if (kernel_size := given.get("kernel_size")) is None:
+        given_sizes = _pair(given["output_size"])
+        counts = [size if count is None else int(count) for size, count in zip(sizes, given_sizes, strict=True)]
         block = [size // count for size, count in zip(sizes, counts, strict=True)]
         exact = [size * count for size, count in zip(block, counts, strict=True)] == list(sizes)
     else:
         block = [int(size) for size in _pair(kernel_size)]
-        strides = block if stride is None or stride == [] else [int(size) for size in _pair(stride)]
-        exact = strides == block and not ceil_mode and divisor_override is None
-    return block if exact and block != list(sizes) else []
+        stride = given.get("stride")
+        exact = stride is None or stride == [] or [int(size) for size in _pair(stride)] == block
+    is_alone = block == list(sizes) and not any(_pair(given.get("padding") or 0))
+    return block if exact and not is_alone else []
 
 
 def _pair(sizes: Any) -> Sequence[Any]:

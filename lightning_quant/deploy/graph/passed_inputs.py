@@ -1,13 +1,14 @@
-"""Inputs that are outputs as well: a device returns the integers that it was given.
+"""Inputs that a network hands on before it computes with them: a device does so with the integers that it was given.
 
-In the simulation such an output is the float tensor itself. AIMET's files leave it without a range, and the input as
-well: the range stands at the copy that the first operation takes.
+In the simulation an output that is an input is the float tensor itself. AIMET's files leave it without a range, and the
+input as well: the range stands at the copy that the first operation takes. The same with an input that is read in
+parts, as the first layer of some detectors does: the ranges, which are one in the simulation, stand at the parts.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +84,6 @@ def round_input(model: onnx.ModelProto, grid: Grid) -> set[str]:
     Returns:
         The names of what is rounded to it now, as they were before.
     """
-    from onnx import helper
-
     graph = QdqGraph(model)
     (name,) = (value.name for value in model.graph.input)
     for copied in graph.consumers[name]:
@@ -95,13 +94,20 @@ def round_input(model: onnx.ModelProto, grid: Grid) -> set[str]:
         graph.add(f"{name}_scale", np.asarray(grid.scale, np.float32)),
         graph.add(f"{name}_zero_point", grid.zero_point),
     ]
+    return _round_first(graph, name, ends)
+
+
+def _round_first(graph: QdqGraph, name: str, ends: list[str]) -> set[str]:
+    """Round an input before all else, to the scale and zero point in ``ends``, and what hands it on."""
+    from onnx import helper
+
     integers = graph.free(f"{name}_q")
     quantizer = helper.make_node("QuantizeLinear", [name, *ends], [integers], f"{integers}_node")
     dequantizer = helper.make_node("DequantizeLinear", [integers, *ends], [graph.free(f"{name}_qdq")], f"{integers}_dq")
-    nodes = [copy.deepcopy(node) for node in (quantizer, dequantizer, *model.graph.node)]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return _round(QdqGraph(model), name, model.graph.node[0])
+    nodes = [copy.deepcopy(node) for node in (quantizer, dequantizer, *graph.model.graph.node)]
+    del graph.model.graph.node[:]
+    graph.model.graph.node.extend(nodes)
+    return _round(QdqGraph(graph.model), name, graph.model.graph.node[0])
 
 
 def encode_passed_inputs(model: onnx.ModelProto, encodings: dict[str, Any]) -> bool:
@@ -119,6 +125,11 @@ def encode_passed_inputs(model: onnx.ModelProto, encodings: dict[str, Any]) -> b
     changed = False
     for name in [value.name for value in model.graph.input if value.name not in known]:
         graph = QdqGraph(model)
+        parts, roundings = _read_in_parts(graph, name, known.get)
+        if roundings and all({**entry, "name": ""} == {**roundings[0], "name": ""} for entry in roundings):
+            entries += [{**copy.deepcopy(roundings[0]), "name": part} for part in parts]
+            changed = True
+            continue
         copies = [node for node in graph.consumers[name] if node.op_type == "Identity" and node.output[0] in known]
         if not copies or copies[0].output[0] in graph.outputs:
             continue
@@ -140,6 +151,45 @@ def encode_passed_inputs(model: onnx.ModelProto, encodings: dict[str, Any]) -> b
     return changed
 
 
+def _read_in_parts(graph: QdqGraph, name: str, rounding_of: Callable[[str], Any]) -> tuple[list[str], list[Any]]:
+    """Return an input and what is handed on of it before it is rounded, and then the roundings; nothing for others.
+
+    Args:
+        graph: the graph.
+        name: the input.
+        rounding_of: returns what rounds a tensor, or ``None``.
+    """
+    parts, roundings = [name], []
+    for part in parts:
+        for taker in graph.consumers[part]:
+            outputs = list(taker.output)
+            rounded = [rounding_of(output) for output in outputs]
+            takes = (hands_on(taker) and taker.input[0] == part) or taker.op_type == "Concat"
+            if not takes or not graph.outputs.isdisjoint(outputs):
+                return [], []
+            if None not in rounded:
+                roundings.extend(rounded)
+            elif taker.op_type == "Concat":
+                return [], []
+            else:
+                parts.extend(outputs)
+    return parts, roundings
+
+
+def _round_in_parts(graph: QdqGraph, name: str) -> None:
+    """Round an input, where only parts of it were rounded, all to one grid."""
+
+    def rounding_of(tensor: str) -> Any:
+        takers = graph.consumers[tensor]
+        return takers[0] if {taker.op_type for taker in takers} == {"QuantizeLinear"} else None
+
+    _, roundings = _read_in_parts(graph, name, rounding_of)
+    grid = grid_of(graph, roundings[0]) if roundings else None
+    if grid is None or not all(grid.is_same(grid_of(graph, one)) for one in roundings):
+        return
+    _round_first(graph, name, list(roundings[0].input[1:]))
+
+
 def round_passed_inputs(model: onnx.ModelProto) -> dict[str, Grid]:
     """Let all that is handed on of an input be what the first operation takes of it: rounded.
 
@@ -151,6 +201,7 @@ def round_passed_inputs(model: onnx.ModelProto) -> dict[str, Grid]:
     """
     passed: dict[str, Grid] = {}
     for name in [value.name for value in model.graph.input]:
+        _round_in_parts(QdqGraph(model), name)
         graph = QdqGraph(model)
         paths = [(node, *graph.consumers[node.output[0]]) for node in graph.consumers[name]]
         quantizers = [one for path in paths for one in path if one.op_type == "QuantizeLinear"]
@@ -172,13 +223,18 @@ def _round(graph: QdqGraph, name: str, quantizer: onnx.NodeProto) -> set[str]:
     integers, scale, zero_point = quantizer.output[0], quantizer.input[1], quantizer.input[2]
     dequantizer = next(node for node in graph.consumers[integers] if node.op_type == "DequantizeLinear")
     nodes = [quantizer, dequantizer]
-    rounded = {name: dequantizer.output[0]}
+    rounded, grid = {name: dequantizer.output[0]}, grid_of(graph, quantizer)
     for node in graph.model.graph.node:
         if node is quantizer or node is dequantizer:
             continue
         nodes.append(node)
-        takers = [taker.op_type for output in node.output for taker in graph.consumers[output]]
-        if not hands_on(node) or node.input[0] not in rounded or "QuantizeLinear" in takers:
+        takers = [taker for output in node.output for taker in graph.consumers[output]]
+        quantizers = [taker for taker in takers if taker.op_type == "QuantizeLinear"]
+        if quantizers and (hands_on(node) or node.op_type == "Concat"):
+            if grid is not None and all(grid.is_same(grid_of(graph, one)) for one in quantizers):
+                node.input[:] = [rounded.get(one, one) for one in node.input]
+            continue
+        if not hands_on(node) or node.input[0] not in rounded:
             continue
         if node.op_type == "Identity":
             nodes[-1] = helper.make_node(
@@ -189,9 +245,9 @@ def _round(graph: QdqGraph, name: str, quantizer: onnx.NodeProto) -> set[str]:
         node.input[0] = rounded[node.input[0]]
         for index, output in enumerate(node.output):
             node.output[index] = graph.free(f"{output}_qdq")
-            grid, stem = [scale, zero_point], graph.free(f"{output}_q")
-            nodes.append(helper.make_node("QuantizeLinear", [node.output[index], *grid], [stem], f"{output}_q"))
-            nodes.append(helper.make_node("DequantizeLinear", [stem, *grid], [output], f"{output}_dq"))
+            ends, stem = [scale, zero_point], graph.free(f"{output}_q")
+            nodes.append(helper.make_node("QuantizeLinear", [node.output[index], *ends], [stem], f"{output}_q"))
+            nodes.append(helper.make_node("DequantizeLinear", [stem, *ends], [output], f"{output}_dq"))
             rounded[output] = output
     nodes = [copy.deepcopy(node) for node in nodes]
     del graph.model.graph.node[:]

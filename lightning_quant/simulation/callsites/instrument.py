@@ -20,6 +20,7 @@ from lightning_quant.simulation.callsites.attributes import (
     WEIGHT,
 )
 from lightning_quant.simulation.callsites.checkpointing import follow_checkpoints
+from lightning_quant.simulation.callsites.decompositions.pooling import is_uneven
 from lightning_quant.simulation.callsites.functions import AUGMENTED, tensors_among
 from lightning_quant.simulation.callsites.passes import observed_by, paused
 from lightning_quant.simulation.callsites.recording import Found, Recorder
@@ -56,6 +57,8 @@ def is_layer(module: nn.Module) -> bool:
         return True
     quantized = aimet.QuantizationMixin.cls_to_qcls.get(type(module))
     if quantized is None or quantized.__module__.startswith(_TRANSFORMERS) or isinstance(module, _DECOMPOSED):
+        return False
+    if isinstance(module, nn.Upsample) and module.mode == "area":
         return False
     own = vars(module)
     if "forward" in own or module._forward_hooks or module._forward_pre_hooks:
@@ -141,9 +144,9 @@ def _traced(root: nn.Module, call: NetworkInputs, recorder: Recorder) -> None:
 def _layers(root: nn.Module, calls: Sequence[NetworkInputs]) -> set[nn.Module]:
     """Return the modules that AIMET quantizes as a whole: known to it, called once in a pass at most, by position."""
     most: Counter[nn.Module] = Counter()
-    by_name: set[nn.Module] = set()
+    opened: set[nn.Module] = set()
     for call in calls:
-        most |= _calls(root, call, by_name)
+        most |= _calls(root, call, opened)
     single = (nn.Dropout, nn.Identity, nn.Flatten)
     return {
         module
@@ -151,19 +154,19 @@ def _layers(root: nn.Module, calls: Sequence[NetworkInputs]) -> set[nn.Module]:
         # what none of the calls uses, such as a head for training alone, the device does not compute
         if module is not root
         and is_layer(module)
-        and module not in by_name  # AIMET rounds no tensor that a layer is given so
+        and module not in opened
         and (most[module] == 1 or isinstance(module, single))
     }
 
 
-def _calls(root: nn.Module, call: NetworkInputs, by_name: set[nn.Module]) -> Counter[nn.Module]:
-    """Count how often each module is called in a pass; add those that are given a tensor by name to ``by_name``."""
+def _calls(root: nn.Module, call: NetworkInputs, opened: set[nn.Module]) -> Counter[nn.Module]:
+    """Count how often each module is called in a pass; add to ``opened`` those that are no layers in such a call."""
     counts: Counter[nn.Module] = Counter()
 
     def count(module: nn.Module, args: Any, kwargs: Any) -> None:
         counts[module] += 1
-        if tensors_among(kwargs):
-            by_name.add(module)
+        if tensors_among(kwargs) or is_uneven(module, args):  # AIMET rounds no tensor that is given by name
+            opened.add(module)
 
     handles = [one.register_forward_pre_hook(count, prepend=True, with_kwargs=True) for one in root.modules()]
     try:

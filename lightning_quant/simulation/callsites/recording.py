@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_quant.simulation.callsites.attributes import CONTAINERS, DEFAULT_STATE, FOLDED, RECURRENT, SEEN
-from lightning_quant.simulation.callsites.decompositions.table import DECOMPOSITIONS, REPEATED_STEPS
+from lightning_quant.simulation.callsites.decompositions.table import DECOMPOSITIONS, JOINS, REPEATED_STEPS
 from lightning_quant.simulation.callsites.functions import (
     CASTS,
     CHOICES,
@@ -72,10 +72,11 @@ class Recorder:
     known: set[int] = field(default_factory=set)
     kept: list[Any] = field(default_factory=list)  # alive, so that no id is given twice
     edges: list[_Edge] = field(default_factory=list)
-    given: set[int] = field(default_factory=set)
+    given: set[int] = field(default_factory=set)  # the inputs, and parts of them
     held: set[int] = field(default_factory=set)  # what the network keeps from pass to pass
     fresh: set[int] = field(default_factory=set)  # made of numbers alone
     repeating: bool = False
+    joining: bool = False
     stale: dict[int, nn.Module] = field(default_factory=dict)  # what a layer in place was given
     seen_changed: dict[int, tuple[int, Place]] = field(default_factory=dict)  # by an operation in place on another
     refused: set[tuple[int, Place]] = field(default_factory=set)  # such operations whose change is seen elsewhere
@@ -119,10 +120,11 @@ class Recorder:
             if pending is None:
                 self._add(Found(module, at, name, self.repeating, tracing_state() is not None))
             before, self.repeating = self.repeating, self.repeating or name in REPEATED_STEPS
+            around, self.joining = self.joining, name in JOINS
             try:
                 result = DecomposedSite(name, at).compute(running, func, args, kwargs)
             finally:
-                self.repeating = before
+                self.repeating, self.joining = before, around
             if name == "setitem":
                 self.seen_changed |= dict.fromkeys(self._sharing_memory(args[0]), (id(module), at))
             return result
@@ -191,6 +193,8 @@ class Recorder:
         if in_place(func, name) and self._is_kept(given[0]):
             return False
         if name == "setitem" and id(given[0]) in self.given:  # the caller of the network sees the change
+            return False
+        if name in JOINS and (self.joining or self.given.isdisjoint(map(id, given))):
             return False
         if not any(tensor.is_floating_point() for tensor in given) or not self._depends(given):
             return False
@@ -269,9 +273,12 @@ class Recorder:
         constant = name in LOSSES or not self._depends(given)
         if name in SHAPES and not any(tensor.is_floating_point() for tensor in new):
             constant = True
+        is_part = name in MOVES and name in SEEN_THROUGH and bool(given) and id(given[0]) in self.given
         for tensor in new:
             self.kept.append(tensor)
             self.known.add(id(tensor))
+            if is_part and tensor.is_floating_point():
+                self.given.add(id(tensor))
             if constant:
                 self.constants[id(tensor)] = tensor
                 if not given:

@@ -8,6 +8,8 @@ not know.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -78,7 +80,7 @@ def leave_out_roundings(sim: Any) -> None:
 
 
 def tie_ranges(sim: Any) -> None:
-    """Give the tensors before and after each operation that hands values on one quantizer.
+    """Give the tensors before and after each operation that hands values on one quantizer, and parts of an input one.
 
     What a concatenation takes and others read as well keeps its own range, unless AIMET gave it that of the
     concatenation; it is rounded once more on the way in. A wider range would cost all its readers more than that.
@@ -88,16 +90,23 @@ def tie_ranges(sim: Any) -> None:
     """
     if not sim.connected_graph.is_safe():  # as AIMET does
         return
-    groups = Groups()
+    groups, readers = Groups(), _readers_of_inputs(sim)
     operations = sim.connected_graph.ordered_ops
     for op in sim.connected_graph.get_all_ops().values():  # forks too
         for quantizer in outputs(sim, op):  # one already, as that of a recurrent layer for all steps
             groups.join(quantizer, op)
         for index in inputs_of_one_grid(sim, op):
-            if not (_is_concatenation(sim, op) and _is_read_elsewhere(sim, op.inputs[index])):
+            if not (_is_concatenation(sim, op) and _is_read_elsewhere(sim, op, op.inputs[index], readers)):
                 groups.join(_tensor(op, index), op)
+    named = (input_name(one) for op in operations for one in op.inputs if one.producer is None and one.is_model_input)
+    of_inputs = {groups.of(name) for name in named}
     # the last of each group
     shared = {groups.of(op): one for op in operations if hands_on(sim, op) for one in outputs(sim, op)}
+    for op in operations:
+        for index, own in enumerate(getattr(sim._get_qmodule(op), "input_quantizers", ())):
+            tensor = groups.of(_tensor(op, index)) if index < len(op.inputs) else None
+            if own is not None and tensor in of_inputs:
+                shared.setdefault(tensor, own)
     for op in operations:
         module = sim._get_qmodule(op)
         quantizer = shared.get(groups.of(op))
@@ -116,8 +125,29 @@ def tie_ranges(sim: Any) -> None:
                 sim._get_qmodule(op).input_quantizers[index] = outputs(sim, op)[0]
 
 
-def _is_read_elsewhere(sim: Any, product: Any) -> bool:
+def _readers_of_inputs(sim: Any) -> dict[str, set[Any]]:
+    """Return the operations that compute with an input of the network or join it, by its name."""
+    readers: dict[str, set[Any]] = defaultdict(set)
+    for op in sim.connected_graph.ordered_ops:
+        for product in op.inputs if _is_concatenation(sim, op) or not passes_values(sim, op) else ():
+            name = _passed_input(sim, product)
+            if name is not None:
+                readers[name].add(op)
+    return readers
+
+
+def _passed_input(sim: Any, product: Any) -> str | None:
+    """Return the name of the input of the network that operations before this only pass on."""
+    while product.producer is not None and passes_values(sim, product.producer):
+        product = product.producer.inputs[0]
+    return input_name(product) if product.producer is None and product.is_model_input else None
+
+
+def _is_read_elsewhere(sim: Any, op: Any, product: Any, readers: Mapping[str, set[Any]]) -> bool:
     """Return whether what a concatenation takes goes to other operations, too, or what it was chosen from does."""
+    name = _passed_input(sim, product)
+    if name is not None:  # AIMET's file has one range for what is joined from an input
+        return readers[name] != {op} and sum(_is_concatenation(sim, one) for one in readers[name]) == 1
     source = product.producer
     while source is not None and len(source.output_ops) == 1 and passes_values(sim, source):
         source = source.inputs[0].producer

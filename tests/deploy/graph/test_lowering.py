@@ -98,6 +98,28 @@ class Pooled(nn.Module):
         return self.conv(pooled) + F.adaptive_avg_pool2d(pooled, 1)
 
 
+class Largest(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(CHANNELS, CHANNELS, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        largest = F.max_pool2d(self.conv(x).relu(), 8, padding=(1, 4))
+        return torch.cat([largest, F.max_pool2d(x, (8, 8), 8, 2, ceil_mode=True)[:, :, : largest.shape[2]]], 1)
+
+
+class Tokens(nn.Module):
+    """As LeViT normalizes: the vectors of all tokens, one below the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(CHANNELS, CHANNELS), trained(nn.BatchNorm1d(CHANNELS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.linear(x.transpose(1, 2))
+        return self.norm(tokens.flatten(0, 1)).reshape_as(tokens).relu()
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -124,6 +146,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: nn.Sequential(nn.Linear(CHANNELS, CHANNELS), nn.ReLU(), trained(nn.BatchNorm1d(CHANNELS)), nn.ReLU()),
         VECTORS,
     ),
+    "vectors of tokens": (Tokens, (1, CHANNELS, 196)),
     "volumes": (lambda: nn.Sequential(trained(nn.BatchNorm3d(CHANNELS))), VOLUMES),
     "no weights": (lambda: nn.Sequential(nn.ReLU(), trained(nn.BatchNorm2d(CHANNELS, affine=False))), MAPS),
     "a function": (Called, MAPS),
@@ -140,6 +163,11 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "means of as many blocks": (lambda: nn.Sequential(nn.AdaptiveAvgPool2d((2, None))), (1, CHANNELS, 12, 10)),
     "means of 2 by 3 blocks": (lambda: nn.Sequential(nn.AdaptiveAvgPool2d((2, 3))), (1, CHANNELS, 12, 18)),
     "means by a function": (Pooled, (1, CHANNELS, 16, 16)),
+    "maxima of blocks": (lambda: nn.Sequential(nn.MaxPool2d(8)), (1, CHANNELS, 24, 32)),
+    "maxima of padded blocks": (lambda: nn.Sequential(nn.MaxPool2d(8, padding=4), nn.ReLU()), (1, CHANNELS, 8, 8)),
+    "maxima rounded up": (lambda: nn.Sequential(nn.MaxPool2d(8, ceil_mode=True)), (1, CHANNELS, 20, 30)),
+    "maxima of 2 by 3 blocks": (lambda: nn.Sequential(nn.AdaptiveMaxPool2d((2, 3))), (1, CHANNELS, 16, 24)),
+    "maxima by a function": (Largest, (1, CHANNELS, 16, 16)),
     "an instance norm": (lambda: nn.Sequential(nn.ReLU(), nn.InstanceNorm2d(CHANNELS)), MAPS),
     "one tap": (lambda: nn.Sequential(tapped()), MAPS),
     "one tap, strided and padded": (lambda: nn.Sequential(tapped(stride=2, padding=1)), MAPS),
@@ -193,7 +221,7 @@ def test_blame_names_no_layer_and_the_one_that_is_changed(tmp_path: Path, name: 
     model, _ = written(network, given, tmp_path)
     inputs = [model.graph.input[0].name]
     assert not compare_file(network, model, inputs, [call(given)]).guilty
-    if "means" in name or "instance" in name:
+    if any(kind in name for kind in ("means", "maxima", "instance")):
         return  # without a weight that could be changed
     graph = QdqGraph(model)
     weight = next(

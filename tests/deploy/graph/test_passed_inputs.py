@@ -49,7 +49,65 @@ class Untaken(Encoder):
         return self.one(x), mask
 
 
+class Focus(nn.Module):
+    """The first layer of some detectors: every second pixel is a channel of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(12, 6, 3)
+        seeded(self)
+
+    def forward(self, x: Tensor) -> Any:
+        parts = x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]
+        return self.conv(torch.cat(parts, 1))
+
+
+class TwoEncoders(nn.Module):
+    """Colors and depth, or two frames, in one tensor; at w8a8 their parts had ranges of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(1, 6, 3, padding=1)
+        seeded(self)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.first(x[:, :2]) + self.second(x[:, 2:]).relu()
+
+
+class PartsAndWhole(TwoEncoders):
+    """A part in another form, one that is only joined with what was computed, and the whole."""
+
+    def forward(self, x: Tensor) -> Any:
+        of_rows = self.first(x.transpose(2, 3).reshape(x.shape)[:, :2]) * x.mean((1, 2, 3), keepdim=True)
+        return torch.cat([of_rows, x[:, 1:]], 1), self.second(x.flip(1)[:, :1])
+
+
+class Unbound(TwoEncoders):
+    def forward(self, x: Tensor) -> Any:
+        red, green, blue = x.unbind(1)
+        return self.second((red * 0.3 + green * 0.6 + blue * 0.1)[:, None])
+
+
+class Skip(nn.Module):
+    """The image once more beside features, of other sizes, as networks for details have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(9, 4, 1)
+        seeded(self)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(torch.cat([x, self.first(x).relu() * 50.0], 1))
+
+
+class SkipOfParts(Skip):
+    def forward(self, x: Tensor) -> Any:
+        features = self.first(x).relu() * 50.0
+        return self.last(torch.cat([x[:, 1:].flip(1), features, x[:, :1]], 1))
+
+
 CALLS = [call(images(1, seed=seed)) for seed in (1, 2)]
+IN_PARTS = [Focus, TwoEncoders, PartsAndWhole, Unbound, Skip, SkipOfParts]
 
 
 def exported(network: nn.Module, path: Path, precision: str = "w8a16") -> tuple[Bundle, Samples]:
@@ -116,3 +174,34 @@ def test_the_npu_hands_its_input_back(tmp_path: Path, network: type[nn.Module]) 
     assert (measured.report.float_islands, measured.report.fallen_back) == ([], {})
     assert measured.report.against_simulation is not None
     assert measured.report.against_simulation.psnr_db > 45
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w8a16"])
+@pytest.mark.parametrize("network", IN_PARTS)
+def test_an_input_that_is_read_in_parts_has_one_range(tmp_path: Path, network: type[nn.Module], precision: str) -> None:
+    bundle, samples = exported(network(), tmp_path / "net", precision)
+    assert bundle.manifest.parity.psnr_db > 90
+    model = onnx.load(bundle.qdq)
+    onnx.checker.check_model(model, full_check=True)
+    of_input = {node.output[0] for node in operations(model, "QuantizeLinear") if node.input[0] == "x"}
+    takers = [node.op_type for node in model.graph.node if "x" in node.input or of_input & {*node.input}]
+    assert takers.count("QuantizeLinear") == 1
+    assert {*takers} == {"QuantizeLinear", "DequantizeLinear"}
+    encodings = json.loads((bundle.aimet / "model.encodings").read_text())["activation_encodings"]
+    assert "x" in {entry["name"] for entry in encodings}
+    if NO_EMULATOR is None:
+        (measured,) = Push("htp_emulator", ["SM8650"], 60, {}).run(bundle, samples)
+        assert (measured.report.float_islands, measured.report.fallen_back) == ([], {})
+        assert measured.report.against_simulation is not None
+        assert measured.report.against_simulation.psnr_db > (45 if precision == "w8a8" else 70)
+
+
+@pytest.mark.parametrize("network", [Skip, SkipOfParts])
+def test_an_input_that_is_joined_with_features_keeps_its_range(network: type[nn.Module]) -> None:
+    inputs = call(images(8))
+    made = calibrated(network(), inputs)
+    of_image: Any = made.network.get_submodule("first.input_quantizers.0")
+    (image,) = inputs.tensors
+    assert float(of_image.max) == pytest.approx(float(image.max()), abs=0.05)
+    of_features: Any = made.network.get_submodule("cat.output_quantizers.0")
+    assert float(of_features.max) > 5 * float(of_image.max)

@@ -101,6 +101,28 @@ def positions_smoothed(m: Rewritten, y: Tensor) -> Tensor:
     return y + F.interpolate(m.positions, size=y.shape[2:], mode="bicubic", antialias=True)
 
 
+def areas(m: Rewritten, y: Tensor) -> Tensor:
+    return F.interpolate(y, scale_factor=(0.25, 0.5), mode="area")
+
+
+def uneven_areas(m: Rewritten, y: Tensor) -> Tensor:
+    return m.areas(y) + F.interpolate(y[:, :, 0], 12, mode="area")[:, :, None]
+
+
+def uneven_means(m: Rewritten, y: Tensor) -> Tensor:
+    return m.means(y) * F.adaptive_avg_pool1d(y[:, :, 0], 3)[:, :, None]
+
+
+def uneven_maxima(m: Rewritten, y: Tensor) -> Tensor:
+    return torch.cat([m.maxima(y).mean(2), F.adaptive_max_pool1d(y[:, :, 0], 3)], 2)
+
+
+def uneven_volumes(m: Rewritten, y: Tensor) -> Tensor:
+    volume = y[:, None]
+    means = F.adaptive_avg_pool3d(volume, (4, 3, None)) + F.interpolate(volume, (4, 3, 8), mode="area")
+    return means.flatten(1, 2) * F.adaptive_max_pool3d(volume, (4, 3, 8))[:, 0]
+
+
 def patches(m: Rewritten, y: Tensor) -> Tensor:
     return F.fold(F.unfold(y, 3, padding=1, stride=2), (8, 8), 3, padding=1, stride=2)
 
@@ -149,8 +171,9 @@ def rows_and_columns(m: Rewritten, y: Tensor) -> Tensor:
 
 REWRITTEN = [
     every_third, a_block, a_number, places_in_a_list, from_nothing, through_a_view, put, put_in_place, scattered,
-    zeros_added_to, smoothed, smoothed_by_a_factor, positions_smoothed, patches, wide_patches, by_a_weight, by_nothing,
-    of_a_layer, windows_of_an_image, queries_keys_values, queries_keys_values_split, rows_and_columns,
+    zeros_added_to, smoothed, smoothed_by_a_factor, positions_smoothed, areas, uneven_areas, uneven_means,
+    uneven_maxima, uneven_volumes, patches, wide_patches, by_a_weight, by_nothing, of_a_layer, windows_of_an_image,
+    queries_keys_values, queries_keys_values_split, rows_and_columns,
 ]  # fmt: skip
 
 
@@ -161,6 +184,8 @@ class Rewritten(nn.Module):
         self.conv = nn.Conv2d(3, 6, 3)
         self.linear = nn.Linear(6, 6)
         self.norm = nn.LayerNorm(8, bias=False)
+        self.areas = nn.Upsample((4, 12), mode="area")
+        self.means, self.maxima = nn.AdaptiveAvgPool2d((None, 3)), nn.AdaptiveMaxPool2d((3, 5))
         self.positions = nn.Parameter(torch.randn(1, 6, 7, 7))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,11 +240,18 @@ def windows(m: Rewritten, y: Tensor) -> Tensor:
     return y.unfold(2, 4, 4).unfold(3, 4, 4).mean((-1, -2))
 
 
+def maxima_and_places(m: Rewritten, y: Tensor) -> Tensor:
+    largest, places = F.adaptive_max_pool2d(y, 3, return_indices=True)
+    return largest * places.remainder(2)
+
+
 def dilated_patches(m: Rewritten, y: Tensor) -> Tensor:  # the NPU has no dilated transposed convolution
     return F.fold(F.unfold(y, 3, 2, 2), (8, 8), 3, 2, 2)
 
 
-@pytest.mark.parametrize("function", [dilated_patches, seen_by_another, written_through, where_negative, windows])
+@pytest.mark.parametrize(
+    "function", [dilated_patches, maxima_and_places, seen_by_another, written_through, where_negative, windows]
+)
 def test_writes_that_are_not_rewritten_compute_the_same(function: Callable[[Rewritten, Tensor], Tensor]) -> None:
     network = Rewritten(function).eval()
     float_network = copy.deepcopy(network)
@@ -251,6 +283,16 @@ def test_hooks_receive_tensors_as_changed_in_place() -> None:
         known.network(IMAGES)
     float_network(IMAGES)
     torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=1e-5)
+
+
+def test_the_file_averages_an_image_in_blocks_of_unequal_size(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.AdaptiveAvgPool2d((3, 4)), nn.Conv2d(3, 4, 1)).eval()
+    known = calibrated(network, call(IMAGES))
+    bundle = export_bundle(known, tmp_path / "bundle", [call(IMAGES)])
+    assert bundle.manifest.parity.psnr_db > 90
+    sizes = call(torch.randn(2, 3, 12, 16))  # equal blocks
+    with unrounded(known):
+        torch.testing.assert_close(sizes.call(known.network), sizes.call(network), rtol=0, atol=1e-5)
 
 
 def overlapping_windows(m: Rewritten, y: Tensor) -> Tensor:

@@ -54,6 +54,14 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
     return value * torch.sigmoid(gate)
 
 
+def join(tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Compute ``torch.cat`` with inputs of the network, each by an operation that is given it and rounds it first.
+
+    An input keeps its own range where others read it as well: the NPU converts what is joined from that.
+    """
+    return torch.cat([torch.movedim(one, 0, 0) for one in tensors], *args, **kwargs)
+
+
 def stack(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Compute ``torch.stack``."""
     dim = dim if dim >= 0 else dim + tensors[0].dim() + 1

@@ -1,4 +1,4 @@
-"""Resampling that ONNX does not have, as products with constant matrices and convolutions."""
+"""Resampling that ONNX does not have, as products with constant matrices, pooling and convolutions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from lightning_quant.simulation.callsites.traces import untraced
 
 
 def interpolate(input: Tensor, size: Any = None, scale_factor: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-    """Compute ``F.interpolate``; with antialiasing it is linear along each axis: (N, C, H, W) between two matrices."""
+    """Compute ``F.interpolate``.
+
+    With antialiasing it is linear along each axis: (N, C, H, W) between two matrices. Of areas, it is adaptive pooling.
+    """
+    if _takes_areas(*args, **kwargs):
+        return _areas(input, size, scale_factor, *args, **kwargs)
     if not supports_interpolate(input, size, scale_factor, *args, **kwargs):
         return F.interpolate(input, size, scale_factor, *args, **kwargs)
     rows, columns = (
@@ -23,9 +28,23 @@ def interpolate(input: Tensor, size: Any = None, scale_factor: Any = None, *args
     return torch.matmul(rows, torch.matmul(input, columns.T))
 
 
-def supports_interpolate(input: Tensor, *args: Any, **kwargs: Any) -> bool:
-    """Return whether it is one of images with antialiasing, which is the seventh argument."""
-    return input.dim() == 4 and bool(kwargs.get("antialias", args[5] if len(args) > 5 else False))
+def supports_interpolate(input: Tensor, size: Any = None, scale_factor: Any = None, *args: Any, **kwargs: Any) -> bool:
+    """Return whether it is of areas, or one of images with antialiasing, which is the seventh argument."""
+    is_smoothed = bool(kwargs.get("antialias", args[3] if len(args) > 3 else False))
+    return _takes_areas(*args, **kwargs) or (input.dim() == 4 and is_smoothed)
+
+
+def _takes_areas(mode: Any = "nearest", *args: Any, **kwargs: Any) -> bool:
+    return bool(mode == "area")
+
+
+def _areas(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    with paused(), untraced(), torch.no_grad():  # only to know the size
+        resized = F.interpolate(torch.empty(input.shape, device="meta"), *args, **kwargs)
+    sizes: Any = [int(size) for size in resized.shape[2:]]
+    pool: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[len(sizes) - 1]
+    result: Tensor = pool(input, sizes)
+    return result
 
 
 def _of(value: Any, axis: int) -> Any:

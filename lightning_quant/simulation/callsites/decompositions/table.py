@@ -15,6 +15,7 @@ from lightning_quant.simulation.callsites.decompositions import (
     einsum,
     indexed_writes,
     norms,
+    pooling,
     recurrent,
     resampling,
 )
@@ -52,6 +53,7 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "linalg_vector_norm": Decomposition(norms.vector_norm, norms.supports_vector_norm),
     "vector_norm": Decomposition(norms.vector_norm, norms.supports_vector_norm),
     "stack": Decomposition(arithmetic.stack),
+    **dict.fromkeys(("cat", "concat", "concatenate"), Decomposition(arithmetic.join)),
     "addcmul": Decomposition(arithmetic.addcmul),
     "addcdiv": Decomposition(arithmetic.addcdiv),
     "lerp": Decomposition(arithmetic.lerp),
@@ -61,6 +63,11 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "diff": Decomposition(arithmetic.diff),
     "einsum": Decomposition(einsum.einsum, einsum.supports_einsum),
     "interpolate": Decomposition(resampling.interpolate, resampling.supports_interpolate),
+    **{
+        f"adaptive_{kind}_pool{axes}d": Decomposition(compute(axes), pooling.supports(axes))
+        for kind, compute in (("avg", pooling.mean), ("max", pooling.maximum))
+        for axes in (1, 2, 3)
+    },
     "fold": Decomposition(resampling.fold),
     "unfold": Decomposition(resampling.unfold, resampling.supports_unfold),
     "setitem": Decomposition(indexed_writes.set_item, indexed_writes.supports_set_item),
@@ -69,6 +76,8 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "index_fill": Decomposition(indexed_writes.index_fill, indexed_writes.supports_index),
     "scatter": Decomposition(indexed_writes.scatter, indexed_writes.supports_scatter),
 }
+# Those that are decomposed only where they join inputs of the network.
+JOINS = frozenset(("cat", "concat", "concatenate"))
 # Those that compute every step with the same layer: each tensor has one range over all steps.
 REPEATED_STEPS = frozenset(recurrent.KINDS)
 
