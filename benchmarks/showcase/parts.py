@@ -29,7 +29,7 @@ DEVICE = "Samsung Galaxy S24"
 EMULATED = 16
 # From the cheapest; the gate ends the climb at the first that is good enough. No mixed precision: a row of the table is
 # of one.
-RUNGS = ("ptq", "cle", "bias_correction", "bn_reestimation")
+RUNGS = ("ptq", "percentile", "cle", "bias_correction", "bn_reestimation")
 # Where rounding weights loses something.
 RUNGS_OF_4_BITS = ("seq_mse", "rounding")
 # How much of the float figure a network may lose, relative to it.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_quant.deploy.graph import activations, biases, constants, shared_grids
+from lightning_quant.deploy.graph import activations, biases, constants, shared_grids, uniform_constants
 from lightning_quant.deploy.graph.fixed import check_fixed, check_repeatable
 from lightning_quant.deploy.graph.lowering import lowered
 from lightning_quant.deploy.graph.many_axes import leave_out_ones
@@ -126,6 +126,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
         shared = shared_grids.share_grids(quantized)
         parted = activations.part_activations(quantized)
         encoded = constants.encode_constants(quantized)
+        uniform_constants.rewrite_uniform(quantized)
         biases.complete_norms(quantized)
         passed = round_passed_inputs(quantized)
         coarser = biases.rescale_biases(quantized, floats)
@@ -137,6 +138,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
     shared_grids.update_encodings(encodings, shared)
     activations.update_encodings(encodings, parted)
     biases.update_encodings(encodings, coarser)
+    uniform_constants.rewrite_encoded(model, encodings)
     encode_passed_inputs(model, encodings)
     for name, origin in leave_out_ones(model).items():
         entries = encodings["activation_encodings"]

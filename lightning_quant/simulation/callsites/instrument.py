@@ -60,6 +60,8 @@ def is_layer(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Upsample) and module.mode == "area":
         return False
+    if isinstance(module, nn.modules.padding._ConstantPadNd) and module.value != 0:
+        return False
     own = vars(module)
     if "forward" in own or module._forward_hooks or module._forward_pre_hooks:
         return False

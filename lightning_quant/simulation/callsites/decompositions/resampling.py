@@ -1,4 +1,4 @@
-"""Resampling that ONNX does not have, as products with constant matrices, pooling and convolutions."""
+"""Resampling and padding that ONNX or the NPU does not have, as products with matrices, pooling and convolutions."""
 
 from __future__ import annotations
 
@@ -58,6 +58,30 @@ def _along(input: Tensor, axis: int, size: Any, scale: Any, *args: Any, **kwargs
         each = torch.eye(old)[None, None]
         wanted = (None if size is None else (int(size), old)), (None if scale is None else (float(scale), 1.0))
         return F.interpolate(each, *wanted, *args, **kwargs)[0, 0]
+
+
+def pad(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
+    """Compute ``F.pad`` with a number: a concatenation, as its range has to hold the number.
+
+    The NPU puts 0 among channels, whatever the number (by its emulator, QAIRT 2.51).
+    """
+    for axis, ends in zip(range(-1, -len(pad), -1), zip(pad[::2], pad[1::2], strict=True), strict=False):
+        parts = [input]
+        for count, place in zip(map(int, ends), (0, len(parts) + 1), strict=True):
+            if count:
+                with paused(), untraced(), torch.no_grad():
+                    shape = [int(size) for size in input.shape]
+                    shape[axis] = count
+                    number = torch.full(shape, float(value or 0), dtype=input.dtype, device=input.device)
+                parts.insert(place, number)
+        if len(parts) > 1:
+            input = torch.cat(parts, axis)
+    return input
+
+
+def supports_pad(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> bool:
+    """Return whether it adds a finite number other than 0, and cuts nothing off."""
+    return mode == "constant" and bool(value) and math.isfinite(value or 0) and min(map(int, pad)) >= 0
 
 
 def unfold(input: Tensor, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1) -> Tensor:

@@ -69,6 +69,7 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
         for axes in (1, 2, 3)
     },
     "fold": Decomposition(resampling.fold),
+    "pad": Decomposition(resampling.pad, resampling.supports_pad),
     "unfold": Decomposition(resampling.unfold, resampling.supports_unfold),
     "setitem": Decomposition(indexed_writes.set_item, indexed_writes.supports_set_item),
     "index_put": Decomposition(indexed_writes.index_put, indexed_writes.supports_index_put),

@@ -1,0 +1,128 @@
+"""Constants of one value, which the NPU's compiler gets wrong where they are added or joined last."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_quant.deploy.blame.file import compare_file
+from lightning_quant.deploy.export import export_bundle
+from tests.helpers.members import in_turn
+from tests.helpers.networks import calibrated, call
+from tests.helpers.qdq import NO_EMULATOR, computed, emulated, operations, psnr
+
+PRECISIONS = ["w8a8", "w8a16", "w4a8", "w4a16"]
+CHANNELS = 6
+IMAGES, TOKENS = (1, CHANNELS, 10, 14), (1, 12, CHANNELS)
+
+
+class Around(nn.Module):
+    """A convolution or a linear layer, and a function of what it computes."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor], of_tokens: bool = False) -> None:
+        super().__init__()
+        self.function = function
+        self.first: nn.Module = nn.Linear(CHANNELS, CHANNELS) if of_tokens else nn.Conv2d(CHANNELS, CHANNELS, 1)
+        self.number, self.zeros = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1, CHANNELS, 1, 1))
+        self.pad = nn.ConstantPad2d((0, 1, 2, 0), -9.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, self.first(x))
+
+
+class LearnedAffine(nn.Module):
+    """As HGNetV2 scales and shifts what goes into a concatenation, before it has learned to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1) for _ in range(4))
+        self.scale, self.bias = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
+        for layer in self.layers:
+            assert isinstance(layer, nn.Conv2d)
+            layer.weight.data.mul_(2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [x * 1.0]
+        for layer in self.layers:
+            found.append(self.scale * layer(found[-1]).relu() + self.bias)
+        return torch.cat(found, 1)
+
+
+def ones_like(x: Tensor, axis: int) -> Tensor:
+    shape = list(x.shape)
+    shape[axis] = 1
+    return torch.ones(shape)
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "a number added": (lambda: Around(lambda m, y: y + 1.0), IMAGES),
+    "a small number added": (lambda: Around(lambda m, y: 0.01 + y.relu()), IMAGES),
+    "a learned number added": (lambda: Around(lambda m, y: (y.relu() + m.number) * (y + m.number)), IMAGES),
+    "a number added to tokens": (lambda: Around(lambda m, y: y - 1.0 + y, of_tokens=True), TOKENS),
+    "learned affine": (LearnedAffine, IMAGES),
+    "zeros added": (lambda: Around(lambda m, y: torch.cat([y.relu() + m.zeros, y * 9.0], 1)), IMAGES),
+    "ones behind features": (lambda: Around(lambda m, y: torch.cat([y, ones_like(y, 2)], 2), True), TOKENS),
+    "ones behind channels": (lambda: Around(lambda m, y: torch.cat([y, ones_like(y, 1)], 1)), IMAGES),
+    "ones behind columns, moved": (
+        lambda: Around(lambda m, y: torch.cat([y, ones_like(y, 3)], 3).transpose(2, 3).flatten(2)),
+        IMAGES,
+    ),
+    "ones behind both": (
+        lambda: Around(lambda m, y: torch.cat([torch.cat([y, ones_like(y, 1)], 1), ones_like(y, 1)], 1)),
+        IMAGES,
+    ),
+    "zeros behind channels": (lambda: Around(lambda m, y: torch.cat([y, 0 * ones_like(y, 1)], 1)), IMAGES),
+    "padded channels": (lambda: Around(lambda m, y: F.pad(y, (0, 0, 0, 0, 1, 2), value=0.5)), IMAGES),
+    "padded features": (lambda: Around(lambda m, y: F.pad(y, (0, 3), value=1.0), of_tokens=True), TOKENS),
+    "padded beyond the range": (lambda: Around(lambda m, y: F.pad(y, (2, 1, 1, 0), "constant", 20.0)), IMAGES),
+    "padded by a module": (lambda: Around(lambda m, y: m.pad(y)), IMAGES),
+    "padded input": (lambda: nn.Sequential(nn.ConstantPad2d(1, 5.0), nn.Conv2d(CHANNELS, 4, 3)), IMAGES),
+}
+
+
+@pytest.mark.parametrize(("name", "precision"), in_turn(NETWORKS, PRECISIONS))
+def test_the_file_and_the_npu_compute_what_the_simulation_does(tmp_path: Path, name: str, precision: str) -> None:
+    torch.manual_seed(0)
+    make, shape = NETWORKS[name]
+    network, samples = make().eval(), torch.randn(16, *shape[1:])
+    float_network, given = copy.deepcopy(network), samples[:1]
+    known = calibrated(network, call(samples), precision=precision)
+    bundle = export_bundle(known, tmp_path / "net", [call(given)])
+    assert bundle.manifest.parity.psnr_db > 90
+    model, in_float = onnx.load(bundle.qdq), onnx.load(bundle.aimet / "model.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    with torch.no_grad():
+        expected, exact = known(given), float_network(given)
+    assert psnr(exact.numpy(), expected.numpy()) > 12
+    inputs = {model.graph.input[0].name: given.numpy()}
+    (output,) = computed(in_float, tmp_path, **inputs)
+    assert psnr(exact.numpy(), output) > (35 if precision.startswith("w4") else 50)  # its weights are rounded
+    encodings = json.loads((bundle.aimet / "model.encodings").read_text())["activation_encodings"]
+    names = [entry["name"] for entry in encodings]
+    tensors = {one for node in in_float.graph.node for one in (*node.input, *node.output)}
+    assert len(names) == len({*names})
+    assert {*names} <= tensors
+    if "number" in name and precision.endswith("a16"):
+        assert not operations(model, "Add") or name.endswith("tokens")
+    assert not compare_file(known, model, list(inputs), [call(given)]).guilty
+    if NO_EMULATOR is None:
+        report, (output,) = emulated(model, tmp_path / "npu", **inputs)
+        assert not report.float_islands
+        assert not report.layers["CPU"]
+        assert psnr(expected.numpy(), output) > (40 if precision.endswith("a8") else 60)
+
+
+def test_padding_with_infinity_stays_padding() -> None:
+    network = Around(lambda m, y: F.max_pool2d(F.pad(y, (1, 1, 1, 1), value=-torch.inf), 3)).eval()
+    known = calibrated(network, call(torch.randn(4, *IMAGES[1:])))
+    assert "pad" in dict(known.network.named_modules())
+    assert torch.isfinite(known(torch.randn(*IMAGES))).all()
