@@ -54,8 +54,6 @@ REMEDIES = {
     "AdaptiveMaxPool2d": "use amax over height and width, if it is to 1x1",
     "AvgPool3d": "use avg_pool2d over height and width, then over depth",
     "CELU": "use nn.ELU, which is the same for alpha=1",
-    "ConvTranspose2d depthwise": "use interpolate and a depthwise convolution, or bias=False",
-    "ConvTranspose2d grouped": "use groups=1, or interpolate and a convolution",
     "Erf": "use nn.GELU if it is part of one, or tanh",
     "LayerNorm over 3 axes": "use nn.GroupNorm(1, channels), which is the same up to its weights",
     "LogSigmoid": "use -softplus(-x), which is the same",

@@ -105,11 +105,11 @@ def test_a_precision_that_the_npu_takes_is_the_remedy() -> None:
 
 
 def test_a_precision_at_which_the_npu_computes_something_else_is_not() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 4, 2, stride=2, groups=4))
-    (finding,) = found(network, precision="w4a8")
-    assert (finding.module, finding.kind) == ("1", FindingKind.REFUSED)
-    assert finding.remedy == REMEDIES["ConvTranspose2d depthwise"]
-    assert [one.kind for one in found(network, precision="w8a8")] == [FindingKind.WRONG_ON_NPU]
+    network = nn.Sequential(nn.Conv3d(3, 4, 1), nn.AvgPool3d(2)).eval()
+    for precision in ("w8a8", "w8a16"):
+        (finding,) = quantized(network, call(torch.randn(1, 3, 4, 8, 8)), precision=precision).findings
+        assert (finding.module, finding.kind) == ("1", FindingKind.WRONG_ON_NPU)
+        assert finding.remedy == REMEDIES["AvgPool3d"]
 
 
 class Masked(nn.Module):

@@ -39,6 +39,7 @@ def lowered(network: nn.Module) -> Iterator[None]:
       scale for the factors of all channels and 8 bits for what is added, as ONNX Runtime's QNN provider has it
       (``batch_norm_op_builder.cc``), and the NPU computes something else with 4-bit weights and for vectors.
     - A depthwise convolution with one tap has three along each axis.
+    - A transposed convolution in groups, refused or with a bias wrong, is one without groups whose other weights are 0.
     - Weights of fewer than 8 bits are stored in 8, on the same grid, where the compiler of QAIRT 2.51 refuses them
       otherwise: in convolutions of three dimensions, and of two dimensions to one channel, with a bias.
     - A mean over blocks of an even height and width of 4 or more, which the NPU gets wrong where the blocks do not
@@ -60,6 +61,8 @@ def lowered(network: nn.Module) -> Iterator[None]:
             elif isinstance(layer, nn.modules.conv._ConvNd) and isinstance(layer, aimet.BaseQuantizationMixin):
                 if _has_a_single_tap(layer):
                     restored.enter_context(_being(layer, _of_single_tap(layer)))
+                elif _is_transposed_in_groups(layer):
+                    restored.enter_context(_being(layer, _of_transposed_groups(layer)))
                 elif _is_refused_in_few_bits(layer):
                     restored.enter_context(_stored_in_8_bits(layer))
             elif isinstance(layer, _INSTANCE_NORMS) and isinstance(layer, aimet.BaseQuantizationMixin):
@@ -119,6 +122,35 @@ def _of_single_tap(layer: Any) -> nn.Module:
     plain.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     rounded = layer.param_quantizers["weight"](layer.weight).detach()
     return _rounding_like(layer, plain, rounded.as_subclass(Tensor))
+
+
+def _is_transposed_in_groups(layer: Any) -> bool:
+    if not layer.transposed or layer.groups == 1 or layer.param_quantizers["weight"] is None:
+        return False
+    return len(layer.kernel_size) < 3 and (layer.bias is not None or layer.groups < layer.in_channels)
+
+
+def _of_transposed_groups(layer: Any) -> nn.Module:
+    """Return the convolution without groups, which has its rounded weights and biases."""
+    from lightning_quant.simulation.fast.biases import rounded_bias  # imports AIMET
+
+    factory = (nn.ConvTranspose1d, nn.ConvTranspose2d)[len(layer.kernel_size) - 1]
+    plain: Any = factory(
+        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.output_padding,
+        bias=False, dilation=layer.dilation,
+    )  # fmt: skip
+    bias, quantizer = rounded_bias(layer), layer.param_quantizers["weight"]
+    plain.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    blocks = quantizer(layer.weight).detach().as_subclass(Tensor).chunk(layer.groups)
+    own, padded = blocks[0].shape[1], []
+    for index, block in enumerate(blocks):
+        padded.append(F.pad(block.movedim(1, -1), (own * index, own * (layer.groups - 1 - index))))
+    plain.weight = nn.Parameter(torch.cat(padded).movedim(-1, 1), requires_grad=False)
+    made: Any = aimet.QuantizationMixin.from_module(plain)
+    axes = [1] * len(layer.kernel_size)
+    scale = quantizer.get_scale().detach().expand(1, own, *axes).repeat(1, layer.groups, *axes)
+    made.param_quantizers["weight"] = _symmetric(scale, quantizer.bitwidth)
+    return _rounding_as(layer, made)
 
 
 def _rounding_like(layer: Any, plain: Any, factors: Tensor) -> nn.Module:
@@ -240,13 +272,18 @@ def _is_refused_in_few_bits(layer: Any) -> bool:
     return dimensions == 3 or (dimensions == 2 and layer.out_channels == 1 and layer.bias is not None)
 
 
+def _symmetric(scale: Tensor, bits: int) -> Any:
+    """Return a quantizer of weights with these scales."""
+    made = aimet.QuantizeDequantize(scale.shape, bitwidth=bits, symmetric=True)
+    made.set_range(-scale * 2 ** (bits - 1), scale * (2 ** (bits - 1) - 1))
+    return made
+
+
 @contextmanager
 def _stored_in_8_bits(layer: Any) -> Iterator[None]:
     """Give a layer its rounded weights, and the same steps in more bits."""
     quantizer, weight = layer.param_quantizers["weight"], layer._parameters["weight"]
-    wide = aimet.QuantizeDequantize(quantizer.shape, bitwidth=WEIGHT_BITS, symmetric=True)
-    scale = quantizer.get_scale().detach()
-    wide.set_range(-scale * 2 ** (WEIGHT_BITS - 1), scale * (2 ** (WEIGHT_BITS - 1) - 1))
+    wide = _symmetric(quantizer.get_scale().detach(), WEIGHT_BITS)
     rounded = quantizer(weight).detach().as_subclass(Tensor)
     layer._parameters["weight"] = nn.Parameter(rounded, requires_grad=False)
     layer.param_quantizers["weight"] = wide

@@ -88,6 +88,15 @@ class ToOne(nn.Module):
         return F.conv2d(x, self.weight, self.bias).relu()
 
 
+class InGroups(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(CHANNELS, 2, 3, 3)), nn.Parameter(torch.randn(2 * 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(x, self.weight, self.bias, 2, 1, 1, groups=3).relu()
+
+
 class Pooled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -157,6 +166,19 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "to one channel, transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(CHANNELS, 1, 2)), MAPS),
     "three dimensions": (lambda: nn.Sequential(nn.Conv3d(CHANNELS, 4, (1, 3, 3), bias=False)), VOLUMES),
     "three dimensions, transposed": (lambda: nn.Sequential(nn.ConvTranspose3d(CHANNELS, 4, 2)), VOLUMES),
+    "depthwise, transposed": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(CHANNELS, CHANNELS, 2, 2, groups=CHANNELS)),
+        MAPS,
+    ),
+    "in groups, transposed": (
+        lambda: nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(CHANNELS, 4, 3, 2, 1, 1, groups=2, bias=False)),
+        MAPS,
+    ),
+    "sequences in groups, transposed": (
+        lambda: nn.Sequential(nn.ConvTranspose1d(CHANNELS, 9, 4, 2, groups=3), nn.Conv1d(9, 4, 1)),
+        SEQUENCES,
+    ),
+    "a transposed function in groups": (InGroups, MAPS),
     "a function to one channel": (ToOne, MAPS),
     "means of blocks": (lambda: nn.Sequential(nn.ReLU(), nn.AvgPool2d(4)), (1, CHANNELS, 8, 12)),
     "means of padded blocks": (lambda: nn.Sequential(nn.AvgPool2d((8, 4), padding=(2, 1))), (1, CHANNELS, 12, 10)),

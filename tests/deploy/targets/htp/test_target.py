@@ -33,6 +33,7 @@ from lightning_quant.domains.segmentation.task import SegmentationTask
 from lightning_quant.errors import ConfigurationError, DeviceError, DeviceTimeoutError
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.inputs import NetworkInputs
+from lightning_quant.simulation.operators import off_the_npu
 from lightning_quant.simulation.preflight import FindingKind
 from tests.helpers.networks import Body, calibrated, call, images
 from tests.helpers.trainers import quiet_trainer
@@ -144,16 +145,16 @@ def test_16_bit_activations_where_there_are_none(tmp_path: Path) -> None:
 
 
 def test_what_the_preflight_says_is_refused_is(tmp_path: Path) -> None:
-    def emulated(name: str, last: nn.Module) -> Any:
-        network = calibrated(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), last).eval(), call(images(1)))
-        assert [one.kind for one in network.findings] == ([FindingKind.REFUSED] if name == "groups" else [])
-        mine = export_bundle(network.eval(), tmp_path / name, [call(images(1))])
-        return HtpEmulatorTarget("SM8650").run(mine, [{mine.manifest.input_names[0]: images(1).numpy()}], tmp_path)
-
+    network = calibrated(nn.Sequential(nn.Conv2d(3, 4, 3), nn.SELU()).eval(), call(images(1)))
+    assert [one.kind for one in off_the_npu(network, 68)] == [FindingKind.REFUSED]
+    assert [one.kind for one in off_the_npu(network, 75)] == [FindingKind.FLOAT_ON_NPU]
+    mine = export_bundle(network, tmp_path / "net", [call(images(1))])
+    sample = {mine.manifest.input_names[0]: images(1).numpy()}
     with pytest.raises(DeviceError, match="compiler refused the network"):
-        emulated("groups", nn.ConvTranspose2d(4, 4, 2, groups=2))
-    (whole,) = emulated("whole", nn.ConvTranspose2d(4, 4, 2))
-    assert whole.report.fallen_back == {}
+        HtpEmulatorTarget("SM8350").run(mine, [sample], tmp_path)
+    (newer,) = HtpEmulatorTarget("SM8650").run(mine, [sample], tmp_path)
+    assert newer.report.float_islands
+    assert newer.report.fallen_back == {}
 
 
 @pytest.fixture(scope="module")
