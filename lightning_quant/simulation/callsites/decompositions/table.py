@@ -101,6 +101,11 @@ def _clamp(input: Tensor, min: Any = None, max: Any = None, **kwargs: Any) -> Te
     return torch.maximum(input, limit) if max is None else torch.minimum(input, limit)
 
 
+def _item(input: Tensor, key: Any) -> Tensor:
+    """Compute ``input[key]``; AIMET does not follow the alias that ``input[...]`` is in a trace."""
+    return input if key is Ellipsis else input[key]
+
+
 # Functions that ONNX does not have, or AIMET's exporter not in this form, and what computes the same in a trace.
 TRACE_SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     # of positions and masks, which nothing rounds
@@ -108,6 +113,7 @@ TRACE_SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     torch.cumsum: _cumsum,
     Tensor.cumsum: _cumsum,
     torch.channel_shuffle: _channel_shuffle,
+    Tensor.__getitem__: _item,
     torch.clamp: _clamp,
     Tensor.clamp: _clamp,
     Tensor.unfold: resampling.windows,
