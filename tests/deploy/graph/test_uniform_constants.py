@@ -97,7 +97,8 @@ def test_the_file_and_the_npu_compute_what_the_simulation_does(tmp_path: Path, n
     float_network, given = copy.deepcopy(network), samples[:1]
     known = calibrated(network, call(samples), precision=precision)
     bundle = export_bundle(known, tmp_path / "net", [call(given)])
-    assert bundle.manifest.parity.psnr_db > 90
+    # sums of two numbers on one grid lie between two integers of a grid of twice the step, and are rounded either way
+    assert bundle.manifest.parity.psnr_db > (45 if precision.endswith("a8") else 90)
     model, in_float = onnx.load(bundle.qdq), onnx.load(bundle.aimet / "model.onnx")
     onnx.checker.check_model(model, full_check=True)
     with torch.no_grad():
