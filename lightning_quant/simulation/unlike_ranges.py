@@ -86,11 +86,13 @@ def unlike_ranges(network: QuantizedNetwork, joined: Mapping[str, Ends]) -> list
 
 def _problem(quantizer: Any, ends: Ends) -> str:
     """Say which values of a tensor are left fewer than 8 steps; nothing if none are."""
-    varying = sorted((high - low, low, high) for low, high in ends if high > low)
-    if quantizer is None or not quantizer.is_initialized() or len(varying) < 2:
+    varying = sorted(((low, high) for low, high in ends if high > low), key=_length)
+    if quantizer is None or not quantizer.is_initialized() or not varying or len(ends) < 2:
         return ""
     step = float((quantizer.max - quantizer.min).detach().max()) / (2**quantizer.bitwidth - 1)
-    (least, *small), (_, *large) = varying[0], varying[-1]
+    small, least = varying[0], _length(varying[0])
+    # a constant, which needs no steps itself, may widen the range too
+    large = varying[-1] if len(varying) > 1 else max(ends, key=lambda one: max(map(abs, one)))
     if not step > 0 or least / step >= _FEWEST_STEPS:
         return ""
     return (
@@ -98,6 +100,10 @@ def _problem(quantizer: Any, ends: Ends) -> str:
         f"in one range of {quantizer.bitwidth} bits, of whose {2**quantizer.bitwidth - 1} steps the former are "
         f"left {least / step:.1f}"
     )
+
+
+def _length(ends: tuple[float, float]) -> float:
+    return ends[1] - ends[0]
 
 
 def _readers_of_parts(network: QuantizedNetwork) -> dict[tuple[str, int], Any]:

@@ -60,6 +60,15 @@ class ColorsAndDistance(nn.Module):
         return torch.rand(8, 3, 8, 8) * torch.tensor([1.0, 1.0, self.meters]).reshape(3, 1, 1)
 
 
+class Margin(OneOutput):
+    """Joined with a number that the range has to hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pad(self.scores(x).sigmoid(), (1, 1, 1, 1), value=-self.number)
+
+    number = 500.0
+
+
 class Apart(OneOutput):
     def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         return {"boxes": self.relu(self.boxes(x)), "scores": self.scores(x).sigmoid()}
@@ -104,6 +113,13 @@ def test_parts_of_an_input_that_are_unlike_are_found(tmp_path: Path) -> None:
         again = quantized(ColorsAndDistance(80.0), call(ColorsAndDistance(80.0).batch())).eval()
         calibrate(again, batches, cache=cache)
         assert found(again) == [("of_colors", FindingKind.UNLIKE_RANGES)]
+
+
+def test_a_number_that_widens_the_range_is_found() -> None:
+    network = calibrated(Margin(1.0))
+    assert {kind for _, kind in found(network)} == {FindingKind.UNLIKE_RANGES}
+    assert "with values from -500 to -500" in network.findings[0].problem
+    assert not calibrated(Margin(1.0), precision="w8a16").findings
 
 
 def test_a_pass_that_is_recalled_finds_the_same(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -72,7 +72,8 @@ class Recorder:
     known: set[int] = field(default_factory=set)
     kept: list[Any] = field(default_factory=list)  # alive, so that no id is given twice
     edges: list[_Edge] = field(default_factory=list)
-    given: set[int] = field(default_factory=set)  # the inputs, and parts of them
+    given: set[int] = field(default_factory=set)
+    parts: set[int] = field(default_factory=set)  # the inputs, and what AIMET sees of them through operations that move
     held: set[int] = field(default_factory=set)  # what the network keeps from pass to pass
     fresh: set[int] = field(default_factory=set)  # made of numbers alone
     repeating: bool = False
@@ -92,6 +93,7 @@ class Recorder:
         self.known = {id(tensor) for tensor in inputs} | self.constants.keys()
         self.kept.extend(inputs)
         self.given = {id(tensor) for tensor in inputs}
+        self.parts = set(self.given)
         self.stale.clear()
         self.seen_changed.clear()
         self._origins_known = True
@@ -194,7 +196,7 @@ class Recorder:
             return False
         if name == "setitem" and id(given[0]) in self.given:  # the caller of the network sees the change
             return False
-        if name in JOINS and (self.joining or self.given.isdisjoint(map(id, given))):
+        if name in JOINS and (self.joining or self.parts.isdisjoint(map(id, given))):
             return False
         if not any(tensor.is_floating_point() for tensor in given) or not self._depends(given):
             return False
@@ -209,7 +211,7 @@ class Recorder:
             return False
         if name in CASTS:
             return not given[0].is_floating_point()
-        if name in MOVES and name not in SEEN_THROUGH and given[0].is_floating_point() and id(given[0]) in self.given:
+        if name in MOVES and name not in SEEN_THROUGH and given[0].is_floating_point() and id(given[0]) in self.parts:
             return True  # behind it AIMET would lose the network's input
         if name in MOVES or not any(tensor.is_floating_point() for tensor in given):
             return False
@@ -273,12 +275,12 @@ class Recorder:
         constant = name in LOSSES or not self._depends(given)
         if name in SHAPES and not any(tensor.is_floating_point() for tensor in new):
             constant = True
-        is_part = name in MOVES and name in SEEN_THROUGH and bool(given) and id(given[0]) in self.given
+        is_part = name in MOVES and name in SEEN_THROUGH and bool(given) and id(given[0]) in self.parts
         for tensor in new:
             self.kept.append(tensor)
             self.known.add(id(tensor))
             if is_part and tensor.is_floating_point():
-                self.given.add(id(tensor))
+                self.parts.add(id(tensor))
             if constant:
                 self.constants[id(tensor)] = tensor
                 if not given:

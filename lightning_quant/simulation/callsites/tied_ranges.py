@@ -146,8 +146,9 @@ def _passed_input(sim: Any, product: Any) -> str | None:
 def _is_read_elsewhere(sim: Any, op: Any, product: Any, readers: Mapping[str, set[Any]]) -> bool:
     """Return whether what a concatenation takes goes to other operations, too, or what it was chosen from does."""
     name = _passed_input(sim, product)
-    if name is not None:  # AIMET's file has one range for what is joined from an input
-        return readers[name] != {op} and sum(_is_concatenation(sim, one) for one in readers[name]) == 1
+    if name is not None:  # AIMET's file has one range for what is joined from an input, and it has to be rounded first
+        is_alone = sum(_is_concatenation(sim, one) for one in readers[name]) == 1
+        return is_alone and readers[name] != {op} and rounding(sim, product.producer) is not None
     source = product.producer
     while source is not None and len(source.output_ops) == 1 and passes_values(sim, source):
         source = source.inputs[0].producer

@@ -96,6 +96,16 @@ class Everything(TwoEncoders):
         return features[...].relu() + features
 
 
+class Changed(TwoEncoders):
+    """A copy of the input, written into."""
+
+    def forward(self, x: Tensor) -> Any:
+        own = x.clone()
+        own[:, 0] = own[:, 0].sigmoid() * 3.0
+        own[:, 1:] *= 0.3
+        return self.first(own[:, :2]) + self.second(own[:, 2:])
+
+
 class Skip(nn.Module):
     """The image once more beside features, of other sizes, as networks for details have it."""
 
@@ -115,7 +125,7 @@ class SkipOfParts(Skip):
 
 
 CALLS = [call(images(1, seed=seed)) for seed in (1, 2)]
-IN_PARTS = [Focus, TwoEncoders, PartsAndWhole, Unbound, Everything, Skip, SkipOfParts]
+IN_PARTS = [Focus, TwoEncoders, PartsAndWhole, Unbound, Everything, Changed, Skip, SkipOfParts]
 
 
 def exported(network: nn.Module, path: Path, precision: str = "w8a16") -> tuple[Bundle, Samples]:

@@ -12,6 +12,9 @@ from torch import Tensor
 from lightning_quant.simulation.callsites.passes import paused
 from lightning_quant.simulation.callsites.traces import untraced
 
+# From here on numbers are written for infinity: the least of `masked_fill` (see there), of float16 and float32.
+_LIKE_INFINITY = 1e4
+
 
 def interpolate(input: Tensor, size: Any = None, scale_factor: Any = None, *args: Any, **kwargs: Any) -> Tensor:
     """Compute ``F.interpolate``.
@@ -80,8 +83,12 @@ def pad(input: Tensor, pad: Any, mode: str = "constant", value: float | None = N
 
 
 def supports_pad(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> bool:
-    """Return whether it adds a finite number other than 0, and cuts nothing off."""
-    return mode == "constant" and bool(value) and math.isfinite(value or 0) and min(map(int, pad)) >= 0
+    """Return whether it adds a number other than 0, not one that stands for infinity, and cuts nothing off.
+
+    A range that holds the latter leaves everything else no step. Cut off at the end of the range, as a plain padding
+    is, it still loses in every maximum.
+    """
+    return mode == "constant" and 0 < abs(value or 0) < _LIKE_INFINITY and min(map(int, pad)) >= 0
 
 
 def unfold(input: Tensor, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1) -> Tensor:
