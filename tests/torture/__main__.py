@@ -183,7 +183,7 @@ ROWS: tuple[Callable[[bool], Row], ...] = (
     kills, sweeps, shared, journals, stops, disks, files, fuzzing, faults, numbers, members, steps,
     calibrations,
 )  # fmt: skip
-NOT_SHORT = (sweeps, files, fuzzing, faults, numbers, members)  # too long, or in the suite anyway
+NOT_SHORT = (sweeps, shared, disks, files, fuzzing, faults, numbers, members)  # too long, or in the suite anyway
 
 
 def _in_a_process(row: Callable[[bool], Row], short: bool) -> Row:

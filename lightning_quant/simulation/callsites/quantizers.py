@@ -37,6 +37,7 @@ def complete(sim: Any, returned: Container[nn.Module]) -> None:
     _fuse_activations(sim, returned)
     _round_before_activations(sim)
     _quantize_constants(sim)
+    _leave_numbers(sim)
     tie_ranges(sim)
     _guard_divisions(sim)
     _note_roundings(sim)
@@ -165,6 +166,14 @@ def _quantize_constants(sim: Any) -> None:
                 module.input_quantizers.append(None)
             if module.input_quantizers[index] is None:
                 module.input_quantizers[index] = copy.deepcopy(like)
+
+
+def _leave_numbers(sim: Any) -> None:
+    """Leave out the quantizers of Python numbers, which no pass reaches: in a file they have a grid of their own."""
+    for module in _sites(sim):
+        for index in module.__dict__.get("_number_inputs", ()):
+            if index < len(getattr(module, "input_quantizers", ())):
+                module.input_quantizers[index] = None
 
 
 def _guard_divisions(sim: Any) -> None:

@@ -256,6 +256,10 @@ class Recorder:
             and id(value) in self.constants
             and not self._is_zero(value)
         )
+        # the first one is made a tensor (Binary.call)
+        child.__dict__["_number_inputs"] = tuple(
+            index for index, value in enumerate(operands) if index and not isinstance(value, Tensor)
+        )
         # a list is iterated over: its sites go to the module around it, if there is one
         holder = next((one for one in reversed(running.stack) if not isinstance(one, CONTAINERS)), running.stack[0])
         child.__dict__["_moves"] = name in CHOICES or (name in MOVES and name not in CASTS)

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
+import torch.nn.functional as F
 from onnx import helper
+from torch import Tensor, nn
 
 from lightning_quant.deploy.blame.blame import blame
 from lightning_quant.deploy.blame.emulator import compare_with_emulator
@@ -21,7 +24,7 @@ from lightning_quant.errors import UnknownDeviceError
 from lightning_quant.utilities.modules import on_cpu_in_eval
 from tests.deploy.blame.faults import FAULTS, Planted
 from tests.deploy.blame.test_blame import NETWORKS, PRECISIONS, Exported, exported
-from tests.helpers.networks import Chain, calibrated, call, images
+from tests.helpers.networks import Chain, calibrated, call, images, seeded
 
 _REASON = HtpEmulatorTarget("SM8650").unavailable()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
@@ -49,6 +52,29 @@ def test_no_layer_is_named_where_nothing_is_wrong(name: str, precision: str, fol
     assert len(found.layers) > 4
     assert found.layers[0].own.psnr_db == found.layers[0].arrived.psnr_db > 60
     assert "runs in integers on the NPU" in str(found)
+
+
+class Joined(nn.Module):
+    """Scores of 0 to 1 in one tensor, and so in one range, with values of 0 to 32."""
+
+    def __init__(self, scores: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.boxes, self.classes = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 5, 1)
+        self.scores = scores
+        seeded(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x).relu()
+        return torch.cat((self.boxes(x) * 32, self.scores(self.classes(x))), 1)
+
+
+@pytest.mark.parametrize("scores", [torch.sigmoid, torch.tanh, F.hardsigmoid, nn.SiLU()])
+def test_what_the_device_has_on_another_grid_is_not_named(scores: Callable[[Tensor], Tensor], folder: Path) -> None:
+    network = calibrated(Joined(scores), precision="w8a16")
+    found = blame(network, images(1, seed=3), against="htp_emulator")
+    assert not found.guilty, str(found)
+    assert found.output.psnr_db > 75
+    assert len(found.layers) == (7 if isinstance(scores, nn.SiLU) else 5)  # its sigmoid has a grid of its own
 
 
 def operation_that_the_npu_lacks(planted: Planted) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_quant.deploy.graph.files import write_onnx
 from lightning_quant.deploy.graph.qdq import QdqGraph
 from lightning_quant.simulation import aimet
+from lightning_quant.simulation.calibrate import uncalibrated
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.helpers.networks import calibrated, call, images, quantized, seeded
 from tests.helpers.qdq import NO_EMULATOR, computed, emulated, psnr
@@ -222,3 +223,27 @@ def test_the_npu_computes_what_the_simulation_computes(precision: str, least: fl
     report, (output,) = emulated(onnx.load(tmp_path / "qdq.onnx"), tmp_path / "emulated", **feeds)
     assert not report.float_islands
     assert psnr(network(given).detach().numpy(), output) > least
+
+
+NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "y + 1.0": lambda y: y + 1.0,
+    "1.0 + y": lambda y: 1.0 + y,
+    "1.0 - y": lambda y: 1.0 - y,
+    "y.sub_(1)": lambda y: y.sub_(1),
+    "torch.add(y, other=1.5)": lambda y: torch.add(y, other=1.5),
+    "sum": lambda y: torch.as_tensor(sum([y, y.relu()])),
+    "(y + 3) / 6": lambda y: y * F.relu6(y + 3) / 6,
+    "1 / (y + 2)": lambda y: 1 / (y.abs() + 2),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_have_no_quantizer_that_no_sample_reaches(name: str) -> None:
+    network = calibrated(Before(nn.Identity(), NUMBERS[name]))
+    assert uncalibrated(network) == []
+
+
+def test_a_tensor_that_is_added_keeps_its_quantizer() -> None:
+    offset = torch.randn(8, 1, 1, generator=torch.Generator().manual_seed(0))
+    network = calibrated(Before(nn.Identity(), lambda y: y + offset))
+    assert any("add.input_quantizers.1" in name for name, _ in network.named_modules())

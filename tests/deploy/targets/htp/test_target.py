@@ -180,9 +180,7 @@ def trained(
     ("trained", "precision"),
     [
         *(("ffnet_nano", precision) for precision in FLOORS["ffnet_nano"]),
-        ("lraspp", "w8a8"),
-        pytest.param("lraspp", "w8a16", marks=pytest.mark.torture),
-        pytest.param("lraspp", "w4a16", marks=pytest.mark.torture),
+        *(pytest.param("lraspp", precision, marks=pytest.mark.torture) for precision in FLOORS["lraspp"]),
     ],
     indirect=["trained"],
 )
