@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_quant.simulation.callsites.attributes import ROUNDED_BY
 from lightning_quant.simulation.dataflow import Dataflow, Place
 from lightning_quant.simulation.fixed_ranges import forget_fixed_range
 
@@ -108,7 +109,5 @@ def _remove(network: nn.Module, flow: Dataflow, place: Place) -> None:
 
 
 def _note_rounding(module: Any, index: int, quantizer: Any) -> None:
-    from lightning_quant.simulation.fast.biases import ROUNDED_BY  # imports AIMET
-
     if index == 0 and module.__dict__.get(ROUNDED_BY) is not None:
         module.__dict__[ROUNDED_BY] = quantizer

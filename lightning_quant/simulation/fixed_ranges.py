@@ -1,8 +1,9 @@
-"""Ranges of the outputs of sigmoid and tanh: with 16 bits, the NPU computes them on a grid of its own.
+"""Ranges of the outputs of sigmoid, hard sigmoid and tanh: with 16 bits, the NPU has a grid of its own for them.
 
 ONNX Runtime's QNN provider writes scale 2⁻¹⁶ with zero point 0, and scale 2⁻¹⁵ with zero point 32768, over what a file
 says of the output of a 16-bit Sigmoid and Tanh (``OverrideQuantParams`` in its public ``simple_op_builder.cc``). With
-other bits the range is that of the hardware config, or calibrated.
+other bits the range is that of the hardware config, or calibrated. A hard sigmoid has the range that ONNX defines for
+it, 0 to 1: with a narrower one the emulated NPU is off by as much as that is narrower.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lightning_quant.simulation.callsites.tied_ranges import hands_on, inputs_of
 _ENDS: dict[type[nn.Module], tuple[float, float]] = {
     nn.Sigmoid: (0.0, 65535 * 2.0**-16),
     nn.Tanh: (-32768 * 2.0**-15, 32767 * 2.0**-15),
+    nn.Hardsigmoid: (0.0, 1.0),
 }
 # Name of what a quantizer of such outputs remembers.
 _RANGES = "_ranges_by_bits"
@@ -26,7 +28,7 @@ _RANGES = "_ranges_by_bits"
 
 @dataclass(frozen=True)
 class RangesByBits:
-    """Both ends of the range of a sigmoid's or tanh's output, in units of the tensor.
+    """Both ends of the range of such an output, in units of the tensor.
 
     Args:
         of_16_bits: with 16 bits.
@@ -38,7 +40,7 @@ class RangesByBits:
 
 
 def note_fixed_ranges(sim: Any) -> None:
-    """Let quantizers know which of them round outputs of sigmoids alone, or of tanhs alone.
+    """Let quantizers know which of them round outputs of one such function alone.
 
     A max pool or a resize of such an output has its grid. In a concatenation with other values all have the range of
     all: the NPU converts, and agrees as closely as with a rounding to either grid.

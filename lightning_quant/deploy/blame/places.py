@@ -23,6 +23,8 @@ _ONE_RANGE = 1e-3
 _ON_ITS_GRID = ("MaxPool", "Pad")
 # Operations whose inputs come in the order of the call that they are written for.
 _IN_ORDER = ("Add", "Sub", "Mul", "Div", "MatMul", "Concat")
+# Operations that hand values on in their order, in whole or in parts.
+_PARTS_AND_JOINS = ("Concat", "Flatten", "Reshape", "Slice")
 _NO_OPERATION = ("QuantizeLinear", "DequantizeLinear", "Constant")
 Sizes = Mapping[str, int]
 
@@ -94,6 +96,8 @@ class _Match:
             for others in (behind.get(layer, []), [one for one in self.unrounded if self._leaves(one, layer)]):
                 if len(mine) < len(positions) and len(mine) + len(others) == len(positions):
                     mine = sorted([*mine, *others], key=lambda cut: self.order[cut.tensor])
+            if len(mine) > len(positions):  # the exported form of the layer parts, joins or reshapes it as well
+                mine = [cut for cut in mine if self.graph.producers[cut.tensor].op_type not in _PARTS_AND_JOINS]
             if len(mine) > len(positions):
                 continue
             for cut in mine:

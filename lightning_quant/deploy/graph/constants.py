@@ -7,6 +7,7 @@ makes the operation next to it compute in float.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 # Operations whose operands are of one kind: a constant in float among them makes them compute in float.
 _ALIKE = ("Add", "Concat", "Div", "MatMul", "Max", "Min", "Mul", "Sub", "Where")
+
+# Of these, the ones that scale a product only: how far apart the scales of their operands are does not matter.
+_PRODUCTS = ("Div", "MatMul", "Mul")
 
 # How far a value on a grid may be from the constant, relative to the largest: 32 bits hold seven digits.
 _ROUNDING = 1e-6
@@ -161,7 +165,7 @@ def encode_constants(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
         tensor = next((one.t for one in node.attribute if node.op_type == "Constant" and one.name == "value"), None)
         if tensor is not None and tensor.data_type == TensorProto.FLOAT:
             values[node.output[0]] = numpy_helper.to_array(tensor)
-    made: dict[tuple[str, str], str] = {}
+    made: dict[tuple[str, str, float | None], str] = {}
     entries: dict[str, dict[str, Any]] = {}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
@@ -172,27 +176,26 @@ def encode_constants(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
             for index, name in enumerate(node.input):
                 if name not in values or not values[name].size or not np.isfinite(values[name]).all():
                     continue
-                if (name, str(kind)) not in made:
-                    # zeros are on every grid: the other's, as the NPU adds what is of far apart scales inexactly
-                    scale, zero_point, integers = _on_grid(values[name], kind, graph.array(read[0].input[1]))
+                # the NPU adds what is of far apart scales inexactly
+                near = None if node.op_type in _PRODUCTS else graph.array(read[0].input[1]).item()
+                key = (name, str(kind), near)
+                if key not in made:
+                    scale, zero_point, integers = _on_grid(values[name], kind, near)
                     read_back = (integers.astype(np.float32) - zero_point) * scale
                     if not np.allclose(read_back, values[name], rtol=0, atol=_ROUNDING * np.abs(values[name]).max()):
                         continue
-                    stem = graph.free(f"{name}_q")
-                    parts = {
-                        stem: integers,
-                        graph.free(f"{name}_scale"): scale,
-                        graph.free(f"{name}_zero_point"): zero_point,
-                    }
-                    model.graph.initializer.extend(numpy_helper.from_array(a, n) for n, a in parts.items())
-                    output = graph.free(f"{name}_qdq")
-                    nodes.append(helper.make_node("DequantizeLinear", list(parts), [output], f"{output}_dq"))
-                    made[name, str(kind)] = output
+                    integers_name = graph.add(f"{name}_q", integers)
+                    parts = [
+                        integers_name, graph.add(f"{name}_scale", scale), graph.add(f"{name}_zero_point", zero_point),
+                    ]  # fmt: skip
+                    output = f"{name}_qdq{integers_name.removeprefix(f'{name}_q')}"
+                    nodes.append(helper.make_node("DequantizeLinear", parts, [output], f"{output}_dq"))
+                    made[key] = output
                     entries[name] = {
                         "name": name, "dtype": "INT", "bw": kind.itemsize * 8, "is_sym": False,
                         "scale": [float(scale)], "offset": [-int(zero_point)], "enc_type": "PER_TENSOR",
                     }  # fmt: skip
-                node.input[index] = made[name, str(kind)]
+                node.input[index] = made[key]
         nodes.append(node)
     if entries:
         graph.replace_nodes(nodes)
@@ -205,17 +208,25 @@ def _is_activation(graph: QdqGraph, node: onnx.NodeProto) -> bool:
     return len(grid) == 2 and grid[0].size == 1 and grid[1].dtype.itemsize <= 2
 
 
-def _on_grid(
-    values: np.ndarray, kind: np.dtype[Any], scale_of_zeros: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return scale, zero point and integers; a single value is hit exactly, whole numbers if they are not too many."""
+def _on_grid(values: np.ndarray, kind: np.dtype[Any], near: float | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return scale, zero point and integers; a single value is hit exactly, whole numbers if they are not too many.
+
+    Args:
+        values: at least one.
+        kind: type of the integers.
+        near: what the scale of a single value should be close to, and that of zeros is; ``None`` if it does not matter.
+    """
     least, largest = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
-    steps: float = 1 if least == largest or values.size == 1 else np.iinfo(kind).max
+    steps: float = np.iinfo(kind).max
+    if values.size == 1:
+        largest_power = 8 * kind.itemsize - 1
+        power = 0 if near is None or least == largest else math.log2((largest - least) / near)
+        steps = 2 ** min(max(round(power), 0), largest_power)  # by which a number is divided exactly
     whole = np.rint(values)
     if np.array_equal(whole, values) and (divisor := int(np.gcd.reduce(whole.astype(np.int64), axis=None))):
         whole_steps = (largest - least) / divisor
         steps = steps // whole_steps * whole_steps or steps
-    scale = np.float32((largest - least) / steps or scale_of_zeros.item())
+    scale = np.float32((largest - least) / steps or near or 1)
     zero_point = np.rint(-least / scale)
     integers = np.clip(np.rint(values / scale) + zero_point, 0, np.iinfo(kind).max)
     return np.array(scale), np.array(zero_point, kind), integers.astype(kind)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.batch_norms import WEIGHT_BITS, ends_on_device, output_factors, sums
-from lightning_quant.simulation.callsites.attributes import DEPTHWISE
+from lightning_quant.simulation.callsites.attributes import DEPTHWISE, GATES_ITSELF, ROUNDED_BY
 from lightning_quant.simulation.callsites.passes import paused
 
 # All taps but the one in the middle are 0. With a single one, the NPU's compiler of QAIRT 2.51 ends its process at
@@ -25,6 +25,8 @@ _TAPS = 3
 _MISCOMPUTED = 4
 # The only block of a maximum that is, with 8-bit activations: neither others up to 16, nor these where they overlap.
 _MISCOMPUTED_MAXIMUM = [8, 8]
+# Feature maps lie in the NPU's memory in tiles: what is parted at their border is not moved within them.
+_ROWS_OF_A_TILE = 8
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 # Attributes of any module, its hooks among them.
 _EVERY_MODULE = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
@@ -42,9 +44,15 @@ def lowered(network: nn.Module) -> Iterator[None]:
     - A transposed convolution in groups, refused or with a bias wrong, is one without groups whose other weights are 0.
     - Weights of fewer than 8 bits are stored in 8, on the same grid, where the compiler of QAIRT 2.51 refuses them
       otherwise: in convolutions of three dimensions, and of two dimensions to one channel, with a bias.
+    - A weight that is the largest of its channel and the integer 1 (``F.unfold``, identities) is a greater one on a
+      finer grid: with 16-bit activations, products with 1 lose the low byte.
     - A mean over blocks of an even height and width of 4 or more, which the NPU gets wrong where the blocks do not
       overlap, is one over blocks that do, of which every second is taken.
     - A maximum over blocks of 8 by 8 that do not overlap is the maximum along the height, then along the width.
+    - A 16-bit sigmoid of a feature map that is multiplied with its own input (SiLU) is cut in two and joined again.
+      Otherwise the compiler of QAIRT 2.51 makes one operation of both, most of whose values are wrong in maps of 9 to
+      12 rows, of more rows and up to 8 columns, and in some of fewer. SiLU of 8 bits is right.
+    - A 16-bit softplus of a feature map, wrong in the same maps, is one of rows and columns along one axis.
     - An instance norm without weights, which the NPU computes in float, has ones and zeros.
 
     Args:
@@ -65,9 +73,15 @@ def lowered(network: nn.Module) -> Iterator[None]:
                     restored.enter_context(_being(layer, _of_transposed_groups(layer)))
                 elif _is_refused_in_few_bits(layer):
                     restored.enter_context(_stored_in_8_bits(layer))
+                elif (finer := _finer_than_one(layer)) is not None:
+                    restored.enter_context(_on_grid(layer, finer))
             elif isinstance(layer, _INSTANCE_NORMS) and isinstance(layer, aimet.BaseQuantizationMixin):
                 if layer.weight is None and not layer.track_running_stats:
                     restored.enter_context(_being(layer, _with_ones(layer)))
+            elif isinstance(layer, nn.Sigmoid) and GATES_ITSELF in vars(layer):
+                restored.enter_context(_being(layer, _on_maps_of_16_bits(layer, _in_two)))
+            elif isinstance(layer, nn.Softplus) and vars(layer).get(ROUNDED_BY) is not None:
+                restored.enter_context(_being(layer, _on_maps_of_16_bits(layer, _along_one_axis)))
             elif isinstance(layer, aimet.BaseQuantizationMixin) and (pooling := _pooling(layer)):
                 restored.enter_context(_being(layer, _deciding(layer, *pooling)))
         yield
@@ -84,8 +98,6 @@ def _of_norm(norm: Any) -> nn.Module:
 
 def _of_vectors(norm: Any, made: Any) -> nn.Module:
     """Let a convolution take vectors, side by side as one sequence that is rounded like them."""
-    from lightning_quant.simulation.fast.biases import ROUNDED_BY  # imports AIMET
-
     of_input, of_output = vars(norm).get(ROUNDED_BY), made.output_quantizers[0]
     kind = type(made)
 
@@ -264,6 +276,42 @@ def _pair(sizes: Any) -> Sequence[Any]:
     return (sizes, sizes) if not isinstance(sizes, Sequence) else sizes if len(sizes) == 2 else (*sizes, *sizes)
 
 
+def _on_maps_of_16_bits(layer: Any, lowered_on: Callable[..., Tensor]) -> nn.Module:
+    """Return an activation function that is lowered where it computes feature maps of 16 bits."""
+    kind = type(layer)
+
+    def forward(self: Any, maps: Tensor) -> Any:
+        rounding = self.output_quantizers[0]
+        if maps.dim() != 4 or rounding is None or rounding.bitwidth != 16:
+            return kind.forward(self, maps)
+        with paused():
+            return lowered_on(self, kind.forward, maps, rounding)
+
+    made = copy.copy(layer)
+    made.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    changed: nn.Module = made
+    return changed
+
+
+def _in_two(sigmoid: Any, compute: Callable[..., Tensor], maps: Tensor, rounding: Any) -> Tensor:
+    result, sizes = compute(sigmoid, maps), [int(size) for size in maps.shape]
+    axis = max((2, 3, 1), key=lambda axis: sizes[axis] > 1)  # of one value alone there is nothing to part
+    half = sizes[axis] // 2
+    if half > _ROWS_OF_A_TILE:
+        half -= half % _ROWS_OF_A_TILE
+    if half == 0:
+        return result
+    parts = result.narrow(axis, 0, half), result.narrow(axis, half, sizes[axis] - half)
+    joined: Tensor = rounding(torch.cat([rounding(part) for part in parts], axis))  # all on one grid
+    return joined
+
+
+def _along_one_axis(softplus: Any, compute: Callable[..., Tensor], maps: Tensor, rounding: Any) -> Tensor:
+    of_input = vars(softplus)[ROUNDED_BY]
+    moved: Tensor = rounding(compute(softplus, of_input(maps.flatten(2))).reshape(maps.shape))
+    return moved
+
+
 def _is_refused_in_few_bits(layer: Any) -> bool:
     quantizer: Any = layer.param_quantizers["weight"]
     if quantizer is None or quantizer.bitwidth >= WEIGHT_BITS:
@@ -279,18 +327,44 @@ def _symmetric(scale: Tensor, bits: int) -> Any:
     return made
 
 
-@contextmanager
-def _stored_in_8_bits(layer: Any) -> Iterator[None]:
+def _stored_in_8_bits(layer: Any) -> AbstractContextManager[None]:
     """Give a layer its rounded weights, and the same steps in more bits."""
-    quantizer, weight = layer.param_quantizers["weight"], layer._parameters["weight"]
-    wide = _symmetric(quantizer.get_scale().detach(), WEIGHT_BITS)
-    rounded = quantizer(weight).detach().as_subclass(Tensor)
-    layer._parameters["weight"] = nn.Parameter(rounded, requires_grad=False)
-    layer.param_quantizers["weight"] = wide
+    return _on_grid(layer, _symmetric(layer.param_quantizers["weight"].get_scale().detach(), WEIGHT_BITS))
+
+
+def _finer_than_one(layer: Any) -> Any:
+    """Return a grid on which no channel's largest weight is the integer 1; ``None`` where that does not matter."""
+    quantizer, of_input = layer.param_quantizers["weight"], vars(layer).get(ROUNDED_BY)
+    if quantizer is None or of_input is None or of_input.bitwidth != 16 or not quantizer.symmetric:
+        return None
+    scale = quantizer.get_scale().detach()
+    integers = (layer.weight.detach().as_subclass(Tensor) / scale).round().abs()
+    if integers.dim() != scale.dim():  # one for all channels
+        return None
+    axes = [axis for axis, size in enumerate(scale.shape) if size == 1]
+    is_one = integers.amax(axes, keepdim=True) == 1
+    return (
+        _symmetric(torch.where(is_one, scale / 2 ** (quantizer.bitwidth - 2), scale), quantizer.bitwidth)
+        if is_one.any()
+        else None
+    )
+
+
+@contextmanager
+def _on_grid(layer: Any, grid: Any) -> Iterator[None]:
+    """Give a layer its rounded weights and bias, and another grid that has them all."""
+    from lightning_quant.simulation.fast.biases import rounded_bias  # imports AIMET
+
+    quantizer, before = layer.param_quantizers["weight"], dict(layer._parameters)
+    rounded = {"weight": quantizer(layer.weight), "bias": rounded_bias(layer)}
+    for name, value in rounded.items():
+        if value is not None:
+            layer._parameters[name] = nn.Parameter(value.detach().as_subclass(Tensor), requires_grad=False)
+    layer.param_quantizers["weight"] = grid
     try:
         yield
     finally:
-        layer._parameters["weight"] = weight
+        layer._parameters.update(before)
         layer.param_quantizers["weight"] = quantizer
 
 

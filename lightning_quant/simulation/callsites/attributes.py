@@ -25,6 +25,10 @@ LIST_SITES, HIDDEN_SITES = "_sites_of_a_list", "_hidden_sites"
 BUFFERS = "_written_buffers"
 # A batch norm that no layer took in, a depthwise convolution on the device: over how many axes besides the channels.
 DEPTHWISE = "_is_depthwise_on_the_device"
+# A layer with a bias, or a softplus: the quantizer that rounds its input.
+ROUNDED_BY = "_input_rounded_by"
+# A sigmoid whose output is multiplied with what it is of, as in SiLU.
+GATES_ITSELF = "_gates_its_own_input"
 # A tensor that a recurrent layer made as its first state, since none was passed.
 DEFAULT_STATE = "_is_default_state"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_quant.simulation.callsites.attributes import DEPTHWISE, OWNER, is_at_call_site
+from lightning_quant.simulation.callsites.attributes import DEPTHWISE, GATES_ITSELF, OWNER, ROUNDED_BY, is_at_call_site
 from lightning_quant.simulation.callsites.tied_ranges import leave_out_roundings, outputs, rounding, tie_ranges
 from lightning_quant.simulation.fixed_ranges import note_fixed_ranges
 
@@ -41,6 +41,7 @@ def complete(sim: Any, returned: Container[nn.Module]) -> None:
     tie_ranges(sim)
     _guard_divisions(sim)
     _note_roundings(sim)
+    _note_own_gates(sim)
     note_fixed_ranges(sim)
     _keep_ranges_of_inputs(sim)
 
@@ -197,21 +198,33 @@ def _guard_divisions(sim: Any) -> None:
 
 
 def _note_roundings(sim: Any) -> None:
-    """Let layers with a bias know what rounds their input: the hardware adds the bias in its units.
+    """Let layers know what rounds their input: the hardware adds a bias in its units, and softplus is exported on it.
 
     A layer that several calls give inputs of other grids has no such unit: its bias is not rounded.
     """
-    from lightning_quant.simulation.fast.biases import ROUNDED_BY  # imports AIMET
-
     found: dict[Any, set[Any]] = {}
     for op in sim.connected_graph.ordered_ops:
         module: Any = sim._get_qmodule(op)
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, _BatchNorm)) and op.inputs:
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, _BatchNorm, nn.Softplus)) and op.inputs:
             quantizers: Any = getattr(module, "input_quantizers", ())
             own = quantizers[0] if len(quantizers) else None
             found.setdefault(module, set()).add(own or rounding(sim, op.inputs[0].producer))
     for module, roundings in found.items():
         (module.__dict__[ROUNDED_BY],) = roundings if len(roundings) == 1 else (None,)
+
+
+def _note_own_gates(sim: Any) -> None:
+    """Let sigmoids know that their output is multiplied with what they are of: x·sigmoid(x)."""
+    from lightning_quant.simulation.aimet import custom
+
+    for op in sim.connected_graph.ordered_ops:
+        module: Any = sim._get_qmodule(op)
+        if not isinstance(module, nn.Sigmoid) or not op.inputs:
+            continue
+        source = op.inputs[0].producer
+        products = (taker for taker in op.output_ops if isinstance(sim._get_qmodule(taker), custom.Multiply))
+        if any(product.producer is source for taker in products for product in taker.inputs):
+            module.__dict__[GATES_ITSELF] = True
 
 
 def _keep_ranges_of_inputs(sim: Any) -> None:

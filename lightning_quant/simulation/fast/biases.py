@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from lightning_quant.simulation.batch_norms import WEIGHT_BITS, ends_on_device, output_factors, sums
+from lightning_quant.simulation.callsites.attributes import ROUNDED_BY
 from lightning_quant.simulation.fast import gpu, in_graphs, kernels
 from lightning_quant.simulation.fast.quantizer import is_fast, is_known, smallest_scale
-
-# Name of what a layer with a bias remembers: the quantizer that rounds its input.
-ROUNDED_BY = "_input_rounded_by"
 
 
 def rounded_bias(layer: Any) -> Tensor | None:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from lightning_quant.simulation.aimet import QuantizationMixin, QuantizedTensorBase
 from lightning_quant.simulation.batch_norms import output_factors
-from lightning_quant.simulation.callsites.attributes import DEPTHWISE
+from lightning_quant.simulation.callsites.attributes import DEPTHWISE, ROUNDED_BY
 from lightning_quant.simulation.callsites.passes import current, paused, running_pass
 from lightning_quant.simulation.fast import in_graphs
-from lightning_quant.simulation.fast.biases import ROUNDED_BY, rounded_bias, rounded_sums
+from lightning_quant.simulation.fast.biases import rounded_bias, rounded_sums
 from lightning_quant.simulation.fast.kernels import Activation
 from lightning_quant.simulation.fast.quantizer import is_fast, is_known, is_traced
 

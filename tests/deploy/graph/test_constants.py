@@ -111,6 +111,19 @@ def test_a_number_is_on_its_grid_exactly(tmp_path: Path, operation: str, value: 
     assert all(len(node.input) < 2 or "_qdq" in node.input[1] for node in operations(model, operation))
 
 
+@pytest.mark.parametrize("value", [1.0, -0.044715, 7.3, 1e-6, 1e6])
+def test_the_grid_of_a_number_that_is_added_is_like_the_others(value: float) -> None:
+    model = number("Add", value)
+    other = values(model)[operations(model, "DequantizeLinear")[0].input[1]].item()
+    fold_constants(model)
+    (entry,) = encode_constants(model).values()
+    (scale,) = entry["scale"]
+    count = round(float(np.float32(abs(value))) / scale)
+    assert count in 2 ** np.arange(8)  # divided exactly
+    assert np.float32(abs(value)) == np.float32(scale) * np.float32(count)
+    assert count in (1, 128) or 0.7 < scale / other < 1.5
+
+
 def test_whole_numbers_are_on_their_grid_exactly(tmp_path: Path) -> None:
     model = number("Div", 1.0)
     (node,) = (node for node in model.graph.node if node.op_type == "Constant")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,73 @@ def test_blame_names_no_layer_and_the_one_that_is_changed(tmp_path: Path, name: 
     graph.write(weight.input[1], 1.5 * graph.array(weight.input[1]))
     changed = {layer.layer for layer in compare_file(network, model, inputs, [call(given)]).guilty}
     assert len(changed) == (2 if name == "called twice" else 1)  # which share the weight
+
+
+class Gated(nn.Module):
+    """A layer, and what it computes times its own sigmoid."""
+
+    def __init__(self, layer: nn.Module, gate: Callable[[Tensor], Tensor] = F.silu) -> None:
+        super().__init__()
+        self.layer, self.gate = layer, gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate(self.layer(x))
+
+
+def convolution(**settings: Any) -> nn.Module:
+    return nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, **settings)
+
+
+IDENTITY = F.pad(torch.ones(CHANNELS, 1, 1, 1), (1, 1, 1, 1))
+MISCOMPUTED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "9 rows": (lambda: nn.Sequential(convolution(), nn.SiLU(), convolution()), (CHANNELS, 9, 7)),
+    "10 rows, strided": (lambda: Gated(convolution(stride=2)), (CHANNELS, 20, 32)),
+    "11 rows, by hand": (lambda: Gated(convolution(), lambda x: torch.sigmoid(x) * x), (CHANNELS, 11, 16)),
+    "12 rows, depthwise": (lambda: Gated(convolution(groups=CHANNELS), nn.SiLU()), (CHANNELS, 12, 20)),
+    "12 rows, transposed": (lambda: Gated(nn.ConvTranspose2d(CHANNELS, CHANNELS, 2, 2)), (CHANNELS, 6, 6)),
+    "10 rows, behind a ReLU": (lambda: Gated(nn.Sequential(convolution(), nn.ReLU())), (CHANNELS, 10, 16)),
+    "12 rows, a mean": (lambda: Gated(nn.Sequential(convolution(), nn.AvgPool2d(3, 1, 1))), (CHANNELS, 12, 12)),
+    "few columns": (lambda: Gated(convolution(), nn.SiLU()), (CHANNELS, 30, 8)),
+    "large values": (lambda: Gated(convolution(), lambda x: F.silu(30 * x)), (CHANNELS, 12, 20)),
+    "channels last": (lambda: Gated(nn.Linear(16, 16)), (10, 6, 16)),
+    "softplus": (lambda: nn.Sequential(convolution(), nn.Softplus()), (CHANNELS, 12, 20)),
+    "softplus, few columns": (lambda: Gated(convolution(), F.softplus), (CHANNELS, 18, 8)),
+    "mish": (lambda: nn.Sequential(convolution(), nn.Mish(), convolution()), (CHANNELS, 12, 20)),
+    "identity": (
+        lambda: Gated(nn.Conv2d(CHANNELS, CHANNELS, 1), lambda x: F.conv2d(x, IDENTITY, groups=CHANNELS)),
+        MAPS[1:],
+    ),
+    "windows": (lambda: Gated(nn.Conv2d(CHANNELS, 4, 1), lambda x: F.unfold(x, 3, padding=1)), MAPS[1:]),
+    "hard sigmoid": (lambda: Gated(convolution(), F.hardsigmoid), (CHANNELS, 10, 16)),
+    "hard sigmoid before a layer": (
+        lambda: nn.Sequential(convolution(), nn.Hardsigmoid(), convolution()),
+        (CHANNELS, 14, 14),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "precision"), in_turn(MISCOMPUTED, ["w8a16", "w4a16"]))
+def test_what_is_miscompiled_with_16_bits(tmp_path: Path, name: str, precision: str) -> None:
+    torch.manual_seed(0)
+    make, shape = MISCOMPUTED[name]
+    samples = torch.randn(8, *shape)
+    network, given = calibrated(make().eval(), call(samples), precision=precision), samples[:1]
+    model, expected = written(network, given, tmp_path)
+    onnx.checker.check_model(model, full_check=True)
+    inputs = {model.graph.input[0].name: given.numpy()}
+    assert psnr(expected.numpy(), computed(model, tmp_path, **inputs)[0]) > 90
+    entries = json.loads((tmp_path / "float.encodings").read_text())["activation_encodings"]
+    in_float = onnx.load(tmp_path / "float.onnx")
+    assert {entry["name"] for entry in entries} <= {
+        one for node in in_float.graph.node for one in (*node.input, *node.output)
+    }
+    assert not compare_file(network, model, list(inputs), [call(given)]).guilty
+    if NO_EMULATOR is None:
+        report, (output,) = emulated(model, tmp_path / "npu", **inputs)
+        assert not report.float_islands
+        assert not report.layers["CPU"]
+        is_coarse = name == "mish" or "softplus" in name  # 16-bit softplus has the precision of 9 bits
+        assert psnr(expected.numpy(), output) > (40 if is_coarse else 75 if precision == "w8a16" else 50)
 
 
 def test_factors_and_sums_are_those_of_the_batch_norm(tmp_path: Path) -> None:

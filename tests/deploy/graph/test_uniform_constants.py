@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lightning_quant.deploy.blame.file import compare_file
 from lightning_quant.deploy.export import export_bundle
 from tests.helpers.members import in_turn
 from tests.helpers.networks import calibrated, call
-from tests.helpers.qdq import NO_EMULATOR, computed, emulated, operations, psnr
+from tests.helpers.qdq import NO_EMULATOR, computed, emulated, operations, psnr, values
 
 PRECISIONS = ["w8a8", "w8a16", "w4a8", "w4a16"]
 CHANNELS = 6
@@ -120,6 +121,23 @@ def test_the_file_and_the_npu_compute_what_the_simulation_does(tmp_path: Path, n
         assert not report.float_islands
         assert not report.layers["CPU"]
         assert psnr(expected.numpy(), output) > (40 if precision.endswith("a8") else 60)
+
+
+@pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
+@pytest.mark.parametrize("number", [0.01, 1.5, 10.0, -40.0])
+@pytest.mark.parametrize("function", [operator.add, operator.sub, lambda x, number: number - x])
+def test_a_number_of_any_size_costs_one_step(tmp_path: Path, function: Any, number: float) -> None:
+    torch.manual_seed(0)
+    samples = torch.randn(16, *IMAGES[1:])
+    network = calibrated(Around(lambda m, y: function(y, number)), call(samples))
+    bundle = export_bundle(network, tmp_path / "net", [call(samples[:1])])
+    model = onnx.load(bundle.qdq)
+    _, (output,) = emulated(model, tmp_path / "npu", **{model.graph.input[0].name: samples[:1].numpy()})
+    step = values(model)[operations(model, "QuantizeLinear")[-1].input[1]]
+    with torch.no_grad():
+        difference = (network(samples[:1]) - torch.from_numpy(output)).abs() / step
+    assert float(difference.max()) < 1.5
+    assert float((difference > 0.5).float().mean()) < 0.1
 
 
 @pytest.mark.parametrize("value", [-torch.inf, -1e9, torch.finfo(torch.float32).min])

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_small, resnet18
 
 from lightning_quant.deploy.export import export_bundle
+from lightning_quant.simulation.callsites.attributes import ROUNDED_BY
 from lightning_quant.simulation.fast import biases, gpu, layers
-from lightning_quant.simulation.fast.biases import ROUNDED_BY, rounded_bias
+from lightning_quant.simulation.fast.biases import rounded_bias
 from tests.helpers.networks import calibrated, call, images, seeded
 
 
