@@ -58,7 +58,7 @@ def is_layer(module: nn.Module) -> bool:
     quantized = aimet.QuantizationMixin.cls_to_qcls.get(type(module))
     if quantized is None or quantized.__module__.startswith(_TRANSFORMERS) or isinstance(module, _DECOMPOSED):
         return False
-    if isinstance(module, nn.Upsample) and module.mode == "area":
+    if isinstance(module, nn.Upsample) and (module.mode == "area" or _by_part_of_a_factor(module)):
         return False
     if isinstance(module, nn.modules.padding._ConstantPadNd) and module.value != 0:
         return False
@@ -67,6 +67,13 @@ def is_layer(module: nn.Module) -> bool:
         return False
     # a weight that something else makes: pruned, normalized
     return not any(isinstance(own.get(part), Tensor) for part in ("weight", "bias"))
+
+
+def _by_part_of_a_factor(module: nn.Upsample) -> bool:
+    """Return whether it depends on the size of its input whether the NPU takes an upsampling as it is."""
+    factor = module.scale_factor
+    factors = factor if isinstance(factor, tuple) else () if factor is None else (factor,)
+    return "linear" in module.mode and any(not float(one).is_integer() for one in factors)
 
 
 def instrument(root: nn.Module, calls: Sequence[NetworkInputs]) -> None:

@@ -18,7 +18,7 @@ from lightning_quant.deploy.graph.files import write_onnx
 from lightning_quant.simulation.callsites.decompositions import resampling
 from lightning_quant.simulation.switched_off import unrounded
 from tests.helpers.networks import calibrated, call
-from tests.helpers.qdq import NO_EMULATOR, computed, emulated
+from tests.helpers.qdq import NO_EMULATOR, computed, emulated, psnr
 from tests.simulation.callsites.patterns import ReadsKept
 
 IMAGES = torch.randn(8, 3, 10, 10, generator=torch.Generator().manual_seed(0))
@@ -105,6 +105,25 @@ def areas(m: Rewritten, y: Tensor) -> Tensor:
     return F.interpolate(y, scale_factor=(0.25, 0.5), mode="area")
 
 
+def by_part_of_a_factor(m: Rewritten, y: Tensor) -> Tensor:
+    return m.halves(y[:, :, 1:]).mean((2, 3)) - F.interpolate(
+        y[:, :, :7], scale_factor=(1 / 3, 0.5), mode="bilinear"
+    ).mean((2, 3))
+
+
+def sequence_by_part_of_a_factor(m: Rewritten, y: Tensor) -> Tensor:
+    return F.interpolate(y[:, :, 0, :7], scale_factor=1.5, mode="linear") * 2
+
+
+def sums_of_rows(m: Rewritten, y: Tensor) -> Tensor:
+    return torch.cumsum(y, 2) * 0.5 - y.relu().cumsum(dim=-3)
+
+
+def axes_moved(m: Rewritten, y: Tensor) -> Tensor:
+    y = torch.movedim(y, (1, 2), (-1, -2)).sigmoid().movedim(-1, 1)
+    return y.moveaxis(-2, -1) * 3.0
+
+
 def uneven_areas(m: Rewritten, y: Tensor) -> Tensor:
     return m.areas(y) + F.interpolate(y[:, :, 0], 12, mode="area")[:, :, None]
 
@@ -171,7 +190,8 @@ def rows_and_columns(m: Rewritten, y: Tensor) -> Tensor:
 
 REWRITTEN = [
     every_third, a_block, a_number, places_in_a_list, from_nothing, through_a_view, put, put_in_place, scattered,
-    zeros_added_to, smoothed, smoothed_by_a_factor, positions_smoothed, areas, uneven_areas, uneven_means,
+    zeros_added_to, smoothed, smoothed_by_a_factor, positions_smoothed, areas,
+    by_part_of_a_factor, sequence_by_part_of_a_factor, sums_of_rows, axes_moved, uneven_areas, uneven_means,
     uneven_maxima, uneven_volumes, patches, wide_patches, by_a_weight, by_nothing, of_a_layer, windows_of_an_image,
     queries_keys_values, queries_keys_values_split, rows_and_columns,
 ]  # fmt: skip
@@ -185,6 +205,7 @@ class Rewritten(nn.Module):
         self.linear = nn.Linear(6, 6)
         self.norm = nn.LayerNorm(8, bias=False)
         self.areas = nn.Upsample((4, 12), mode="area")
+        self.halves = nn.Upsample(scale_factor=0.5, mode="bilinear")
         self.means, self.maxima = nn.AdaptiveAvgPool2d((None, 3)), nn.AdaptiveMaxPool2d((3, 5))
         self.positions = nn.Parameter(torch.randn(1, 6, 7, 7))
 
@@ -318,3 +339,34 @@ def test_windows_side_by_side_are_no_slices_in_the_file(
 @pytest.mark.parametrize(("dimension", "size"), [(0, 2), (1, 3), (-1, 4), (3, 5)])
 def test_windows_are_those_of_unfold(dimension: int, size: int) -> None:
     assert torch.equal(resampling.windows(IMAGES, dimension, size, size), IMAGES.unfold(dimension, size, size))
+
+
+class Masked(nn.Module):
+    """Attention whose mask is a number for minus infinity times an input, as transformers' models have it."""
+
+    def __init__(self, number: float, swapped: bool) -> None:
+        super().__init__()
+        self.number, self.swapped = number, swapped
+        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        hidden = 1.0 - mask[:, None].float()
+        added = self.number * hidden if self.swapped else hidden * self.number
+        scores = self.query(x) @ self.key(x).transpose(1, 2) / 4
+        return (scores + added).softmax(-1) @ self.value(x)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("number", [torch.finfo(torch.float32).min, torch.finfo(torch.float16).min, -1e9, -10000.0])
+def test_a_mask_that_is_a_product_leaves_the_scores_their_steps(tmp_path: Path, number: float, swapped: bool) -> None:
+    torch.manual_seed(0)
+    x, mask = torch.randn(8, 12, 16), (torch.arange(12) < 9).long().repeat(8, 1)
+    network = Masked(number, swapped).eval()
+    float_network = copy.deepcopy(network)
+    known = calibrated(network, call(x, mask))
+    expected, rounded = float_network(x, mask).detach(), known.network(x, mask).detach()
+    with unrounded(known):
+        torch.testing.assert_close(known.network(x, mask), expected, rtol=0, atol=1e-5)
+    assert psnr(expected.numpy(), rounded.numpy()) > 24  # 8 with the range of the number
+    bundle = export_bundle(known, tmp_path / "bundle", [call(x, mask)])
+    assert bundle.manifest.parity.psnr_db > 60

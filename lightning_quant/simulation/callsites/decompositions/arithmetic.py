@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lightning_quant.simulation.callsites.decompositions.attention import MASKED
 
+# From here on numbers are written for minus infinity: the least of float16 and float32, -1e9, -10000.
+LIKE_MINUS_INFINITY = -1e4
+
 
 def power(input: Tensor, exponent: float) -> Tensor:
     """Compute ``x ** n`` for exponents that are products and roots: the NPU has no power in integers."""
@@ -52,6 +55,16 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
     """Compute ``F.glu``."""
     value, gate = input.chunk(2, dim)
     return value * torch.sigmoid(gate)
+
+
+def cumsum(input: Tensor, dim: int, **kwargs: Any) -> Tensor:
+    """Compute ``torch.cumsum`` along the last axis: along others the NPU has only the first value right in 8 bits."""
+    return input.transpose(dim, -1).cumsum(-1).transpose(dim, -1)
+
+
+def supports_cumsum(input: Tensor, dim: int, **kwargs: Any) -> bool:
+    """Return whether it is along another axis."""
+    return input.is_floating_point() and not kwargs and dim % input.dim() != input.dim() - 1
 
 
 def join(tensors: Sequence[Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -110,6 +123,21 @@ def masked_fill(input: Tensor, mask: Tensor, value: Any) -> Tensor:
 def supports_masked_fill(input: Tensor, mask: Tensor, value: Any) -> bool:
     """Return whether what is filled in is minus infinity, or the most negative number instead."""
     return not isinstance(value, Tensor) and float(value) < -1e4
+
+
+def masked_by_product(input: Any, other: Any) -> Tensor:
+    """Compute the product of a mask with a number that is written for minus infinity, a lower one than it takes.
+
+    ``(1 - mask) * torch.finfo(dtype).min``, which is added to scores: with its range they are left no step.
+    """
+    mask: Tensor = other if isinstance(input, int | float) else input
+    return mask * MASKED
+
+
+def supports_masked_by_product(input: Any, other: Any, **kwargs: Any) -> bool:
+    """Return whether one of both is such a number."""
+    numbers = [one for one in (input, other) if isinstance(one, int | float)]
+    return not kwargs and len(numbers) == 1 and numbers[0] <= LIKE_MINUS_INFINITY
 
 
 def diff(

@@ -12,6 +12,8 @@ from torch import Tensor
 from lightning_quant.simulation.callsites.passes import paused
 from lightning_quant.simulation.callsites.traces import untraced
 
+# How far from a whole number a size may be: factors are floats.
+_WHOLE = 1e-4
 # From here on numbers are written for infinity: the least of `masked_fill` (see there), of float16 and float32.
 _LIKE_INFINITY = 1e4
 
@@ -19,22 +21,34 @@ _LIKE_INFINITY = 1e4
 def interpolate(input: Tensor, size: Any = None, scale_factor: Any = None, *args: Any, **kwargs: Any) -> Tensor:
     """Compute ``F.interpolate``.
 
-    With antialiasing it is linear along each axis: (N, C, H, W) between two matrices. Of areas, it is adaptive pooling.
+    It is linear along each axis: (N, C, H, W) between two matrices, (N, C, L) before one. Of areas, it is adaptive
+    pooling.
     """
     if _takes_areas(*args, **kwargs):
         return _areas(input, size, scale_factor, *args, **kwargs)
     if not supports_interpolate(input, size, scale_factor, *args, **kwargs):
         return F.interpolate(input, size, scale_factor, *args, **kwargs)
-    rows, columns = (
-        _along(input, axis, _of(size, axis), _of(scale_factor, axis), *args, **kwargs).to(input) for axis in (0, 1)
+    *rows, columns = (
+        _along(input, axis, _of(size, axis), _of(scale_factor, axis), *args, **kwargs).to(input)
+        for axis in range(input.dim() - 2)
     )
-    return torch.matmul(rows, torch.matmul(input, columns.T))
+    result = torch.matmul(input, columns.T)
+    return torch.matmul(rows[0], result) if rows else result
 
 
 def supports_interpolate(input: Tensor, size: Any = None, scale_factor: Any = None, *args: Any, **kwargs: Any) -> bool:
-    """Return whether it is of areas, or one of images with antialiasing, which is the seventh argument."""
-    is_smoothed = bool(kwargs.get("antialias", args[3] if len(args) > 3 else False))
-    return _takes_areas(*args, **kwargs) or (input.dim() == 4 and is_smoothed)
+    """Return whether it is of areas, of images with antialiasing, or linear by a factor that the NPU does not take.
+
+    That is one by which a size is no whole number: PyTorch's grid of samples, and ONNX's, is that of the factor, the
+    NPU's that of the two sizes.
+    """
+    given = dict(zip(("mode", "align_corners", "recompute_scale_factor", "antialias"), args, strict=False)) | kwargs
+    by_factor = scale_factor is not None and not given.get("align_corners") and not given.get("recompute_scale_factor")
+    if by_factor and given.get("mode") in ("linear", "bilinear"):
+        sizes = [float(old) * float(_of(scale_factor, axis)) for axis, old in enumerate(input.shape[2:])]
+        if any(abs(size - round(size)) > _WHOLE for size in sizes):
+            return True
+    return _takes_areas(*args, **kwargs) or (input.dim() == 4 and bool(given.get("antialias")))
 
 
 def _takes_areas(mode: Any = "nearest", *args: Any, **kwargs: Any) -> bool:
@@ -56,11 +70,14 @@ def _of(value: Any, axis: int) -> Any:
 
 def _along(input: Tensor, axis: int, size: Any, scale: Any, *args: Any, **kwargs: Any) -> Tensor:
     """Return the matrix that resizes an axis: (new size, old size)."""
+    given = dict(zip(("mode",), args, strict=False)) | kwargs
+    mode = "bilinear" if given["mode"] == "linear" else given["mode"]  # of an image of one column
+    others = {name: value for name, value in kwargs.items() if name != "mode"}
     with paused(), untraced(), torch.no_grad():
         old = int(input.shape[2 + axis])
         each = torch.eye(old)[None, None]
         wanted = (None if size is None else (int(size), old)), (None if scale is None else (float(scale), 1.0))
-        return F.interpolate(each, *wanted, *args, **kwargs)[0, 0]
+        return F.interpolate(each, *wanted, mode, *args[1:], **others)[0, 0]
 
 
 def pad(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:

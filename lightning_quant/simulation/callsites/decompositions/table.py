@@ -60,7 +60,12 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "addmm": Decomposition(arithmetic.addmm, arithmetic.supports_addmm),
     "baddbmm": Decomposition(arithmetic.baddbmm),
     "masked_fill": Decomposition(arithmetic.masked_fill, arithmetic.supports_masked_fill),
+    **dict.fromkeys(
+        ("mul", "multiply", "rmul"),
+        Decomposition(arithmetic.masked_by_product, arithmetic.supports_masked_by_product),
+    ),
     "diff": Decomposition(arithmetic.diff),
+    "cumsum": Decomposition(arithmetic.cumsum, arithmetic.supports_cumsum),
     "einsum": Decomposition(einsum.einsum, einsum.supports_einsum),
     "interpolate": Decomposition(resampling.interpolate, resampling.supports_interpolate),
     **{
@@ -92,6 +97,14 @@ def _channel_shuffle(input: Tensor, groups: int) -> Tensor:
     return input.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
+def _movedim(input: Tensor, source: Any, destination: Any) -> Tensor:
+    """Compute ``movedim`` of axes counted from the front: PyTorch's exporter writes those from the end as they are."""
+    sources, destinations = (
+        [axis % input.dim() for axis in ([axes] if isinstance(axes, int) else axes)] for axes in (source, destination)
+    )
+    return torch.movedim(input, sources, destinations)
+
+
 def _clamp(input: Tensor, min: Any = None, max: Any = None, **kwargs: Any) -> Tensor:
     """Compute ``clamp`` with one limit: AIMET's exporter cannot read a Clip that leaves the other out."""
     if kwargs or (min is None) == (max is None):
@@ -114,6 +127,7 @@ TRACE_SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     Tensor.cumsum: _cumsum,
     torch.channel_shuffle: _channel_shuffle,
     Tensor.__getitem__: _item,
+    **dict.fromkeys((torch.movedim, torch.moveaxis, Tensor.movedim, Tensor.moveaxis), _movedim),
     torch.clamp: _clamp,
     Tensor.clamp: _clamp,
     Tensor.unfold: resampling.windows,
