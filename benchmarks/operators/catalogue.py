@@ -161,6 +161,7 @@ def coordinates(*shape: int) -> Draw:
 
 
 MAP = normal(1, 8, 8, 8)
+ROWS = normal(1, 8, 12, 20)
 POSITIVE = positive(1, 8, 8, 8)
 TOKENS = normal(1, 12, 16)
 SIGNAL = normal(1, 8, 32)
@@ -251,6 +252,7 @@ def _arithmetic() -> list[Operator]:
         of("clamp, minimum only", lambda x: x.clamp(min=-0.5), MAP),
         of("cumsum over channels", lambda x: x.cumsum(1), MAP),
         of("cumsum over width", lambda x: x.cumsum(3), MAP),
+        of("cumsum over tokens", lambda x: x.cumsum(1), TOKENS),
     ]
 
 
@@ -263,12 +265,19 @@ def _activations() -> list[Operator]:
         "Softplus": nn.Softplus, "LogSigmoid": nn.LogSigmoid, "GLU": lambda: nn.GLU(1),
     }  # fmt: skip
     found = [Operator("Activations", name, build, (MAP,)) for name, build in modules.items()]
+    for name in ("SiLU", "Mish", "Softplus", "Hardsigmoid", "GELU"):  # the sizes of a map decide how these are compiled
+        behind = partial(_behind_a_convolution, modules[name])
+        found.append(Operator("Activations", f"{name} behind a convolution, 12 rows", behind, (ROWS,), ("Conv2d",)))
     for dim, axis in {1: "channels", 2: "height", 3: "width"}.items():
         found.append(Operator("Activations", f"softmax over {axis}", partial(nn.Softmax, dim), (MAP,)))
     found.append(Operator("Activations", "log_softmax over channels", lambda: nn.LogSoftmax(1), (MAP,)))
     found.append(Operator("Activations", "softmax over features", lambda: nn.Softmax(-1), (TOKENS,)))
     found.append(Operator("Activations", "softmax over tokens", lambda: nn.Softmax(1), (TOKENS,)))
     return found
+
+
+def _behind_a_convolution(build: Callable[[], nn.Module]) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(8, 8, 1), build())
 
 
 def _norms() -> list[Operator]:
@@ -318,6 +327,7 @@ def _pooling() -> list[Operator]:
         of("bilinear ×2", resized(scale_factor=2, mode="bilinear")),
         of("bilinear ×2, aligned corners", resized(scale_factor=2, mode="bilinear", align_corners=True)),
         of("bilinear ×½", resized(scale_factor=0.5, mode="bilinear")),
+        of("bilinear ×½ of 9 rows", resized(scale_factor=0.5, mode="bilinear"), normal(1, 8, 9, 11)),
         of("area ×½", resized(scale_factor=0.5, mode="area")),
         of("bicubic ×2", resized(scale_factor=2, mode="bicubic")),
         of("trilinear ×2", resized(scale_factor=2, mode="trilinear"), VOLUME),
@@ -326,6 +336,7 @@ def _pooling() -> list[Operator]:
         of("grid_sample", lambda: Function(lambda x, grid: F.grid_sample(x, grid, align_corners=False)), MAP,
            coordinates(1, 6, 6, 2)),
         of("unfold", lambda: nn.Unfold(2, stride=2)),
+        of("unfold 3×3", lambda: nn.Unfold(3, padding=1)),
         of("fold", lambda: nn.Fold((8, 8), 2, stride=2), normal(1, 32, 16)),
     ]  # fmt: skip
 

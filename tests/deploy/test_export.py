@@ -526,3 +526,28 @@ def test_a_layer_that_differs_in_the_last_sample_only_is_found(tmp_path: Path, m
     calls = [*[call(torch.zeros(1, 3, *images().shape[2:]))] * 3, call(images(1) * 3)]
     with pytest.raises(ParityError, match="The first layer that differs is 'before'"):
         export_bundle(network, tmp_path / "net", calls)
+
+
+class Behind(nn.Module):
+    """A function of what a convolution computes."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.function = nn.Conv2d(3, 8, 1), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.conv(x))
+
+
+def test_norms_over_several_axes_without_weights(tmp_path: Path) -> None:
+    for index, norm in enumerate((lambda x: F.layer_norm(x, x.shape[1:]), nn.LayerNorm([8, 8], bias=False))):
+        network = calibrated(Behind(norm).eval())
+        bundle = export_bundle(network, tmp_path / str(index), [call(images(1))])
+        assert bundle.manifest.parity.psnr_db > 60
+
+
+def test_a_graph_that_is_written_wrongly_is_refused(tmp_path: Path) -> None:
+    network = calibrated(Behind(lambda x: torch.diagonal(x, dim1=2, dim2=3) * 2.0).eval())
+    with pytest.raises(ExportError, match=r"does not load the graph that was written: InvalidGraph.*Please report"):
+        export_bundle(network, tmp_path / "net", [call(images(1))])
+    assert not (tmp_path / "net").exists()

@@ -90,12 +90,12 @@ def complete_norms(model: onnx.ModelProto) -> None:
         if node.op_type == "LayerNormalization" and of_integers(graph.source(node.input[0])):
             read_from = graph.producers.get(node.input[1])
             weight = graph.known(read_from.input[0] if read_from and of_integers(read_from) else node.input[1])
-            size = 0 if weight is None else weight.size
+            shape = () if weight is None else weight.shape
             for index, (part, value, kind) in enumerate((("weight", 1, np.uint8), ("bias", 0, np.int32)), 1):
-                given = graph.known(node.input[index]) if len(node.input) > index else np.zeros(size)
-                if given is None or not size or not (given == value).all():
+                given = graph.known(node.input[index]) if len(node.input) > index else np.zeros(shape)
+                if given is None or not shape or not (given == value).all():
                     continue
-                grid = {"q": np.full(size, value, kind), "scale": np.float32(1.0), "zero_point": kind(0)}
+                grid = {"q": np.full(shape, value, kind), "scale": np.float32(1.0), "zero_point": kind(0)}
                 read = [graph.add(f"{node.name}.{part}_{name}", np.asarray(array)) for name, array in grid.items()]
                 output = graph.free(f"{node.name}.{part}_qdq")
                 nodes.append(helper.make_node("DequantizeLinear", read, [output], f"{output}_dq"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_quant.errors import ExportError
 from lightning_quant.simulation import aimet
 
 if TYPE_CHECKING:
@@ -126,7 +127,11 @@ class QdqGraph:
 
 
 def exact_session(model: Path | onnx.ModelProto) -> Any:
-    """Return an ONNX Runtime session on the host's CPU that computes every node as it is written."""
+    """Return an ONNX Runtime session on the host's CPU that computes every node as it is written.
+
+    Raises:
+        ExportError: with the reason, when ONNX Runtime does not load it.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -134,7 +139,15 @@ def exact_session(model: Path | onnx.ModelProto) -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
-    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of a class of its own for each cause
+        said = str(error).strip().splitlines()[0]
+        raise ExportError(
+            f"ONNX Runtime does not load the graph that was written: {type(error).__name__}: {said} Expected "
+            "operations that PyTorch's exporter and AIMET write correctly. Please report it with the network; until "
+            "then, quantize the part without that operation (network='model.backbone')."
+        ) from error
 
 
 def hands_on(node: onnx.NodeProto) -> bool:
