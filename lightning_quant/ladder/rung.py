@@ -161,6 +161,7 @@ RUNGS: Registry[Rung] = Registry(
         "rounding": f"{__package__}.rungs.rounding.LearnedRounding",
         "adaround": f"{__package__}.rungs.adaround.AdaptiveRounding",
         "attention": f"{__package__}.rungs.attention.AttentionPrecision",
+        "joins": f"{__package__}.rungs.joins.JoinedPrecision",
         "mixed": f"{__package__}.rungs.mixed.MixedPrecision",
     },
     reserved=("float", "qat"),  # in records

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.ladder.rung import RungContext
+from lightning_quant.ladder.rung import Rung, RungContext
 from lightning_quant.ladder.rungs.mixed import MixedPrecision
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -56,7 +56,7 @@ def raised_bits(network: QuantizedNetwork, before: dict[str, int]) -> dict[str, 
     return {name: now for name, now in bits(network).items() if name in before and now != before[name]}
 
 
-def apply(rung: MixedPrecision, network: QuantizedNetwork, context: RungContext) -> str:
+def apply(rung: Rung, network: QuantizedNetwork, context: RungContext) -> str:
     with torch.no_grad():
         return rung.apply(network, context)
 
