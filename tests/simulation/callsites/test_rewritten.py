@@ -370,3 +370,22 @@ def test_a_mask_that_is_a_product_leaves_the_scores_their_steps(tmp_path: Path, 
     assert psnr(expected.numpy(), rounded.numpy()) > 24  # 8 with the range of the number
     bundle = export_bundle(known, tmp_path / "bundle", [call(x, mask)])
     assert bundle.manifest.parity.psnr_db > 60
+
+
+@pytest.mark.parametrize("number", [-1e3, -12345.0, -3e4, 1e9])
+def test_a_factor_that_may_be_a_unit_stays_a_product(number: float) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), Product(number)).eval()
+    float_network = copy.deepcopy(network)
+    known = calibrated(network, call(IMAGES))
+    with unrounded(known):
+        torch.testing.assert_close(known.network(IMAGES), float_network(IMAGES))
+    assert psnr(float_network(IMAGES).detach().numpy(), known.network(IMAGES).detach().numpy()) > 35
+
+
+class Product(nn.Module):
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.number

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_quant.simulation.callsites.decompositions.attention import MASKED
 
-# From here on numbers are written for minus infinity: the least of float16 and float32, -1e9, -10000.
-LIKE_MINUS_INFINITY = -1e4
+# What is written for minus infinity: the least number of float16 and all below it, and what BERT's masks began with.
+# Others may be units, which a product has to keep.
+_LEAST, _OF_BERT = torch.finfo(torch.float16).min, -10000.0
 
 
 def power(input: Tensor, exponent: float) -> Tensor:
@@ -137,7 +138,7 @@ def masked_by_product(input: Any, other: Any) -> Tensor:
 def supports_masked_by_product(input: Any, other: Any, **kwargs: Any) -> bool:
     """Return whether one of both is such a number."""
     numbers = [one for one in (input, other) if isinstance(one, int | float)]
-    return not kwargs and len(numbers) == 1 and numbers[0] <= LIKE_MINUS_INFINITY
+    return not kwargs and len(numbers) == 1 and (numbers[0] <= _LEAST or numbers[0] == _OF_BERT)
 
 
 def diff(
