@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 
@@ -17,6 +17,7 @@ from lightning_quant.simulation.callsites.traces import run_in_trace
 from lightning_quant.simulation.conversions import without_conversions
 from lightning_quant.simulation.fixed_ranges import set_fixed_ranges
 from lightning_quant.simulation.inputs import NetworkInputs, counted, take_samples
+from lightning_quant.simulation.masks import inputs_in_softmax, masks_left_out
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
 from lightning_quant.simulation.preflight import FindingKind
@@ -84,7 +85,11 @@ def calibrate(
     # what is kept on disk is for networks with finer grids too
     exact = full_precision() if network.has_fine_grids or cache is not None else nullcontext()
     alone = without_conversions(network.network, network.dataflow)  # their ranges are those that are looked for
-    with torch.inference_mode(False), aimet.quiet(), kept, exact, alone, network.cached_weights(), noting() as noted:
+    modes = (torch.inference_mode(False), aimet.quiet(), kept, exact, alone, masks_left_out(network.network))
+    with ExitStack() as stack:
+        for mode in (*modes, network.cached_weights()):
+            stack.enter_context(mode)
+        noted = stack.enter_context(noting())
         set_fixed_ranges(network.quantizers())  # their bits may have changed
         network.sim.compute_encodings(run)
     names = {module: name for name, module in network.network.named_modules()}
@@ -121,9 +126,12 @@ def _report_unlike_ranges(network: QuantizedNetwork, joined: Mapping[str, Ends])
 def _observe(network: QuantizedNetwork, batches: Iterable[NetworkInputs], digest: DataHash | None = None) -> int:
     """Run the samples through the network; return how many there were."""
     seen = index = 0
+    masks = inputs_in_softmax(network.sim)
     known = (batch.batched_like(network.inputs) for batch in batches)
     for new, batch in counted(take_samples(known, network.recipe.calibration_samples)):
-        for tensor in batch.tensors:
+        for place, tensor in enumerate(batch.tensors):
+            if place in masks:
+                tensor = tensor.masked_fill(tensor == -torch.inf, 0.0)  # which masks
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 what = "NaN" if torch.isnan(tensor).any() else "Inf"
                 raise CalibrationError(

@@ -18,6 +18,7 @@ from lightning_quant.deploy.graph.fixed import check_fixed, check_repeatable
 from lightning_quant.deploy.graph.lowering import lowered
 from lightning_quant.deploy.graph.many_axes import leave_out_ones
 from lightning_quant.deploy.graph.passed_inputs import Grid, encode_passed_inputs, round_passed_inputs
+from lightning_quant.deploy.graph.unused_parts import slice_used_parts
 from lightning_quant.errors import ExportError
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.callsites.aimet_views import weights_attached
@@ -100,7 +101,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
             aimet._remove_dangling_nodes_and_initializers(model)
             check_fixed(model, title)
             _check_known(network, noted)
-            gone = constants.fold_constants(model)
+            gone = constants.fold_constants(model) | slice_used_parts(model)
             aimet.export(
                 network.sim.model,
                 tensors,
@@ -123,6 +124,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
         parameters = network.sim.model.named_parameters(remove_duplicate=False)
         floats = {name: value.detach().numpy() for name, value in parameters if name.endswith("bias")}
         constants.fold_constants(quantized)
+        slice_used_parts(quantized)
         shared = shared_grids.share_grids(quantized)
         parted = activations.part_activations(quantized)
         encoded = constants.encode_constants(quantized)

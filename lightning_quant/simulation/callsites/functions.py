@@ -20,7 +20,7 @@ MOVES = frozenset(
     nan_to_num narrow native_dropout new_empty new_full new_ones new_tensor new_zeros nonzero normal numel numpy
     numpy_T one_hot ones_like permute pin_memory pixel_shuffle pixel_unshuffle rand_like randn_like ravel
     register_hook repeat repeat_interleave repr requires_grad requires_grad_ reshape reshape_as retain_grad roll
-    rot90 rrelu select set setitem share_memory size sort split split_with_sizes squeeze squeeze_copy
+    rot90 select set setitem share_memory size sort split split_with_sizes squeeze squeeze_copy
     storage stride swapaxes swapdims t take take_along_dim tensor_split tile to to_dense tolist topk transpose
     tril triu type type_as unbind unflatten unfold uniform unsafe_chunk unsafe_split unsqueeze untyped_storage
     view view_as vsplit zero zeros_like
@@ -30,6 +30,10 @@ MOVES = frozenset(
 CHOICES = frozenset(("amax", "amin", "max_pool1d", "max_pool2d", "max_pool3d")) | {
     f"adaptive_max_pool{axes}d" for axes in (1, 2, 3)
 }
+# Functions that compare values, which nothing rounds behind them.
+COMPARISONS = frozenset(
+    ("eq", "ge", "greater", "greater_equal", "gt", "le", "less", "less_equal", "lt", "ne", "not_equal")
+)
 # Losses stay in float: the device computes none.
 LOSSES = frozenset(
     """

@@ -62,6 +62,8 @@ def is_layer(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.modules.padding._ConstantPadNd) and module.value != 0:
         return False
+    if getattr(module, "divisor_override", None) is not None or (isinstance(module, nn.Softplus) and module.beta != 1):
+        return False
     own = vars(module)
     if "forward" in own or module._forward_hooks or module._forward_pre_hooks:
         return False

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_quant.simulation.callsites.attributes import DEPTHWISE, GATES_ITSELF, OWNER, ROUNDED_BY, is_at_call_site
 from lightning_quant.simulation.callsites.tied_ranges import leave_out_roundings, outputs, rounding, tie_ranges
 from lightning_quant.simulation.fixed_ranges import note_fixed_ranges
+from lightning_quant.simulation.masks import note_masks
 
 # Hardware that computes a layer and the activation behind it one after the other: not an HTP, and one without a name.
 _COMPUTE_APART = (None, "V66")
@@ -28,6 +29,8 @@ def complete(sim: Any, returned: Container[nn.Module]) -> None:
     """
     leave_out_roundings(sim)
     for module in _sites(sim):
+        if module.__dict__.get("_compares"):  # into truth values
+            module.output_quantizers[0] = None
         if "_has_default_weights" in vars(module):  # weights of one: their range is known
             for parameter in module.param_quantizers.parameters():
                 parameter.requires_grad_(False)
@@ -43,6 +46,7 @@ def complete(sim: Any, returned: Container[nn.Module]) -> None:
     _note_roundings(sim)
     _note_own_gates(sim)
     note_fixed_ranges(sim)
+    note_masks(sim)
     _keep_ranges_of_inputs(sim)
 
 

@@ -8,11 +8,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_quant.simulation.callsites.attributes import CONTAINERS, DEFAULT_STATE, FOLDED, RECURRENT, SEEN
+from lightning_quant.simulation.callsites.attributes import (
+    CONTAINERS,
+    DEFAULT_STATE,
+    FILLS,
+    FOLDED,
+    INFINITE,
+    NUMBER,
+    RECURRENT,
+    SEEN,
+)
 from lightning_quant.simulation.callsites.decompositions.table import DECOMPOSITIONS, JOINS, REPEATED_STEPS
 from lightning_quant.simulation.callsites.functions import (
     CASTS,
     CHOICES,
+    COMPARISONS,
     LOSSES,
     MOVES,
     SEEN_THROUGH,
@@ -137,8 +147,8 @@ class Recorder:
             made = self._make(running, module, at, name, func, args, kwargs)
         result = func(*args, **kwargs)
         of_numbers = isinstance(result, Tensor) and result.is_floating_point()
-        if not of_numbers and (name not in MOVES or name in CASTS):  # a mask is cast to truth values
-            made = None
+        if not of_numbers and name not in COMPARISONS and (name not in MOVES or name in CASTS):
+            made = None  # a mask is cast to truth values
         if made is not None:
             self._add(made)
         self._note(name, args, kwargs, result, made)
@@ -211,6 +221,10 @@ class Recorder:
             return False
         if name in CASTS:
             return not given[0].is_floating_point()
+        if name == "where":  # two numbers, one of which a mask chooses, are values that depend on the mask
+            return True
+        if name in COMPARISONS:  # of activations are not rounded, but the network's input is, in front of them
+            return given[0].is_floating_point() and id(given[0]) in self.parts
         if name in MOVES and name not in SEEN_THROUGH and given[0].is_floating_point() and id(given[0]) in self.parts:
             return True  # behind it AIMET would lose the network's input
         if name in MOVES or not any(tensor.is_floating_point() for tensor in given):
@@ -253,7 +267,7 @@ class Recorder:
             if isinstance(value, Tensor)
             and value.is_floating_point()
             and value.numel() > 1
-            and id(value) in self.constants
+            and (id(value) in self.constants or id(value) not in self.known)  # made outside
             and not self._is_zero(value)
         )
         # the first one is made a tensor (Binary.call)
@@ -262,6 +276,12 @@ class Recorder:
         )
         # a list is iterated over: its sites go to the module around it, if there is one
         holder = next((one for one in reversed(running.stack) if not isinstance(one, CONTAINERS)), running.stack[0])
+        numbers = [value for value in operands if isinstance(value, int | float)]
+        if len(numbers) == 1:
+            child.__dict__[NUMBER] = float(numbers[0])
+        if name == "where" and any(map(_is_minus_infinity, args[1:3])):
+            child.__dict__[FILLS] = True
+        child.__dict__["_compares"] = name in COMPARISONS
         child.__dict__["_moves"] = name in CHOICES or (name in MOVES and name not in CASTS)
         name = name if rule is not GENERIC else f"{name}*"
         return Found(module, at, name, self.repeating, tracing_state() is not None, child, holder, weight)
@@ -294,6 +314,13 @@ class Recorder:
             if given:
                 self.fresh.discard(id(tensor))
         self.edges.append(_Edge([id(tensor) for tensor in given], [id(tensor) for tensor in new], made))
+
+
+def _is_minus_infinity(value: Any) -> bool:
+    """Return whether an operand is a number, of Python or PyTorch, that stands for minus infinity."""
+    if isinstance(value, Tensor) and (value.numel() != 1 or not value.is_floating_point()):
+        return False
+    return float(value) <= -INFINITE
 
 
 def _tensors_of(root: nn.Module) -> Iterator[Tensor]:

@@ -130,13 +130,13 @@ def _readers_of_inputs(sim: Any) -> dict[str, set[Any]]:
     readers: dict[str, set[Any]] = defaultdict(set)
     for op in sim.connected_graph.ordered_ops:
         for product in op.inputs if _is_concatenation(sim, op) or not passes_values(sim, op) else ():
-            name = _passed_input(sim, product)
+            name = passed_input(sim, product)
             if name is not None:
                 readers[name].add(op)
     return readers
 
 
-def _passed_input(sim: Any, product: Any) -> str | None:
+def passed_input(sim: Any, product: Any) -> str | None:
     """Return the name of the input of the network that operations before this only pass on."""
     while product.producer is not None and passes_values(sim, product.producer):
         product = product.producer.inputs[0]
@@ -145,7 +145,7 @@ def _passed_input(sim: Any, product: Any) -> str | None:
 
 def _is_read_elsewhere(sim: Any, op: Any, product: Any, readers: Mapping[str, set[Any]]) -> bool:
     """Return whether what a concatenation takes goes to other operations, too, or what it was chosen from does."""
-    name = _passed_input(sim, product)
+    name = passed_input(sim, product)
     if name is not None:  # AIMET's file has one range for what is joined from an input, and it has to be rounded first
         is_alone = sum(_is_concatenation(sim, one) for one in readers[name]) == 1
         return is_alone and readers[name] != {op} and rounding(sim, product.producer) is not None

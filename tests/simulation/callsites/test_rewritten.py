@@ -101,6 +101,18 @@ def positions_smoothed(m: Rewritten, y: Tensor) -> Tensor:
     return y + F.interpolate(m.positions, size=y.shape[2:], mode="bicubic", antialias=True)
 
 
+def turned(m: Rewritten, y: Tensor) -> Tensor:
+    """As a spatial transformer does, by angles that it computes."""
+    by = y.mean((2, 3)).tanh().reshape(-1, 2, 3) * 0.3 + torch.eye(2, 3)
+    y = F.avg_pool2d(y, 3, 1, 1)  # grids of 8 bits are coarse
+    return F.grid_sample(y, F.affine_grid(by, list(y.shape), align_corners=False), align_corners=False)
+
+
+def turned_always(m: Rewritten, y: Tensor) -> Tensor:
+    by = torch.tensor([[[0.9, 0.1, 0.0], [-0.1, 0.9, 0.1]]]).repeat(y.shape[0], 1, 1)
+    return F.grid_sample(y, F.affine_grid(by, list(y.shape), align_corners=False), align_corners=False)
+
+
 def areas(m: Rewritten, y: Tensor) -> Tensor:
     return F.interpolate(y, scale_factor=(0.25, 0.5), mode="area")
 
@@ -140,6 +152,45 @@ def uneven_volumes(m: Rewritten, y: Tensor) -> Tensor:
     volume = y[:, None]
     means = F.adaptive_avg_pool3d(volume, (4, 3, None)) + F.interpolate(volume, (4, 3, 8), mode="area")
     return means.flatten(1, 2) * F.adaptive_max_pool3d(volume, (4, 3, 8))[:, 0]
+
+
+def means_by_another_count(m: Rewritten, y: Tensor) -> Tensor:
+    volume = F.avg_pool3d(y[:, None], 2, divisor_override=3)[:, 0]
+    return F.avg_pool2d(y, 3, 2, 1, divisor_override=5).mean() * volume - m.sums(y)[:, 1:4]
+
+
+# ---- triangles, choices, parts ---------------------------------------------------------------------------------------
+def triangles(m: Rewritten, y: Tensor) -> Tensor:
+    return y.triu(1) - torch.tril(y * 0.5, -1)
+
+
+def diagonals(m: Rewritten, y: Tensor) -> Tensor:
+    return torch.diagonal(y, dim1=-2, dim2=-1).unsqueeze(-1) * y.diagonal(1, 1, 2)[:, None, :1]
+
+
+def chosen_by_a_product(m: Rewritten, y: Tensor) -> Tensor:
+    gated = y * (y > 0)
+    gated *= torch.eye(8, dtype=torch.bool).logical_not()
+    return gated.sigmoid()
+
+
+def numbers_by_sign(m: Rewritten, y: Tensor) -> Tensor:
+    return torch.where(y > 0, 1.5, -0.5) * y
+
+
+def where_a_mask_has_it(m: Rewritten, y: Tensor) -> Tensor:
+    y = y + 0.0
+    y[:, torch.eye(8, dtype=torch.bool).repeat(6, 1, 1)] = 0.5
+    y[..., torch.arange(8) > 5] = torch.tensor(-1.0)
+    return y
+
+
+def one_part_of_many(m: Rewritten, y: Tensor) -> Tensor:
+    return y.split([1, 3, 2], 1)[1].sigmoid() * y.chunk(3, -1)[0].mean() - y.unbind(2)[3][:, :3, :, None]
+
+
+def softplus_of_a_multiple(m: Rewritten, y: Tensor) -> Tensor:
+    return F.softplus(y, beta=3.0) * 2.0 + m.softplus(y)
 
 
 def patches(m: Rewritten, y: Tensor) -> Tensor:
@@ -190,7 +241,9 @@ def rows_and_columns(m: Rewritten, y: Tensor) -> Tensor:
 
 REWRITTEN = [
     every_third, a_block, a_number, places_in_a_list, from_nothing, through_a_view, put, put_in_place, scattered,
-    zeros_added_to, smoothed, smoothed_by_a_factor, positions_smoothed, areas,
+    zeros_added_to, smoothed, smoothed_by_a_factor, positions_smoothed, turned, turned_always, areas,
+    means_by_another_count, triangles, diagonals, chosen_by_a_product, numbers_by_sign, where_a_mask_has_it,
+    one_part_of_many, softplus_of_a_multiple,
     by_part_of_a_factor, sequence_by_part_of_a_factor, sums_of_rows, axes_moved, uneven_areas, uneven_means,
     uneven_maxima, uneven_volumes, patches, wide_patches, by_a_weight, by_nothing, of_a_layer, windows_of_an_image,
     queries_keys_values, queries_keys_values_split, rows_and_columns,
@@ -205,6 +258,8 @@ class Rewritten(nn.Module):
         self.linear = nn.Linear(6, 6)
         self.norm = nn.LayerNorm(8, bias=False)
         self.areas = nn.Upsample((4, 12), mode="area")
+        self.sums = nn.AvgPool2d(2, divisor_override=1)
+        self.softplus = nn.Softplus(beta=0.5)
         self.halves = nn.Upsample(scale_factor=0.5, mode="bilinear")
         self.means, self.maxima = nn.AdaptiveAvgPool2d((None, 3)), nn.AdaptiveMaxPool2d((3, 5))
         self.positions = nn.Parameter(torch.randn(1, 6, 7, 7))

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_quant.simulation.callsites.decompositions.attention import MASKED
-
-# What is written for minus infinity: the least number of float16 and all below it, and what BERT's masks began with.
-# Others may be units, which a product has to keep.
-_LEAST, _OF_BERT = torch.finfo(torch.float16).min, -10000.0
+from lightning_quant.simulation.callsites.attributes import INFINITE
 
 
 def power(input: Tensor, exponent: float) -> Tensor:
@@ -56,6 +52,41 @@ def glu(input: Tensor, dim: int = -1) -> Tensor:
     """Compute ``F.glu``."""
     value, gate = input.chunk(2, dim)
     return value * torch.sigmoid(gate)
+
+
+def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    """Compute ``F.softplus``: of a multiple, and divided by it."""
+    return F.softplus(input * beta, 1.0, threshold) / beta
+
+
+def supports_softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> bool:
+    """Return whether it is of a multiple."""
+    return beta != 1
+
+
+def floor_divide(input: Any, other: Any) -> Tensor:
+    """Compute ``x // y``: PyTorch's exporter rounds it to zero."""
+    return torch.floor(input / other)
+
+
+def supports_floor_divide(input: Any, other: Any) -> bool:
+    """Return whether it is of floating-point values."""
+    return any(isinstance(one, Tensor) and one.is_floating_point() for one in (input, other))
+
+
+def selected(input: Any, other: Any) -> Tensor:
+    """Compute the product of values with a mask of truth values as a choice, which needs no numbers of them."""
+    values, mask = (other, input) if input.dtype == torch.bool else (input, other)
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+def supports_selected(input: Any, other: Any, **kwargs: Any) -> bool:
+    """Return whether one of both is such a mask, and the other is not."""
+    if kwargs or not isinstance(input, Tensor) or not isinstance(other, Tensor):
+        return False
+    return {input.dtype == torch.bool, other.dtype == torch.bool} == {True, False} and (
+        input.is_floating_point() or other.is_floating_point()
+    )
 
 
 def cumsum(input: Tensor, dim: int, **kwargs: Any) -> Tensor:
@@ -117,28 +148,26 @@ def baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, a
 
 
 def masked_fill(input: Tensor, mask: Tensor, value: Any) -> Tensor:
-    """Compute ``Tensor.masked_fill`` as a choice between two values, the lowest of which a range can hold."""
-    return torch.where(mask, torch.full((), max(float(value), MASKED), dtype=input.dtype, device=input.device), input)
+    """Compute ``Tensor.masked_fill`` with a number for minus infinity as a choice, whose range leaves it out."""
+    lowest = max(float(value), torch.finfo(input.dtype).min)
+    return torch.where(mask, torch.full((), lowest, dtype=input.dtype, device=input.device), input)
 
 
 def supports_masked_fill(input: Tensor, mask: Tensor, value: Any) -> bool:
-    """Return whether what is filled in is minus infinity, or the most negative number instead."""
-    return not isinstance(value, Tensor) and float(value) < -1e4
+    """Return whether what is filled in stands for minus infinity."""
+    return not isinstance(value, Tensor) and float(value) <= -INFINITE
 
 
-def masked_by_product(input: Any, other: Any) -> Tensor:
-    """Compute the product of a mask with a number that is written for minus infinity, a lower one than it takes.
+def triangle(name: str) -> Callable[..., Tensor]:
+    """Return what computes ``tril`` or ``triu``: a choice between the input and zero, since ONNX's has no grid."""
 
-    ``(1 - mask) * torch.finfo(dtype).min``, which is added to scores: with its range they are left no step.
-    """
-    mask: Tensor = other if isinstance(input, int | float) else input
-    return mask * MASKED
+    def compute(input: Tensor, diagonal: int = 0) -> Tensor:
+        ones = torch.ones(input.shape[-2:], dtype=torch.bool, device=input.device)
+        return torch.where(
+            getattr(ones, name)(diagonal), input, torch.zeros((), dtype=input.dtype, device=input.device)
+        )
 
-
-def supports_masked_by_product(input: Any, other: Any, **kwargs: Any) -> bool:
-    """Return whether one of both is such a number."""
-    numbers = [one for one in (input, other) if isinstance(one, int | float)]
-    return not kwargs and len(numbers) == 1 and (numbers[0] <= _LEAST or numbers[0] == _OF_BERT)
+    return compute
 
 
 def diff(

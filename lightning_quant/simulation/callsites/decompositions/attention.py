@@ -10,9 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# What is added at a masked position: softmax turns it into 2e-22, and unlike -inf it lies within a range.
-MASKED = -50.0
-
 
 def attention(
     query: Tensor,
@@ -52,9 +49,9 @@ def _attend(
 def additive(mask: Tensor, like: Tensor, keep: bool) -> Tensor:
     """Return a mask as numbers to add; ``keep``: whether a boolean one is true where nothing is masked."""
     if mask.dtype != torch.bool:
-        return mask.clamp(min=MASKED)
+        return mask
     zeros = torch.zeros(mask.shape, dtype=like.dtype, device=like.device)
-    return zeros.masked_fill(~mask if keep else mask, MASKED)
+    return zeros.masked_fill(~mask if keep else mask, -torch.inf)
 
 
 def multi_head_attention(

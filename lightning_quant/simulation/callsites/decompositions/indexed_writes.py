@@ -18,6 +18,8 @@ _WHOLE = slice(None)
 
 def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
     """Compute ``tensor[index] = value``, out of place."""
+    if (mask := _mask_of(index, tensor)) is not None:
+        return _masked(tensor, mask, value)
     key = _per_axis(index, tensor.dim())
     if not isinstance(value, Tensor):
         value = tensor.new_full((), value)
@@ -63,8 +65,28 @@ def _picked(tensor: Tensor, value: Tensor, places: Tensor, axis: int) -> Tensor:
 
 
 def supports_set_item(tensor: Tensor, index: Any, value: Any) -> bool:
-    """Return whether the places do not depend on values."""
+    """Return whether the places do not depend on values, or one value goes where a mask of truth values has it."""
+    if _mask_of(index, tensor) is not None:
+        is_one = not isinstance(value, Tensor) or (value.numel() == 1 and value.is_floating_point())
+        return is_one and tensor.is_floating_point()
     return _is_fixed(index, tensor) and _is_written(value, tensor)
+
+
+def _mask_of(index: Any, tensor: Tensor) -> Tensor | None:
+    """Return the only mask in an index, shaped to spread over the tensor; ``None`` if there are other places in it."""
+    parts = index if isinstance(index, tuple) else (index,)
+    at = next((place for place, part in enumerate(parts) if _is_truth_values(part)), None)
+    if at is None or any(part is not ... and not _is_whole(part) for part in (*parts[:at], *parts[at + 1 :])):
+        return None
+    mask: Tensor = parts[at]
+    before = at if ... not in parts[:at] else tensor.dim() - mask.dim() - (len(parts) - at - 1)
+    return mask.reshape(*[1] * before, *mask.shape, *[1] * (tensor.dim() - before - mask.dim()))
+
+
+def _masked(tensor: Tensor, mask: Tensor, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return torch.where(mask, value.reshape(()), tensor)
+    return tensor.masked_fill(mask, value)
 
 
 def index_put(tensor: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:
@@ -158,6 +180,10 @@ def _is_fixed(index: Any, tensor: Tensor) -> bool:
     if all(isinstance(key[axis], int) for axis in listed):
         return True
     return listed == list(range(listed[0], listed[-1] + 1))
+
+
+def _is_truth_values(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.dtype == torch.bool and part.dim() > 0
 
 
 def _is_mask(part: Any) -> bool:

@@ -1,11 +1,13 @@
-"""Adaptive pooling into blocks of unequal size, which ONNX does not have."""
+"""Adaptive pooling into blocks of unequal size, and means with a divisor of their own: ONNX does not have them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 _AXES: dict[type[nn.Module], int] = {
@@ -49,6 +51,39 @@ def supports(axes: int) -> Callable[..., bool]:
         return not return_indices and _is_uneven(input, axes, output_size)
 
     return supported
+
+
+def with_divisor(axes: int) -> Callable[..., Tensor]:
+    """Return what computes ``F.avg_pool2d`` or ``3d`` with ``divisor_override``: PyTorch's exporter leaves it out."""
+    pool = getattr(F, f"avg_pool{axes}d")
+
+    def compute(
+        input: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor_override: int | None = None,
+    ) -> Tensor:
+        sizes = kernel_size if isinstance(kernel_size, (tuple, list)) else [kernel_size] * axes
+        means: Tensor = pool(input, kernel_size, stride, padding)
+        return means * (math.prod(sizes) / (divisor_override or 1))
+
+    return compute
+
+
+def supports_divisor(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> bool:
+    """Return whether there is such a divisor, and every window has as many values."""
+    return divisor_override is not None and not ceil_mode
 
 
 def _pooled(input: Tensor, axes: int, output_size: Any, reduce: Callable[..., Tensor]) -> Tensor:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_quant.simulation.callsites.attributes import INFINITE
 from lightning_quant.simulation.callsites.passes import paused
 from lightning_quant.simulation.callsites.traces import untraced
 
 # How far from a whole number a size may be: factors are floats.
 _WHOLE = 1e-4
-# From here on numbers are written for infinity: the least of `masked_fill` (see there), of float16 and float32.
-_LIKE_INFINITY = 1e4
 
 
 def interpolate(input: Tensor, size: Any = None, scale_factor: Any = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -105,7 +105,7 @@ def supports_pad(input: Tensor, pad: Any, mode: str = "constant", value: float |
     A range that holds the latter leaves everything else no step. Cut off at the end of the range, as a plain padding
     is, it still loses in every maximum.
     """
-    return mode == "constant" and 0 < abs(value or 0) < _LIKE_INFINITY and min(map(int, pad)) >= 0
+    return mode == "constant" and 0 < abs(value or 0) < INFINITE and min(map(int, pad)) >= 0
 
 
 def unfold(input: Tensor, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1) -> Tensor:
@@ -155,3 +155,13 @@ def fold(
 
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def affine_grid(theta: Tensor, size: Sequence[int], align_corners: bool | None = None) -> Tensor:
+    """Compute ``F.affine_grid``: the places of a plain grid, as constants, times matrices (N, 2, 3) or (N, 3, 4)."""
+    axes = len(size) - 2
+    with paused(), untraced(), torch.no_grad():
+        same = torch.eye(axes, axes + 1, dtype=theta.dtype, device=theta.device).unsqueeze(0)
+        plain = F.affine_grid(same, [1, 1, *map(int, size[2:])], bool(align_corners)).flatten(1, -2)
+        places = torch.cat([plain, torch.ones_like(plain[..., :1])], -1)
+    return (places @ theta.transpose(1, 2)).reshape(theta.shape[0], *size[2:], axes)

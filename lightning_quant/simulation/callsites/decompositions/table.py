@@ -19,6 +19,7 @@ from lightning_quant.simulation.callsites.decompositions import (
     recurrent,
     resampling,
 )
+from lightning_quant.simulation.callsites.traces import untraced
 
 
 class Decomposition(NamedTuple):
@@ -60,10 +61,15 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "addmm": Decomposition(arithmetic.addmm, arithmetic.supports_addmm),
     "baddbmm": Decomposition(arithmetic.baddbmm),
     "masked_fill": Decomposition(arithmetic.masked_fill, arithmetic.supports_masked_fill),
+    **{name: Decomposition(arithmetic.triangle(name)) for name in ("tril", "triu")},
     **dict.fromkeys(
-        ("mul", "multiply", "rmul"),
-        Decomposition(arithmetic.masked_by_product, arithmetic.supports_masked_by_product),
+        ("mul", "multiply", "imul", "rmul"), Decomposition(arithmetic.selected, arithmetic.supports_selected)
     ),
+    **dict.fromkeys(
+        ("floor_divide", "floordiv", "ifloordiv", "rfloordiv"),
+        Decomposition(arithmetic.floor_divide, arithmetic.supports_floor_divide),
+    ),
+    "softplus": Decomposition(arithmetic.softplus, arithmetic.supports_softplus),
     "diff": Decomposition(arithmetic.diff),
     "cumsum": Decomposition(arithmetic.cumsum, arithmetic.supports_cumsum),
     "einsum": Decomposition(einsum.einsum, einsum.supports_einsum),
@@ -73,6 +79,8 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
         for kind, compute in (("avg", pooling.mean), ("max", pooling.maximum))
         for axes in (1, 2, 3)
     },
+    **{f"avg_pool{axes}d": Decomposition(pooling.with_divisor(axes), pooling.supports_divisor) for axes in (2, 3)},
+    **dict.fromkeys(("affine_grid", "affine_grid_generator"), Decomposition(resampling.affine_grid)),
     "fold": Decomposition(resampling.fold),
     "pad": Decomposition(resampling.pad, resampling.supports_pad),
     "unfold": Decomposition(resampling.unfold, resampling.supports_unfold),
@@ -105,6 +113,16 @@ def _movedim(input: Tensor, source: Any, destination: Any) -> Tensor:
     return torch.movedim(input, sources, destinations)
 
 
+def _diagonal(input: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
+    """Compute ``diagonal``, which PyTorch's exporter writes as a graph that is not valid, by its places."""
+    flat = input.movedim((dim1 % input.dim(), dim2 % input.dim()), (input.dim() - 2, input.dim() - 1)).flatten(-2)
+    rows, columns = input.shape[dim1], input.shape[dim2]
+    with untraced():
+        places = torch.arange(int(rows) * int(columns), device=input.device).reshape(int(rows), int(columns))
+        on_it = places.diagonal(offset).clone()
+    return flat.index_select(-1, on_it)
+
+
 def _clamp(input: Tensor, min: Any = None, max: Any = None, **kwargs: Any) -> Tensor:
     """Compute ``clamp`` with one limit: AIMET's exporter cannot read a Clip that leaves the other out."""
     if kwargs or (min is None) == (max is None):
@@ -128,6 +146,7 @@ TRACE_SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     torch.channel_shuffle: _channel_shuffle,
     Tensor.__getitem__: _item,
     **dict.fromkeys((torch.movedim, torch.moveaxis, Tensor.movedim, Tensor.moveaxis), _movedim),
+    **dict.fromkeys((torch.diagonal, Tensor.diagonal), _diagonal),
     torch.clamp: _clamp,
     Tensor.clamp: _clamp,
     Tensor.unfold: resampling.windows,

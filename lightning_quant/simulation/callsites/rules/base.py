@@ -147,10 +147,16 @@ class Clip(Configured):
 
 
 class Named(Rule):
-    """AIMET's module of the same signature as the function."""
+    """AIMET's module of the same signature as the function.
 
-    def __init__(self, module: str) -> None:
+    Args:
+        module: its name.
+        tensors: how many of its first arguments are tensors, any of which may be constant.
+    """
+
+    def __init__(self, module: str, tensors: int = 0) -> None:
         self.module = module
+        self.tensors = tensors
 
     @override
     def make(self, name: str, func: Any, args: Any, kwargs: Any) -> nn.Module | None:
@@ -158,6 +164,10 @@ class Named(Rule):
 
         made: nn.Module = getattr(custom, self.module)()
         return made
+
+    @override
+    def operands(self, args: Any, kwargs: Any) -> list[Any]:
+        return list(args[: self.tensors])
 
     @override
     def call(self, module: Any, args: Any, kwargs: Any) -> Any:

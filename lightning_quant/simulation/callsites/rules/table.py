@@ -76,10 +76,10 @@ RULES: dict[str, Rule] = {
             "amin": "AMin",
             "cumsum": "CumSum",
             "norm": "Norm",
-            "grid_sample": "GridSample",
             "square": "Square",
         }.items()
     },
+    "grid_sample": Named("GridSample", tensors=2),
     "pad": Padding("Pad"),
     "linear": weighted.Weighted(("input", "weight", "bias"), weighted.linear),
     **{f"conv{d}d": weighted.Weighted(weighted.CONVOLUTION, weighted.convolution(transposed=False)) for d in (1, 2, 3)},
