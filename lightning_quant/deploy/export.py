@@ -24,7 +24,7 @@ from lightning_quant.deploy.edges.app import contract_of, fit_edges, quantize_ow
 from lightning_quant.deploy.edges.contract import CONTRACT_NAME, ClassLabel
 from lightning_quant.deploy.edges.spec import Edges
 from lightning_quant.deploy.graph.files import ENCODINGS_VERSION, QDQ_OPSET, OnnxFiles, write_onnx
-from lightning_quant.deploy.graph.qdq import exact_session
+from lightning_quant.deploy.graph.qdq import exact_session, written_wrongly
 from lightning_quant.deploy.hosts.write import write_hosts
 from lightning_quant.deploy.manifest import AppManifest, BundleFile, BundleManifest, BundleSize
 from lightning_quant.deploy.single_samples import calls_given, first_samples
@@ -357,7 +357,10 @@ def _outputs(
         given = zip(written.input_names, sample.tensors, strict=True)
         feeds = {name: tensor.numpy() for name, tensor in given if name in wanted}
         expected = [tensor.numpy() for tensor in tensors_in(sample.call(network.network))]
-        computed = session.run(None, feeds)
+        try:
+            computed = session.run(None, feeds)
+        except Exception as error:  # of a class of its own for each cause
+            raise written_wrongly("run", error) from error
         sizes = [[one.shape for one in outputs] for outputs in (expected, computed)]
         if sizes[0] != sizes[1]:
             raise ExportError(

@@ -2,7 +2,8 @@
 
 ``scores.masked_fill(mask, -1e9)``, ``scores + mask`` with a mask of zeros and minus infinity, ``(mask - 1) * 1e9``: in
 8 bits, one step of a range with such a number is wider than all scores. What lies far below the scores is nothing to a
-softmax, so the range ends a little below them, and what is masked is cut off there.
+softmax. So ranges are calibrated without it, end a little below that, and what is masked is cut off there; whether a
+calibration sample masks anything does not matter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.simulation.callsites.attributes import FILLS, INFINITE, MASKED_FACTOR, NUMBER
-from lightning_quant.simulation.callsites.tied_ranges import passed_input, passes_values
+from lightning_quant.simulation.callsites.tied_ranges import passed_input, passes_values, rounding
 
 # How far the range of scores ends below the least that is not masked: softmax turns that into 1e-7 of the largest.
 _BELOW_SCORES = 16.0
@@ -26,23 +27,33 @@ _BELOW_SCORES = 16.0
 _BELOW_TERMS = 50.0
 # By how much a factor that is not known when the network is read may shrink the distance.
 _UNKNOWN_FACTOR = 0.25
-# Name of what a quantizer of such values remembers: the distance, negative where the values are subtracted.
-_BELOW = "_below_what_is_not_masked"
-# Name of what a quantizer that observes passes on, and what is masked there: finite, so that a row of nothing else is.
-_PASSED_ON, _MASKED = "_passed_on", 1e30
+# Names of what a quantizer of such values remembers: the distance, negative where the values are subtracted; whether
+# calibration gave it something masked, and anything but zeros; and what it passes on there.
+_BELOW, _HAS_MASKED, _HAS_VALUES = "_below_what_is_not_masked", "_has_masked", "_has_values"
+_PASSED_ON = "_passed_on"
+# What is masked is this in calibration: finite, so that a row of nothing else is.
+_MASKED = 1e30
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What becomes a part of scores.
+    """An input of an operation, which becomes a part of scores.
 
     Args:
-        op: the operation that computes it.
+        op: the operation that takes it; ``None`` for what is returned.
+        index: its place among the inputs of that.
+        source: the operation that computes it; ``None`` for an input of the network, or a constant.
+        quantizer: rounds it in front of the operation, if anything does.
+        is_input: whether it is an input of the network, or moved out of one.
         below: how far its range ends below what is not masked; negative where it is subtracted.
         is_term: whether it is added to others on the way.
     """
 
     op: Any
+    index: int
+    source: Any
+    quantizer: Any
+    is_input: bool
     below: float
     is_term: bool
 
@@ -57,87 +68,83 @@ def note_masks(sim: Any) -> None:
     from lightning_quant.simulation.callsites.masked_product import MaskedMultiply  # imports AIMET
 
     QuantizationMixin.qcls_to_cls[MaskedMultiply] = custom.Multiply  # where AIMET looks up the float class
+    for part in _parts(sim):
+        module: Any = sim._get_qmodule(part.source) if part.source is not None else None
+        for quantizer in (part.quantizer, *getattr(module, "output_quantizers", ())):
+            if quantizer is not None and abs(part.below) > abs(vars(quantizer).get(_BELOW, 0.0)):
+                vars(quantizer)[_BELOW] = part.below
+        if isinstance(module, custom.QuantizedMultiply) and part.is_term:
+            module.__class__ = MaskedMultiply
+            vars(module)[MASKED_FACTOR] = max(abs(part.below), vars(module).get(MASKED_FACTOR, 0.0))
+
+
+def _parts(sim: Any) -> list[_Part]:
+    """Return what becomes scores of a softmax, or has minus infinity filled in, and all that goes into that."""
+    found: list[_Part] = []
     farthest: dict[tuple[Any, bool, bool], float] = {}
 
     def follow(waiting: list[_Part]) -> None:
         while waiting:
             part = waiting.pop()
-            key = (part.op, part.below < 0, part.is_term)
-            if abs(part.below) <= farthest.get(key, 0.0):
-                continue
-            farthest[key] = abs(part.below)
-            module: Any = sim._get_qmodule(part.op)
-            _note(getattr(module, "output_quantizers", ()), part.below)
-            if isinstance(module, custom.QuantizedMultiply) and part.is_term:
-                module.__class__ = MaskedMultiply
-                vars(module)[MASKED_FACTOR] = abs(part.below)
-            waiting += _given(sim, part.op, _terms(sim, part))
+            found.append(part)
+            key = (part.source, part.below < 0, part.is_term)
+            if part.source is not None and abs(part.below) > farthest.get(key, 0.0):
+                farthest[key] = abs(part.below)
+                waiting += _taken(sim, part.source, part.below, part.is_term)
 
     operations = [(op, sim._get_qmodule(op)) for op in sim.connected_graph.ordered_ops]
     for op, module in operations:
         if isinstance(module, nn.Softmax | nn.LogSoftmax):
-            follow(_given(sim, op, [(0, _BELOW_SCORES, False)]))
-    known = {op for op, _, _ in farthest}
+            follow([_part(sim, op, 0, _BELOW_SCORES, False)])
+    known = {source for source, _, _ in farthest}
     for op, module in operations:
         if op not in known and module is not None and FILLS in vars(module):
-            follow([_Part(op, _BELOW_TERMS, False)])
+            follow([_Part(None, 0, op, None, False, _BELOW_TERMS, False)])
+    return found
 
 
-def _given(sim: Any, op: Any, terms: list[tuple[int, float, bool]]) -> list[_Part]:
-    """Return what an operation is given at some places; note what rounds its other inputs."""
+def _part(sim: Any, op: Any, index: int, below: float, is_term: bool) -> _Part:
     quantizers: Any = getattr(sim._get_qmodule(op), "input_quantizers", ())
-    parts = []
-    for index, below, is_term in terms:
-        _note(quantizers[index : index + 1], below)
-        if index < len(op.inputs) and op.inputs[index].producer is not None:
-            parts.append(_Part(op.inputs[index].producer, below, is_term))
-    return parts
+    quantizer = quantizers[index] if index < len(quantizers) else None
+    product = op.inputs[index]
+    return _Part(op, index, product.producer, quantizer, passed_input(sim, product) is not None, below, is_term)
 
 
-def _note(quantizers: Any, below: float) -> None:
-    for quantizer in quantizers:
-        if quantizer is not None and abs(below) > abs(vars(quantizer).get(_BELOW, 0.0)):
-            vars(quantizer)[_BELOW] = below
-
-
-def _terms(sim: Any, part: _Part) -> list[tuple[int, float, bool]]:
+def _taken(sim: Any, op: Any, below: float, is_term: bool) -> Iterator[_Part]:
     """Return the inputs whose values an operation adds up, chooses among, scales or passes on."""
     from lightning_quant.simulation.aimet import custom
 
-    op, below, is_term = part.op, part.below, part.is_term
     module: Any = sim._get_qmodule(op)
-    every = range(len(op.inputs))
+    factors = [1.0] * len(op.inputs)
     if isinstance(module, custom.Add | custom.Subtract):
-        far = math.copysign(max(abs(below), _BELOW_TERMS), below)
-        return [(index, -far if index == 1 and isinstance(module, custom.Subtract) else far, True) for index in every]
-    if isinstance(module, custom.Multiply):
-        return [(index, below / abs(vars(module).get(NUMBER) or _UNKNOWN_FACTOR), is_term) for index in every]
-    if isinstance(module, custom.Divide):
-        return [(0, below * abs(vars(module).get(NUMBER) or 1 / _UNKNOWN_FACTOR), is_term)]
-    if isinstance(module, custom.Where | custom.Maximum | custom.Minimum):
-        return [(index, below, is_term) for index in every]
-    return [(0, below, is_term)] if passes_values(sim, op) else []
+        below, is_term = math.copysign(max(abs(below), _BELOW_TERMS), below), True
+        factors[1:] = [-1.0 if isinstance(module, custom.Subtract) else 1.0] * (len(factors) - 1)
+    elif isinstance(module, custom.Multiply):
+        below /= abs(vars(module).get(NUMBER) or _UNKNOWN_FACTOR)
+    elif isinstance(module, custom.Divide):
+        below *= abs(vars(module).get(NUMBER) or 1 / _UNKNOWN_FACTOR)
+        del factors[1:]
+    elif not isinstance(module, custom.Where | custom.MaskedFill | custom.Maximum | custom.Minimum):
+        del factors[1 if passes_values(sim, op) else 0 :]
+    for index, factor in enumerate(factors):
+        yield _part(sim, op, index, below * factor, is_term)
 
 
 def inputs_in_softmax(sim: Any) -> set[int]:
     """Return which of the network's inputs become scores of a softmax, or are added to them: they may be infinite."""
-    names = {
-        passed_input(sim, product)
-        for op in sim.connected_graph.ordered_ops
-        for quantizer, product in zip(getattr(sim._get_qmodule(op), "input_quantizers", ()), op.inputs, strict=False)
-        if quantizer is not None and _BELOW in vars(quantizer)
-    }
+    names = {passed_input(sim, part.op.inputs[part.index]) for part in _parts(sim) if part.is_input}
     return {int(name.removeprefix("input_")) for name in names if name is not None}
 
 
 @contextmanager
 def masks_left_out(network: nn.Module) -> Iterator[None]:
-    """Let quantizers observe what is masked as little below what is not, for the length of a block: calibration."""
+    """Let quantizers observe what is masked as the least of what is not, for the length of a block: calibration."""
     handles = []
     products = []
     for module in network.modules():
         if _BELOW in vars(module):
-            handles.append(module.register_forward_pre_hook(_cut_off))
+            vars(module).update({_HAS_MASKED: False, _HAS_VALUES: False})
+            handles.append(module.register_forward_pre_hook(_left_out))
             handles.append(module.register_forward_hook(_restored))
         elif MASKED_FACTOR in vars(module):
             products.append((module, vars(module)[MASKED_FACTOR]))
@@ -151,21 +158,75 @@ def masks_left_out(network: nn.Module) -> Iterator[None]:
             vars(module)[MASKED_FACTOR] = factor
 
 
-def _cut_off(quantizer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _left_out(quantizer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     given, below = args[0], vars(quantizer)[_BELOW]
     if not isinstance(given, Tensor) or not given.is_floating_point():
         return None
+    vars(quantizer)[_HAS_VALUES] = vars(quantizer)[_HAS_VALUES] or bool(given.any())
     scores = given if below > 0 else -given
     masked = scores <= -INFINITE
     if not bool(masked.any()) or bool(masked.all()):  # all scores are so low
         return None
-    lowest = torch.where(masked, torch.inf, scores).amin() - abs(below)
+    vars(quantizer)[_HAS_MASKED] = True
     passed_on = scores.masked_fill(masked, max(-_MASKED, torch.finfo(scores.dtype).min))
-    cut = torch.where(masked, lowest.to(scores.dtype), scores)
     vars(quantizer)[_PASSED_ON] = passed_on if below > 0 else -passed_on
-    return (cut if below > 0 else -cut, *args[1:])
+    least = torch.where(masked, torch.where(masked, torch.inf, scores).amin(), scores)
+    return (least if below > 0 else -least, *args[1:])
 
 
 def _restored(quantizer: nn.Module, args: Any, output: Any) -> Any:
     """Give the layer behind a quantizer that observes what is masked as such: added to scores, it still is."""
     return vars(quantizer).pop(_PASSED_ON, output)
+
+
+def leave_room_for_masks(sim: Any) -> None:
+    """Extend the calibrated ranges of what is masked, or may be where no calibration sample does."""
+    parts = _parts(sim)
+    masked = {part.source for part in parts if part.source is not None and _masks(sim._get_qmodule(part.source))}
+    quantizers = {
+        part.quantizer
+        for part in parts
+        if part.quantizer is not None and (_has_masked(part.quantizer) or (part.is_input and _is_zero(part.quantizer)))
+    }
+    while (
+        more := {part.op for part in parts if part.source in masked or part.quantizer in quantizers} - masked - {None}
+    ):
+        masked |= more
+    for part in parts:
+        module = sim._get_qmodule(part.op) if part.op is not None else None
+        if module is not None and _multiplies_by_infinity(module):
+            _let_mask(rounding(sim, part.source), vars(module)[NUMBER] * part.below)
+    for op in masked:
+        quantizers.update(one for one in getattr(sim._get_qmodule(op), "output_quantizers", ()) if one is not None)
+    for quantizer in quantizers:
+        below = vars(quantizer).get(_BELOW)
+        end = "max" if below is not None and below < 0 else "min"
+        if below is not None and quantizer.is_initialized() and quantizer.is_overwrite_allowed(end):
+            low, high = quantizer.get_min(), quantizer.get_max()
+            quantizer.set_range(low - max(below, 0.0), high - min(below, 0.0))
+
+
+def _let_mask(quantizer: Any, factor: float) -> None:
+    """Give a mask that was zeros in all samples, and is multiplied with infinity, a range with the other end too."""
+    if quantizer is not None and _is_zero(quantizer) and quantizer.is_overwrite_allowed("max"):
+        quantizer.set_range(*((0.0, 1.0) if factor < 0 else (-1.0, 0.0)))
+
+
+def _masks(module: Any) -> bool:
+    """Return whether a layer fills in minus infinity, or multiplies with it, or was seen to compute it."""
+    if module is None:
+        return False
+    own = getattr(module, "output_quantizers", ())
+    return FILLS in vars(module) or _multiplies_by_infinity(module) or any(map(_has_masked, own))
+
+
+def _multiplies_by_infinity(module: Any) -> bool:
+    return MASKED_FACTOR in vars(module) and abs(vars(module).get(NUMBER) or 0.0) >= INFINITE
+
+
+def _has_masked(quantizer: Any) -> bool:
+    return quantizer is not None and bool(vars(quantizer).get(_HAS_MASKED))
+
+
+def _is_zero(quantizer: Any) -> bool:
+    return not vars(quantizer).get(_HAS_VALUES, True)

@@ -546,8 +546,32 @@ def test_norms_over_several_axes_without_weights(tmp_path: Path) -> None:
         assert bundle.manifest.parity.psnr_db > 60
 
 
-def test_a_graph_that_is_written_wrongly_is_refused(tmp_path: Path) -> None:
-    network = calibrated(Behind(lambda x: torch.diagonal(x, dim1=2, dim2=3) * 2.0).eval())
-    with pytest.raises(ExportError, match=r"does not load the graph that was written: InvalidGraph.*Please report"):
+def written_as(*operation: Any, **attributes: Any) -> Callable[[Tensor], Tensor]:
+    """A copy, and what PyTorch's exporter writes for it."""
+
+    class Copy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def symbolic(g: Any, x: Any) -> Any:
+            return g.op(*operation, x, **attributes).setType(x.type())
+
+    return lambda x: Copy.apply(x) * 2.0  # type: ignore[no-any-return, no-untyped-call]
+
+
+@pytest.mark.parametrize(
+    ("function", "failure"),
+    [
+        (written_as("Flatten", axis_i=9), "does not load the graph that was written: "),
+        (written_as("Transpose", perm_i=[1, 0]), "does not run the graph that was written: InvalidArgument"),
+    ],
+)
+def test_a_graph_that_is_written_wrongly_is_refused(
+    tmp_path: Path, function: Callable[[Tensor], Tensor], failure: str
+) -> None:
+    network = calibrated(Behind(function).eval())
+    with pytest.raises(ExportError, match=f"{failure}.*Please report"):
         export_bundle(network, tmp_path / "net", [call(images(1))])
     assert not (tmp_path / "net").exists()

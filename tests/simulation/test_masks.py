@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.errors import CalibrationError
+from lightning_quant.simulation.calibrate import calibrate
+from lightning_quant.simulation.calibration_cache import StatisticsCache
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.helpers.networks import calibrated, call
 from tests.helpers.qdq import NO_EMULATOR, emulated
@@ -109,6 +111,31 @@ def test_scores_keep_their_steps(way: str, tmp_path: Path) -> None:
         assert not report.layers["CPU"]
         rounded = known.network(*(tensor[1:2] for tensor in inputs)).detach()
         assert psnr(rounded, torch.from_numpy(output)) > 40
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if "causal" not in way and way != "logarithm"])
+def test_no_calibration_sample_has_to_mask_anything(way: str) -> None:
+    given, masked = WAYS[way]
+    network = Attention(masked).eval()
+    known = calibrated(copy.deepcopy(network), call(WORDS, given(torch.ones_like(KEPT))))
+    inputs = [WORDS, given(KEPT)]
+    assert psnr(network(*inputs), known.network(*inputs)) > 33
+
+
+@pytest.mark.parametrize("estimator", ["tf_enhanced", "percentile"])
+def test_every_estimator_leaves_room(estimator: str) -> None:
+    network, known, inputs = quantized("filled", range_estimator=estimator)
+    assert psnr(network(*inputs), known.network(*inputs)) > 34
+
+
+def test_a_cached_pass_leaves_the_same_room(tmp_path: Path) -> None:
+    ends = []
+    for _ in range(2):
+        _, known, inputs = quantized("given, to be added")
+        calibrate(known, [call(*inputs)], cache=StatisticsCache(tmp_path))
+        ends.append([float(quantizer.get_min()) for quantizer in known.quantizers() if quantizer.shape == ()])
+    assert min(ends[0]) < -50
+    assert ends[0] == ends[1]
 
 
 @pytest.mark.parametrize("way", ["causal, added", "given, infinite", "infinity chosen", "product"])

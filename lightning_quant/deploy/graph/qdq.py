@@ -142,12 +142,17 @@ def exact_session(model: Path | onnx.ModelProto) -> Any:
     try:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of a class of its own for each cause
-        said = str(error).strip().splitlines()[0]
-        raise ExportError(
-            f"ONNX Runtime does not load the graph that was written: {type(error).__name__}: {said} Expected "
-            "operations that PyTorch's exporter and AIMET write correctly. Please report it with the network; until "
-            "then, quantize the part without that operation (network='model.backbone')."
-        ) from error
+        raise written_wrongly("load", error) from error
+
+
+def written_wrongly(verb: str, error: Exception) -> ExportError:
+    """Return what to raise where ONNX Runtime does not ``"load"`` or ``"run"`` a graph."""
+    said = str(error).strip().splitlines()[0]
+    return ExportError(
+        f"ONNX Runtime does not {verb} the graph that was written: {type(error).__name__}: {said} Expected operations "
+        "that PyTorch's exporter and AIMET write correctly. Please report it with the network; until then, quantize "
+        "the part without that operation (network='model.backbone')."
+    )
 
 
 def hands_on(node: onnx.NodeProto) -> bool:

@@ -242,6 +242,12 @@ class Recorder:
         """Return whether a tensor holds zeros, which are on every grid, and always will."""
         return id(tensor) in self.fresh and not tensor.any()
 
+    def _is_minus_infinity(self, value: Any) -> bool:
+        """Return whether an operand is a number, or a constant tensor of numbers, that stands for minus infinity."""
+        if not isinstance(value, Tensor):
+            return float(value) <= -INFINITE
+        return id(value) in self.constants and value.is_floating_point() and bool((value <= -INFINITE).all())
+
     def _make(
         self, running: Pass, module: nn.Module, at: Place, name: str, func: Any, args: Any, kwargs: Any
     ) -> Found | None:
@@ -279,7 +285,7 @@ class Recorder:
         numbers = [value for value in operands if isinstance(value, int | float)]
         if len(numbers) == 1:
             child.__dict__[NUMBER] = float(numbers[0])
-        if name == "where" and any(map(_is_minus_infinity, args[1:3])):
+        if name in ("where", "masked_fill") and any(map(self._is_minus_infinity, args[1:3])):
             child.__dict__[FILLS] = True
         child.__dict__["_compares"] = name in COMPARISONS
         child.__dict__["_moves"] = name in CHOICES or (name in MOVES and name not in CASTS)
@@ -314,13 +320,6 @@ class Recorder:
             if given:
                 self.fresh.discard(id(tensor))
         self.edges.append(_Edge([id(tensor) for tensor in given], [id(tensor) for tensor in new], made))
-
-
-def _is_minus_infinity(value: Any) -> bool:
-    """Return whether an operand is a number, of Python or PyTorch, that stands for minus infinity."""
-    if isinstance(value, Tensor) and (value.numel() != 1 or not value.is_floating_point()):
-        return False
-    return float(value) <= -INFINITE
 
 
 def _tensors_of(root: nn.Module) -> Iterator[Tensor]:
