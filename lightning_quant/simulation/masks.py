@@ -9,7 +9,8 @@ calibration sample masks anything does not matter.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.simulation.callsites.attributes import FILLS, INFINITE, MASKED_FACTOR, NUMBER
+from lightning_quant.simulation.callsites.attributes import (
+    FILLS,
+    INFINITE,
+    IS_CALIBRATED,
+    MASKED,
+    MASKED_FACTOR,
+    NUMBER,
+)
 from lightning_quant.simulation.callsites.tied_ranges import passed_input, passes_values, rounding
 
 # How far the range of scores ends below the least that is not masked: softmax turns that into 1e-7 of the largest.
@@ -25,14 +33,16 @@ _BELOW_SCORES = 16.0
 # The same for what is added to scores, or goes elsewhere than into a softmax: a score that is masked can be larger than
 # those that are not.
 _BELOW_TERMS = 50.0
+# What lies so many times that far below the largest of its row is nothing to a softmax either.
+_FAR = 2.0
 # By how much a factor that is not known when the network is read may shrink the distance.
 _UNKNOWN_FACTOR = 0.25
 # Names of what a quantizer of such values remembers: the distance, negative where the values are subtracted; whether
 # calibration gave it something masked, and anything but zeros; and what it passes on there.
 _BELOW, _HAS_MASKED, _HAS_VALUES = "_below_what_is_not_masked", "_has_masked", "_has_values"
 _PASSED_ON = "_passed_on"
-# What is masked is this in calibration: finite, so that a row of nothing else is.
-_MASKED = 1e30
+# The axis of the softmax, where that alone takes what is rounded; where minus infinity begins; and whether it is added.
+_AXIS, _INFINITE, _IS_TERM = "_axis_of_softmax", "_infinite_from", "_is_added"
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class _Part:
         is_input: whether it is an input of the network, or moved out of one.
         below: how far its range ends below what is not masked; negative where it is subtracted.
         is_term: whether it is added to others on the way.
+        infinite: from where on numbers stand for infinity.
     """
 
     op: Any
@@ -56,30 +67,48 @@ class _Part:
     is_input: bool
     below: float
     is_term: bool
+    infinite: float
 
 
-def note_masks(sim: Any) -> None:
+def note_masks(sim: Any, returned: Container[nn.Module]) -> None:
     """Let quantizers know that what they round becomes scores of a softmax, or has minus infinity filled in.
 
     Args:
         sim: AIMET's simulation, its quantizers complete; products among its layers change class.
+        returned: the layers whose outputs the network returns.
     """
     from lightning_quant.simulation.aimet import QuantizationMixin, custom
     from lightning_quant.simulation.callsites.masked_product import MaskedMultiply  # imports AIMET
 
     QuantizationMixin.qcls_to_cls[MaskedMultiply] = custom.Multiply  # where AIMET looks up the float class
-    for part in _parts(sim):
+    parts = _parts(sim)
+    for part in parts:
         module: Any = sim._get_qmodule(part.source) if part.source is not None else None
         for quantizer in (part.quantizer, *getattr(module, "output_quantizers", ())):
             if quantizer is not None and abs(part.below) > abs(vars(quantizer).get(_BELOW, 0.0)):
-                vars(quantizer)[_BELOW] = part.below
+                vars(quantizer).update({_BELOW: part.below, _INFINITE: part.infinite, _IS_TERM: part.is_term})
         if isinstance(module, custom.QuantizedMultiply) and part.is_term:
             module.__class__ = MaskedMultiply
             vars(module)[MASKED_FACTOR] = max(abs(part.below), vars(module).get(MASKED_FACTOR, 0.0))
+    users = Counter(one for op in sim.connected_graph.ordered_ops for one in _quantizers(sim._get_qmodule(op)))
+    for part in parts:
+        softmax: Any = sim._get_qmodule(part.op) if part.op is not None else None
+        scores: Any = sim._get_qmodule(part.source) if part.source is not None else None
+        if isinstance(softmax, nn.Softmax) and softmax.dim is not None and scores not in returned:
+            for quantizer in _quantizers(scores):
+                if users[quantizer] == 1 and quantizer in scores.output_quantizers:
+                    vars(quantizer)[_AXIS] = softmax.dim
+
+
+def _quantizers(module: Any) -> list[Any]:
+    both = (*getattr(module, "input_quantizers", ()), *getattr(module, "output_quantizers", ()))
+    return [one for one in both if one is not None]
 
 
 def _parts(sim: Any) -> list[_Part]:
     """Return what becomes scores of a softmax, or has minus infinity filled in, and all that goes into that."""
+    from lightning_quant.simulation.aimet import custom
+
     found: list[_Part] = []
     farthest: dict[tuple[Any, bool, bool], float] = {}
 
@@ -90,30 +119,33 @@ def _parts(sim: Any) -> list[_Part]:
             key = (part.source, part.below < 0, part.is_term)
             if part.source is not None and abs(part.below) > farthest.get(key, 0.0):
                 farthest[key] = abs(part.below)
-                waiting += _taken(sim, part.source, part.below, part.is_term)
+                waiting += _taken(sim, part)
 
     operations = [(op, sim._get_qmodule(op)) for op in sim.connected_graph.ordered_ops]
     for op, module in operations:
-        if isinstance(module, nn.Softmax | nn.LogSoftmax):
-            follow([_part(sim, op, 0, _BELOW_SCORES, False)])
+        if isinstance(module, nn.Softmax | nn.LogSoftmax | custom.Exponential):
+            follow([_part(sim, op, 0, _BELOW_SCORES, False, INFINITE)])
     known = {source for source, _, _ in farthest}
     for op, module in operations:
         if op not in known and module is not None and FILLS in vars(module):
-            follow([_Part(None, 0, op, None, False, _BELOW_TERMS, False)])
+            follow([_Part(None, 0, op, None, False, _BELOW_TERMS, False, vars(module)[FILLS])])
     return found
 
 
-def _part(sim: Any, op: Any, index: int, below: float, is_term: bool) -> _Part:
+def _part(sim: Any, op: Any, index: int, below: float, is_term: bool, infinite: float) -> _Part:
     quantizers: Any = getattr(sim._get_qmodule(op), "input_quantizers", ())
     quantizer = quantizers[index] if index < len(quantizers) else None
     product = op.inputs[index]
-    return _Part(op, index, product.producer, quantizer, passed_input(sim, product) is not None, below, is_term)
+    return _Part(
+        op, index, product.producer, quantizer, passed_input(sim, product) is not None, below, is_term, infinite
+    )
 
 
-def _taken(sim: Any, op: Any, below: float, is_term: bool) -> Iterator[_Part]:
+def _taken(sim: Any, part: _Part) -> Iterator[_Part]:
     """Return the inputs whose values an operation adds up, chooses among, scales or passes on."""
     from lightning_quant.simulation.aimet import custom
 
+    op, below, is_term = part.source, part.below, part.is_term
     module: Any = sim._get_qmodule(op)
     factors = [1.0] * len(op.inputs)
     if isinstance(module, custom.Add | custom.Subtract):
@@ -127,7 +159,7 @@ def _taken(sim: Any, op: Any, below: float, is_term: bool) -> Iterator[_Part]:
     elif not isinstance(module, custom.Where | custom.MaskedFill | custom.Maximum | custom.Minimum):
         del factors[1 if passes_values(sim, op) else 0 :]
     for index, factor in enumerate(factors):
-        yield _part(sim, op, index, below * factor, is_term)
+        yield _part(sim, op, index, below * factor, is_term, part.infinite)
 
 
 def inputs_in_softmax(sim: Any) -> set[int]:
@@ -140,22 +172,21 @@ def inputs_in_softmax(sim: Any) -> set[int]:
 def masks_left_out(network: nn.Module) -> Iterator[None]:
     """Let quantizers observe what is masked as the least of what is not, for the length of a block: calibration."""
     handles = []
-    products = []
+    products = [module for module in network.modules() if MASKED_FACTOR in vars(module)]
     for module in network.modules():
         if _BELOW in vars(module):
             vars(module).update({_HAS_MASKED: False, _HAS_VALUES: False})
             handles.append(module.register_forward_pre_hook(_left_out))
             handles.append(module.register_forward_hook(_restored))
-        elif MASKED_FACTOR in vars(module):
-            products.append((module, vars(module)[MASKED_FACTOR]))
-            vars(module)[MASKED_FACTOR] = _MASKED
+    for product in products:
+        vars(product)[IS_CALIBRATED] = True
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, factor in products:
-            vars(module)[MASKED_FACTOR] = factor
+        for product in products:
+            del vars(product)[IS_CALIBRATED]
 
 
 def _left_out(quantizer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -164,14 +195,26 @@ def _left_out(quantizer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | 
         return None
     vars(quantizer)[_HAS_VALUES] = vars(quantizer)[_HAS_VALUES] or bool(given.any())
     scores = given if below > 0 else -given
-    masked = scores <= -INFINITE
-    if not bool(masked.any()) or bool(masked.all()):  # all scores are so low
+    masked = scores <= -vars(quantizer)[_INFINITE]
+    if bool(masked.all()):  # all scores are so low
         return None
-    vars(quantizer)[_HAS_MASKED] = True
-    passed_on = scores.masked_fill(masked, max(-_MASKED, torch.finfo(scores.dtype).min))
+    has_masked = bool(masked.any())
+    least = torch.where(masked, torch.inf, scores).amin()
+    cut = torch.where(masked, least, scores)
+    if (axis := vars(quantizer).get(_AXIS)) is not None:
+        cut = torch.maximum(cut, cut.amax(axis, keepdim=True) - _FAR * below)
+    elif not has_masked:
+        return None
+    if has_masked:
+        vars(quantizer)[_HAS_MASKED] = True
+    lowest = (
+        max(-MASKED, torch.finfo(scores.dtype).min)
+        if vars(quantizer)[_IS_TERM]
+        else (least - abs(below)).to(scores.dtype)
+    )
+    passed_on = torch.where(masked, lowest, scores)
     vars(quantizer)[_PASSED_ON] = passed_on if below > 0 else -passed_on
-    least = torch.where(masked, torch.where(masked, torch.inf, scores).amin(), scores)
-    return (least if below > 0 else -least, *args[1:])
+    return (cut if below > 0 else -cut, *args[1:])
 
 
 def _restored(quantizer: nn.Module, args: Any, output: Any) -> Any:

@@ -66,6 +66,8 @@ WAYS: dict[str, tuple[Callable[[Tensor], Tensor], Masking]] = {
     "full tensor chosen": (lambda kept: kept, lambda m, s, k: torch.where(k[:, None] > 0, s, torch.full_like(s, -1e9))),
     "causal, chosen": (lambda kept: kept, lambda m, s, k: torch.where(m.past, s, torch.full([], LEAST))),
     "causal, added": (lambda kept: kept, lambda m, s, k: s + m.future),
+    "causal, -1000 added": (lambda kept: kept, lambda m, s, k: s + m.future.clamp(min=-1000.0)),
+    "causal, -100 added": (lambda kept: kept, lambda m, s, k: s + m.future.clamp(min=-100.0)),
     "causal, by index": (lambda kept: kept, lambda m, s, k: assigned(s, ~m.past, -1e9)),
     "by index": (lambda kept: kept, lambda m, s, k: assigned(s, k[:, None] == 0, -torch.inf)),
     "product": (lambda kept: kept, lambda m, s, k: s + (1 - k[:, None]) * LEAST),
@@ -76,6 +78,10 @@ WAYS: dict[str, tuple[Callable[[Tensor], Tensor], Masking]] = {
     "given, to be added": (lambda kept: (1 - kept) * -1e9, lambda m, s, k: s + k[:, None]),
     "given, infinite": (lambda kept: kept.log(), lambda m, s, k: s + k[:, None]),
     "given, as BERT's": (lambda kept: (1 - kept) * -10000.0, lambda m, s, k: s + k[:, None]),
+    "exponential": (
+        lambda kept: kept,
+        lambda m, s, k: (lambda e: (e / e.sum(-1, keepdim=True)).log())((s + (1 - k[:, None]) * -1e9).exp()),
+    ),
     "scaled behind": (lambda kept: kept, lambda m, s, k: s.masked_fill(k[:, None] == 0, -torch.inf) * 0.125),
     "divided behind": (lambda kept: kept, lambda m, s, k: (s + (1 - k[:, None]) * -1e9) / 8),
 }  # fmt: skip
@@ -158,18 +164,36 @@ def test_scores_far_below_zero_are_not_below_what_is_masked(way: str) -> None:
     assert psnr(network(*inputs), known.network(*inputs)) > 50
 
 
-def test_a_factor_of_scores_stays() -> None:
-    """The place of the largest value by a softmax of multiples: nothing is masked there, whatever the numbers are."""
-    sharp = nn.Sequential(nn.Linear(16, 16), Sharp()).eval()
-    known = calibrated(sharp, call(WORDS), precision="w8a16")
-    scores = sharp[0](WORDS)
-    assert (known.network(WORDS).argmax(-1) == scores.argmax(-1)).float().mean() > 0.98
-    assert known.network(WORDS).max(-1).values.mean() > 0.98
-
-
 class Sharp(nn.Module):
+    """The place of the largest value by a softmax of multiples: nothing is masked there, whatever the numbers are."""
+
+    def __init__(self, scores: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.scores = nn.Linear(16, 16), scores
+
     def forward(self, x: Tensor) -> Tensor:
-        return (x * 1e5).softmax(-1)
+        return self.scores(self.linear(x)).softmax(-1)
+
+
+@pytest.mark.parametrize("scores", [lambda x: x * 1e5, lambda x: x * 1e5 + 1.0, lambda x: 2.0 - x * 1e5])
+def test_a_factor_of_scores_stays(scores: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    network = Sharp(scores).eval()
+    expected = network(WORDS)
+    known = calibrated(network, call(WORDS), precision="w8a16")
+    found = known.network(WORDS)
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.98
+    assert found.max(-1).values.mean() > 0.98
+
+
+@pytest.mark.parametrize("function", [nn.Softmax(-1), nn.LogSoftmax(-1)])
+def test_nothing_masked_changes_nothing(function: nn.Module) -> None:
+    """Logits of a trained classifier lie far apart, and their logarithms are what a loss or a beam search reads."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(16, 16), function).eval()
+    network[0].weight.data *= 20
+    known = calibrated(copy.deepcopy(network), call(WORDS))
+    assert psnr(network(WORDS), known.network(WORDS)) > 38
 
 
 def test_what_is_returned_keeps_its_steps() -> None:

@@ -29,15 +29,17 @@ DEPTHWISE = "_is_depthwise_on_the_device"
 ROUNDED_BY = "_input_rounded_by"
 # A sigmoid whose output is multiplied with what it is of, as in SiLU.
 GATES_ITSELF = "_gates_its_own_input"
-# A choice between tensors and numbers, one of which stands for minus infinity.
+# A choice between tensors and numbers, one of which stands for minus infinity: the size of the smallest of these.
 FILLS = "_fills_in_minus_infinity"
-# Numbers of at least this size stand for infinity where they are put in place of scores, or added to them: what BERT's
-# masks began with, and all beyond it.
-INFINITE = 1e4
+# Numbers of at least this size stand for infinity where they are put in place of scores, or added to them. People write
+# -1e3, -1e4 and what is below it.
+INFINITE = 1e3
 # The Python number that an operation was called with when it was found.
 NUMBER = "_number"
-# A product in front of a softmax: the number that takes the place of one that stands for infinity.
-MASKED_FACTOR = "_masked_factor"
+# A product in front of a softmax: the number that takes the place of one that stands for infinity, and whether its
+# ranges are being calibrated. What is masked is MASKED then: finite, so that a row of nothing else is.
+MASKED_FACTOR, IS_CALIBRATED = "_masked_factor", "_is_calibrated"
+MASKED = 1e30
 # A tensor that a recurrent layer made as its first state, since none was passed.
 DEFAULT_STATE = "_is_default_state"
 

@@ -46,7 +46,7 @@ def complete(sim: Any, returned: Container[nn.Module]) -> None:
     _note_roundings(sim)
     _note_own_gates(sim)
     note_fixed_ranges(sim)
-    note_masks(sim)
+    note_masks(sim, returned)
     _keep_ranges_of_inputs(sim)
 
 

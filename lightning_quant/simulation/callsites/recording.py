@@ -242,11 +242,12 @@ class Recorder:
         """Return whether a tensor holds zeros, which are on every grid, and always will."""
         return id(tensor) in self.fresh and not tensor.any()
 
-    def _is_minus_infinity(self, value: Any) -> bool:
-        """Return whether an operand is a number, or a constant tensor of numbers, that stands for minus infinity."""
-        if not isinstance(value, Tensor):
-            return float(value) <= -INFINITE
-        return id(value) in self.constants and value.is_floating_point() and bool((value <= -INFINITE).all())
+    def _size_of_infinity(self, value: Any) -> float:
+        """Return the size of a number, or of those in a constant tensor, that stands for minus infinity; else 0."""
+        if isinstance(value, Tensor):
+            is_constant = id(value) in self.constants and value.is_floating_point() and value.numel() > 0
+            value = float(value.amax()) if is_constant else 0.0
+        return -float(value) if value <= -INFINITE else 0.0
 
     def _make(
         self, running: Pass, module: nn.Module, at: Place, name: str, func: Any, args: Any, kwargs: Any
@@ -285,8 +286,9 @@ class Recorder:
         numbers = [value for value in operands if isinstance(value, int | float)]
         if len(numbers) == 1:
             child.__dict__[NUMBER] = float(numbers[0])
-        if name in ("where", "masked_fill") and any(map(self._is_minus_infinity, args[1:3])):
-            child.__dict__[FILLS] = True
+        filled = [self._size_of_infinity(value) for value in args[1:3]] if name in ("where", "masked_fill") else []
+        if any(filled):
+            child.__dict__[FILLS] = min(size for size in filled if size)
         child.__dict__["_compares"] = name in COMPARISONS
         child.__dict__["_moves"] = name in CHOICES or (name in MOVES and name not in CASTS)
         name = name if rule is not GENERIC else f"{name}*"

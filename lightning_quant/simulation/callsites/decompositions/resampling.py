@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_quant.simulation.callsites.attributes import INFINITE
 from lightning_quant.simulation.callsites.passes import paused
 from lightning_quant.simulation.callsites.traces import untraced
 
 # How far from a whole number a size may be: factors are floats.
 _WHOLE = 1e-4
+# From here on numbers are written for infinity.
+_LIKE_INFINITY = 1e4
 
 
 def interpolate(input: Tensor, size: Any = None, scale_factor: Any = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -105,7 +106,7 @@ def supports_pad(input: Tensor, pad: Any, mode: str = "constant", value: float |
     A range that holds the latter leaves everything else no step. Cut off at the end of the range, as a plain padding
     is, it still loses in every maximum.
     """
-    return mode == "constant" and 0 < abs(value or 0) < INFINITE and min(map(int, pad)) >= 0
+    return mode == "constant" and 0 < abs(value or 0) < _LIKE_INFINITY and min(map(int, pad)) >= 0
 
 
 def unfold(input: Tensor, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1) -> Tensor:
