@@ -575,3 +575,24 @@ def test_a_graph_that_is_written_wrongly_is_refused(
     with pytest.raises(ExportError, match=f"{failure}.*Please report"):
         export_bundle(network, tmp_path / "net", [call(images(1))])
     assert not (tmp_path / "net").exists()
+
+
+def moved_and_written(x: Tensor) -> Tensor:
+    x = x.permute(0, 2, 3, 1)
+    x[..., :2].sigmoid_()
+    return x
+
+
+def written(x: Tensor) -> Tensor:
+    x[:, 1:3, 2:5].zero_()
+    return x
+
+
+@pytest.mark.parametrize("function", [moved_and_written, written])
+def test_what_the_file_leaves_out_is_not_taken_for_rounding(
+    tmp_path: Path, function: Callable[[Tensor], Tensor]
+) -> None:
+    """A view changed in place: each layer of the file computes what it should, and the change is in none."""
+    network = calibrated(Behind(function).eval())
+    with pytest.raises(ParityError, match="The first layer that differs"):
+        export_bundle(network, tmp_path / "net", [call(images(1))])

@@ -15,7 +15,7 @@ from lightning_quant.deploy.blame.differences import Differences
 from lightning_quant.deploy.blame.places import match, modules_in
 from lightning_quant.deploy.blame.reasons import Cause, Change, Reason, Remedy
 from lightning_quant.deploy.blame.result import Blame, LayerBlame
-from lightning_quant.deploy.graph.qdq import QdqGraph, exact_session
+from lightning_quant.deploy.graph.qdq import QdqGraph, exact_session, of_integers
 from lightning_quant.errors import ExportError
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -85,6 +85,7 @@ class _Comparison:
         self.tensors: list[_Tensor] = []
         self.unmatched: list[str] = []
         self.outputs: list[tuple[list[np.ndarray], list[np.ndarray]]] = []
+        self.returned: dict[str, _Tensor] = {}  # outputs that are not what was rounded: changed in place afterwards
         self.observed_runs = True
 
     def add(self, call: NetworkInputs, feeds: Arrays) -> None:
@@ -104,6 +105,10 @@ class _Comparison:
         references = dict(zip(self.output_names, expected, strict=True))
         for one in self.tensors:
             one.add(seen, computed, arrived, references)
+        for name, reference in references.items():
+            computed.setdefault(name, arrived[name])  # moved behind the last piece
+            if self._is_changed(name, reference, seen, computed):
+                self.returned.setdefault(name, _Tensor(name)).add(seen, computed, arrived, references)
         self.observed_runs &= all(np.array_equal(plain[name], arrived[name]) for name in self.output_names)
         self.outputs.append((expected, [plain[name] for name in self.output_names]))
 
@@ -118,10 +123,26 @@ class _Comparison:
         self.watched = exact_session(watched(model, rounded))
         self.pieces = exact_session(pieces(model, cuts))
 
+    def _is_changed(self, output: str, returned: np.ndarray, seen: Sequence[RoundedTensor], computed: Arrays) -> bool:
+        """Return whether the simulation returns other values than those that it rounded for an output of the file."""
+        reader = self.graph.producers.get(output)
+        step = self.graph.number(reader.input[1]) if reader is not None and of_integers(reader) else None
+        cut = next((one.cut for one in self.tensors if one.cut is not None and output in one.cut.values), None)
+        if step is None or cut is None:
+            return False
+        rounded = seen[cut.position].values.numpy() if cut.handed_on else computed[output]
+        if rounded.size != returned.size:  # a part is handed on
+            return False
+        if cut.handed_on:  # in another order
+            return _largest(np.sort(returned, None), np.sort(rounded, None)) > step / 2
+        return _largest(returned, rounded) > 1.5 * step
+
     def result(self) -> Blame:
         cuts = [one.cut for one in self.tensors if one.cut is not None]
         parameters = Parameters(self.network, self.graph)
-        layers = tuple(self._layer(one, cuts, parameters) for one in self.tensors)
+        known = {one.name for one in self.tensors if one.cut is None}
+        others = [one for name, one in self.returned.items() if name not in known]
+        layers = tuple(self._layer(one, cuts, parameters) for one in (*self.tensors, *others))
         output = parity.compare(self.outputs)
         return Blame(layers, output, len(self.outputs), self.observed_runs, tuple(self.unmatched))
 

@@ -66,6 +66,28 @@ def through_a_view(m: Rewritten, y: Tensor) -> Tensor:
     return rows * 0.5
 
 
+def rows_picked(m: Rewritten, y: Tensor) -> Tensor:
+    rows = F.interpolate(y, (32, 8))[:, :, torch.arange(31, -1, -1)]
+    return rows[:, :, [-1, 3, 30, 2, 5]] * 2.0 + y.index_select(2, torch.tensor([7, 0, 6, 1, 5]))
+
+
+def tokens_picked(m: Rewritten, y: Tensor) -> Tensor:
+    tokens = m.linear(y.flatten(2).transpose(1, 2)).repeat(1, 4, 1)
+    return tokens[:, torch.arange(256).reshape(16, 16).t()].flatten(1, 2) * 0.5
+
+
+def long_rows_picked(m: Rewritten, y: Tensor) -> Tensor:
+    return y.flatten(2).repeat(1, 1, 5)[..., :257][..., torch.arange(256, -1, -1)].sigmoid()
+
+
+def every_second_of_two_axes(m: Rewritten, y: Tensor) -> Tensor:
+    y = F.interpolate(y, (16, 16))
+    y[:, :, ::2, ::2] = 0.5
+    made = torch.zeros_like(y)
+    made[:, :, 1::2, 1::2] = y[:, :, :8, :8]
+    return torch.cat([y, made], 1)
+
+
 def put(m: Rewritten, y: Tensor) -> Tensor:
     return torch.index_copy(y, 1, torch.tensor([0, 4]), y[:, :2].sigmoid() * 9.0)
 
@@ -240,7 +262,8 @@ def rows_and_columns(m: Rewritten, y: Tensor) -> Tensor:
 
 
 REWRITTEN = [
-    every_third, a_block, a_number, places_in_a_list, from_nothing, through_a_view, put, put_in_place, scattered,
+    every_third, a_block, a_number, places_in_a_list, from_nothing, through_a_view, rows_picked, tokens_picked,
+    long_rows_picked, every_second_of_two_axes, put, put_in_place, scattered,
     zeros_added_to, smoothed, smoothed_by_a_factor, positions_smoothed, turned, turned_always, areas,
     means_by_another_count, triangles, diagonals, chosen_by_a_product, numbers_by_sign, where_a_mask_has_it,
     one_part_of_many, softplus_of_a_multiple,

@@ -20,7 +20,7 @@ def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
     """Compute ``tensor[index] = value``, out of place."""
     if (mask := _mask_of(index, tensor)) is not None:
         return _masked(tensor, mask, value)
-    key = _per_axis(index, tensor.dim())
+    key = per_axis(index, tensor.dim())
     if not isinstance(value, Tensor):
         value = tensor.new_full((), value)
     value = value.to(tensor.dtype)
@@ -59,9 +59,12 @@ def _between(tensor: Tensor, spans: Sequence[Any], value: Tensor, axis: int = 0)
 def _picked(tensor: Tensor, value: Tensor, places: Tensor, axis: int) -> Tensor:
     """Return rows of two tensors by index, those of the second numbered after those of the first.
 
-    The NPU's compiler reads zeros for the last row of a tensor, so an unused one is appended.
+    The NPU's compiler reads zeros for the last row of a tensor, and other values than the right ones from 257 columns
+    but not from 264: unused ones are appended, up to a multiple of eight.
     """
-    return torch.cat([tensor, value, tensor.narrow(axis, 0, 1)], axis).index_select(axis, places)
+    missing = 8 - (tensor.shape[axis] + value.shape[axis]) % 8
+    unused = tensor.narrow(axis, 0, min(missing, tensor.shape[axis]))
+    return torch.cat([tensor, value, unused], axis).index_select(axis, places)
 
 
 def supports_set_item(tensor: Tensor, index: Any, value: Any) -> bool:
@@ -148,7 +151,7 @@ def _is_written(value: Any, into: Tensor) -> bool:
     return value.is_floating_point() if isinstance(value, Tensor) else math.isfinite(value)
 
 
-def _per_axis(index: Any, axes: int) -> list[Any]:
+def per_axis(index: Any, axes: int) -> list[Any]:
     """Return an index without an ellipsis: one part for each axis."""
     parts = list(index) if isinstance(index, tuple) else [index]
     at = next((place for place, part in enumerate(parts) if part is ...), len(parts))
@@ -175,7 +178,7 @@ def _is_fixed(index: Any, tensor: Tensor) -> bool:
     parts = index if isinstance(index, tuple) else (index,)
     if any(part is None or isinstance(part, bool) or _is_mask(part) for part in parts):
         return False
-    key = _per_axis(index, tensor.dim())
+    key = per_axis(index, tensor.dim())
     listed = [axis for axis, part in enumerate(key) if not isinstance(part, slice)]
     if all(isinstance(key[axis], int) for axis in listed):
         return True

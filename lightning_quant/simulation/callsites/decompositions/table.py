@@ -90,6 +90,8 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "index_fill": Decomposition(indexed_writes.index_fill, indexed_writes.supports_index),
     "scatter": Decomposition(indexed_writes.scatter, indexed_writes.supports_scatter),
 }
+# Of a longer row the NPU's emulator picks other values in 8 bits if its length is odd.
+_LONG = 256
 # Those that are decomposed only where they join inputs of the network.
 JOINS = frozenset(("cat", "concat", "concatenate"))
 # Those that compute every step with the same layer: each tensor has one range over all steps.
@@ -134,7 +136,29 @@ def _clamp(input: Tensor, min: Any = None, max: Any = None, **kwargs: Any) -> Te
 
 def _item(input: Tensor, key: Any) -> Tensor:
     """Compute ``input[key]``; AIMET does not follow the alias that ``input[...]`` is in a trace."""
-    return input if key is Ellipsis else input[key]
+    if key is Ellipsis:
+        return input
+    parts = indexed_writes.per_axis(key, input.dim())
+    picked = [axis for axis, part in enumerate(parts) if not (isinstance(part, slice) and part == slice(None))]
+    if len(picked) == 1 and isinstance(parts[picked[0]], (list, Tensor)):
+        index = torch.as_tensor(parts[picked[0]], device=input.device)
+        if index.dtype == torch.long and index.dim() > 0:
+            if bool((index < 0).any()):
+                index = torch.where(index < 0, index + input.shape[picked[0]], index)
+            return _index_select(input, picked[0], index.flatten()).unflatten(picked[0], index.shape)
+    return input[key]
+
+
+def _index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Compute ``index_select`` along the last axis, long rows a multiple of eight long: others the NPU gets wrong."""
+    dim %= input.dim()
+    if not input.is_floating_point() or (input.dim() == 4 and dim == 1):  # channels
+        return torch.index_select(input, dim, index)
+    rows = input.transpose(dim, -1)
+    length = int(rows.shape[-1])
+    if length > _LONG and (missing := -length % 8):
+        rows = torch.cat([rows, rows.narrow(-1, 0, missing)], -1)
+    return rows.index_select(-1, index).transpose(dim, -1)
 
 
 # Functions that ONNX does not have, or AIMET's exporter not in this form, and what computes the same in a trace.
@@ -145,6 +169,7 @@ TRACE_SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     Tensor.cumsum: _cumsum,
     torch.channel_shuffle: _channel_shuffle,
     Tensor.__getitem__: _item,
+    **dict.fromkeys((torch.index_select, Tensor.index_select), _index_select),
     **dict.fromkeys((torch.movedim, torch.moveaxis, Tensor.movedim, Tensor.moveaxis), _movedim),
     **dict.fromkeys((torch.diagonal, Tensor.diagonal), _diagonal),
     torch.clamp: _clamp,
