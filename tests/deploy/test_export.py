@@ -596,3 +596,43 @@ def test_what_the_file_leaves_out_is_not_taken_for_rounding(
     network = calibrated(Behind(function).eval())
     with pytest.raises(ParityError, match="The first layer that differs"):
         export_bundle(network, tmp_path / "net", [call(images(1))])
+
+
+class SharedHead(nn.Module):
+    """One convolution for all scales, a batch norm for each, as detectors have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.scores = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.norms = nn.ModuleList(seeded(nn.BatchNorm2d(8), seed) for seed in range(2))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        scales = (x, F.avg_pool2d(x, 2))
+        return [self.scores(norm(self.conv(one)).relu()) for norm, one in zip(self.norms, scales, strict=True)]
+
+
+class Lookups(nn.Module):
+    """One table that is read more than once, and one without a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear = nn.Embedding(20, 16, padding_idx=0), nn.Linear(16, 8)
+        self.codes = nn.Parameter(torch.randn(20, 16))
+
+    def forward(self, words: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = self.table(words[:, 0]), self.table(words[:, 1])
+        return self.linear(first + second * 0.5), F.embedding(words[:, 1], self.codes) * first
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w4a16"])
+@pytest.mark.parametrize(
+    ("made", "inputs"),
+    [(SharedHead, images(4)), (Lookups, torch.randint(20, (4, 2, 6), generator=torch.Generator().manual_seed(0)))],
+)
+def test_layers_that_are_called_more_than_once(
+    tmp_path: Path, made: Callable[[], nn.Module], inputs: Tensor, precision: str
+) -> None:
+    torch.manual_seed(0)
+    network = calibrated(made().eval(), call(inputs), precision=precision)
+    bundle = export_bundle(network, tmp_path / "net", [call(inputs[:1])])
+    assert bundle.manifest.parity.psnr_db > 60

@@ -21,6 +21,7 @@ from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate
+from lightning_quant.simulation.callsites.attributes import ROUNDED_BY
 from lightning_quant.simulation.callsites.rules.table import RULES
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -55,6 +56,7 @@ def float_twin(network: QuantizedNetwork) -> nn.Module:
     """The quantized network with every quantizer taken out: what was rewritten, without rounding."""
     twin = copy.deepcopy(network)
     for module in twin.network.modules():
+        vars(module).pop(ROUNDED_BY, None)
         for group in ("param_quantizers", "input_quantizers", "output_quantizers"):
             quantizers = getattr(module, group, None)
             if isinstance(quantizers, nn.ModuleDict):

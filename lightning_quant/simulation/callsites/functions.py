@@ -13,7 +13,7 @@ MOVES = frozenset(
     adjoint alpha_dropout apply argmax argmin as_strided as_subclass atleast_1d atleast_2d atleast_3d bernoulli
     bfloat16 bool broadcast_tensors broadcast_to channel_shuffle chunk clone contiguous copy cpu cuda data
     data_ptr dequantize detach detach_copy diag_embed diagonal dim double dropout dropout1d dropout2d dropout3d
-    dsplit embedding empty_like expand expand_as feature_alpha_dropout feature_dropout fill flatten flip fliplr
+    dsplit empty_like expand expand_as feature_alpha_dropout feature_dropout fill flatten flip fliplr
     flipud float from_numpy full_like gather get get_device getitem half hash hsplit identity index
     index_select is_complex is_contiguous is_floating_point is_same_size
     is_set_to is_shared item iter len mT map masked_select max_unpool2d meshgrid moveaxis movedim

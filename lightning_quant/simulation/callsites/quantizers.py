@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.simulation.callsites.attributes import DEPTHWISE, GATES_ITSELF, OWNER, ROUNDED_BY, is_at_call_site
-from lightning_quant.simulation.callsites.tied_ranges import leave_out_roundings, outputs, rounding, tie_ranges
+from lightning_quant.simulation.callsites.tied_ranges import (
+    leave_out_roundings,
+    outputs,
+    passes_values,
+    rounding,
+    tie_ranges,
+)
 from lightning_quant.simulation.fixed_ranges import note_fixed_ranges
 from lightning_quant.simulation.masks import note_masks
 
@@ -39,6 +45,7 @@ def complete(sim: Any, returned: Container[nn.Module]) -> None:
     _leave_scales_of_channels(sim)
     _fuse_activations(sim, returned)
     _round_before_activations(sim)
+    _round_before_norms(sim)
     _quantize_constants(sim)
     _leave_numbers(sim)
     tie_ranges(sim)
@@ -156,6 +163,22 @@ def _round_before_activations(sim: Any) -> None:
             continue
         if before.output_quantizers[0] is None and after.output_quantizers[0] is not None:
             before.output_quantizers[0] = copy.deepcopy(after.output_quantizers[0])
+
+
+def _round_before_norms(sim: Any) -> None:
+    """Round what goes into a batch norm that the device computes as a convolution of its own.
+
+    AIMET takes it as one with the convolution before it, which several norms may share.
+    """
+    for op in sim.connected_graph.ordered_ops:
+        module: Any = sim._get_qmodule(op)
+        source = op.inputs[0].producer if op.inputs else None
+        if not isinstance(module, _BatchNorm) or DEPTHWISE not in vars(module) or source is None:
+            continue
+        before: Any = sim._get_qmodule(source)
+        quantizers: Any = getattr(before, "output_quantizers", ())
+        if len(quantizers) == 1 and quantizers[0] is None and not passes_values(sim, source):
+            quantizers[0] = copy.deepcopy(next((one for one in sim.quantizers() if one.shape == ()), None))
 
 
 def _quantize_constants(sim: Any) -> None:

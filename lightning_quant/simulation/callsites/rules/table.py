@@ -87,6 +87,9 @@ RULES: dict[str, Rule] = {
         f"conv_transpose{d}d": weighted.Weighted(weighted.TRANSPOSED, weighted.convolution(transposed=True))
         for d in (1, 2, 3)
     },
+    "embedding": weighted.Weighted(
+        ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"), weighted.embedding
+    ),
     "layer_norm": weighted.Weighted(("input", "normalized_shape", "weight", "bias", "eps"), weighted.layer_norm),
     "instance_norm": weighted.InstanceNorm(weighted.INSTANCE_NORM, weighted.instance_norm),
     "batch_norm": weighted.BatchNorm(weighted.BATCH_NORM, weighted.batch_norm),

@@ -125,6 +125,13 @@ def convolution(transposed: bool) -> Callable[[dict[str, Any]], nn.Module | None
     return build
 
 
+def embedding(bound: dict[str, Any]) -> nn.Module | None:
+    """Make the layer for ``F.embedding``; ``None`` if it changes its weights, by ``max_norm``."""
+    if bound.get("max_norm") is not None or bound["weight"].dim() != 2:
+        return None
+    return nn.Embedding(*bound["weight"].shape, padding_idx=bound.get("padding_idx"), device="meta")
+
+
 def layer_norm(bound: dict[str, Any]) -> nn.Module | None:
     """Make the layer for ``F.layer_norm``."""
     affine = bound.get("weight") is not None
