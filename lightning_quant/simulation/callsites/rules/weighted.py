@@ -129,7 +129,8 @@ def embedding(bound: dict[str, Any]) -> nn.Module | None:
     """Make the layer for ``F.embedding``; ``None`` if it changes its weights, by ``max_norm``."""
     if bound.get("max_norm") is not None or bound["weight"].dim() != 2:
         return None
-    return nn.Embedding(*bound["weight"].shape, padding_idx=bound.get("padding_idx"), device="meta")
+    rows, width = bound["weight"].shape
+    return nn.Embedding(rows, width, padding_idx=bound.get("padding_idx"), device="meta")
 
 
 def layer_norm(bound: dict[str, Any]) -> nn.Module | None:
