@@ -208,8 +208,8 @@ def encode_constants(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
 def _largest_scale(graph: QdqGraph, product: onnx.NodeProto, read: onnx.NodeProto) -> float | None:
     """Return the largest scale of a number by which a product stays within the scale of its output.
 
-    The output of a product with a number has the scale of the other operand times the number. With 16 bits the compiler
-    of QAIRT 2.51 does not end where the one is a rounding error larger than the other.
+    The output of a product with a number has the scale of the other operand times the number, which is learned or
+    computed. With 16 bits the compiler of QAIRT 2.51 does not end where the product is a rounding error larger.
     """
     takers = [node for node in graph.consumers[product.output[0]] if node.op_type == "QuantizeLinear"]
     if product.op_type != "Mul" or not takers or takers[0].input[1] not in graph.constants:

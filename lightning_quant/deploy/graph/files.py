@@ -15,6 +15,7 @@ import torch
 
 from lightning_quant.deploy.graph import activations, biases, constants, shared_grids, uniform_constants
 from lightning_quant.deploy.graph.fixed import check_fixed, check_repeatable
+from lightning_quant.deploy.graph.log_softmax import divide_before_log_softmax
 from lightning_quant.deploy.graph.lowering import lowered
 from lightning_quant.deploy.graph.many_axes import leave_out_ones
 from lightning_quant.deploy.graph.passed_inputs import Grid, encode_passed_inputs, round_passed_inputs
@@ -102,6 +103,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
             check_fixed(model, title)
             _check_known(network, noted)
             gone = constants.fold_constants(model) | slice_used_parts(model)
+            divide_before_log_softmax(model)
             aimet.export(
                 network.sim.model,
                 tensors,
@@ -125,6 +127,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
         floats = {name: value.detach().numpy() for name, value in parameters if name.endswith("bias")}
         constants.fold_constants(quantized)
         slice_used_parts(quantized)
+        divide_before_log_softmax(quantized)
         shared = shared_grids.share_grids(quantized)
         parted = activations.part_activations(quantized)
         encoded = constants.encode_constants(quantized)

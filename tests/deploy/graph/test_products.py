@@ -1,0 +1,79 @@
+"""Products with numbers that the NPU's compiler does not end with, or computes wrongly, are written otherwise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.deploy.graph.files import write_onnx
+from lightning_quant.deploy.graph.qdq import QdqGraph
+from tests.helpers.networks import calibrated, call, images, seeded
+from tests.helpers.qdq import NO_EMULATOR, emulated, operations, psnr
+
+needs_emulator = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
+
+
+class Fusion(nn.Module):
+    """Two feature maps by learned weights that add up to one, as in a BiFPN."""
+
+    def __init__(self, weights: list[float]) -> None:
+        super().__init__()
+        self.first, self.second, self.behind = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+        self.weights = nn.Parameter(torch.tensor(weights))
+        seeded(self)
+        self.weights.data = torch.tensor(weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.weights.relu()
+        weights = weights / (weights.sum() + 1e-4)
+        return self.behind((weights[0] * self.first(x) + self.second(x) * weights[1]).relu())
+
+
+def test_scales_of_a_product_are_not_above_that_of_its_output(tmp_path: Path) -> None:
+    for index in range(12):
+        network = calibrated(Fusion([1.0, 1.0 + index / 7]).eval(), precision="w8a16")
+        write_onnx(network, call(images(1)), tmp_path / "float.onnx", tmp_path / "qdq.onnx")
+        graph = QdqGraph(onnx.load(tmp_path / "qdq.onnx"))
+        products = operations(graph.model, "Mul")
+        assert len(products) == 2
+        for product in products:
+            scales = [np.float32(graph.array(graph.producers[name].input[1])) for name in product.input]
+            (taker,) = graph.consumers[product.output[0]]
+            assert np.float32(scales[0] * scales[1]) <= np.float32(graph.array(taker.input[1]))
+
+
+@needs_emulator
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.4, 0.7]])
+def test_weighted_feature_maps_compile_with_16_bits(tmp_path: Path, weights: list[float]) -> None:
+    network = calibrated(Fusion(weights).eval(), precision="w8a16")
+    write_onnx(network, call(images(1)), tmp_path / "float.onnx", tmp_path / "qdq.onnx")
+    _, (output,) = emulated(onnx.load(tmp_path / "qdq.onnx"), tmp_path / "device", x=images(1).numpy())
+    assert psnr(network.network(images(1)).detach().numpy(), output) > 65
+
+
+class Scores(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.conv, self.factor = nn.Conv2d(3, 8, 3), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv(x) * self.factor).log_softmax(1)
+
+
+@needs_emulator
+@pytest.mark.parametrize("precision", ["w8a8", "w8a16"])
+def test_scores_times_a_number_in_front_of_a_log_softmax(tmp_path: Path, precision: str) -> None:
+    torch.manual_seed(0)
+    network = calibrated(Scores(3.0).eval(), precision=precision)
+    write_onnx(network, call(images(1)), tmp_path / "float.onnx", tmp_path / "qdq.onnx")
+    for file in ("float.onnx", "qdq.onnx"):
+        model = onnx.load(tmp_path / file)
+        assert not operations(model, "Mul")
+        assert len(operations(model, "Div")) == 1
+    _, (output,) = emulated(onnx.load(tmp_path / "qdq.onnx"), tmp_path / "device", x=images(1).numpy())
+    assert psnr(network.network(images(1)).detach().numpy(), output) > 40
