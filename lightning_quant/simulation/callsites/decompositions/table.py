@@ -145,6 +145,8 @@ def _item(input: Tensor, key: Any) -> Tensor:
         if index.dtype == torch.long and index.dim() > 0:
             if bool((index < 0).any()):
                 index = torch.where(index < 0, index + input.shape[picked[0]], index)
+            if index.dim() == 1:  # of any length, which may depend on values
+                return _index_select(input, picked[0], index)
             return _index_select(input, picked[0], index.flatten()).unflatten(picked[0], index.shape)
     return input[key]
 
