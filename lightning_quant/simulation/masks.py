@@ -35,6 +35,8 @@ _BELOW_SCORES = 16.0
 _BELOW_TERMS = 50.0
 # What lies so many times that far below the largest of its row is nothing to a softmax either.
 _FAR = 2.0
+# What is masked is so many times as far below zero as all else: distances, which are that large too, fill the gap.
+_GAP = 10.0
 # By how much a factor that is not known when the network is read may shrink the distance.
 _UNKNOWN_FACTOR = 0.25
 # Names of what a quantizer of such values remembers: the distance, negative where the values are subtracted; whether
@@ -198,6 +200,9 @@ def _left_out(quantizer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | 
     masked = scores <= -vars(quantizer)[_INFINITE]
     if bool(masked.all()):  # all scores are so low
         return None
+    least = torch.where(masked, torch.inf, scores).amin()
+    if bool(torch.where(masked, scores, -torch.inf).amax() > _GAP * least):  # they go on from one to the other
+        masked = torch.zeros_like(masked)
     has_masked = bool(masked.any())
     least = torch.where(masked, torch.inf, scores).amin()
     cut = torch.where(masked, least, scores)

@@ -186,6 +186,32 @@ def test_a_factor_of_scores_stays(scores: Callable[[Tensor], Tensor]) -> None:
     assert found.max(-1).values.mean() > 0.98
 
 
+class Nearest(nn.Module):
+    """Which of some places is nearest, by distances that are large for some samples and larger for others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.behind = nn.Linear(16, 16), nn.Linear(8, 4)
+        self.register_buffer("places", torch.randn(8, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        products = 2 * (x @ self.places.T)
+        scores = products - (self.places**2).sum(1) - (x**2).sum(-1, keepdim=True)
+        return self.behind(scores.softmax(-1))
+
+
+def test_distances_are_not_masked() -> None:
+    torch.manual_seed(0)
+    network = Nearest().eval()
+    scales = torch.linspace(0.2, 3.0, 8)[:, None, None]
+    network.linear.weight.data *= 20
+    network.places *= 9
+    known = calibrated(copy.deepcopy(network), call(WORDS * scales), precision="w8a16")
+    expected = network(WORDS * scales)
+    assert psnr(expected, known.network(WORDS * scales)) > 30
+
+
 @pytest.mark.parametrize("function", [nn.Softmax(-1), nn.LogSoftmax(-1)])
 def test_nothing_masked_changes_nothing(function: nn.Module) -> None:
     """Logits of a trained classifier lie far apart, and their logarithms are what a loss or a beam search reads."""
