@@ -211,6 +211,12 @@ def one_part_of_many(m: Rewritten, y: Tensor) -> Tensor:
     return y.split([1, 3, 2], 1)[1].sigmoid() * y.chunk(3, -1)[0].mean() - y.unbind(2)[3][:, :3, :, None]
 
 
+def whole_parts(m: Rewritten, y: Tensor) -> Tensor:
+    """Of numbers half way between two whole ones, which no rounding moves to another."""
+    halves = (y > 0) * 2.0 - 0.5
+    return 8.0 // (halves + 0.8) + halves // 1.0
+
+
 def softplus_of_a_multiple(m: Rewritten, y: Tensor) -> Tensor:
     return F.softplus(y, beta=3.0) * 2.0 + m.softplus(y)
 
@@ -266,7 +272,7 @@ REWRITTEN = [
     long_rows_picked, every_second_of_two_axes, put, put_in_place, scattered,
     zeros_added_to, smoothed, smoothed_by_a_factor, positions_smoothed, turned, turned_always, areas,
     means_by_another_count, triangles, diagonals, chosen_by_a_product, numbers_by_sign, where_a_mask_has_it,
-    one_part_of_many, softplus_of_a_multiple,
+    one_part_of_many, whole_parts, softplus_of_a_multiple,
     by_part_of_a_factor, sequence_by_part_of_a_factor, sums_of_rows, axes_moved, uneven_areas, uneven_means,
     uneven_maxima, uneven_volumes, patches, wide_patches, by_a_weight, by_nothing, of_a_layer, windows_of_an_image,
     queries_keys_values, queries_keys_values_split, rows_and_columns,

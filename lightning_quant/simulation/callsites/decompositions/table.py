@@ -66,8 +66,11 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
         ("mul", "multiply", "imul", "rmul"), Decomposition(arithmetic.selected, arithmetic.supports_selected)
     ),
     **dict.fromkeys(
-        ("floor_divide", "floordiv", "ifloordiv", "rfloordiv"),
+        ("floor_divide", "floordiv", "ifloordiv"),
         Decomposition(arithmetic.floor_divide, arithmetic.supports_floor_divide),
+    ),
+    "rfloordiv": Decomposition(
+        lambda input, other: arithmetic.floor_divide(other, input), arithmetic.supports_floor_divide
     ),
     "softplus": Decomposition(arithmetic.softplus, arithmetic.supports_softplus),
     "diff": Decomposition(arithmetic.diff),
@@ -142,7 +145,7 @@ def _item(input: Tensor, key: Any) -> Tensor:
     picked = [axis for axis, part in enumerate(parts) if not (isinstance(part, slice) and part == slice(None))]
     if len(picked) == 1 and isinstance(parts[picked[0]], (list, Tensor)):
         index = torch.as_tensor(parts[picked[0]], device=input.device)
-        if index.dtype == torch.long and index.dim() > 0:
+        if index.dtype in (torch.long, torch.int32) and index.dim() > 0:
             if bool((index < 0).any()):
                 index = torch.where(index < 0, index + input.shape[picked[0]], index)
             if index.dim() == 1:  # of any length, which may depend on values
