@@ -111,8 +111,8 @@ def prepare_in_place(
                 raise PreflightError(
                     f"{type(network).__name__} computes something else once its operations are quantized "
                     f"(relative difference {difference:.1e} with nothing rounded). Expected a forward pass that "
-                    "computes the same each time it is run; look for operations in place on views of a tensor, "
-                    "and for what is kept from one pass to the next."
+                    "computes the same each time it is run; look for what it keeps from one pass to the next, and "
+                    "for operations in place on that."
                 )
     return PreparedNetwork(network, inputs, outputs[0], batch_norms, findings)
 

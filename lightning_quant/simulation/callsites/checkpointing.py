@@ -31,6 +31,7 @@ def _resuming_pass(function: Callable[..., Any]) -> Callable[..., Any]:
             with Interception(running):
                 return function(*args, **kwargs)
         finally:
+            running.end()
             THREAD.running = None
 
     return resumed

@@ -22,10 +22,11 @@ from lightning_quant.simulation.callsites.attributes import (
 from lightning_quant.simulation.callsites.checkpointing import follow_checkpoints
 from lightning_quant.simulation.callsites.decompositions.pooling import is_uneven
 from lightning_quant.simulation.callsites.functions import AUGMENTED, tensors_among
-from lightning_quant.simulation.callsites.passes import observed_by, paused
+from lightning_quant.simulation.callsites.passes import current, observed_by, paused
 from lightning_quant.simulation.callsites.recording import Found, Recorder
 from lightning_quant.simulation.callsites.sites import DecomposedSite, Site, add_site
 from lightning_quant.simulation.callsites.traces import run_in_trace
+from lightning_quant.simulation.callsites.views import ViewSite
 from lightning_quant.simulation.callsites.watching import watch
 from lightning_quant.simulation.inplace import state_kept
 from lightning_quant.simulation.inputs import NetworkInputs
@@ -124,13 +125,14 @@ def _layers_with_reused_inputs(
     finally:
         for module in changing:
             vars(module)["inplace"] = True
-    return recorder.aliased
+    return recorder.aliases.layers
 
 
 def _recorded(root: nn.Module, call: NetworkInputs, recorder: Recorder) -> None:
-    refused = None
-    while refused != recorder.refused:
-        refused = set(recorder.refused)
+    known, pending, aliases = None, recorder.pending, recorder.aliases
+    while known != (aliases.refused, aliases.followed):
+        known = set(aliases.refused), set(aliases.followed)
+        recorder.pending = dict(pending)
         recorder.forget()
         own = call.map(torch.clone)  # it may change what it is given
         recorder.begin(own.tensors)
@@ -202,14 +204,14 @@ def _opaque(layers: Iterable[nn.Module], recorder: Recorder, changing: Iterable[
     in_place_layers = set(changing)
 
     def enter(_: nn.Module, args: Any) -> None:
-        recorder.used(tensors_among(args))
+        recorder.aliases.used(tensors_among(current(args)))
         stack.append(paused())
         stack[-1].__enter__()
 
     def leave(module: nn.Module, args: Any, _: Any) -> None:
         stack.pop().__exit__()
         if module in in_place_layers:
-            recorder.stale[id(args[0])] = module
+            recorder.aliases.changed_by_layer(module, current(args[0]))
 
     with _hooked(layers, enter, leave):
         yield
@@ -232,7 +234,8 @@ def _install(root: nn.Module, found: Iterable[Found]) -> None:
     parameters: dict[Tensor, str] = {parameter: name for name, parameter in root.named_parameters()}
     for one in found:
         if one.child is None:
-            add_site(one.module, one.at, DecomposedSite(one.name, one.at))
+            site = ViewSite(one.name, one.at) if one.is_view else DecomposedSite(one.name, one.at)
+            add_site(one.module, one.at, site)
             continue
         assert one.holder is not None
         one.child.eval()
@@ -247,7 +250,7 @@ def _install(root: nn.Module, found: Iterable[Found]) -> None:
         one.holder.add_module(name, one.child)
         if isinstance(one.holder, CONTAINERS):
             vars(one.holder)[LIST_SITES] = (*vars(one.holder).get(LIST_SITES, ()), name)
-        add_site(one.module, one.at, Site(one.name, one.holder, name, own=one.holder is one.module))
+        add_site(one.module, one.at, Site(one.name, one.holder, name, one.holder is one.module, one.at))
 
 
 def _free_name(holder: nn.Module, name: str) -> str:

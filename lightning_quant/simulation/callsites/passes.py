@@ -35,12 +35,14 @@ class Pass:
         "counts",
         "is_observed",
         "is_traced",
+        "kept",
         "mode",
         "noted",
         "observer",
         "parent",
         "paused",
         "stack",
+        "views",
     )
 
     def __init__(self, observer: Observer | None = None) -> None:
@@ -54,6 +56,13 @@ class Pass:
         self.changes = False  # whether a tensor was changed in place
         self.parent: Place | tuple[()] = ()  # the place of the operation whose decomposition runs
         self.mode: TorchFunctionMode  # what intercepts its operations
+        self.views: dict[int, Any] = {}  # by the number of the tensor: those that follow each other's changes
+        self.kept: list[Tensor] = []  # alive, so that no number is given twice
+
+    def end(self) -> None:
+        """Let go of the tensors that were followed."""
+        self.views.clear()
+        self.kept.clear()
 
     def count(self, module: nn.Module, found: Spot) -> int:
         """Return how many operations stood at this spot in the pass so far, and count one more."""
@@ -141,8 +150,8 @@ def current(value: Any) -> Any:
     return value
 
 
-def changed_into(running: Pass, tensor: Tensor, result: Tensor) -> None:
-    """Record that an operation in place made ``tensor`` what ``result`` is, for all who hold it."""
+def replace(running: Pass, tensor: Tensor, result: Tensor) -> None:
+    """Let ``tensor`` be ``result`` from now on, for all who hold it."""
     if tensor is not result:
         tensor.__dict__[_NOW] = result
         running.changes = True

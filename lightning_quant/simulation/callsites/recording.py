@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_quant.simulation.callsites.aliases import Aliases
 from lightning_quant.simulation.callsites.attributes import (
     CONTAINERS,
     DEFAULT_STATE,
@@ -18,7 +19,13 @@ from lightning_quant.simulation.callsites.attributes import (
     RECURRENT,
     SEEN,
 )
-from lightning_quant.simulation.callsites.decompositions.table import DECOMPOSITIONS, JOINS, REPEATED_STEPS
+from lightning_quant.simulation.callsites.decompositions.table import (
+    DECOMPOSITIONS,
+    JOINS,
+    OVERWRITES,
+    REPEATED_STEPS,
+    UNWRITTEN,
+)
 from lightning_quant.simulation.callsites.functions import (
     CASTS,
     CHOICES,
@@ -36,8 +43,9 @@ from lightning_quant.simulation.callsites.passes import Pass, current, place
 from lightning_quant.simulation.callsites.places import Place
 from lightning_quant.simulation.callsites.rules.table import GENERIC, RULES
 from lightning_quant.simulation.callsites.rules.weighted import Weighted
-from lightning_quant.simulation.callsites.sites import DecomposedSite
+from lightning_quant.simulation.callsites.sites import DecomposedSite, changes_its_input
 from lightning_quant.simulation.callsites.traces import tracing_state
+from lightning_quant.simulation.callsites.views import changed_into, link
 from lightning_quant.simulation.inputs import tensors_in
 
 
@@ -50,9 +58,10 @@ class Found:
     name: str  # of the function; with a star for the generic rule
     repeats: bool  # one step of several that are alike
     traced: bool  # seen in a trace only
-    child: nn.Module | None = None  # what computes it; ``None``: its decomposition
+    child: nn.Module | None = None  # what computes it; ``None``: its decomposition, or it takes a view
     holder: nn.Module | None = None
     weight: Tensor | None = None
+    is_view: bool = False
 
 
 @dataclass
@@ -88,10 +97,10 @@ class Recorder:
     fresh: set[int] = field(default_factory=set)  # made of numbers alone
     repeating: bool = False
     joining: bool = False
-    stale: dict[int, nn.Module] = field(default_factory=dict)  # what a layer in place was given
-    seen_changed: dict[int, tuple[int, Place]] = field(default_factory=dict)  # by an operation in place on another
-    refused: set[tuple[int, Place]] = field(default_factory=set)  # such operations whose change is seen elsewhere
-    aliased: set[nn.Module] = field(default_factory=set)
+    aliases: Aliases = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.aliases = Aliases(self.kept)
 
     def begin(self, inputs: Sequence[Tensor]) -> None:
         """Start a pass with these inputs."""
@@ -104,8 +113,7 @@ class Recorder:
         self.kept.extend(inputs)
         self.given = {id(tensor) for tensor in inputs}
         self.parts = set(self.given)
-        self.stale.clear()
-        self.seen_changed.clear()
+        self.aliases.begin(self.given | self.held)
         self._origins_known = True
 
     def operation(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
@@ -121,12 +129,20 @@ class Recorder:
         at = place(running, module, name)
         module.__dict__.setdefault(SEEN, set()).add(at)
         pending = self.pending.get((id(module), at))
-        if (id(module), at) in self.refused:
+        if (id(module), at) in self.aliases.refused:
             result = func(*args, **kwargs)
             self._note(name, args, kwargs, result)
             return result
+        target: Any = None
+        if changes_its_input(func, name, args, kwargs):
+            target = args[0] if args else kwargs.get("input")
+        if name == "setitem":
+            self.aliases.forget_first_half(args)
         decomposed = (
-            pending is not None and pending.child is None and DecomposedSite(name, at).fits(running, args, kwargs)
+            pending is not None
+            and pending.child is None
+            and not pending.is_view
+            and DecomposedSite(name, at).fits(running, args, kwargs)
         )
         if decomposed or (pending is None and self._is_decomposed(name, func, args, kwargs)):
             if pending is None:
@@ -137,49 +153,51 @@ class Recorder:
                 result = DecomposedSite(name, at).compute(running, func, args, kwargs)
             finally:
                 self.repeating, self.joining = before, around
-            if name == "setitem":
-                self.seen_changed |= dict.fromkeys(self._sharing_memory(args[0]), (id(module), at))
+            if target is not None and id(target) not in running.views:
+                self.aliases.changed(target, (id(module), at))
             return result
         given = tensors_among((args, kwargs))
-        self.used(given)
+        self.aliases.used(given if name not in SHAPES or name == "get" else [])
         made = None
         if pending is None and kwargs.get("out") is None and self._needs_site(name, func, given):
             made = self._make(running, module, at, name, func, args, kwargs)
-        result = func(*args, **kwargs)
+        has_site = made is not None or (pending is not None and pending.child is not None)
+        is_followed = target is not None and has_site and id(target) in running.views
+        if is_followed:  # as its site will, out of place
+            changed = target.clone()
+            result = func(changed, *args[1:], **kwargs) if args else func(**kwargs | {"input": changed})
+        else:
+            result = func(*args, **kwargs)
         of_numbers = isinstance(result, Tensor) and result.is_floating_point()
         if not of_numbers and name not in COMPARISONS and (name not in MOVES or name in CASTS):
             made = None  # a mask is cast to truth values
         if made is not None:
             self._add(made)
         self._note(name, args, kwargs, result, made)
+        if target is None:
+            views = self.aliases.taken_here((id(module), at), name, func, args, kwargs, result)
+            if views and (pending is None or pending.is_view):
+                link(running, func, args, kwargs, result)
+                self._add(Found(module, at, name, self.repeating, tracing_state() is not None, is_view=True))
+        elif is_followed:
+            changed_into(running, target, result, at)
+        elif id(target) not in running.views:
+            self.aliases.changed(target, (id(module), at))
         if name == "zeros" and isinstance(module, RECURRENT):
             result.__dict__[DEFAULT_STATE] = True
         return result
 
-    def used(self, tensors: Iterable[Tensor]) -> None:
-        """Record that something computes with these tensors."""
-        for tensor in tensors if self.stale or self.seen_changed else ():
-            if id(tensor) in self.stale:
-                self.aliased.add(self.stale[id(tensor)])
-            if id(tensor) in self.seen_changed:
-                self.refused.add(self.seen_changed[id(tensor)])
-
     def forget(self) -> None:
         """Drop what was found at operations that are refused now."""
-        gone = [at for _, at in self.refused]
+        gone = [at for _, at in self.aliases.refused]
         self.pending = {key: found for key, found in self.pending.items() if found.at[0][:2] not in gone}
-        for key in self.refused:
+        for key in self.aliases.refused:
             self.pending.pop(key, None)
-
-    def _sharing_memory(self, tensor: Tensor) -> Iterator[int]:
-        """Return the ids of the tensors that change with this one."""
-        base = tensor if tensor._base is None else tensor._base
-        return (id(one) for one in self.kept if one is not tensor and (one is base or one._base is base))
 
     def end(self, output: Any) -> None:
         """Finish a pass: drop the operations that its outputs do not depend on."""
         made = [current(tensor) for tensor in tensors_in(output)]
-        self.used(made)
+        self.aliases.used(made)
         outputs = [tensor for tensor in made if tensor.is_floating_point()]
         outputs = [tensor for tensor in outputs if tensor.dim()] or outputs
         needed = {id(tensor) for tensor in outputs}
@@ -201,7 +219,11 @@ class Recorder:
     def _is_decomposed(self, name: str, func: Any, args: Any, kwargs: Any) -> bool:
         if name not in DECOMPOSITIONS or kwargs.get("out") is not None:
             return False
+        if name in UNWRITTEN:
+            return True
         given = tensors_among((args, kwargs))
+        if name in OVERWRITES and not in_place(func, name):
+            return False
         if in_place(func, name) and self._is_kept(given[0]):
             return False
         if name == "setitem" and id(given[0]) in self.given:  # the caller of the network sees the change

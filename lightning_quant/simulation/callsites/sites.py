@@ -9,9 +9,10 @@ from torch import nn
 from lightning_quant.simulation.callsites.attributes import CONTAINERS, HIDDEN_SITES, SITES
 from lightning_quant.simulation.callsites.decompositions.table import DECOMPOSITIONS
 from lightning_quant.simulation.callsites.functions import in_place
-from lightning_quant.simulation.callsites.passes import Pass, changed_into
+from lightning_quant.simulation.callsites.passes import Pass
 from lightning_quant.simulation.callsites.places import CallSite, Place, Sites, same
 from lightning_quant.simulation.callsites.rules.table import GENERIC, RULES, inplace_by_position
+from lightning_quant.simulation.callsites.views import changed_into, writes_itself
 
 
 class Site:
@@ -22,13 +23,19 @@ class Site:
         holder: the module that the computing one is a child of.
         child: its name there, by which AIMET replaces it.
         own: whether the holder is the module whose code it is; else it is the innermost around it that is not a list.
+        at: the place of the operation.
     """
 
-    def __init__(self, name: str, holder: nn.Module, child: str, own: bool) -> None:
+    def __init__(self, name: str, holder: nn.Module, child: str, own: bool, at: Place) -> None:
         self.name = name
         self.holder = holder
         self.child = child
         self.own = own
+        self.at = at
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.at = same(self.at)  # numbers are of this process
 
     def module(self, running: Pass) -> nn.Module:
         """Return the module that computes: of the network that runs, which can be a copy that AIMET made."""
@@ -49,8 +56,8 @@ class Site:
         result = RULES.get(name, GENERIC).call(self.module(running), args, kwargs)
         if result is NotImplemented:
             return result
-        if in_place(func, name) or kwargs.get("inplace") or (len(args) > 1 and inplace_by_position(name, args)):
-            changed_into(running, args[0] if args else kwargs["input"], result)
+        if changes_its_input(func, name, args, kwargs):
+            changed_into(running, args[0] if args else kwargs["input"], result, self.at)
         return result
 
 
@@ -78,15 +85,22 @@ class DecomposedSite:
         """Compute what was called, or return ``NotImplemented`` if the decomposition does not support the arguments."""
         if not self.fits(running, args, kwargs):
             return NotImplemented
+        if running.views and self.name == "setitem" and writes_itself(running, args):
+            return None
         before, running.parent = running.parent, self.at
         try:
             with running.mode:
                 result = DECOMPOSITIONS[self.name].compute(*args, **kwargs)
         finally:
             running.parent = before
-        if in_place(func, self.name) or kwargs.get("inplace"):
-            changed_into(running, args[0] if args else kwargs["input"], result)
+        if changes_its_input(func, self.name, args, kwargs):
+            changed_into(running, args[0] if args else kwargs["input"], result, self.at)
         return result
+
+
+def changes_its_input(func: Any, name: str, args: Any, kwargs: Any) -> bool:
+    """Return whether a function changes its first argument in place."""
+    return bool(in_place(func, name) or kwargs.get("inplace") or (len(args) > 1 and inplace_by_position(name, args)))
 
 
 def sites_of(module: nn.Module) -> dict[Place, CallSite]:

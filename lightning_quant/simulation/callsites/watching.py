@@ -193,6 +193,7 @@ def begin(module: nn.Module, plain_call: Callable[..., Any], args: Any, kwargs: 
             _detach_from_ranges(module, module.__dict__[BUFFERS])
         return apply_to_collection(output, Tensor, _unwrapped) if _needs_unwrapping(running, output) else output
     finally:
+        running.end()
         THREAD.running = None
 
 

@@ -520,6 +520,35 @@ def _added_in_place(module: Any, x: Tensor) -> Tensor:
     return x - y.clone().relu_()
 
 
+def _views_changed(module: Any, x: Tensor) -> Tensor:
+    y = x * 1.5
+    first, rows = y[:, :4], y.transpose(1, 2)[:, 1:]
+    y[:, 2:6].mul_(2).add_(first[:, 0:1])
+    rows[..., 1:3].add_(0.5)
+    first[:, ::2] *= 0.5
+    return y + first.mean()
+
+
+class _Scaled(nn.Module):
+    def forward(self, x: Tensor) -> None:
+        x.mul_(2.0)
+        x[:, :1].sigmoid_()
+
+
+class ChangesItsInput(nn.Module):
+    """A part that returns nothing and changes what it is given: a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.scaled, self.last = nn.Conv2d(3, 8, 3), _Scaled(), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        self.scaled(y[:, 2:5])
+        output: Tensor = self.last(y)
+        return output
+
+
 def _filled(x: Tensor) -> Tensor:
     y = torch.zeros_like(x)
     y[:, :4] = x[:, :4] * 2
@@ -590,6 +619,8 @@ PATTERNS: dict[str, Pattern] = {
     "in place on the shortcut": Pattern(InPlaceSkip, one_image),
     "functional in place": between(lambda m, x: F.relu(x, inplace=True) + x),
     "filled in": between(lambda m, x: _filled(x)),
+    "views in place": between(_views_changed),
+    "views in place, by another module": Pattern(ChangesItsInput, one_image),
     # structure
     "shared parts": Pattern(SharedParts, one_image),
     "list with a forward": Pattern(lambda: nn.Sequential(Residual(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))), one_image),

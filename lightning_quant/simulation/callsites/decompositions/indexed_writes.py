@@ -92,6 +92,25 @@ def _masked(tensor: Tensor, mask: Tensor, value: Any) -> Tensor:
     return tensor.masked_fill(mask, value)
 
 
+def copied(tensor: Tensor, source: Tensor, *_: Any) -> Tensor:
+    """Compute ``tensor.copy_(source)``, out of place."""
+    return source.to(tensor.dtype).expand_as(tensor).clone()
+
+
+def filled(tensor: Tensor, value: Any = 0) -> Tensor:
+    """Compute ``tensor.fill_(value)`` or ``tensor.zero_()``, out of place."""
+    return (
+        value.to(tensor.dtype).expand_as(tensor).clone()
+        if isinstance(value, Tensor)
+        else torch.full_like(tensor, value)
+    )
+
+
+def empty(*size: Any, memory_format: Any = None, **kwargs: Any) -> Tensor:
+    """Compute ``torch.empty``, with zeros."""
+    return torch.zeros(*size, **kwargs)
+
+
 def index_put(tensor: Tensor, indices: Any, values: Tensor, accumulate: bool = False) -> Tensor:
     """Compute ``torch.index_put``."""
     return set_item(tensor, tuple(indices), values)

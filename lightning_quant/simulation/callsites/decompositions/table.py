@@ -88,6 +88,11 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "pad": Decomposition(resampling.pad, resampling.supports_pad),
     "unfold": Decomposition(resampling.unfold, resampling.supports_unfold),
     "setitem": Decomposition(indexed_writes.set_item, indexed_writes.supports_set_item),
+    "copy": Decomposition(indexed_writes.copied),
+    **dict.fromkeys(("fill", "zero"), Decomposition(indexed_writes.filled)),
+    "empty": Decomposition(indexed_writes.empty),
+    "empty_like": Decomposition(torch.zeros_like),
+    "new_empty": Decomposition(Tensor.new_zeros),
     "index_put": Decomposition(indexed_writes.index_put, indexed_writes.supports_index_put),
     "index_copy": Decomposition(indexed_writes.index_copy, indexed_writes.supports_index),
     "index_fill": Decomposition(indexed_writes.index_fill, indexed_writes.supports_index),
@@ -97,6 +102,11 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
 _LONG = 256
 # Those that are decomposed only where they join inputs of the network.
 JOINS = frozenset(("cat", "concat", "concatenate"))
+# Those that are decomposed in place only.
+OVERWRITES = frozenset(("copy", "fill", "zero"))
+# Tensors of any values, which their places are written into one after the other: those not yet written would give the
+# tensor a range.
+UNWRITTEN = frozenset(("empty", "empty_like", "new_empty"))
 # Those that compute every step with the same layer: each tensor has one range over all steps.
 REPEATED_STEPS = frozenset(recurrent.KINDS)
 

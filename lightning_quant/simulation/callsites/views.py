@@ -1,0 +1,215 @@
+"""Views of one tensor, kept alike: what is computed out of place for one of them is joined to the others.
+
+``y[:, :4].mul_(2)`` changes ``y`` too. A call site computes a new tensor instead, as does every node of a graph: here
+it is put in the place of the old one in ``y``, and the other views are taken of that again. PyTorch calls this
+functionalization. It is done for the tensors alone of which the recorder saw that a change is read through another
+view; all else is computed as the network's code says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_quant.simulation.callsites.decompositions.indexed_writes import set_item, supports_set_item
+from lightning_quant.simulation.callsites.decompositions.table import TRACE_SUBSTITUTES
+from lightning_quant.simulation.callsites.functions import tensors_among
+from lightning_quant.simulation.callsites.passes import Pass, replace
+from lightning_quant.simulation.callsites.places import Place, same
+from lightning_quant.simulation.callsites.traces import tracing_state, untraced
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a view is taken of a tensor, and a tensor made that has another one there.
+
+    Args:
+        take: from the whole to the part.
+        put: from the whole and a part to the whole with that part in it.
+        key: what the whole was indexed with, if it was.
+    """
+
+    take: Callable[[Tensor], Tensor]
+    put: Callable[[Tensor, Tensor], Tensor]
+    key: Any = None
+
+
+class View:
+    """A tensor of those that share their values, or what it has become."""
+
+    def __init__(self, tensor: Tensor, whole: View | None = None, step: Step | None = None) -> None:
+        self.tensor = tensor
+        self.whole = whole
+        self.step = step
+        self.parts: list[View] = []
+
+
+def is_followed(func: Any, args: Any, kwargs: Any, result: Any) -> bool:
+    """Return whether the changes of views that a function returned can be brought to what they are views of."""
+    return all(step is not None for step in _steps(func, args, kwargs, result))
+
+
+def link(running: Pass, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    """Let the views that a function returned, and the tensor they are views of, follow each other's changes."""
+    whole = args[0]
+    made, steps = tensors_among(result), _steps(func, args, kwargs, result)
+    if any(step is None for step in steps):
+        return
+    of = running.views.setdefault(id(whole), View(whole))
+    for one, step in zip(made, steps, strict=True):
+        if id(one) not in running.views:
+            running.views[id(one)] = part = View(one, of, step)
+            of.parts.append(part)
+
+
+def _steps(func: Any, args: Any, kwargs: Any, result: Any) -> list[Step | None]:
+    indices = range(len(result)) if isinstance(result, (tuple, list)) else [None]
+    return [_step(func, args, kwargs, index) for index in indices]
+
+
+def changed_into(running: Pass, tensor: Tensor, result: Tensor, at: Place) -> None:
+    """Record that an operation in place made ``tensor`` what ``result`` is, for all who hold it or a view of it.
+
+    Args:
+        running: the pass.
+        tensor: what the operation was called with.
+        result: what was computed instead.
+        at: the place of the operation.
+    """
+    view = running.views.get(id(tensor)) if running.views else None
+    if view is None:
+        replace(running, tensor, result)
+        return
+    if result is tensor:
+        return
+    if id(result) in running.views:
+        result = result.clone()
+    with _within(running, at):
+        view = _become(running, view, result)
+        while view.whole is not None:
+            assert view.step is not None
+            above = view.step.put(view.whole.tensor, view.tensor)
+            view = _become(running, view.whole, above, but=view)
+
+
+def writes_itself(running: Pass, args: Any) -> bool:
+    """Return whether ``y[key] = value`` writes what is there: the second half of ``y[key] *= 2``."""
+    whole, key, value = args
+    view = running.views.get(id(value))
+    if tensors_among(key) or view is None or view.whole is None or view.whole is not running.views.get(id(whole)):
+        return False
+    assert view.step is not None
+    return type(view.step.key) is type(key) and bool(view.step.key == key)
+
+
+class ViewSite:
+    """A place where a view is taken that is changed in place, or whose whole is.
+
+    Args:
+        name: base name of the function.
+        at: its place.
+    """
+
+    def __init__(self, name: str, at: Place) -> None:
+        self.name = name
+        self.at = same(at)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def compute(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
+        """Take the view."""
+        called = TRACE_SUBSTITUTES.get(func, func) if tracing_state() is not None else func
+        result = called(*args, **kwargs)
+        link(running, func, args, kwargs, result)
+        return result
+
+
+def _become(running: Pass, view: View, tensor: Tensor, but: View | None = None) -> View:
+    """Let a view be another tensor, and the parts of it but for one be taken of that."""
+    replace(running, view.tensor, tensor)
+    running.kept.append(view.tensor)  # its number stays its own
+    view.tensor = tensor
+    running.views[id(tensor)] = view
+    for part in view.parts:
+        if part is not but:
+            assert part.step is not None
+            _become(running, part, part.step.take(tensor))
+    return view
+
+
+@contextmanager
+def _within(running: Pass, at: Place) -> Iterator[None]:
+    """Let operations of our own stand at a place."""
+    before = running.parent, running.paused
+    running.parent, running.paused = at, False
+    try:
+        with running.mode:
+            yield
+    finally:
+        running.parent, running.paused = before
+
+
+def _step(func: Any, args: Any, kwargs: Any, index: int | None) -> Step | None:
+    """Return how a function takes a view of a tensor; ``None`` if it is of a kind that cannot be put back."""
+    whole, *rest = args
+
+    def take(tensor: Tensor) -> Tensor:
+        made = func(tensor, *rest, **kwargs)
+        return made if index is None else made[index]
+
+    if tensors_among((rest, kwargs)):
+        return None
+    with untraced():
+        part = take(torch.empty(whole.shape, device="meta"))
+    shape = tuple(int(size) for size in whole.shape)
+    strides = torch.empty(shape, device="meta").stride()
+    if part.numel() == math.prod(shape):
+        if part.is_contiguous():
+            return Step(take, lambda _, values: values.reshape(shape))
+        order = _order(part, shape, strides)
+        if order is not None:
+            return Step(take, lambda _, values: values.permute(order))
+    key = rest[0] if rest and func is Tensor.__getitem__ else None
+    if (box := _box(part, shape, strides)) is not None:
+        sizes = [one.stop - one.start for one in box]
+        return Step(take, lambda tensor, values: set_item(tensor, box, values.reshape(sizes)), key)
+    if key is not None and supports_set_item(whole, key, whole):
+        return Step(take, lambda tensor, values: set_item(tensor, key, values), key)
+    return None
+
+
+def _order(part: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int] | None:
+    """Return the permutation that brings the axes of a view back into the order of the whole."""
+    left = list(range(part.dim()))
+    order = []
+    for size, stride in zip(shape, strides, strict=True):
+        found = [axis for axis in left if part.shape[axis] == size and (size == 1 or part.stride(axis) == stride)]
+        if not found:
+            return None
+        left.remove(found[0])
+        order.append(found[0])
+    return None if left else order
+
+
+def _box(part: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[slice, ...] | None:
+    """Return the slices of the whole that a view has, axis by axis; ``None`` if it has not all in between them."""
+    if not part.numel():
+        return None
+    first = part.storage_offset()
+    last = first + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
+    box = []
+    for size, stride in zip(shape, strides, strict=True):
+        begin, end = (first // stride) % size, (last // stride) % size
+        if end < begin:
+            return None
+        box.append(slice(begin, end + 1))
+    inside = [(one.stop - one.start, stride) for one, stride in zip(box, strides, strict=True)]
+    kept = [(size, stride) for size, stride in inside if size > 1]
+    return tuple(box) if kept == [axis for axis in zip(part.shape, part.stride(), strict=True) if axis[0] > 1] else None
