@@ -15,6 +15,7 @@ from lightning_quant.simulation.callsites.tied_ranges import (
     Groups,
     input_name,
     inputs_of_one_grid,
+    joined_and_read_elsewhere,
     passes_values,
     rounding,
 )
@@ -39,6 +40,7 @@ class Dataflow:
         group_of: a number for each layer and each quantizer of activations, by name. Those with the same number have
             one bit width: a layer and its output, what the hardware computes as one, what shares a range.
         quantizers: the quantizers of each group.
+        read_elsewhere: what a concatenation takes in its own range and others read too.
         unit_of: a number for each layer. Those with the same number are computed as one, with nothing rounded between
             them: a convolution and the ReLU behind it.
     """
@@ -47,6 +49,7 @@ class Dataflow:
     group_of: Mapping[str, int]
     quantizers: Mapping[int, Sequence[str]]
     unit_of: Mapping[str, int]
+    read_elsewhere: frozenset[Place]
 
     @classmethod
     def of(cls, sim: Any, network: nn.Module) -> Dataflow:
@@ -91,7 +94,12 @@ class Dataflow:
         quantizers: dict[int, list[str]] = {}
         for name in sorted(rounds):
             quantizers.setdefault(group_of[name], []).append(name)
-        return cls(sources, group_of, quantizers, unit_of)
+        elsewhere = {
+            (names[module], index)
+            for module, index in joined_and_read_elsewhere(sim)
+            if module in names and module.input_quantizers[index] is None
+        }
+        return cls(sources, group_of, quantizers, unit_of, frozenset(elsewhere))
 
 
 def _numbers(groups: Groups, names: Iterable[str]) -> dict[str, int]:

@@ -8,7 +8,7 @@ calibration only, so this part of the preflight comes last.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,8 @@ Ends = list[tuple[float, float]]
 
 # Three bits: what is left of 8 where ranges differ by a factor of 32.
 _FEWEST_STEPS = 8
+# Five bits, for what other layers compute with: with a factor of 8 they lose 18 dB.
+_FEWEST_TO_READ = 32
 
 
 @contextmanager
@@ -69,7 +71,13 @@ def unlike_ranges(network: QuantizedNetwork, joined: Mapping[str, Ends]) -> list
     for name, ends in joined.items():
         quantizers = (*layers[name].output_quantizers, *layers[name].input_quantizers)
         quantizer: Any = next((one for one in quantizers if one is not None and one.is_initialized()), None)
-        if joins(layers[name]) and (problem := _problem(quantizer, ends)):
+        if not joins(layers[name]):
+            continue
+        elsewhere = [index for index in range(len(ends)) if (name, index) in network.dataflow.read_elsewhere]
+        problem = _problem(quantizer, ends)
+        if not problem and elsewhere and (problem := _problem(quantizer, ends, elsewhere)):
+            problem = f"{problem}, and other layers compute with them"
+        if problem:
             finer = Precision(layer_precision(network, name).weight_bits, 16)
             remedy = f'return or use them separately, or give it 16 bits: overrides={{"{name}": "{finer}"}}'
             findings.append(Finding(name, f"joins {problem}", remedy, kind=FindingKind.UNLIKE_RANGES))
@@ -84,16 +92,18 @@ def unlike_ranges(network: QuantizedNetwork, joined: Mapping[str, Ends]) -> list
     return findings
 
 
-def _problem(quantizer: Any, ends: Ends) -> str:
-    """Say which values of a tensor are left fewer than 8 steps; nothing if none are."""
+def _problem(quantizer: Any, ends: Ends, read: Sequence[int] = ()) -> str:
+    """Say which values of a tensor are left fewer than 8 steps, or 32 of those that are read; nothing if none are."""
     varying = sorted(((low, high) for low, high in ends if high > low), key=_length)
     if quantizer is None or not quantizer.is_initialized() or not varying or len(ends) < 2:
         return ""
+    fewest = _FEWEST_TO_READ if read else _FEWEST_STEPS
     step = float((quantizer.max - quantizer.min).detach().max()) / (2**quantizer.bitwidth - 1)
-    small, least = varying[0], _length(varying[0])
+    small = min((ends[index] for index in read if ends[index] in varying), key=_length, default=varying[0])
+    least = _length(small)
     # a constant, which needs no steps itself, may widen the range too
     large = varying[-1] if len(varying) > 1 else max(ends, key=lambda one: max(map(abs, one)))
-    if not step > 0 or least / step >= _FEWEST_STEPS:
+    if not step > 0 or least / step >= fewest:
         return ""
     return (
         f"values from {small[0]:.3g} to {small[1]:.3g} with values from {large[0]:.3g} to {large[1]:.3g} "

@@ -610,6 +610,17 @@ class SharedHead(nn.Module):
         return [self.scores(norm(self.conv(one)).relu()) for norm, one in zip(self.norms, scales, strict=True)]
 
 
+class Decisions(nn.Module):
+    """One convolution called three times, of which only choices and comparisons are returned but once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.conv(x), self.conv(x.flip(-1)).argmax(1), self.conv(x * 0.5) > 0
+
+
 class Lookups(nn.Module):
     """One table that is read more than once, and one without a layer."""
 
@@ -626,7 +637,11 @@ class Lookups(nn.Module):
 @pytest.mark.parametrize("precision", ["w8a8", "w4a16"])
 @pytest.mark.parametrize(
     ("made", "inputs"),
-    [(SharedHead, images(4)), (Lookups, torch.randint(20, (4, 2, 6), generator=torch.Generator().manual_seed(0)))],
+    [
+        (SharedHead, images(4)),
+        (Decisions, images(4)),
+        (Lookups, torch.randint(20, (4, 2, 6), generator=torch.Generator().manual_seed(0))),
+    ],
 )
 def test_layers_that_are_called_more_than_once(
     tmp_path: Path, made: Callable[[], nn.Module], inputs: Tensor, precision: str

@@ -69,6 +69,19 @@ class Margin(OneOutput):
     number = 500.0
 
 
+class Skip(OneOutput):
+    """Features that a layer reads, too, joined with what it makes of them."""
+
+    def __init__(self, pixels: float) -> None:
+        super().__init__(4.0)
+        self.deep = nn.Conv2d(5, 4, 3, padding=1)
+        self.factor = pixels
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.scores(x).sigmoid()
+        return torch.cat((features, self.deep(features) * self.factor), dim=1)
+
+
 class Apart(OneOutput):
     def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         return {"boxes": self.relu(self.boxes(x)), "scores": self.scores(x).sigmoid()}
@@ -96,6 +109,13 @@ def test_pixels_and_scores_in_one_range_are_found_and_warned_of(caplog: pytest.L
         calibrate(network, [call(images(8))])  # as each rung does
     assert len(network.findings) == 1
     assert not caplog.text
+
+
+@pytest.mark.parametrize(("factor", "names"), [(1.0, []), (5.0, ["cat"])])
+def test_what_others_read_too_is_found_with_more_steps_left(factor: float, names: list[str]) -> None:
+    network = calibrated(seeded(Skip(factor)))
+    assert [one.module for one in network.findings] == names
+    assert all("and other layers compute" in one.problem for one in network.findings)
 
 
 def test_parts_of_an_input_that_are_unlike_are_found(tmp_path: Path) -> None:

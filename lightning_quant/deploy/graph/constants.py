@@ -165,7 +165,7 @@ def encode_constants(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
         tensor = next((one.t for one in node.attribute if node.op_type == "Constant" and one.name == "value"), None)
         if tensor is not None and tensor.data_type == TensorProto.FLOAT:
             values[node.output[0]] = numpy_helper.to_array(tensor)
-    made: dict[tuple[str, str, float | None, float | None], str] = {}
+    made: dict[tuple[str, str, float | None], str] = {}
     entries: dict[str, dict[str, Any]] = {}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
@@ -178,12 +178,9 @@ def encode_constants(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
                     continue
                 # the NPU adds what is of far apart scales inexactly
                 near = None if node.op_type in _PRODUCTS else graph.array(read[0].input[1]).item()
-                most = _largest_scale(graph, node, read[0]) if values[name].size == 1 else None
-                key = (name, str(kind), near, most)
+                key = (name, str(kind), near)
                 if key not in made:
                     scale, zero_point, integers = _on_grid(values[name], kind, near)
-                    if most is not None and most < scale < most * (1 + _ROUNDING):
-                        scale = np.array(np.float32(most))
                     read_back = (integers.astype(np.float32) - zero_point) * scale
                     if not np.allclose(read_back, values[name], rtol=0, atol=_ROUNDING * np.abs(values[name]).max()):
                         continue
@@ -203,22 +200,6 @@ def encode_constants(model: onnx.ModelProto) -> dict[str, dict[str, Any]]:
     if entries:
         graph.replace_nodes(nodes)
     return entries
-
-
-def _largest_scale(graph: QdqGraph, product: onnx.NodeProto, read: onnx.NodeProto) -> float | None:
-    """Return the largest scale of a number by which a product stays within the scale of its output.
-
-    The output of a product with a number has the scale of the other operand times the number, which is learned or
-    computed. With 16 bits the compiler of QAIRT 2.51 does not end where the product is a rounding error larger.
-    """
-    takers = [node for node in graph.consumers[product.output[0]] if node.op_type == "QuantizeLinear"]
-    if product.op_type != "Mul" or not takers or takers[0].input[1] not in graph.constants:
-        return None
-    other, output = (np.float32(graph.array(node.input[1])) for node in (read, takers[0]))
-    most = np.float32(output / other)
-    while np.float32(most * other) > output:
-        most = np.nextafter(most, np.float32(0))
-    return float(most)
 
 
 def _is_activation(graph: QdqGraph, node: onnx.NodeProto) -> bool:

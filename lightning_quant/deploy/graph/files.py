@@ -19,6 +19,7 @@ from lightning_quant.deploy.graph.log_softmax import divide_before_log_softmax
 from lightning_quant.deploy.graph.lowering import lowered
 from lightning_quant.deploy.graph.many_axes import leave_out_ones
 from lightning_quant.deploy.graph.passed_inputs import Grid, encode_passed_inputs, round_passed_inputs
+from lightning_quant.deploy.graph.products import keep_within
 from lightning_quant.deploy.graph.unused_parts import slice_used_parts
 from lightning_quant.errors import ExportError
 from lightning_quant.simulation import aimet
@@ -131,6 +132,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
         shared = shared_grids.share_grids(quantized)
         parted = activations.part_activations(quantized)
         encoded = constants.encode_constants(quantized)
+        shared |= keep_within(quantized)
         uniform_constants.rewrite_uniform(quantized)
         biases.complete_norms(quantized)
         passed = round_passed_inputs(quantized)

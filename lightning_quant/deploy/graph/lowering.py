@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.batch_norms import WEIGHT_BITS, ends_on_device, output_factors, sums
-from lightning_quant.simulation.callsites.attributes import DEPTHWISE, GATES_ITSELF, ROUNDED_BY
+from lightning_quant.simulation.callsites.attributes import DEPTHWISE, GATES, ROUNDED_BY
 from lightning_quant.simulation.callsites.passes import paused
 
 # All taps but the one in the middle are 0. With a single one, the NPU's compiler of QAIRT 2.51 ends its process at
@@ -52,7 +52,8 @@ def lowered(network: nn.Module) -> Iterator[None]:
     - A 16-bit sigmoid of a feature map that is multiplied with its own input (SiLU) is cut in two and joined again.
       Otherwise the compiler of QAIRT 2.51 makes one operation of both, most of whose values are wrong in maps of 9 to
       12 rows, of more rows and up to 8 columns, and in some of fewer. SiLU of 8 bits is right.
-    - A 16-bit softplus of a feature map, wrong in the same maps, is one of rows and columns along one axis.
+    - A 16-bit softplus of a feature map, wrong in the same maps, is one of rows and columns along one axis, and so is a
+      16-bit tanh whose output is multiplied: of 16 by 16 values in one channel most are wrong otherwise.
     - An instance norm without weights, which the NPU computes in float, has ones and zeros.
 
     Args:
@@ -78,10 +79,11 @@ def lowered(network: nn.Module) -> Iterator[None]:
             elif isinstance(layer, _INSTANCE_NORMS) and isinstance(layer, aimet.BaseQuantizationMixin):
                 if layer.weight is None and not layer.track_running_stats:
                     restored.enter_context(_being(layer, _with_ones(layer)))
-            elif isinstance(layer, nn.Sigmoid) and GATES_ITSELF in vars(layer):
-                restored.enter_context(_being(layer, _on_maps_of_16_bits(layer, _in_two)))
-            elif isinstance(layer, nn.Softplus) and vars(layer).get(ROUNDED_BY) is not None:
-                restored.enter_context(_being(layer, _on_maps_of_16_bits(layer, _along_one_axis)))
+            elif isinstance(layer, nn.Sigmoid) and GATES in vars(layer):
+                restored.enter_context(_being(layer, _of_16_bits(layer, 4, _in_two)))
+            elif isinstance(layer, nn.Softplus) or (isinstance(layer, nn.Tanh) and GATES in vars(layer)):
+                if vars(layer).get(ROUNDED_BY) is not None:
+                    restored.enter_context(_being(layer, _of_16_bits(layer, 3, _along_one_axis)))
             elif isinstance(layer, aimet.BaseQuantizationMixin) and (pooling := _pooling(layer)):
                 restored.enter_context(_being(layer, _deciding(layer, *pooling)))
         yield
@@ -276,13 +278,13 @@ def _pair(sizes: Any) -> Sequence[Any]:
     return (sizes, sizes) if not isinstance(sizes, Sequence) else sizes if len(sizes) == 2 else (*sizes, *sizes)
 
 
-def _on_maps_of_16_bits(layer: Any, lowered_on: Callable[..., Tensor]) -> nn.Module:
-    """Return an activation function that is lowered where it computes feature maps of 16 bits."""
+def _of_16_bits(layer: Any, axes: int, lowered_on: Callable[..., Tensor]) -> nn.Module:
+    """Return an activation function that is lowered where it computes 16-bit tensors of at least so many axes."""
     kind = type(layer)
 
     def forward(self: Any, maps: Tensor) -> Any:
         rounding = self.output_quantizers[0]
-        if maps.dim() != 4 or rounding is None or rounding.bitwidth != 16:
+        if maps.dim() < axes or rounding is None or rounding.bitwidth != 16:
             return kind.forward(self, maps)
         with paused():
             return lowered_on(self, kind.forward, maps, rounding)
@@ -293,9 +295,9 @@ def _on_maps_of_16_bits(layer: Any, lowered_on: Callable[..., Tensor]) -> nn.Mod
     return changed
 
 
-def _in_two(sigmoid: Any, compute: Callable[..., Tensor], maps: Tensor, rounding: Any) -> Tensor:
-    result, sizes = compute(sigmoid, maps), [int(size) for size in maps.shape]
-    axis = max((2, 3, 1), key=lambda axis: sizes[axis] > 1)  # of one value alone there is nothing to part
+def _in_two(function: Any, compute: Callable[..., Tensor], maps: Tensor, rounding: Any) -> Tensor:
+    result, sizes = compute(function, maps), [int(size) for size in maps.shape]
+    axis = max((-2, -1, -3), key=lambda axis: sizes[axis] > 1)  # of one value alone there is nothing to part
     half = sizes[axis] // 2
     if half > _ROWS_OF_A_TILE:
         half -= half % _ROWS_OF_A_TILE
@@ -306,9 +308,9 @@ def _in_two(sigmoid: Any, compute: Callable[..., Tensor], maps: Tensor, rounding
     return joined
 
 
-def _along_one_axis(softplus: Any, compute: Callable[..., Tensor], maps: Tensor, rounding: Any) -> Tensor:
-    of_input = vars(softplus)[ROUNDED_BY]
-    moved: Tensor = rounding(compute(softplus, of_input(maps.flatten(2))).reshape(maps.shape))
+def _along_one_axis(function: Any, compute: Callable[..., Tensor], maps: Tensor, rounding: Any) -> Tensor:
+    of_input = vars(function)[ROUNDED_BY]
+    moved: Tensor = rounding(compute(function, of_input(maps.flatten(-2))).reshape(maps.shape))
     return moved
 
 

@@ -50,12 +50,16 @@ class Aliases:
     seen_changed: dict[int, _Change] = field(default_factory=dict)  # by an operation in place on another
     followed: set[Spot] = field(default_factory=set)  # where views are taken that see such a change
     refused: set[Spot] = field(default_factory=set)  # such operations whose change cannot be followed
+    parts: set[Spot] = field(default_factory=set)  # where a part is read of what was written into
+    written: set[Spot] = field(default_factory=set)  # where a view is taken that is written to
+    passed_by: set[Spot] = field(default_factory=set)  # where such a part is taken from where it came from
     stale: dict[int, nn.Module] = field(default_factory=dict)  # what a layer in place was given
     layers: set[nn.Module] = field(default_factory=set)  # such layers of which others use the input too
 
     def begin(self, not_ours: set[int]) -> None:
         """Start a pass; these tensors may not be changed out of place."""
         self.not_ours = not_ours
+        self.passed_by = self.parts - self.written - self.followed
         self.taken.clear()
         self.seen_changed.clear()
         self.stale.clear()
@@ -73,8 +77,16 @@ class Aliases:
         others = (id(one) for one in self._sharing_values(tensor) if one is not tensor and _overlap(one, tensor))
         self.seen_changed |= dict.fromkeys(others, _Change(at, id(tensor)))
 
+    def wrote(self, tensor: Tensor) -> None:
+        """Record that an operation in place writes to a tensor, and so to all that it is a view of."""
+        number = id(tensor)
+        while (taken := self.taken.get(number)) is not None:
+            self.written.add(taken.at)
+            number = taken.whole
+
     def changed_by_layer(self, module: nn.Module, tensor: Tensor) -> None:
         """Record that a layer works in place on a tensor."""
+        self.wrote(tensor)
         self.stale |= dict.fromkeys((id(tensor), *map(id, self._sharing_values(tensor))), module)
 
     def taken_here(self, at: Spot, name: str, func: Any, args: Any, kwargs: Any, result: Any) -> bool:

@@ -27,8 +27,8 @@ BUFFERS = "_written_buffers"
 DEPTHWISE = "_is_depthwise_on_the_device"
 # A layer with a bias, or a softplus: the quantizer that rounds its input.
 ROUNDED_BY = "_input_rounded_by"
-# A sigmoid whose output is multiplied with what it is of, as in SiLU.
-GATES_ITSELF = "_gates_its_own_input"
+# A sigmoid whose output is multiplied with what it is of, as in SiLU; a tanh whose output is multiplied.
+GATES = "_gates"
 # A choice between tensors and numbers, one of which stands for minus infinity: the size of the smallest of these.
 FILLS = "_fills_in_minus_infinity"
 # Numbers of at least this size stand for infinity where they are put in place of scores, or added to them. People write

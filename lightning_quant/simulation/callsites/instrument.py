@@ -22,11 +22,11 @@ from lightning_quant.simulation.callsites.attributes import (
 from lightning_quant.simulation.callsites.checkpointing import follow_checkpoints
 from lightning_quant.simulation.callsites.decompositions.pooling import is_uneven
 from lightning_quant.simulation.callsites.functions import AUGMENTED, tensors_among
+from lightning_quant.simulation.callsites.joins import SourceSite
 from lightning_quant.simulation.callsites.passes import current, observed_by, paused
 from lightning_quant.simulation.callsites.recording import Found, Recorder
 from lightning_quant.simulation.callsites.sites import DecomposedSite, Site, add_site
 from lightning_quant.simulation.callsites.traces import run_in_trace
-from lightning_quant.simulation.callsites.views import ViewSite
 from lightning_quant.simulation.callsites.watching import watch
 from lightning_quant.simulation.inplace import state_kept
 from lightning_quant.simulation.inputs import NetworkInputs
@@ -41,6 +41,15 @@ _DECOMPOSED = (
     nn.SiLU,
     nn.Mish,
     nn.GLU,
+    nn.SELU,
+    nn.CELU,
+    nn.LogSigmoid,
+    nn.LocalResponseNorm,
+    nn.LPPool2d,
+    nn.Softsign,
+    nn.Softshrink,
+    nn.Tanhshrink,
+    nn.Threshold,
     nn.CosineSimilarity,
     nn.Fold,
     nn.Unfold,
@@ -130,8 +139,8 @@ def _layers_with_reused_inputs(
 
 def _recorded(root: nn.Module, call: NetworkInputs, recorder: Recorder) -> None:
     known, pending, aliases = None, recorder.pending, recorder.aliases
-    while known != (aliases.refused, aliases.followed):
-        known = set(aliases.refused), set(aliases.followed)
+    while known != (aliases.refused, aliases.followed, aliases.parts):
+        known = set(aliases.refused), set(aliases.followed), set(aliases.parts)
         recorder.pending = dict(pending)
         recorder.forget()
         own = call.map(torch.clone)  # it may change what it is given
@@ -209,9 +218,9 @@ def _opaque(layers: Iterable[nn.Module], recorder: Recorder, changing: Iterable[
         stack[-1].__enter__()
 
     def leave(module: nn.Module, args: Any, _: Any) -> None:
-        stack.pop().__exit__()
         if module in in_place_layers:
-            recorder.aliases.changed_by_layer(module, current(args[0]))
+            recorder.aliases.changed_by_layer(module, current(args[0]))  # looks at tensors: not seen while paused
+        stack.pop().__exit__()
 
     with _hooked(layers, enter, leave):
         yield
@@ -232,9 +241,12 @@ def _hooked(modules: Iterable[nn.Module], before: Callable[..., None], after: Ca
 
 def _install(root: nn.Module, found: Iterable[Found]) -> None:
     parameters: dict[Tensor, str] = {parameter: name for name, parameter in root.named_parameters()}
+    found = list(found)
+    joins = any(one.site is SourceSite for one in found)
     for one in found:
         if one.child is None:
-            site = ViewSite(one.name, one.at) if one.is_view else DecomposedSite(one.name, one.at)
+            is_decomposed = one.site is DecomposedSite
+            site = DecomposedSite(one.name, one.at, joins) if is_decomposed else one.site(one.name, one.at)
             add_site(one.module, one.at, site)
             continue
         assert one.holder is not None

@@ -35,6 +35,7 @@ class Pass:
         "counts",
         "is_observed",
         "is_traced",
+        "joined",
         "kept",
         "mode",
         "noted",
@@ -57,11 +58,13 @@ class Pass:
         self.parent: Place | tuple[()] = ()  # the place of the operation whose decomposition runs
         self.mode: TorchFunctionMode  # what intercepts its operations
         self.views: dict[int, Any] = {}  # by the number of the tensor: those that follow each other's changes
+        self.joined: dict[int, Any] = {}  # by the number of a tensor: what was written into it
         self.kept: list[Tensor] = []  # alive, so that no number is given twice
 
     def end(self) -> None:
         """Let go of the tensors that were followed."""
         self.views.clear()
+        self.joined.clear()
         self.kept.clear()
 
     def count(self, module: nn.Module, found: Spot) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_quant.simulation.callsites.attributes import DEPTHWISE, GATES_ITSELF, OWNER, ROUNDED_BY, is_at_call_site
+from lightning_quant.simulation.callsites.attributes import DEPTHWISE, GATES, OWNER, ROUNDED_BY, is_at_call_site
 from lightning_quant.simulation.callsites.tied_ranges import (
     leave_out_roundings,
     outputs,
@@ -51,7 +51,7 @@ def complete(sim: Any, returned: Container[nn.Module]) -> None:
     tie_ranges(sim)
     _guard_divisions(sim)
     _note_roundings(sim)
-    _note_own_gates(sim)
+    _note_gates(sim)
     note_fixed_ranges(sim)
     note_masks(sim, returned)
     _keep_ranges_of_inputs(sim)
@@ -232,7 +232,7 @@ def _note_roundings(sim: Any) -> None:
     found: dict[Any, set[Any]] = {}
     for op in sim.connected_graph.ordered_ops:
         module: Any = sim._get_qmodule(op)
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, _BatchNorm, nn.Softplus)) and op.inputs:
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, _BatchNorm, nn.Softplus, nn.Tanh)) and op.inputs:
             quantizers: Any = getattr(module, "input_quantizers", ())
             own = quantizers[0] if len(quantizers) else None
             found.setdefault(module, set()).add(own or rounding(sim, op.inputs[0].producer))
@@ -240,18 +240,26 @@ def _note_roundings(sim: Any) -> None:
         (module.__dict__[ROUNDED_BY],) = roundings if len(roundings) == 1 else (None,)
 
 
-def _note_own_gates(sim: Any) -> None:
-    """Let sigmoids know that their output is multiplied with what they are of: x·sigmoid(x)."""
+def _note_gates(sim: Any) -> None:
+    """Note which sigmoids are multiplied with what they are of, x·sigmoid(x), and which tanh with anything."""
     from lightning_quant.simulation.aimet import custom
 
     for op in sim.connected_graph.ordered_ops:
         module: Any = sim._get_qmodule(op)
-        if not isinstance(module, nn.Sigmoid) or not op.inputs:
+        if not isinstance(module, (nn.Sigmoid, nn.Tanh)) or not op.inputs:
             continue
-        source = op.inputs[0].producer
-        products = (taker for taker in op.output_ops if isinstance(sim._get_qmodule(taker), custom.Multiply))
-        if any(product.producer is source for taker in products for product in taker.inputs):
-            module.__dict__[GATES_ITSELF] = True
+        products = [taker for taker in _takers(sim, op) if isinstance(sim._get_qmodule(taker), custom.Multiply)]
+        factors = [one.producer for taker in products for one in taker.inputs]
+        if products if isinstance(module, nn.Tanh) else op.inputs[0].producer in factors:
+            module.__dict__[GATES] = True
+
+
+def _takers(sim: Any, op: Any) -> Iterator[Any]:
+    """Yield the operations that take the values of another, as they are or moved."""
+    for taker in op.output_ops:
+        yield taker
+        if passes_values(sim, taker):
+            yield from _takers(sim, taker)
 
 
 def _keep_ranges_of_inputs(sim: Any) -> None:

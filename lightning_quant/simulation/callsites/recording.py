@@ -39,13 +39,14 @@ from lightning_quant.simulation.callsites.functions import (
     tensors_among,
     values_taken,
 )
+from lightning_quant.simulation.callsites.joins import TAKE, SourceSite, source_of
 from lightning_quant.simulation.callsites.passes import Pass, current, place
 from lightning_quant.simulation.callsites.places import Place
 from lightning_quant.simulation.callsites.rules.table import GENERIC, RULES
 from lightning_quant.simulation.callsites.rules.weighted import Weighted
 from lightning_quant.simulation.callsites.sites import DecomposedSite, changes_its_input
 from lightning_quant.simulation.callsites.traces import tracing_state
-from lightning_quant.simulation.callsites.views import changed_into, link
+from lightning_quant.simulation.callsites.views import ViewSite, changed_into, link
 from lightning_quant.simulation.inputs import tensors_in
 
 
@@ -58,10 +59,10 @@ class Found:
     name: str  # of the function; with a star for the generic rule
     repeats: bool  # one step of several that are alike
     traced: bool  # seen in a trace only
-    child: nn.Module | None = None  # what computes it; ``None``: its decomposition, or it takes a view
+    child: nn.Module | None = None  # what computes it; ``None``: its decomposition
     holder: nn.Module | None = None
     weight: Tensor | None = None
-    is_view: bool = False
+    site: type[DecomposedSite | SourceSite | ViewSite] = DecomposedSite  # if there is no child
 
 
 @dataclass
@@ -136,12 +137,20 @@ class Recorder:
         target: Any = None
         if changes_its_input(func, name, args, kwargs):
             target = args[0] if args else kwargs.get("input")
+            self.aliases.wrote(target)
+        reads_part = name in TAKE and bool(args) and id(args[0]) in running.joined
+        if reads_part and (source := source_of(running, func, args, kwargs)) is not None:
+            self.aliases.parts.add((id(module), at))
+            if (id(module), at) in self.aliases.passed_by:
+                self._note(name, (source.tensor,), {}, source.part)
+                self._add(Found(module, at, name, self.repeating, tracing_state() is not None, site=SourceSite))
+                return source.part
         if name == "setitem":
             self.aliases.forget_first_half(args)
         decomposed = (
             pending is not None
             and pending.child is None
-            and not pending.is_view
+            and pending.site is DecomposedSite
             and DecomposedSite(name, at).fits(running, args, kwargs)
         )
         if decomposed or (pending is None and self._is_decomposed(name, func, args, kwargs)):
@@ -150,7 +159,7 @@ class Recorder:
             before, self.repeating = self.repeating, self.repeating or name in REPEATED_STEPS
             around, self.joining = self.joining, name in JOINS
             try:
-                result = DecomposedSite(name, at).compute(running, func, args, kwargs)
+                result = DecomposedSite(name, at, joins=True).compute(running, func, args, kwargs)
             finally:
                 self.repeating, self.joining = before, around
             if target is not None and id(target) not in running.views:
@@ -176,9 +185,9 @@ class Recorder:
         self._note(name, args, kwargs, result, made)
         if target is None:
             views = self.aliases.taken_here((id(module), at), name, func, args, kwargs, result)
-            if views and (pending is None or pending.is_view):
+            if views and (pending is None or pending.site is ViewSite):
                 link(running, func, args, kwargs, result)
-                self._add(Found(module, at, name, self.repeating, tracing_state() is not None, is_view=True))
+                self._add(Found(module, at, name, self.repeating, tracing_state() is not None, site=ViewSite))
         elif is_followed:
             changed_into(running, target, result, at)
         elif id(target) not in running.views:
@@ -198,8 +207,7 @@ class Recorder:
         """Finish a pass: drop the operations that its outputs do not depend on."""
         made = [current(tensor) for tensor in tensors_in(output)]
         self.aliases.used(made)
-        outputs = [tensor for tensor in made if tensor.is_floating_point()]
-        outputs = [tensor for tensor in outputs if tensor.dim()] or outputs
+        outputs = [tensor for tensor in made if tensor.dim()] or made  # others are losses
         needed = {id(tensor) for tensor in outputs}
         unneeded = []
         for edge in reversed(self.edges):

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_quant.simulation.callsites.attributes import CONTAINERS, HIDDEN_SITES, SITES
 from lightning_quant.simulation.callsites.decompositions.table import DECOMPOSITIONS
 from lightning_quant.simulation.callsites.functions import in_place
+from lightning_quant.simulation.callsites.joins import note_join
 from lightning_quant.simulation.callsites.passes import Pass
 from lightning_quant.simulation.callsites.places import CallSite, Place, Sites, same
 from lightning_quant.simulation.callsites.rules.table import GENERIC, RULES, inplace_by_position
@@ -67,11 +68,13 @@ class DecomposedSite:
     Args:
         name: base name of the function.
         at: its place, which those of its parts begin with.
+        joins: whether parts of what it writes into are read later.
     """
 
-    def __init__(self, name: str, at: Place) -> None:
+    def __init__(self, name: str, at: Place, joins: bool = False) -> None:
         self.name = name
         self.at = same(at)
+        self.joins = joins
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -95,6 +98,9 @@ class DecomposedSite:
             running.parent = before
         if changes_its_input(func, self.name, args, kwargs):
             changed_into(running, args[0] if args else kwargs["input"], result, self.at)
+            if self.joins and self.name == "setitem" and id(args[0]) not in running.views:
+                whole, key, value = args
+                note_join(running, whole, key, value, result)
         return result
 
 

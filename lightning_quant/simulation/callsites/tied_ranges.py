@@ -8,8 +8,10 @@ not know.
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -83,13 +85,16 @@ def tie_ranges(sim: Any) -> None:
     """Give the tensors before and after each operation that hands values on one quantizer, and parts of an input one.
 
     What a concatenation takes and others read as well keeps its own range, unless AIMET gave it that of the
-    concatenation; it is rounded once more on the way in. A wider range would cost all its readers more than that.
+    concatenation; it is rounded once more on the way in. A wider range would cost all its readers more than that. A
+    tensor that is joined with what arithmetic makes of it has its own even then: boxes in pixels, made of a
+    detector's outputs between 0 and 1, with the scores that are left of these.
 
     Args:
         sim: AIMET's simulation; changed in place, unless its graph does not cover the whole network.
     """
     if not sim.connected_graph.is_safe():  # as AIMET does
         return
+    _part_from_what_is_made_of_it(sim)
     groups, readers = Groups(), _readers_of_inputs(sim)
     operations = sim.connected_graph.ordered_ops
     for op in sim.connected_graph.get_all_ops().values():  # forks too
@@ -125,6 +130,50 @@ def tie_ranges(sim: Any) -> None:
                 sim._get_qmodule(op).input_quantizers[index] = outputs(sim, op)[0]
 
 
+def _part_from_what_is_made_of_it(sim: Any) -> None:
+    """Give a tensor a range of its own where a concatenation joins it with what arithmetic makes of it."""
+    for op in sim.connected_graph.ordered_ops:
+        for product in op.inputs if _is_concatenation(sim, op) else ():
+            source = _computed_by(sim, product)
+            places: Any = getattr(sim._get_qmodule(source), "output_quantizers", ()) if source is not None else ()
+            is_tied = len(places) == 1 and places[0] is not None and places[0] in outputs(sim, op)
+            if is_tied and any(_is_made_of(sim, one, source) for one in op.inputs if one is not product):
+                places[0] = copy.deepcopy(places[0])
+
+
+def _computed_by(sim: Any, product: Any) -> Any:
+    """Return the operation whose values a tensor holds, others having passed them on; ``None``: an input's."""
+    source = product.producer
+    while source is not None and passes_values(sim, source):
+        source = source.inputs[0].producer
+    return source
+
+
+def _is_made_of(sim: Any, product: Any, source: Any) -> bool:
+    """Return whether element-wise arithmetic makes a tensor of what an operation computes."""
+    waiting, seen = [_computed_by(sim, product)], set()
+    while waiting:
+        op = waiting.pop()
+        if op is None or op is source or op in seen or not isinstance(sim._get_qmodule(op), _arithmetic()):
+            continue
+        seen.add(op)
+        before = [_computed_by(sim, one) for one in op.inputs if not one.is_parm]
+        if source in before:
+            return True
+        waiting += before
+    return False
+
+
+@functools.cache
+def _arithmetic() -> tuple[type[nn.Module], ...]:
+    """Return the modules that compute element by element, and in other units than they are given."""
+    from lightning_quant.simulation.aimet import custom
+
+    names = "Add Subtract Multiply Divide Pow Square Sqrt RSqrt Exponential Log Neg Abs Sin Cos Maximum Minimum"
+    known = tuple(getattr(custom, name) for name in names.split())
+    return (*known, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.ReLU, nn.ELU, nn.Hardsigmoid)
+
+
 def _readers_of_inputs(sim: Any) -> dict[str, set[Any]]:
     """Return the operations that compute with an input of the network or join it, by its name."""
     readers: dict[str, set[Any]] = defaultdict(set)
@@ -153,6 +202,15 @@ def _is_read_elsewhere(sim: Any, op: Any, product: Any, readers: Mapping[str, se
     while source is not None and len(source.output_ops) == 1 and passes_values(sim, source):
         source = source.inputs[0].producer
     return source is not None and len(source.output_ops) > 1
+
+
+def joined_and_read_elsewhere(sim: Any) -> Iterator[tuple[Any, int]]:
+    """Yield concatenations and places of their inputs that go to other operations, too."""
+    readers = _readers_of_inputs(sim)
+    for op in sim.connected_graph.ordered_ops:
+        for index in inputs_of_one_grid(sim, op) if _is_concatenation(sim, op) else ():
+            if _is_read_elsewhere(sim, op, op.inputs[index], readers):
+                yield sim._get_qmodule(op), index
 
 
 def _tensor(op: Any, index: int) -> Any:

@@ -24,6 +24,9 @@ from lightning_quant.simulation.callsites.passes import Pass, replace
 from lightning_quant.simulation.callsites.places import Place, same
 from lightning_quant.simulation.callsites.traces import tracing_state, untraced
 
+# A block of a tensor: a slice for each axis.
+Box = tuple[slice, ...]
+
 
 @dataclass(frozen=True)
 class Step:
@@ -156,6 +159,19 @@ def _within(running: Pass, at: Place) -> Iterator[None]:
         running.parent, running.paused = before
 
 
+def box_taken(func: Any, args: Any, kwargs: Any) -> tuple[Box, torch.Size] | None:
+    """Return which block of its first argument a function takes, and the shape of that; ``None`` if it is none."""
+    whole, *rest = args
+    if tensors_among((rest, kwargs)):
+        return None
+    shape = tuple(int(size) for size in whole.shape)
+    with untraced():
+        known = torch.empty(shape, device="meta")
+        part = func(known, *rest, **kwargs)
+    box = _box(part, shape, known.stride())
+    return None if box is None else (box, part.shape)
+
+
 def _step(func: Any, args: Any, kwargs: Any, index: int | None) -> Step | None:
     """Return how a function takes a view of a tensor; ``None`` if it is of a kind that cannot be put back."""
     whole, *rest = args
@@ -198,7 +214,7 @@ def _order(part: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> li
     return None if left else order
 
 
-def _box(part: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[slice, ...] | None:
+def _box(part: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Box | None:
     """Return the slices of the whole that a view has, axis by axis; ``None`` if it has not all in between them."""
     if not part.numel():
         return None

@@ -56,6 +56,44 @@ def test_weighted_feature_maps_compile_with_16_bits(tmp_path: Path, weights: lis
     assert psnr(network.network(images(1)).detach().numpy(), output) > 65
 
 
+class Joined(nn.Module):
+    """Features, and what a layer makes of them times a number, in one tensor: the number is not computed."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.first, self.second, self.behind = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(16, 8, 1)
+        seeded(self)
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.first(x).relu()
+        return self.behind(torch.cat([features, self.second(features) * self.factor], 1))
+
+
+def test_numbers_of_the_code_keep_a_product_within_the_scale_of_its_output(tmp_path: Path) -> None:
+    moved = 0
+    for factor in (7.2, 8.6, 13.0, 16.3):
+        network = calibrated(Joined(factor).eval(), precision="w8a16")
+        write_onnx(network, call(images(1)), tmp_path / "float.onnx", tmp_path / "qdq.onnx")
+        graph = QdqGraph(onnx.load(tmp_path / "qdq.onnx"))
+        (product,) = operations(graph.model, "Mul")
+        scales = [np.float32(graph.array(graph.producers[name].input[1])) for name in product.input]
+        (taker,) = graph.consumers[product.output[0]]
+        assert np.float32(scales[0] * scales[1]) <= np.float32(graph.array(taker.input[1]))
+        moved += int(scales[1] != np.float32(factor))
+        assert scales[1] == pytest.approx(factor, rel=1e-6)
+    assert moved  # else nothing was tested
+
+
+@needs_emulator
+def test_features_times_a_number_join_with_16_bits(tmp_path: Path) -> None:
+    for factor in (7.2, 16.3):
+        network = calibrated(Joined(factor).eval(), precision="w8a16")
+        write_onnx(network, call(images(1)), tmp_path / "float.onnx", tmp_path / "qdq.onnx")
+        _, (output,) = emulated(onnx.load(tmp_path / "qdq.onnx"), tmp_path / f"{factor}", x=images(1).numpy())
+        assert psnr(network.network(images(1)).detach().numpy(), output) > 50
+
+
 class Scores(nn.Module):
     def __init__(self, factor: float) -> None:
         super().__init__()

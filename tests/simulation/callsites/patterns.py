@@ -529,6 +529,18 @@ def _views_changed(module: Any, x: Tensor) -> Tensor:
     return y + first.mean()
 
 
+def _parts_read(module: Any, x: Tensor) -> Tensor:
+    """Parts that come from one side of a write, from both, and such as are written to or see a write later."""
+    y = x + 0.5
+    y[:, :2] = y[:, 2:4] * 2
+    y[:, 1:3] = y[:, 0:2] * 0.5 + y[:, 4:6]
+    part, later = y[:, 5:6] * 3, y[:, 6:]
+    changed = y.narrow(1, 3, 2)
+    changed.mul_(2)
+    y[:, 7] = y[:, 1] + y.select(1, 0)
+    return y * part + later[:, :1] + changed[:, :1]
+
+
 class _Scaled(nn.Module):
     def forward(self, x: Tensor) -> None:
         x.mul_(2.0)
@@ -561,7 +573,7 @@ PATTERNS: dict[str, Pattern] = {
     "functional dropout": between(lambda m, x: F.dropout(x, 0.5, training=m.training)),
     "dropout of channels": between(lambda m, x: F.dropout2d(F.relu(x), 0.5, training=m.training)),
     "dropout modules": between(lambda m, x: m.drop(m.drop(x)), drop=lambda: nn.Dropout(0.3)),
-    "alpha dropout": between(lambda m, x: m.drop(F.selu(x)), drop=lambda: nn.AlphaDropout(0.3)),
+    "alpha dropout": between(lambda m, x: m.drop(F.selu(x)), True, drop=lambda: nn.AlphaDropout(0.3)),
     "stochastic depth": between(lambda m, x: x + m.drop(torch.tanh(x)), drop=lambda: StochasticDepth(0.5, "row")),
     "noise in training": between(lambda m, x: x + 0.1 * torch.randn_like(x) if m.training else x),
     "two modes": Pattern(TwoModes, one_image, split=True),
@@ -620,6 +632,7 @@ PATTERNS: dict[str, Pattern] = {
     "functional in place": between(lambda m, x: F.relu(x, inplace=True) + x),
     "filled in": between(lambda m, x: _filled(x)),
     "views in place": between(_views_changed),
+    "parts of what is written into": between(_parts_read),
     "views in place, by another module": Pattern(ChangesItsInput, one_image),
     # structure
     "shared parts": Pattern(SharedParts, one_image),

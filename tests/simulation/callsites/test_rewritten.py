@@ -297,6 +297,58 @@ def without_a_gradient(m: Rewritten, y: Tensor) -> Tensor:
     return y + 0.5
 
 
+# ---- functions that ONNX writes as several operations ----------------------------------------------------------------
+def logarithms(m: Rewritten, y: Tensor) -> Tensor:
+    size = y.abs()
+    return torch.log1p(size) + torch.log2(size + 1.0) * 0.5 + torch.log10(size + 0.5)
+
+
+def hyperbolic(m: Rewritten, y: Tensor) -> Tensor:
+    y = y * 0.5
+    return torch.sinh(y) + torch.cosh(y) * 0.5 + torch.expm1(y) + torch.tan(y * 0.5) + torch.acos(y.tanh() * 0.9)
+
+
+def activations(m: Rewritten, y: Tensor) -> Tensor:
+    bent = F.selu(y) + F.celu(y, 0.7) + F.logsigmoid(y) + F.softsign(y)
+    return bent + F.softshrink(y, 0.2) + F.tanhshrink(y) + F.threshold(y, 0.2, 0.2) + torch.logit(y.sigmoid(), 1e-3)
+
+
+def activations_as_layers(m: Rewritten, y: Tensor) -> Tensor:
+    return sum((one(y) for one in m.activations), y)
+
+
+def spreads(m: Rewritten, y: Tensor) -> Tensor:
+    deviation, mean = torch.std_mean(y, 1, keepdim=True)
+    variance, other = torch.var_mean(y, (2, 3), correction=0)
+    normed = (y - mean) / (deviation + 0.5) + (variance + other)[..., None, None]
+    return normed + y.var(-1, unbiased=False)[..., None] + y.std(2, keepdim=True)
+
+
+def vectors(m: Rewritten, y: Tensor) -> Tensor:
+    alike = F.cosine_similarity(y, y.flip(1) + 0.5, 1)[:, None] + F.normalize(y, p=1.0, dim=-1)
+    third = torch.cross(y[:, :3], y[:, 3:].sigmoid(), 1) + torch.linalg.cross(y[:, 3:], y[:, :3].sigmoid(), dim=1)
+    return alike * torch.outer(m.norm.weight, m.norm.weight + 1.0) + torch.cat([third, third], 1)
+
+
+def pairs(m: Rewritten, y: Tensor) -> Tensor:
+    tokens = y.flatten(2)
+    return torch.cdist(tokens, tokens[:, :2] + 1.0) * 0.1 + torch.cdist(tokens, tokens[:, 1:3].tanh(), p=1.0) * 0.01
+
+
+def sums_of_three(m: Rewritten, y: Tensor) -> Tensor:
+    mixed = torch.einsum("bchw,cd,bdhw->bdh", y, m.linear.weight, y.sigmoid())
+    return mixed + torch.einsum("bchw->bch", y) + torch.mv(m.linear.weight, m.linear.bias)[:, None]
+
+
+def finite(m: Rewritten, y: Tensor) -> Tensor:
+    y = torch.where(torch.isfinite(y), y, 0.0)
+    return torch.nan_to_num(y.masked_fill(y.isnan(), 0.0)).tile(1, 2, 1, 1) + torch.tile(y, (2, 1, 1))
+
+
+def of_neighbors(m: Rewritten, y: Tensor) -> Tensor:
+    return F.local_response_norm(y, 3, 0.5)[..., ::2, ::2] + F.lp_pool2d(y, 2.0, 2)
+
+
 # ---- norms without a bias --------------------------------------------------------------------------------------------
 def by_a_weight(m: Rewritten, y: Tensor) -> Tensor:
     return F.layer_norm(y, (8,), m.positions[0, 0, 0, :1] + torch.arange(8.0))
@@ -339,7 +391,8 @@ REWRITTEN = [
     every_third, a_block, a_number, places_in_a_list, from_nothing, through_a_view, rows_picked, tokens_picked,
     long_rows_picked, every_second_of_two_axes, put, put_in_place, scattered,
     seen_by_another, written_through, decoded, halves_changed, parts_overwritten, seen_through_views,
-    by_layers_in_place, one_after_the_other, without_a_gradient,
+    by_layers_in_place, one_after_the_other, without_a_gradient, logarithms, hyperbolic, activations,
+    activations_as_layers, spreads, vectors, pairs, sums_of_three, finite, of_neighbors,
     zeros_added_to, smoothed, smoothed_by_a_factor, positions_smoothed, turned, turned_always, areas,
     means_by_another_count, triangles, diagonals, chosen_by_a_product, numbers_by_sign, where_a_mask_has_it,
     one_part_of_many, whole_parts, softplus_of_a_multiple,
@@ -360,6 +413,10 @@ class Rewritten(nn.Module):
         self.sums = nn.AvgPool2d(2, divisor_override=1)
         self.softplus = nn.Softplus(beta=0.5)
         self.relu = nn.ReLU(inplace=True)
+        self.activations = nn.ModuleList(
+            (nn.SELU(), nn.CELU(0.7), nn.LogSigmoid(), nn.Softsign(), nn.Softshrink(0.2), nn.Tanhshrink(),
+             nn.Threshold(0.2, 0.2), nn.LocalResponseNorm(3))
+        )  # fmt: skip
         self.halves = nn.Upsample(scale_factor=0.5, mode="bilinear")
         self.means, self.maxima = nn.AdaptiveAvgPool2d((None, 3)), nn.AdaptiveMaxPool2d((3, 5))
         self.positions = nn.Parameter(torch.randn(1, 6, 7, 7))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_quant.deploy.graph.files import write_onnx
 from lightning_quant.deploy.graph.qdq import QdqGraph
 from lightning_quant.simulation import aimet
+from lightning_quant.simulation.switched_off import unrounded
 from tests.helpers.networks import calibrated, call, images, seeded
 from tests.helpers.qdq import NO_EMULATOR, computed, emulated, operations, psnr
 
@@ -260,6 +261,40 @@ def test_what_others_read_as_well_keeps_its_own_range(tmp_path: Path) -> None:
     assert float(relu.output_quantizers[0].get_min().detach()) == 0
     write_onnx(network, call(images()), tmp_path / "float.onnx", tmp_path / "qdq.onnx")
     assert untied(onnx.load(tmp_path / "qdq.onnx")) == []
+
+
+def boxes_and_scores(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    """As YOLOv5's head: places and sizes in pixels, made of what is between 0 and 1, and the scores beside them."""
+    y = b.sigmoid()
+    return cat((y[:, :2] * 2 - 0.5 + torch.arange(8.0)) * 8, (y[:, 2:4] * 2) ** 2 * 30, y[:, 4:])
+
+
+def boxes_and_scores_in_place(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    y = b.sigmoid()
+    y[:, :2] = (y[:, :2] * 2 - 0.5 + torch.arange(8.0)) * 8
+    y[:, 2:4] = (y[:, 2:4] * 2) ** 2 * 30
+    return y
+
+
+def with_multiples(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+    return torch.stack([b.square() * 9, b * 20, b], 1).flatten(1, 2)
+
+
+@pytest.mark.parametrize("function", [boxes_and_scores, boxes_and_scores_in_place, with_multiples])
+def test_what_is_made_of_a_tensor_does_not_make_its_steps_coarse(function: Any, tmp_path: Path) -> None:
+    net = Net(function).eval()
+    net.head = nn.Identity()
+    known, given = calibrated(net, call(images(8))), images(1)
+    with unrounded(known):
+        expected = known.network(given)
+    assert psnr(expected.detach().numpy(), known.network(given).detach().numpy()) > 45  # 15 to 25 with one range
+    write_onnx(known, call(given), tmp_path / "float.onnx", tmp_path / "qdq.onnx")
+    model = onnx.load(tmp_path / "qdq.onnx")
+    assert len(operations(model, "Concat")) == 1
+    if NO_EMULATOR is None:
+        report, (output,) = emulated(model, tmp_path / "emulated", x=given.numpy())
+        assert not report.float_islands
+        assert psnr(known.network(given).detach().numpy(), output) > 40
 
 
 @needs_emulator

@@ -1,4 +1,4 @@
-"""``torch.einsum`` of two tensors as a matrix product."""
+"""``torch.einsum`` as matrix products of two tensors, one after the other."""
 
 from __future__ import annotations
 
@@ -10,9 +10,22 @@ from torch import Tensor
 
 
 def einsum(equation: str, *operands: Any) -> Tensor:
-    """Compute ``torch.einsum`` of two tensors as a matrix product between changes of the axes."""
-    left, right = operands[0] if len(operands) == 1 else operands
-    (of_left, of_right), output = _letters(equation)
+    """Compute ``torch.einsum`` as matrix products between changes of the axes."""
+    tensors = list(_tensors(operands))
+    letters, output = _letters(equation)
+    while len(tensors) > 2:
+        needed = {one for part in (*letters[2:], output) for one in part}
+        joined = "".join(one for one in dict.fromkeys(letters[0] + letters[1]) if one in needed)
+        tensors[:2] = [_product(tensors[0], tensors[1], letters[0], letters[1], joined)]
+        letters[:2] = [joined]
+    if len(tensors) == 2:
+        return _product(tensors[0], tensors[1], letters[0], letters[1], output)
+    tensor, kept = _summed(tensors[0], letters[0], output)
+    order = [kept.index(one) for one in output]
+    return tensor if order == sorted(order) else tensor.permute(order)
+
+
+def _product(left: Tensor, right: Tensor, of_left: str, of_right: str, output: str) -> Tensor:
     left, of_left = _summed(left, of_left, of_right + output)
     right, of_right = _summed(right, of_right, of_left + output)
     batch = [one for one in of_left if one in of_right and one in output]
@@ -28,14 +41,15 @@ def einsum(equation: str, *operands: Any) -> Tensor:
 
 
 def supports_einsum(equation: Any, *operands: Any) -> bool:
-    """Return whether it is a product of two tensors without ellipses, diagonals or new letters in the output."""
-    tensors = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
-    if not isinstance(equation, str) or "." in equation or len(tensors) != 2 or equation.count(",") != 1:
+    """Return whether it has no ellipses, diagonals or new letters in the output."""
+    if not isinstance(equation, str) or "." in equation or equation.count(",") != len(_tensors(operands)) - 1:
         return False
-    (left, right), output = _letters(equation)
-    return all(len(set(letters)) == len(letters) for letters in (left, right, output)) and set(output) <= set(
-        left + right
-    )
+    letters, output = _letters(equation)
+    return all(len(set(part)) == len(part) for part in (*letters, output)) and set(output) <= set("".join(letters))
+
+
+def _tensors(operands: Any) -> Any:
+    return operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
 
 
 def _letters(equation: str) -> tuple[list[str], str]:

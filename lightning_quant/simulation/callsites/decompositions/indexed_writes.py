@@ -41,6 +41,14 @@ def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
     return _shaped(_picked(_shaped(tensor, [*before, size, *behind]), value, places, first), tensor.shape)
 
 
+def box_of(index: Any, tensor: Tensor) -> tuple[slice, ...] | None:
+    """Return the block of a tensor that an index stands for; ``None`` if it is none."""
+    if _mask_of(index, tensor) is not None or not _is_fixed(index, tensor):
+        return None
+    spans = [_span(part, int(size)) for part, size in zip(per_axis(index, tensor.dim()), tensor.shape, strict=True)]
+    return None if None in spans else tuple(slice(*span) for span in spans if span is not None)
+
+
 def _between(tensor: Tensor, spans: Sequence[Any], value: Tensor, axis: int = 0) -> Tensor:
     """Return a tensor with a value in the middle: a concatenation along each axis from ``axis`` on."""
     while axis < tensor.dim() and spans[axis] == (0, tensor.shape[axis]):

@@ -36,38 +36,39 @@ def rms_norm(
 def norm(
     input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None, out: Any = None
 ) -> Tensor:
-    """Compute ``torch.norm`` for p = 2."""
+    """Compute ``torch.norm`` for p = 1 and p = 2."""
     axes = tuple(range(input.dim())) if dim is None else dim
+    if p == 1:
+        return torch.abs(input).sum(axes, keepdim=keepdim)
     return torch.sqrt((input * input).sum(axes, keepdim=keepdim))
 
 
 def supports_norm(
     input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype: Any = None, out: Any = None
 ) -> bool:
-    """Return whether it is the Euclidean length."""
-    return p in ("fro", 2, None) and dtype is None
+    """Return whether it is the Euclidean length or a sum."""
+    return p in ("fro", 1, 2, None) and dtype is None
 
 
 def vector_norm(
     input: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None, out: Any = None
 ) -> Tensor:
-    """Compute ``torch.linalg.vector_norm`` for the Euclidean length."""
+    """Compute ``torch.linalg.vector_norm`` for the Euclidean length and for sums."""
     return norm(input, ord, dim, keepdim)
 
 
 def supports_vector_norm(
     input: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None, out: Any = None
 ) -> bool:
-    """Return whether it is the Euclidean length."""
-    return ord == 2 and dtype is None
+    """Return whether it is the Euclidean length or a sum."""
+    return ord in (1, 2) and dtype is None
 
 
 def normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, out: Any = None) -> Tensor:
-    """Compute ``F.normalize`` for p = 2."""
-    length = torch.sqrt((input * input).sum(dim, keepdim=True))
-    return input / length.clamp(min=eps)
+    """Compute ``F.normalize`` for p = 1 and p = 2."""
+    return input / norm(input, p, dim, keepdim=True).clamp(min=eps)
 
 
 def supports_normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> bool:
-    """Return whether it is the Euclidean length."""
-    return p == 2 and out is None
+    """Return whether it is by the Euclidean length or a sum."""
+    return p in (1, 2) and out is None

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_quant.simulation.callsites.decompositions import (
     arithmetic,
     attention,
+    composed,
     einsum,
     indexed_writes,
     norms,
@@ -73,6 +74,24 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
         lambda input, other: arithmetic.floor_divide(other, input), arithmetic.supports_floor_divide
     ),
     "softplus": Decomposition(arithmetic.softplus, arithmetic.supports_softplus),
+    "log2": Decomposition(composed.logarithm(2)),
+    "log10": Decomposition(composed.logarithm(10)),
+    **{function.__name__: Decomposition(function) for function in composed.OF_ONE_NUMBER},
+    "cosine_similarity": Decomposition(composed.cosine_similarity),
+    "cross": Decomposition(composed.cross),
+    "linalg_cross": Decomposition(composed.linalg_cross),
+    "dot": Decomposition(composed.dot),
+    "outer": Decomposition(composed.outer),
+    "remainder": Decomposition(composed.remainder),
+    "ger": Decomposition(composed.outer),
+    "mv": Decomposition(composed.matrix_by_vector),
+    "var": Decomposition(composed.variance),
+    "std": Decomposition(composed.deviation),
+    "var_mean": Decomposition(composed.variance_and_mean),
+    "std_mean": Decomposition(composed.deviation_and_mean),
+    "local_response_norm": Decomposition(composed.local_response_norm, composed.supports_local_response_norm),
+    "lp_pool2d": Decomposition(composed.lp_pool2d, composed.supports_lp_pool2d),
+    "cdist": Decomposition(composed.distances, composed.supports_distances),
     "diff": Decomposition(arithmetic.diff),
     "cumsum": Decomposition(arithmetic.cumsum, arithmetic.supports_cumsum),
     "einsum": Decomposition(einsum.einsum, einsum.supports_einsum),
@@ -138,6 +157,17 @@ def _diagonal(input: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> T
     return flat.index_select(-1, on_it)
 
 
+def _tile(input: Tensor, *dims: Any) -> Tensor:
+    """Compute ``tile`` by ``repeat``: PyTorch's exporter writes it with a branch."""
+    counts = list(dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims)
+    return input.repeat([1] * (input.dim() - len(counts)) + counts)
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """Compute ``F.one_hot`` by comparisons: the NPU has none."""
+    return (tensor.unsqueeze(-1) == torch.arange(num_classes, device=tensor.device)).to(tensor.dtype)
+
+
 def _clamp(input: Tensor, min: Any = None, max: Any = None, **kwargs: Any) -> Tensor:
     """Compute ``clamp`` with one limit: AIMET's exporter cannot read a Clip that leaves the other out."""
     if kwargs or (min is None) == (max is None):
@@ -189,6 +219,15 @@ TRACE_SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.diagonal, Tensor.diagonal), _diagonal),
     torch.clamp: _clamp,
     Tensor.clamp: _clamp,
+    **dict.fromkeys((torch.tile, Tensor.tile), _tile),
+    F.one_hot: _one_hot,
+    # integers are finite
+    **dict.fromkeys((torch.nan_to_num, Tensor.nan_to_num), lambda input, *_, **__: input),
+    **dict.fromkeys((torch.isfinite, Tensor.isfinite), lambda input: torch.ones_like(input, dtype=torch.bool)),
+    **dict.fromkeys(
+        (torch.isnan, Tensor.isnan, torch.isinf, Tensor.isinf),
+        lambda input: torch.zeros_like(input, dtype=torch.bool),
+    ),
     Tensor.unfold: resampling.windows,
     # of positions that are learned
     F.interpolate: resampling.interpolate,

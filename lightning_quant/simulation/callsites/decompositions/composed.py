@@ -1,0 +1,224 @@
+"""Functions that ONNX writes as several operations, between which nothing would be rounded: as those operations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements of the differences that distances between all pairs are computed from.
+_MOST_DIFFERENCES = 2**22
+
+
+# ---- functions of one number -----------------------------------------------------------------------------------------
+def logarithm(base: float) -> Callable[..., Tensor]:
+    """Return what computes a logarithm to a base other than e."""
+
+    def compute(input: Tensor) -> Tensor:
+        return torch.log(input) * (1 / math.log(base))
+
+    return compute
+
+
+def log1p(input: Tensor) -> Tensor:
+    """Compute ``torch.log1p``."""
+    return torch.log(input + 1.0)
+
+
+def expm1(input: Tensor) -> Tensor:
+    """Compute ``torch.expm1``."""
+    return torch.exp(input) - 1.0
+
+
+def sinh(input: Tensor) -> Tensor:
+    """Compute ``torch.sinh``."""
+    return (torch.exp(input) - torch.exp(-input)) * 0.5
+
+
+def cosh(input: Tensor) -> Tensor:
+    """Compute ``torch.cosh``."""
+    return (torch.exp(input) + torch.exp(-input)) * 0.5
+
+
+def tan(input: Tensor) -> Tensor:
+    """Compute ``torch.tan``."""
+    return torch.sin(input) / torch.cos(input)
+
+
+def acos(input: Tensor) -> Tensor:
+    """Compute ``torch.acos``, which the NPU does not have."""
+    return math.pi / 2 - torch.asin(input)
+
+
+def logit(input: Tensor, eps: float | None = None) -> Tensor:
+    """Compute ``torch.logit``."""
+    share = input if eps is None else input.clamp(eps, 1 - eps)
+    return torch.log(share) - torch.log(1.0 - share)
+
+
+def softsign(input: Tensor) -> Tensor:
+    """Compute ``F.softsign``."""
+    return input / (torch.abs(input) + 1.0)
+
+
+def log_sigmoid(input: Tensor) -> Tensor:
+    """Compute ``F.logsigmoid``, without the logarithm of a rounded 0."""
+    return -F.softplus(-input)
+
+
+def selu(input: Tensor, inplace: bool = False) -> Tensor:
+    """Compute ``F.selu``."""
+    return F.elu(input, 1.6732632423543772) * 1.0507009873554805
+
+
+def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """Compute ``F.celu``."""
+    return F.elu(input / alpha) * alpha
+
+
+def remainder(input: Tensor, other: Any) -> Tensor:
+    """Compute ``torch.remainder``."""
+    return input - torch.floor_divide(input, other) * other
+
+
+def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
+    """Compute ``F.softshrink``."""
+    return input - input.clamp(-lambd, lambd)
+
+
+def tanhshrink(input: Tensor) -> Tensor:
+    """Compute ``F.tanhshrink``."""
+    return input - torch.tanh(input)
+
+
+def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
+    """Compute ``F.threshold``."""
+    return torch.where(input > threshold, input, input.new_full((), value))
+
+
+OF_ONE_NUMBER = (
+    acos, celu, cosh, expm1, log1p, log_sigmoid, logit, selu, sinh, softshrink, softsign, tan, tanhshrink, threshold
+)  # fmt: skip
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+def variance(
+    input: Tensor, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
+) -> Tensor:
+    """Compute ``torch.var``."""
+    return _moments(input, dim, unbiased, keepdim, correction)[0]
+
+
+def deviation(
+    input: Tensor, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
+) -> Tensor:
+    """Compute ``torch.std``."""
+    return torch.sqrt(variance(input, dim, unbiased, keepdim, correction=correction))
+
+
+def variance_and_mean(
+    input: Tensor, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
+) -> tuple[Tensor, Tensor]:
+    """Compute ``torch.var_mean``."""
+    return _moments(input, dim, unbiased, keepdim, correction)
+
+
+def deviation_and_mean(
+    input: Tensor, dim: Any = None, unbiased: Any = None, keepdim: bool = False, *, correction: Any = None
+) -> tuple[Tensor, Tensor]:
+    """Compute ``torch.std_mean``."""
+    squared, mean = _moments(input, dim, unbiased, keepdim, correction)
+    return torch.sqrt(squared), mean
+
+
+def _moments(input: Tensor, dim: Any, unbiased: Any, keepdim: bool, correction: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(dim, bool):  # x.var(False)
+        dim, unbiased = None, dim
+    axes = list(range(input.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    left_out = correction if correction is not None else 1 if unbiased is None else int(unbiased)
+    count = math.prod(int(input.shape[axis]) for axis in axes)
+    mean = input.mean(axes, keepdim=True)
+    squares = torch.square(input - mean).mean(axes, keepdim=keepdim)
+    result = squares if left_out == 0 else squares * (count / (count - left_out))
+    kept = [int(size) for axis, size in enumerate(input.shape) if axis not in {one % input.dim() for one in axes}]
+    return result, mean if keepdim else mean.reshape(kept)
+
+
+def local_response_norm(input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0) -> Tensor:
+    """Compute ``F.local_response_norm``: the mean over neighboring channels is a pooling along them."""
+    squares = F.pad(torch.square(input).flatten(2).unsqueeze(1), (0, 0, size // 2, (size - 1) // 2))
+    means = F.avg_pool2d(squares, (size, 1), 1).reshape(input.shape)
+    root = torch.sqrt(means * alpha + k)
+    return input / (root if beta == 0.5 else root * torch.sqrt(root))
+
+
+def supports_local_response_norm(
+    input: Tensor, size: int, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> bool:
+    """Return whether the exponent is made of square roots."""
+    return beta in (0.5, 0.75)
+
+
+def lp_pool2d(input: Tensor, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False) -> Tensor:
+    """Compute ``F.lp_pool2d`` for the Euclidean length."""
+    height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+    means = F.avg_pool2d(torch.square(input), (height, width), stride, 0, ceil_mode)
+    return torch.sqrt(means * float(height * width))
+
+
+def supports_lp_pool2d(
+    input: Tensor, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False
+) -> bool:
+    """Return whether it is the Euclidean length of whole blocks."""
+    return float(norm_type) == 2 and not ceil_mode
+
+
+# ---- vectors ---------------------------------------------------------------------------------------------------------
+def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """Compute ``F.cosine_similarity``."""
+    first, second = (one / torch.sqrt((one * one).sum(dim, keepdim=True)).clamp(min=eps) for one in (x1, x2))
+    return (first * second).sum(dim)
+
+
+def matrix_by_vector(input: Tensor, vec: Tensor) -> Tensor:
+    """Compute ``torch.mv``."""
+    return torch.matmul(input, vec)
+
+
+def dot(input: Tensor, other: Tensor) -> Tensor:
+    """Compute ``torch.dot``."""
+    return (input * other).sum()
+
+
+def outer(input: Tensor, vec2: Tensor) -> Tensor:
+    """Compute ``torch.outer``."""
+    return input[:, None] * vec2
+
+
+def cross(input: Tensor, other: Tensor, dim: int | None = None) -> Tensor:
+    """Compute ``torch.cross``."""
+    axis = next(axis for axis, size in enumerate(input.shape) if size == 3) if dim is None else dim
+    (ahead, behind), (other_ahead, other_behind) = ((one.roll(-1, axis), one.roll(1, axis)) for one in (input, other))
+    return ahead * other_behind - behind * other_ahead
+
+
+def linalg_cross(input: Tensor, other: Tensor, *, dim: int = -1) -> Tensor:
+    """Compute ``torch.linalg.cross``."""
+    return cross(input, other, dim)
+
+
+def distances(x1: Tensor, x2: Tensor, p: float = 2.0, *_: Any, **__: Any) -> Tensor:
+    """Compute ``torch.cdist``."""
+    difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
+    if p == 1:
+        return torch.abs(difference).sum(-1)
+    return torch.sqrt((difference * difference).sum(-1))
+
+
+def supports_distances(x1: Tensor, x2: Tensor, p: float = 2.0, *_: Any, **__: Any) -> bool:
+    """Return whether they are Euclidean or sums of differences, of which there are not too many."""
+    return p in (1, 2) and x1.numel() * int(x2.shape[-2]) <= _MOST_DIFFERENCES
