@@ -41,6 +41,10 @@ _DECOMPOSED = (
     nn.SiLU,
     nn.Mish,
     nn.GLU,
+    nn.PReLU,
+    nn.MaxPool3d,
+    nn.AvgPool3d,
+    nn.AdaptiveMaxPool3d,
     nn.SELU,
     nn.CELU,
     nn.LogSigmoid,
@@ -67,6 +71,8 @@ def is_layer(module: nn.Module) -> bool:
         return True
     quantized = aimet.QuantizationMixin.cls_to_qcls.get(type(module))
     if quantized is None or quantized.__module__.startswith(_TRANSFORMERS) or isinstance(module, _DECOMPOSED):
+        return False
+    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
         return False
     if isinstance(module, nn.Upsample) and (module.mode == "area" or _by_part_of_a_factor(module)):
         return False

@@ -207,7 +207,8 @@ class Recorder:
         """Finish a pass: drop the operations that its outputs do not depend on."""
         made = [current(tensor) for tensor in tensors_in(output)]
         self.aliases.used(made)
-        outputs = [tensor for tensor in made if tensor.dim()] or made  # others are losses
+        sized = [tensor for tensor in made if tensor.dim()]  # others are losses
+        outputs = sized if any(tensor.is_floating_point() for tensor in sized) else made
         needed = {id(tensor) for tensor in outputs}
         unneeded = []
         for edge in reversed(self.edges):

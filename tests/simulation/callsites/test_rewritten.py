@@ -349,6 +349,33 @@ def of_neighbors(m: Rewritten, y: Tensor) -> Tensor:
     return F.local_response_norm(y, 3, 0.5)[..., ::2, ::2] + F.lp_pool2d(y, 2.0, 2)
 
 
+def along_axes(m: Rewritten, y: Tensor) -> Tensor:
+    products = (y * 0.3 + 1.0).prod(1, keepdim=True) + torch.prod(y[..., :3], -1)[:, :, None]
+    return products + y.logsumexp(1)[:, None] + torch.logsumexp(y, (2, 3), keepdim=True)
+
+
+def powers(m: Rewritten, y: Tensor) -> Tensor:
+    return (y.square() + 0.5) ** 1.5 + (y * 0.5) ** 4 + (y.abs() + 1.0) ** -1.5
+
+
+# ---- layers that the NPU does not have -------------------------------------------------------------------------------
+def leaky(m: Rewritten, y: Tensor) -> Tensor:
+    return m.prelu(y) + F.prelu(y[:, 0], m.slopes[:1])[:, None]
+
+
+def of_volumes(m: Rewritten, y: Tensor) -> Tensor:
+    volumes = y.reshape(-1, 3, 2, 8, 8)
+    largest = m.largest(volumes) + F.max_pool3d(volumes, (1, 3, 3), (1, 2, 2), (0, 1, 1))
+    means = (
+        m.averages(volumes) + F.avg_pool3d(volumes, (2, 3, 3), (1, 2, 2), (1, 1, 1), count_include_pad=False)[:, :, 1:]
+    )
+    return torch.cat([largest.flatten(1), means.flatten(1), F.adaptive_max_pool3d(volumes, (1, 2, 4)).flatten(1)], 1)
+
+
+def norm_of_maps(m: Rewritten, y: Tensor) -> Tensor:
+    return m.norm_of_maps(y) + F.layer_norm(y, (8, 8))
+
+
 # ---- norms without a bias --------------------------------------------------------------------------------------------
 def by_a_weight(m: Rewritten, y: Tensor) -> Tensor:
     return F.layer_norm(y, (8,), m.positions[0, 0, 0, :1] + torch.arange(8.0))
@@ -392,6 +419,7 @@ REWRITTEN = [
     long_rows_picked, every_second_of_two_axes, put, put_in_place, scattered,
     seen_by_another, written_through, decoded, halves_changed, parts_overwritten, seen_through_views,
     by_layers_in_place, one_after_the_other, without_a_gradient, logarithms, hyperbolic, activations,
+    along_axes, powers, leaky, of_volumes, norm_of_maps,
     activations_as_layers, spreads, vectors, pairs, sums_of_three, finite, of_neighbors,
     zeros_added_to, smoothed, smoothed_by_a_factor, positions_smoothed, turned, turned_always, areas,
     means_by_another_count, triangles, diagonals, chosen_by_a_product, numbers_by_sign, where_a_mask_has_it,
@@ -413,6 +441,9 @@ class Rewritten(nn.Module):
         self.sums = nn.AvgPool2d(2, divisor_override=1)
         self.softplus = nn.Softplus(beta=0.5)
         self.relu = nn.ReLU(inplace=True)
+        self.prelu, self.slopes = nn.PReLU(6), nn.Parameter(torch.rand(6))
+        self.largest, self.averages = nn.MaxPool3d((1, 2, 2)), nn.AvgPool3d((1, 2, 2), divisor_override=2)
+        self.norm_of_maps = nn.LayerNorm((6, 8, 8))
         self.activations = nn.ModuleList(
             (nn.SELU(), nn.CELU(0.7), nn.LogSigmoid(), nn.Softsign(), nn.Softshrink(0.2), nn.Tanhshrink(),
              nn.Threshold(0.2, 0.2), nn.LocalResponseNorm(3))

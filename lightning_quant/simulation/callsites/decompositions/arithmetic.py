@@ -16,16 +16,27 @@ def power(input: Tensor, exponent: float) -> Tensor:
     """Compute ``x ** n`` for exponents that are products and roots: the NPU has no power in integers."""
     if exponent < 0:
         return 1.0 / power(input, -exponent)
-    if exponent == 0.5:
-        return torch.sqrt(input)
     if exponent == 1:
         return input
-    return torch.square(input) if exponent == 2 else torch.square(input) * input
+    if exponent in (2, 4):
+        square = torch.square(input)
+        return square if exponent == 2 else torch.square(square)
+    if exponent == 3:
+        return torch.square(input) * input
+    root = torch.sqrt(input)
+    return root if exponent == 0.5 else input * root
 
 
 def supports_power(input: Any, exponent: Any) -> bool:
-    """Return whether it is 1, 2, 3, a square root, or one over these."""
-    return isinstance(input, Tensor) and not isinstance(exponent, Tensor) and abs(exponent) in (0.5, 1, 2, 3)
+    """Return whether it is made of squares and square roots, or one over these."""
+    is_number = isinstance(input, Tensor) and not isinstance(exponent, Tensor)
+    return is_number and abs(exponent) in (0.5, 1, 1.5, 2, 3, 4)
+
+
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """Compute ``F.prelu``, which the NPU computes in float."""
+    slopes = weight if weight.numel() == 1 else weight.reshape(-1, *[1] * (input.dim() - 2))
+    return F.relu(input) - F.relu(-input) * slopes
 
 
 def rsqrt(input: Tensor) -> Tensor:

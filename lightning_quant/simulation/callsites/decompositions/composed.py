@@ -12,6 +12,8 @@ from torch import Tensor
 
 # Elements of the differences that distances between all pairs are computed from.
 _MOST_DIFFERENCES = 2**22
+# Numbers along an axis that are multiplied one by one.
+_MOST_FACTORS = 64
 
 
 # ---- functions of one number -----------------------------------------------------------------------------------------
@@ -103,6 +105,29 @@ def threshold(input: Tensor, threshold: float, value: float, inplace: bool = Fal
 OF_ONE_NUMBER = (
     acos, celu, cosh, expm1, log1p, log_sigmoid, logit, selu, sinh, softshrink, softsign, tan, tanhshrink, threshold
 )  # fmt: skip
+
+
+# ---- sums and products along an axis ---------------------------------------------------------------------------------
+def logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    """Compute ``torch.logsumexp``."""
+    largest = input.amax(dim, keepdim=True)
+    total = torch.log(torch.exp(input - largest).sum(dim, keepdim=True)) + largest
+    axes = {axis % input.dim() for axis in ([dim] if isinstance(dim, int) else dim)}
+    return total if keepdim else total.reshape([int(n) for axis, n in enumerate(input.shape) if axis not in axes])
+
+
+def product(input: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+    """Compute ``torch.prod`` along an axis: of halves, of the halves of these, and so on."""
+    while (size := int(input.shape[dim])) > 1:
+        half = size // 2
+        joined = input.narrow(dim, 0, half) * input.narrow(dim, half, half)
+        input = joined if size % 2 == 0 else torch.cat([joined, input.narrow(dim, size - 1, 1)], dim)
+    return input if keepdim else input.select(dim, 0)
+
+
+def supports_product(input: Tensor, dim: Any = None, keepdim: bool = False, *_: Any, **kwargs: Any) -> bool:
+    """Return whether it is along one axis, and not of too many numbers."""
+    return isinstance(dim, int) and not kwargs and 1 <= int(input.shape[dim]) <= _MOST_FACTORS
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,3 +73,22 @@ def normalize(input: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, o
 def supports_normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> bool:
     """Return whether it is by the Euclidean length or a sum."""
     return p in (1, 2) and out is None
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Compute ``F.layer_norm`` over several axes as one over a single axis, which the NPU has."""
+    size = math.prod(normalized_shape)
+    flat = input.flatten(-len(normalized_shape))
+    factors, terms = (None if part is None else part.flatten() for part in (weight, bias))
+    return F.layer_norm(flat, (size,), factors, terms, eps).reshape(input.shape)
+
+
+def supports_layer_norm(input: Tensor, normalized_shape: Sequence[int], *_: Any, **__: Any) -> bool:
+    """Return whether it is over several axes."""
+    return not isinstance(normalized_shape, int) and len(normalized_shape) > 1

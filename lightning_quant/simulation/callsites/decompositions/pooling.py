@@ -1,4 +1,4 @@
-"""Adaptive pooling into blocks of unequal size, and means with a divisor of their own: ONNX does not have them."""
+"""Pooling that ONNX does not have, or the NPU: into blocks of unequal size, with a divisor, of volumes."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ def maximum(axes: int) -> Callable[..., Tensor]:
     """Return what computes ``F.adaptive_max_pool1d``, ``2d`` or ``3d``, (N, C, ..., L)."""
 
     def compute(input: Tensor, output_size: Any, return_indices: bool = False) -> Tensor:
+        if axes == 3 and input.dim() == 5 and not _is_uneven(input, axes, output_size):
+            sizes = [int(size) for size in input.shape[-axes:]]
+            counts = _counts(input, axes, output_size)
+            return F.max_pool3d(input, [size // count for size, count in zip(sizes, counts, strict=True)])
         return _pooled(input, axes, output_size, Tensor.amax)
 
     return compute
@@ -53,24 +57,23 @@ def supports(axes: int) -> Callable[..., bool]:
     return supported
 
 
-def with_divisor(axes: int) -> Callable[..., Tensor]:
-    """Return what computes ``F.avg_pool2d`` or ``3d`` with ``divisor_override``: PyTorch's exporter leaves it out."""
-    pool = getattr(F, f"avg_pool{axes}d")
+def supports_volumes(input: Tensor, output_size: Any, return_indices: bool = False) -> bool:
+    """Return whether no one asks where the largest values were."""
+    return not return_indices
 
-    def compute(
-        input: Tensor,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        ceil_mode: bool = False,
-        count_include_pad: bool = True,
-        divisor_override: int | None = None,
-    ) -> Tensor:
-        sizes = kernel_size if isinstance(kernel_size, (tuple, list)) else [kernel_size] * axes
-        means: Tensor = pool(input, kernel_size, stride, padding)
-        return means * (math.prod(sizes) / (divisor_override or 1))
 
-    return compute
+def with_divisor(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """Compute ``F.avg_pool2d`` with ``divisor_override``: PyTorch's exporter leaves it out."""
+    sizes = kernel_size if isinstance(kernel_size, (tuple, list)) else [kernel_size] * 2
+    return F.avg_pool2d(input, kernel_size, stride, padding) * (math.prod(sizes) / (divisor_override or 1))
 
 
 def supports_divisor(
@@ -84,6 +87,68 @@ def supports_divisor(
 ) -> bool:
     """Return whether there is such a divisor, and every window has as many values."""
     return divisor_override is not None and not ceil_mode
+
+
+def max_pool3d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor:
+    """Compute ``F.max_pool3d`` of (N, C, D, H, W) by images, then along the depth: the NPU has none of volumes."""
+    depth, image = _parted(kernel_size, stride or kernel_size, padding, dilation)
+    return _by_images(
+        input,
+        lambda maps: F.max_pool2d(maps, image[0], image[1], image[2], image[3], ceil_mode),
+        lambda maps: F.max_pool2d(maps, (depth[0], 1), (depth[1], 1), (depth[2], 0), (depth[3], 1), ceil_mode),
+    )
+
+
+def supports_max_pool3d(input: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Return whether there is a batch of volumes, and no one asks where the largest values were."""
+    return input.dim() == 5 and not kwargs.get("return_indices") and not args[5:]
+
+
+def avg_pool3d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """Compute ``F.avg_pool3d`` of (N, C, D, H, W) by images, then along the depth: the NPU gets it wrong."""
+    depth, image = _parted(kernel_size, stride or kernel_size, padding)
+    means = _by_images(
+        input,
+        lambda maps: F.avg_pool2d(maps, image[0], image[1], image[2], ceil_mode, count_include_pad),
+        lambda maps: F.avg_pool2d(maps, (depth[0], 1), (depth[1], 1), (depth[2], 0), ceil_mode, count_include_pad),
+    )
+    return means if divisor_override is None else means * (depth[0] * math.prod(image[0]) / divisor_override)
+
+
+def supports_avg_pool3d(input: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Return whether there is a batch of volumes, and every window has as many values where there is a divisor."""
+    has_divisor = kwargs.get("divisor_override") is not None or len(args) > 5
+    return input.dim() == 5 and not (has_divisor and (kwargs.get("ceil_mode") or args[3:4] == (True,)))
+
+
+def _parted(*settings: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return what the settings of a pooling say of the depth, and of height and width."""
+    full = [(one,) * 3 if isinstance(one, int) else tuple(one) * (3 if len(one) == 1 else 1) for one in settings]
+    return [one[0] for one in full], [(one[1], one[2]) for one in full]
+
+
+def _by_images(input: Tensor, pool: Callable[[Tensor], Tensor], along_depth: Callable[[Tensor], Tensor]) -> Tensor:
+    batch, channels, depth = (int(size) for size in input.shape[:3])
+    images = pool(input.flatten(1, 2))
+    height, width = (int(size) for size in images.shape[-2:])
+    volumes = along_depth(images.reshape(batch, channels, depth, height * width))
+    return volumes.reshape(batch, channels, -1, height, width)
 
 
 def _pooled(input: Tensor, axes: int, output_size: Any, reduce: Callable[..., Tensor]) -> Tensor:

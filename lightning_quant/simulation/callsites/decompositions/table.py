@@ -101,7 +101,16 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
         for kind, compute in (("avg", pooling.mean), ("max", pooling.maximum))
         for axes in (1, 2, 3)
     },
-    **{f"avg_pool{axes}d": Decomposition(pooling.with_divisor(axes), pooling.supports_divisor) for axes in (2, 3)},
+    "adaptive_max_pool3d": Decomposition(
+        pooling.maximum(3), lambda input, output_size, return_indices=False: not return_indices
+    ),
+    "avg_pool2d": Decomposition(pooling.with_divisor, pooling.supports_divisor),
+    "avg_pool3d": Decomposition(pooling.avg_pool3d, pooling.supports_avg_pool3d),
+    "max_pool3d": Decomposition(pooling.max_pool3d, pooling.supports_max_pool3d),
+    "layer_norm": Decomposition(norms.layer_norm, norms.supports_layer_norm),
+    "prelu": Decomposition(arithmetic.prelu),
+    "logsumexp": Decomposition(composed.logsumexp),
+    "prod": Decomposition(composed.product, composed.supports_product),
     **dict.fromkeys(("affine_grid", "affine_grid_generator"), Decomposition(resampling.affine_grid)),
     "fold": Decomposition(resampling.fold),
     "pad": Decomposition(resampling.pad, resampling.supports_pad),
