@@ -14,6 +14,7 @@ from lightning_quant.simulation.calibration_cache import DataHash, Statistics, S
 from lightning_quant.simulation.callsites.attributes import IN_TRACES_ONLY
 from lightning_quant.simulation.callsites.passes import noting
 from lightning_quant.simulation.callsites.traces import run_in_trace
+from lightning_quant.simulation.coarse_angles import coarse_angles
 from lightning_quant.simulation.conversions import without_conversions
 from lightning_quant.simulation.fixed_ranges import set_fixed_ranges
 from lightning_quant.simulation.inputs import NetworkInputs, counted, take_samples
@@ -25,6 +26,8 @@ from lightning_quant.simulation.unlike_ranges import Ends, noting_joined, unlike
 from lightning_quant.utilities.full_precision import full_precision
 
 log = logging.getLogger(__name__)
+
+_SHOWN_BY_CALIBRATION = (FindingKind.UNLIKE_RANGES, FindingKind.COARSE_ANGLES)
 
 
 def calibrate(
@@ -51,7 +54,7 @@ def calibrate(
     Raises:
         CalibrationError: if there was no sample, or one with NaN or Inf in it (the batch is named), or the
             network computed such values (the quantizer is named). It is not marked as calibrated then.
-        PreflightError: with ``recipe.strict``, if a range is one for unlike values.
+        PreflightError: with ``recipe.strict``, if a range is one for unlike values, or of angles in large steps.
     """
     wanted = network.recipe.calibration_samples
     seen = 0
@@ -103,25 +106,25 @@ def calibrate(
         )
     if seen < wanted:
         log.info("Calibrated with %d samples; %d were asked for.", seen, wanted)
-    _report_unlike_ranges(network, joined)
+    _report_coarse_ranges(network, joined)
     network.calibrated = True
     return seen
 
 
-def _report_unlike_ranges(network: QuantizedNetwork, joined: Mapping[str, Ends]) -> None:
+def _report_coarse_ranges(network: QuantizedNetwork, joined: Mapping[str, Ends]) -> None:
     """Add to the findings of the preflight what only calibration shows; warn of what is new.
 
     Raises:
         PreflightError: instead of the warning, with ``strict=True``.
     """
-    known = {one.module for one in network.findings if one.kind is FindingKind.UNLIKE_RANGES}
-    found = unlike_ranges(network, joined)
+    known = {one.module for one in network.findings if one.kind in _SHOWN_BY_CALIBRATION}
+    found = unlike_ranges(network, joined) + coarse_angles(network)
     if network.recipe.strict:
         preflight.refuse(found)
     if new := [one for one in found if one.module not in known]:
         log.warning("Preflight of %s, calibrated:\n%s", network.float_class.__name__, preflight.table(new))
     # at other bits, or with another estimator, there may be fewer
-    network.findings[:] = [one for one in network.findings if one.kind is not FindingKind.UNLIKE_RANGES] + found
+    network.findings[:] = [one for one in network.findings if one.kind not in _SHOWN_BY_CALIBRATION] + found
 
 
 def _observe(network: QuantizedNetwork, batches: Iterable[NetworkInputs], digest: DataHash | None = None) -> int:

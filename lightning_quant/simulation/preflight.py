@@ -31,6 +31,7 @@ class FindingKind(Enum):
     REFUSED = "refused by the NPU's compiler"
     WRONG_ON_NPU = "wrong on the NPU"
     UNLIKE_RANGES = "unlike values in one range"
+    COARSE_ANGLES = "angles in large steps"
 
     @property
     def leaves_open(self) -> bool:

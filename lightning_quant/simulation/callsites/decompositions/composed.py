@@ -109,11 +109,16 @@ OF_ONE_NUMBER = (
 
 # ---- sums and products along an axis ---------------------------------------------------------------------------------
 def logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
-    """Compute ``torch.logsumexp``."""
-    largest = input.amax(dim, keepdim=True)
-    total = torch.log(torch.exp(input - largest).sum(dim, keepdim=True)) + largest
-    axes = {axis % input.dim() for axis in ([dim] if isinstance(dim, int) else dim)}
-    return total if keepdim else total.reshape([int(n) for axis, n in enumerate(input.shape) if axis not in axes])
+    """Compute ``torch.logsumexp`` of the largest value and what a log-softmax makes of it.
+
+    The NPU gets logarithms with 16-bit activations wrong, log-softmax right.
+    """
+    axes = [dim % input.dim()] if isinstance(dim, int) else sorted(axis % input.dim() for axis in dim)
+    others = [axis for axis in range(input.dim()) if axis not in axes]
+    flat = input if len(axes) == 1 else input.permute([*others, *axes]).flatten(len(others))
+    axis = axes[0] if len(axes) == 1 else -1
+    result = flat.amax(axis, keepdim=True) - torch.log_softmax(flat, axis).amax(axis, keepdim=True)
+    return result.reshape([1 if i in axes else int(n) for i, n in enumerate(input.shape) if keepdim or i not in axes])
 
 
 def product(input: Tensor, dim: int, keepdim: bool = False) -> Tensor:
