@@ -606,6 +606,9 @@ PATTERNS: dict[str, Pattern] = {
     ),
     "masks": Pattern(Attend, kept, split=True),
     "padding": Pattern(WholeAttention, padded, split=True),
+    "padding, and keys that are learned": Pattern(
+        partial(WholeAttention, add_bias_kv=True, add_zero_attn=True), padded, split=True
+    ),
     "arguments of every kind": Pattern(Mixed, mixed),
     "sizes": Pattern(ByShape, lambda: [*one_image(), NetworkInputs((image(3, 3, 8, 7),))]),
     "values": Pattern(ByValue, one_image),

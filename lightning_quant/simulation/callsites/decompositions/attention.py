@@ -97,9 +97,15 @@ def multi_head_attention(
         F.linear(tensor.transpose(0, 1), weight, bias)
         for tensor, weight, bias in zip((query, key, value), weights, biases, strict=True)
     ]
-    q, k, v = (part.reshape(batch, part.shape[1], num_heads, width // num_heads).transpose(1, 2) for part in parts)
     if is_causal and attn_mask is None:
-        attn_mask = torch.ones(length, k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+        attn_mask = torch.ones(length, parts[1].shape[1], dtype=torch.bool, device=query.device).triu(1)
+    more = [(bias_k, bias_v)] if bias_k is not None and bias_v is not None else []
+    more += [(key.new_zeros(width), value.new_zeros(width))] if add_zero_attn else []
+    for tokens in more:  # that every query may attend to
+        for index, token in enumerate(tokens, 1):
+            parts[index] = torch.cat([parts[index], token.reshape(1, 1, -1).expand(batch, 1, -1)], 1)
+    q, k, v = (part.reshape(batch, part.shape[1], num_heads, width // num_heads).transpose(1, 2) for part in parts)
+    attn_mask, key_padding_mask = (_with_columns(one, len(more)) for one in (attn_mask, key_padding_mask))
     mask = None
     if attn_mask is not None:
         mask = additive(attn_mask, q, keep=False)
@@ -122,10 +128,16 @@ def multi_head_attention(
 
 
 def supports_multi_head_attention(*args: Any, **kwargs: Any) -> bool:
-    """Return whether :func:`multi_head_attention` can compute a call: not with learned or static keys."""
+    """Return whether :func:`multi_head_attention` can compute a call: not with static keys."""
     bound = dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)) | kwargs
-    given = [bound.get(name) for name in ("bias_k", "bias_v", "static_k", "static_v")]
-    return not bound.get("add_zero_attn") and all(one is None for one in given)
+    return bound.get("static_k") is None and bound.get("static_v") is None
+
+
+def _with_columns(mask: Tensor | None, count: int) -> Tensor | None:
+    """Return a mask with further columns, of keys that are not masked."""
+    if mask is None or count == 0:
+        return mask
+    return torch.cat([mask, mask.new_zeros((*mask.shape[:-1], count))], -1)
 
 
 _ATTENTION_ARGUMENTS = multi_head_attention.__code__.co_varnames[: multi_head_attention.__code__.co_argcount]
