@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,20 +13,29 @@ from torch import Tensor, nn
 from lightning_quant.simulation.callsites.functions import tensors_among
 from lightning_quant.simulation.callsites.places import Place
 from lightning_quant.simulation.callsites.traces import untraced
-from lightning_quant.simulation.callsites.views import is_followed
+from lightning_quant.simulation.callsites.views import is_followed, is_put_back
 
 # The number of a module, and a place in its code.
 Spot = tuple[int, Place]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Taken:
     """How a view was taken."""
 
     at: Spot
     whole: int
-    key: Any
-    is_followed: bool  # its changes can be brought to the whole
+    call: tuple[Any, ...]  # function, arguments and what it returned
+
+    @property
+    def key(self) -> Any:
+        """What the whole was indexed with; ``None`` if it was not."""
+        func, args, *_ = self.call
+        return args[1] if func is Tensor.__getitem__ else None
+
+    def follows(self, writes: bool) -> bool:
+        """Return whether it can follow the changes of the whole, and if it is written to, the whole its own."""
+        return is_put_back(*self.call) if writes else is_followed(*self.call)
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,8 @@ class Aliases:
     parts: set[Spot] = field(default_factory=set)  # where a part is read of what was written into
     written: set[Spot] = field(default_factory=set)  # where a view is taken that is written to
     passed_by: set[Spot] = field(default_factory=set)  # where such a part is taken from where it came from
+    by_memory: dict[int, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    indexed: int = 0  # of those that are alive, by their memory
     stale: dict[int, nn.Module] = field(default_factory=dict)  # what a layer in place was given
     layers: set[nn.Module] = field(default_factory=set)  # such layers of which others use the input too
 
@@ -60,6 +72,8 @@ class Aliases:
         """Start a pass; these tensors may not be changed out of place."""
         self.not_ours = not_ours
         self.passed_by = self.parts - self.written - self.followed
+        self.by_memory.clear()
+        self.indexed = 0
         self.taken.clear()
         self.seen_changed.clear()
         self.stale.clear()
@@ -89,17 +103,16 @@ class Aliases:
         self.wrote(tensor)
         self.stale |= dict.fromkeys((id(tensor), *map(id, self._sharing_values(tensor))), module)
 
-    def taken_here(self, at: Spot, name: str, func: Any, args: Any, kwargs: Any, result: Any) -> bool:
+    def taken_here(self, at: Spot, func: Any, args: Any, kwargs: Any, result: Any) -> bool:
         """Record which tensors are views of what was given, and return whether they are to follow each other."""
         whole = args[0] if args else None
         if not isinstance(whole, Tensor):
             return False
-        made = [one for one in tensors_among(result) if one is not whole and _share(one, whole)]
-        if not made:
+        memory = _memory(whole)
+        made = [one for one in tensors_among(result) if one is not whole and _memory(one) == memory]
+        if not made or memory is None:
             return False
-        can_be = is_followed(func, args, kwargs, result)
-        key = args[1] if name == "getitem" else None
-        self.taken |= dict.fromkeys(map(id, made), _Taken(at, id(whole), key, can_be))
+        self.taken |= dict.fromkeys(map(id, made), _Taken(at, id(whole), (func, args, kwargs, result)))
         return at in self.followed
 
     def forget_first_half(self, args: Any) -> None:
@@ -114,8 +127,8 @@ class Aliases:
     def _follow(self, tensor: Tensor, change: _Change) -> None:
         """Let a tensor and that which was changed follow each other from the next pass on, or refuse the change."""
         views, wholes = set(), set()
-        for number in (id(tensor), change.target):
-            while (taken := self.taken.get(number)) is not None and taken.is_followed:
+        for number, writes in ((id(tensor), False), (change.target, True)):
+            while (taken := self.taken.get(number)) is not None and taken.follows(writes):
                 views.add(taken.at)
                 number = taken.whole
             wholes.add(number)
@@ -124,16 +137,21 @@ class Aliases:
         else:
             self.refused.add(change.at)
 
-    def _sharing_values(self, tensor: Tensor) -> Iterator[Tensor]:
+    def _sharing_values(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors that change with this one, and itself."""
-        return (one for one in self.alive if one is tensor or _share(one, tensor))
+        for one in self.alive[self.indexed :]:
+            if (memory := _memory(one)) is not None:
+                self.by_memory[memory].append(one)
+        self.indexed = len(self.alive)
+        own = _memory(tensor)
+        return [tensor] if own is None else self.by_memory[own]
 
 
-def _share(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors hold the same values, or a part of them."""
-    if one.layout is not torch.strided or other.layout is not torch.strided or not one.numel():
-        return False
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+def _memory(tensor: Tensor) -> int | None:
+    """Return a number that tensors have in common which hold the same values, or a part of them."""
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return None
+    return tensor.untyped_storage().data_ptr()
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:

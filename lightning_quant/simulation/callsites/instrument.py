@@ -78,6 +78,8 @@ def is_layer(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.modules.padding._ConstantPadNd) and module.value != 0:
         return False
+    if isinstance(module, (nn.AvgPool1d, nn.AvgPool2d)) and module.ceil_mode:
+        return False
     if getattr(module, "divisor_override", None) is not None or (isinstance(module, nn.Softplus) and module.beta != 1):
         return False
     own = vars(module)

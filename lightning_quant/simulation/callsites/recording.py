@@ -184,7 +184,7 @@ class Recorder:
             self._add(made)
         self._note(name, args, kwargs, result, made)
         if target is None:
-            views = self.aliases.taken_here((id(module), at), name, func, args, kwargs, result)
+            views = self.aliases.taken_here((id(module), at), func, args, kwargs, result)
             if views and (pending is None or pending.site is ViewSite):
                 link(running, func, args, kwargs, result)
                 self._add(Found(module, at, name, self.repeating, tracing_state() is not None, site=ViewSite))

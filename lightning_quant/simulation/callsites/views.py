@@ -17,9 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_quant.simulation.callsites.decompositions.indexed_writes import set_item, supports_set_item
+from lightning_quant.simulation.callsites.decompositions.indexed_writes import (
+    FILLED_WITH,
+    set_item,
+    supports_set_item,
+)
 from lightning_quant.simulation.callsites.decompositions.table import TRACE_SUBSTITUTES
-from lightning_quant.simulation.callsites.functions import tensors_among
+from lightning_quant.simulation.callsites.functions import LIKE_ANOTHER, base_name, tensors_among
 from lightning_quant.simulation.callsites.passes import Pass, replace
 from lightning_quant.simulation.callsites.places import Place, same
 from lightning_quant.simulation.callsites.traces import tracing_state, untraced
@@ -34,13 +38,17 @@ class Step:
 
     Args:
         take: from the whole to the part.
-        put: from the whole and a part to the whole with that part in it.
+        put: from the whole and a part to the whole with that part in it; ``None`` if several places share a value.
         key: what the whole was indexed with, if it was.
+        box: the block of the whole that it takes, if it is one.
+        detaches: whether a change of the part has no part in the gradient of the whole.
     """
 
     take: Callable[[Tensor], Tensor]
-    put: Callable[[Tensor, Tensor], Tensor]
+    put: Callable[[Tensor, Tensor], Tensor] | None = None
     key: Any = None
+    box: Box | None = None
+    detaches: bool = False
 
 
 class View:
@@ -54,8 +62,13 @@ class View:
 
 
 def is_followed(func: Any, args: Any, kwargs: Any, result: Any) -> bool:
-    """Return whether the changes of views that a function returned can be brought to what they are views of."""
+    """Return whether views that a function returned can be taken again of what they are views of."""
     return all(step is not None for step in _steps(func, args, kwargs, result))
+
+
+def is_put_back(func: Any, args: Any, kwargs: Any, result: Any) -> bool:
+    """Return whether the changes of such views can be brought to what they are views of, too."""
+    return all(step is not None and step.put is not None for step in _steps(func, args, kwargs, result))
 
 
 def link(running: Pass, func: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -86,18 +99,20 @@ def changed_into(running: Pass, tensor: Tensor, result: Tensor, at: Place) -> No
         at: the place of the operation.
     """
     view = running.views.get(id(tensor)) if running.views else None
-    if view is None:
-        replace(running, tensor, result)
-        return
     if result is tensor:
+        return
+    if view is None:
+        replace(running, tensor, as_written(tensor, result))
         return
     if id(result) in running.views:
         result = result.clone()
     with _within(running, at):
-        view = _become(running, view, result)
+        view = _become(running, view, as_written(tensor, result))
         while view.whole is not None:
             assert view.step is not None
-            above = view.step.put(view.whole.tensor, view.tensor)
+            assert view.step.put is not None
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not view.step.detaches):
+                above = as_written(view.whole.tensor, view.step.put(view.whole.tensor, view.tensor))
             view = _become(running, view.whole, above, but=view)
 
 
@@ -141,10 +156,37 @@ def _become(running: Pass, view: View, tensor: Tensor, but: View | None = None) 
     view.tensor = tensor
     running.views[id(tensor)] = view
     for part in view.parts:
-        if part is not but:
-            assert part.step is not None
+        assert part.step is not None
+        if part is not but and (but is None or not _are_apart(part.step, but.step)):
             _become(running, part, part.step.take(tensor))
     return view
+
+
+def _are_apart(one: Step, other: Step | None) -> bool:
+    """Return whether two views are known to share no value."""
+    if other is None or one.box is None or other.box is None:
+        return False
+    return any(a.stop <= b.start or b.stop <= a.start for a, b in zip(one.box, other.box, strict=True))
+
+
+class _Written(torch.autograd.Function):
+    """The values of a tensor as they were written where nothing is recorded: its gradient goes on to what it was."""
+
+    @staticmethod
+    def forward(ctx: Any, before: Tensor, written: Tensor) -> Tensor:
+        return written.view_as(written)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def as_written(before: Tensor, written: Tensor) -> Tensor:
+    """Return what was written in place of a tensor, with the gradient that the tensor had where none is recorded."""
+    if torch.is_grad_enabled() or not before.requires_grad:
+        return written
+    with torch.enable_grad():
+        return _Written.apply(before, written)
 
 
 @contextmanager
@@ -173,32 +215,38 @@ def box_taken(func: Any, args: Any, kwargs: Any) -> tuple[Box, torch.Size] | Non
 
 
 def _step(func: Any, args: Any, kwargs: Any, index: int | None) -> Step | None:
-    """Return how a function takes a view of a tensor; ``None`` if it is of a kind that cannot be put back."""
+    """Return how a function takes a view of a tensor; ``None`` if that depends on values."""
     whole, *rest = args
 
     def take(tensor: Tensor) -> Tensor:
         made = func(tensor, *rest, **kwargs)
         return made if index is None else made[index]
 
-    if tensors_among((rest, kwargs)):
+    if tensors_among((rest, kwargs)) and base_name(func) not in LIKE_ANOTHER:
         return None
     with untraced():
         part = take(torch.empty(whole.shape, device="meta"))
     shape = tuple(int(size) for size in whole.shape)
     strides = torch.empty(shape, device="meta").stride()
+    detaches = func is Tensor.detach
     if part.numel() == math.prod(shape):
         if part.is_contiguous():
-            return Step(take, lambda _, values: values.reshape(shape))
+            return Step(take, lambda _, values: values.reshape(shape), detaches=detaches)
         order = _order(part, shape, strides)
         if order is not None:
             return Step(take, lambda _, values: values.permute(order))
     key = rest[0] if rest and func is Tensor.__getitem__ else None
     if (box := _box(part, shape, strides)) is not None:
         sizes = [one.stop - one.start for one in box]
-        return Step(take, lambda tensor, values: set_item(tensor, box, values.reshape(sizes)), key)
+
+        def put(tensor: Tensor, values: Tensor) -> Tensor:
+            number = values.__dict__.get(FILLED_WITH)
+            return set_item(tensor, box, values.reshape(sizes) if number is None else number)
+
+        return Step(take, put, key, box)
     if key is not None and supports_set_item(whole, key, whole):
         return Step(take, lambda tensor, values: set_item(tensor, key, values), key)
-    return None
+    return Step(take)
 
 
 def _order(part: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int] | None:

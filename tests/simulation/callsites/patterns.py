@@ -529,6 +529,17 @@ def _views_changed(module: Any, x: Tensor) -> Tensor:
     return y + first.mean()
 
 
+def _written_without_a_gradient(module: Any, x: Tensor) -> Tensor:
+    """What is before it is trained nevertheless."""
+    y = x * 1.5
+    with torch.no_grad():
+        y[:, :1] = 0.5
+        y[:, 2:4].mul_(2.0)
+        y.clamp_(-1.0, 1.0)
+    y.detach()[:, 4:6].mul_(0.5)
+    return y + 0.5
+
+
 def _parts_read(module: Any, x: Tensor) -> Tensor:
     """Parts that come from one side of a write, from both, and such as are written to or see a write later."""
     y = x + 0.5
@@ -635,6 +646,7 @@ PATTERNS: dict[str, Pattern] = {
     "functional in place": between(lambda m, x: F.relu(x, inplace=True) + x),
     "filled in": between(lambda m, x: _filled(x)),
     "views in place": between(_views_changed),
+    "views in place, without a gradient": between(_written_without_a_gradient),
     "parts of what is written into": between(_parts_read),
     "views in place, by another module": Pattern(ChangesItsInput, one_image),
     # structure

@@ -298,11 +298,6 @@ def without_a_gradient(m: Rewritten, y: Tensor) -> Tensor:
 
 
 # ---- functions that ONNX writes as several operations ----------------------------------------------------------------
-def logarithms(m: Rewritten, y: Tensor) -> Tensor:
-    size = y.abs()
-    return torch.log1p(size) + torch.log2(size + 1.0) * 0.5 + torch.log10(size + 0.5)
-
-
 def hyperbolic(m: Rewritten, y: Tensor) -> Tensor:
     y = y * 0.5
     return torch.sinh(y) + torch.cosh(y) * 0.5 + torch.expm1(y) + torch.tan(y * 0.5) + torch.acos(y.tanh() * 0.9)
@@ -310,7 +305,7 @@ def hyperbolic(m: Rewritten, y: Tensor) -> Tensor:
 
 def activations(m: Rewritten, y: Tensor) -> Tensor:
     bent = F.selu(y) + F.celu(y, 0.7) + F.logsigmoid(y) + F.softsign(y)
-    return bent + F.softshrink(y, 0.2) + F.tanhshrink(y) + F.threshold(y, 0.2, 0.2) + torch.logit(y.sigmoid(), 1e-3)
+    return bent + F.softshrink(y, 0.2) + F.tanhshrink(y) + F.threshold(y, 0.2, 0.2)
 
 
 def activations_as_layers(m: Rewritten, y: Tensor) -> Tensor:
@@ -372,6 +367,33 @@ def of_volumes(m: Rewritten, y: Tensor) -> Tensor:
     return torch.cat([largest.flatten(1), means.flatten(1), F.adaptive_max_pool3d(volumes, (1, 2, 4)).flatten(1)], 1)
 
 
+def windows_over_the_end(m: Rewritten, y: Tensor) -> Tensor:
+    pooled = [
+        F.avg_pool2d(y, 3, 2, ceil_mode=True), F.avg_pool2d(y, 3, 2, 1, ceil_mode=True), m.over_the_end(y),
+        F.avg_pool2d(y, (3, 1), (2, 2), (1, 0), True, False),
+        F.avg_pool1d(y.flatten(1, 2), 3, 2, ceil_mode=True).unflatten(1, (6, 8))[:, :, ::2],
+    ]  # fmt: skip
+    return sum((one[..., :4, :4] for one in pooled[1:]), pooled[0][..., :4, :4])
+
+
+def cut_off_at_the_left(m: Rewritten, y: Tensor) -> Tensor:
+    y = y + 0.5
+    y[..., :2] = 0.0
+    y[:, 1:4, 2:5, 0] = 0.3
+    y[:, 4:, :3, :1].zero_()
+    y[:, 5, ..., 0].fill_(-0.2)
+    return F.avg_pool2d(y, 2)
+
+
+def repeated_views(m: Rewritten, y: Tensor) -> Tensor:
+    y = y + 0.0
+    shared = y.mean((2, 3), keepdim=True)
+    everywhere, repeated, windows = shared.expand_as(y), y[:, :1].expand(-1, 6, -1, -1), y.unfold(3, 4, 2)
+    shared.mul_(0.5)
+    y[:, 0].mul_(2.0)
+    return everywhere + repeated * 0.5 + windows.mean(-1).mean(-1, keepdim=True)
+
+
 def norm_of_maps(m: Rewritten, y: Tensor) -> Tensor:
     return m.norm_of_maps(y) + F.layer_norm(y, (8, 8))
 
@@ -418,8 +440,8 @@ REWRITTEN = [
     every_third, a_block, a_number, places_in_a_list, from_nothing, through_a_view, rows_picked, tokens_picked,
     long_rows_picked, every_second_of_two_axes, put, put_in_place, scattered,
     seen_by_another, written_through, decoded, halves_changed, parts_overwritten, seen_through_views,
-    by_layers_in_place, one_after_the_other, without_a_gradient, logarithms, hyperbolic, activations,
-    along_axes, powers, leaky, of_volumes, norm_of_maps,
+    by_layers_in_place, one_after_the_other, without_a_gradient, hyperbolic, activations,
+    windows_over_the_end, cut_off_at_the_left, repeated_views, along_axes, powers, leaky, of_volumes, norm_of_maps,
     activations_as_layers, spreads, vectors, pairs, sums_of_three, finite, of_neighbors,
     zeros_added_to, smoothed, smoothed_by_a_factor, positions_smoothed, turned, turned_always, areas,
     means_by_another_count, triangles, diagonals, chosen_by_a_product, numbers_by_sign, where_a_mask_has_it,
@@ -441,6 +463,7 @@ class Rewritten(nn.Module):
         self.sums = nn.AvgPool2d(2, divisor_override=1)
         self.softplus = nn.Softplus(beta=0.5)
         self.relu = nn.ReLU(inplace=True)
+        self.over_the_end = nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False)
         self.prelu, self.slopes = nn.PReLU(6), nn.Parameter(torch.rand(6))
         self.largest, self.averages = nn.MaxPool3d((1, 2, 2)), nn.AvgPool3d((1, 2, 2), divisor_override=2)
         self.norm_of_maps = nn.LayerNorm((6, 8, 8))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,20 +16,6 @@ _MOST_FACTORS = 64
 
 
 # ---- functions of one number -----------------------------------------------------------------------------------------
-def logarithm(base: float) -> Callable[..., Tensor]:
-    """Return what computes a logarithm to a base other than e."""
-
-    def compute(input: Tensor) -> Tensor:
-        return torch.log(input) * (1 / math.log(base))
-
-    return compute
-
-
-def log1p(input: Tensor) -> Tensor:
-    """Compute ``torch.log1p``."""
-    return torch.log(input + 1.0)
-
-
 def expm1(input: Tensor) -> Tensor:
     """Compute ``torch.expm1``."""
     return torch.exp(input) - 1.0
@@ -54,12 +39,6 @@ def tan(input: Tensor) -> Tensor:
 def acos(input: Tensor) -> Tensor:
     """Compute ``torch.acos``, which the NPU does not have."""
     return math.pi / 2 - torch.asin(input)
-
-
-def logit(input: Tensor, eps: float | None = None) -> Tensor:
-    """Compute ``torch.logit``."""
-    share = input if eps is None else input.clamp(eps, 1 - eps)
-    return torch.log(share) - torch.log(1.0 - share)
 
 
 def softsign(input: Tensor) -> Tensor:
@@ -103,7 +82,7 @@ def threshold(input: Tensor, threshold: float, value: float, inplace: bool = Fal
 
 
 OF_ONE_NUMBER = (
-    acos, celu, cosh, expm1, log1p, log_sigmoid, logit, selu, sinh, softshrink, softsign, tan, tanhshrink, threshold
+    acos, celu, cosh, expm1, log_sigmoid, selu, sinh, softshrink, softsign, tan, tanhshrink, threshold
 )  # fmt: skip
 
 
@@ -168,7 +147,7 @@ def deviation_and_mean(
 def _moments(input: Tensor, dim: Any, unbiased: Any, keepdim: bool, correction: Any) -> tuple[Tensor, Tensor]:
     if isinstance(dim, bool):  # x.var(False)
         dim, unbiased = None, dim
-    axes = list(range(input.dim())) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    axes = list(range(input.dim())) if dim is None or dim in ([], ()) else [dim] if isinstance(dim, int) else list(dim)
     left_out = correction if correction is not None else 1 if unbiased is None else int(unbiased)
     count = math.prod(int(input.shape[axis]) for axis in axes)
     mean = input.mean(axes, keepdim=True)
@@ -209,7 +188,12 @@ def supports_lp_pool2d(
 
 # ---- vectors ---------------------------------------------------------------------------------------------------------
 def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
-    """Compute ``F.cosine_similarity``."""
+    """Compute ``F.cosine_similarity``; the axis is one of both operands broadcast."""
+    axes = max(x1.dim(), x2.dim())
+    x1, x2 = (one.reshape([1] * (axes - one.dim()) + list(one.shape)) for one in (x1, x2))
+    dim = dim % axes
+    if x1.shape[dim] != x2.shape[dim]:
+        x1, x2 = torch.broadcast_tensors(x1, x2)
     first, second = (one / torch.sqrt((one * one).sum(dim, keepdim=True)).clamp(min=eps) for one in (x1, x2))
     return (first * second).sum(dim)
 

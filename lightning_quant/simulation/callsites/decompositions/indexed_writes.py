@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_quant.simulation.callsites.traces import untraced
+
 _WHOLE = slice(None)
+# Of a tensor that holds one number: the number.
+FILLED_WITH = "_filled_with"
 
 
 def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
@@ -21,10 +25,14 @@ def set_item(tensor: Tensor, index: Any, value: Any) -> Tensor:
     if (mask := _mask_of(index, tensor)) is not None:
         return _masked(tensor, mask, value)
     key = per_axis(index, tensor.dim())
-    if not isinstance(value, Tensor):
+    is_number = not isinstance(value, Tensor)
+    if is_number:
         value = tensor.new_full((), value)
     value = value.to(tensor.dtype)
     spans = [_span(part, size) for part, size in zip(key, tensor.shape, strict=True)]
+    # a part cut off at the left, and a number in its place, is wrong on the NPU in front of a convolution or pooling
+    if is_number and spans[-1] is not None and spans[-1][0] == 0 and spans[-1][1] < tensor.shape[-1]:
+        return _masked(tensor, _places(tensor, key), value)
     if all(span is not None for span in spans):
         shape = [stop - start for start, stop in spans]  # type: ignore[misc]
         kept = [size for size, part in zip(shape, key, strict=True) if not isinstance(part, int)]
@@ -47,6 +55,17 @@ def box_of(index: Any, tensor: Tensor) -> tuple[slice, ...] | None:
         return None
     spans = [_span(part, int(size)) for part, size in zip(per_axis(index, tensor.dim()), tensor.shape, strict=True)]
     return None if None in spans else tuple(slice(*span) for span in spans if span is not None)
+
+
+def _places(tensor: Tensor, key: Sequence[Any]) -> Tensor:
+    """Return a mask that is true where an index with one part for each axis leads, to spread over the tensor."""
+    lengths = [int(size) for size in tensor.shape]
+    is_whole = [_span(part, size) == (0, size) for part, size in zip(key, lengths, strict=True)]
+    sizes = [1 if whole else size for whole, size in zip(is_whole, lengths, strict=True)]
+    parts = [_WHOLE if whole else part for whole, part in zip(is_whole, key, strict=True)]
+    with untraced():
+        places = torch.arange(math.prod(sizes), device=tensor.device).reshape(sizes)
+        return torch.isin(places, places[tuple(parts)].clone())
 
 
 def _between(tensor: Tensor, spans: Sequence[Any], value: Tensor, axis: int = 0) -> Tensor:
@@ -107,11 +126,11 @@ def copied(tensor: Tensor, source: Tensor, *_: Any) -> Tensor:
 
 def filled(tensor: Tensor, value: Any = 0) -> Tensor:
     """Compute ``tensor.fill_(value)`` or ``tensor.zero_()``, out of place."""
-    return (
-        value.to(tensor.dtype).expand_as(tensor).clone()
-        if isinstance(value, Tensor)
-        else torch.full_like(tensor, value)
-    )
+    if isinstance(value, Tensor):
+        return copied(tensor, value)
+    made = torch.full_like(tensor, value)
+    made.__dict__[FILLED_WITH] = value
+    return made
 
 
 def empty(*size: Any, memory_format: Any = None, **kwargs: Any) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_quant.simulation.callsites.traces import untraced
+
 _AXES: dict[type[nn.Module], int] = {
     nn.AdaptiveAvgPool1d: 1,
     nn.AdaptiveAvgPool2d: 2,
@@ -62,7 +64,7 @@ def supports_volumes(input: Tensor, output_size: Any, return_indices: bool = Fal
     return not return_indices
 
 
-def with_divisor(
+def avg_pool2d(
     input: Tensor,
     kernel_size: Any,
     stride: Any = None,
@@ -71,12 +73,31 @@ def with_divisor(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """Compute ``F.avg_pool2d`` with ``divisor_override``: PyTorch's exporter leaves it out."""
-    sizes = kernel_size if isinstance(kernel_size, (tuple, list)) else [kernel_size] * 2
-    return F.avg_pool2d(input, kernel_size, stride, padding) * (math.prod(sizes) / (divisor_override or 1))
+    """Compute ``F.avg_pool2d`` with ``divisor_override``, which PyTorch's exporter leaves out, or ``ceil_mode``.
+
+    The NPU gets the windows wrong that reach over the end. They are means of zeros there, times a factor.
+    """
+    block = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+    if divisor_override is not None:
+        return F.avg_pool2d(input, kernel_size, stride, padding) * (math.prod(block) / divisor_override)
+    around = (padding, padding) if isinstance(padding, int) else tuple(padding)
+    steps = block if stride in (None, []) else (stride, stride) if isinstance(stride, int) else tuple(stride)
+    lengths = [int(length) for length in input.shape[-2:]]
+    with untraced():
+        ones = torch.ones(1, 1, *lengths, dtype=input.dtype, device=input.device)
+        means = F.avg_pool2d(ones, kernel_size, stride, padding, True, count_include_pad)
+        counts = [int(size) for size in means.shape[-2:]]
+        behind = [
+            (count - 1) * step + size - length - before
+            for count, step, size, length, before in zip(counts, steps, block, lengths, around, strict=True)
+        ]
+        margins = (around[1], max(behind[1], 0), around[0], max(behind[0], 0))
+        factors = means / F.avg_pool2d(F.pad(ones, margins), kernel_size, stride)[..., : counts[0], : counts[1]]
+    pooled = F.avg_pool2d(F.pad(input, margins), kernel_size, stride)[..., : counts[0], : counts[1]]
+    return pooled if bool((factors == 1).all()) else pooled * factors
 
 
-def supports_divisor(
+def supports_avg_pool2d(
     input: Tensor,
     kernel_size: Any,
     stride: Any = None,
@@ -85,8 +106,46 @@ def supports_divisor(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> bool:
-    """Return whether there is such a divisor, and every window has as many values."""
-    return divisor_override is not None and not ceil_mode
+    """Return whether there is a divisor and every window has as many values, or windows reach over the end."""
+    if divisor_override is not None:
+        return not ceil_mode
+    return ceil_mode
+
+
+def avg_pool1d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> Tensor:
+    """Compute ``F.avg_pool1d`` whose last window reaches over the end: it is a mean of its own."""
+    size, step, around = (
+        int(one[0]) if isinstance(one, (tuple, list)) and one else one for one in (kernel_size, stride, padding)
+    )
+    length = int(input.shape[-1])
+    whole = F.avg_pool1d(input, size, step or size, around, False, count_include_pad)
+    with untraced():
+        means = F.avg_pool1d(torch.ones(1, 1, length), size, step or size, around, True, count_include_pad)
+    count = int(whole.shape[-1])
+    if means.shape[-1] == count:
+        return whole
+    last = input.narrow(-1, start := count * (step or size) - around, length - start).mean(-1, keepdim=True)
+    share = float(means[0, 0, -1])  # of the values in the window that are none of padding
+    return torch.cat([whole, last if share == 1 else last * share], -1)
+
+
+def supports_avg_pool1d(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+) -> bool:
+    """Return whether windows may reach over the end."""
+    return ceil_mode
 
 
 def max_pool3d(

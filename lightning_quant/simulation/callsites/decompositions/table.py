@@ -74,8 +74,6 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
         lambda input, other: arithmetic.floor_divide(other, input), arithmetic.supports_floor_divide
     ),
     "softplus": Decomposition(arithmetic.softplus, arithmetic.supports_softplus),
-    "log2": Decomposition(composed.logarithm(2)),
-    "log10": Decomposition(composed.logarithm(10)),
     **{function.__name__: Decomposition(function) for function in composed.OF_ONE_NUMBER},
     "cosine_similarity": Decomposition(composed.cosine_similarity),
     "cross": Decomposition(composed.cross),
@@ -104,7 +102,8 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "adaptive_max_pool3d": Decomposition(
         pooling.maximum(3), lambda input, output_size, return_indices=False: not return_indices
     ),
-    "avg_pool2d": Decomposition(pooling.with_divisor, pooling.supports_divisor),
+    "avg_pool1d": Decomposition(pooling.avg_pool1d, pooling.supports_avg_pool1d),
+    "avg_pool2d": Decomposition(pooling.avg_pool2d, pooling.supports_avg_pool2d),
     "avg_pool3d": Decomposition(pooling.avg_pool3d, pooling.supports_avg_pool3d),
     "max_pool3d": Decomposition(pooling.max_pool3d, pooling.supports_max_pool3d),
     "layer_norm": Decomposition(norms.layer_norm, norms.supports_layer_norm),
@@ -166,9 +165,10 @@ def _diagonal(input: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> T
     return flat.index_select(-1, on_it)
 
 
-def _tile(input: Tensor, *dims: Any) -> Tensor:
+def _tile(input: Tensor, *counted: Any, dims: Any = None) -> Tensor:
     """Compute ``tile`` by ``repeat``: PyTorch's exporter writes it with a branch."""
-    counts = list(dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims)
+    given = counted if dims is None else (dims,)
+    counts = list(given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given)
     return input.repeat([1] * (input.dim() - len(counts)) + counts)
 
 
