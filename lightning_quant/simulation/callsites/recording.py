@@ -139,7 +139,8 @@ class Recorder:
             target = args[0] if args else kwargs.get("input")
             self.aliases.wrote(target)
         reads_part = name in TAKE and bool(args) and id(args[0]) in running.joined
-        if reads_part and (source := source_of(running, func, args, kwargs)) is not None:
+        source = source_of(running, func, args, kwargs) if reads_part else None
+        if source is not None and id(source.tensor) not in self.parts:  # AIMET would lose the network's input
             self.aliases.parts.add((id(module), at))
             if (id(module), at) in self.aliases.passed_by:
                 self._note(name, (source.tensor,), {}, source.part)

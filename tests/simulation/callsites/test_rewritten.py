@@ -532,6 +532,35 @@ def test_writes_that_are_not_rewritten_compute_the_same(function: Callable[[Rewr
         torch.testing.assert_close(known.network(IMAGES), float_network(IMAGES), rtol=0, atol=1e-5)
 
 
+class Normalized(nn.Module):
+    """An image whose colors are normalized one after the other, in a copy of it."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.conv, self.in_place = nn.Conv2d(3, 4, 3), in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        for color in range(3):
+            if self.in_place:
+                x[:, color].sub_(0.4 + color / 20).div_(0.3 - color / 20)
+            else:
+                x[:, color] = (x[:, color] - 0.4) / (0.2 + color / 10)
+        return self.conv(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_colors_normalized_one_by_one(tmp_path: Path, in_place: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    network, colors = Normalized(in_place).eval(), torch.rand(8, 3, 10, 10)
+    float_network = copy.deepcopy(network)
+    known = calibrated(network, call(colors))
+    with unrounded(known):
+        torch.testing.assert_close(known.network(colors), float_network(colors), rtol=0, atol=1e-5)
+    assert export_bundle(known, tmp_path / "bundle", [call(colors)]).manifest.parity.psnr_db > 50
+
+
 def test_attributes_hold_tensors_as_changed_in_place() -> None:
     network = ReadsKept().eval()
     float_network = copy.deepcopy(network)
