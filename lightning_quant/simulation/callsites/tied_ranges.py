@@ -131,14 +131,31 @@ def tie_ranges(sim: Any) -> None:
 
 
 def _part_from_what_is_made_of_it(sim: Any) -> None:
-    """Give a tensor a range of its own where a concatenation joins it with what arithmetic makes of it."""
+    """Give a tensor a range of its own where a concatenation joins it with what arithmetic makes of it.
+
+    Steps of a recurrence, each made of the one before, are alike: they keep one range.
+    """
     for op in sim.connected_graph.ordered_ops:
-        for product in op.inputs if _is_concatenation(sim, op) else ():
-            source = _computed_by(sim, product)
-            places: Any = getattr(sim._get_qmodule(source), "output_quantizers", ()) if source is not None else ()
-            is_tied = len(places) == 1 and places[0] is not None and places[0] in outputs(sim, op)
-            if is_tied and any(_is_made_of(sim, one, source) for one in op.inputs if one is not product):
-                places[0] = copy.deepcopy(places[0])
+        if not _is_concatenation(sim, op):
+            continue
+        sources = {_computed_by(sim, product): product for product in op.inputs}
+        made_of = [
+            source
+            for source, product in sources.items()
+            if _is_tied(sim, source, op)
+            and any(_is_made_of(sim, one, source) for one in op.inputs if one is not product)
+        ]
+        if len(made_of) == 1:
+            places = sim._get_qmodule(made_of[0]).output_quantizers
+            places[0] = copy.deepcopy(places[0])
+
+
+def _is_tied(sim: Any, source: Any, op: Any) -> bool:
+    """Return whether an operation, no step of a recurrent layer, outputs one tensor with the range of another's."""
+    module: Any = None if source is None else sim._get_qmodule(source)
+    places: Any = getattr(module, "output_quantizers", ())
+    is_step = module is not None and module.__dict__.get("_repeats") is not None
+    return len(places) == 1 and not is_step and places[0] is not None and places[0] in outputs(sim, op)
 
 
 def _computed_by(sim: Any, product: Any) -> Any:

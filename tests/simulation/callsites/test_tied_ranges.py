@@ -297,6 +297,29 @@ def test_what_is_made_of_a_tensor_does_not_make_its_steps_coarse(function: Any, 
         assert psnr(known.network(given).detach().numpy(), output) > 40
 
 
+class Averaged(nn.Module):
+    """A moving average over the columns of a map, and a recurrent layer."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.conv, self.gru, self.steps = nn.Conv2d(3, 8, 3, padding=1), nn.GRU(8, 8, batch_first=True), steps
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        columns, state, states = self.conv(x).mean(2), torch.zeros(x.shape[0], 8), []
+        for step in range(self.steps):
+            state = state * 0.5 + columns[..., step]
+            states.append(state)
+        return torch.stack(states, 1), self.gru(columns[..., : self.steps].transpose(1, 2))[0]
+
+
+@pytest.mark.parametrize("steps", [3, 6])
+def test_steps_of_a_recurrence_keep_one_range(steps: int) -> None:
+    known = calibrated(Averaged(steps).eval(), call(images(4)))
+    joins = [one for one in known.network.modules() if isinstance(one, aimet.custom.Concat)]
+    assert len(joins) == 2
+    assert not [quantizer for one in joins for quantizer in one.input_quantizers if quantizer is not None]
+
+
 @needs_emulator
 @pytest.mark.parametrize("name", ["adaptive max pool as a module", "max pool of what is used elsewhere", "images"])
 @pytest.mark.parametrize(("precision", "least"), [("w8a8", 40), ("w8a16", 75)])
