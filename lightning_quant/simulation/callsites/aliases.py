@@ -155,7 +155,9 @@ def _memory(tensor: Tensor) -> int | None:
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
-    """Return whether two views of one tensor have an element in common."""
+    """Return whether two views of one tensor have an element in common; of other numbers in the same bytes: yes."""
+    if one.dtype != other.dtype:
+        return True
     with untraced():
         size = one.untyped_storage().nbytes() // one.element_size()
         held = torch.zeros(size, dtype=torch.bool)

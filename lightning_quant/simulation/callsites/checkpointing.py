@@ -10,7 +10,7 @@ import torch
 import torch.utils.checkpoint
 
 from lightning_quant.simulation.callsites.interception import Interception
-from lightning_quant.simulation.callsites.passes import THREAD, Pass
+from lightning_quant.simulation.callsites.passes import THREAD, Pass, current
 from lightning_quant.simulation.callsites.traces import tracing_state
 
 
@@ -20,6 +20,7 @@ def _resuming_pass(function: Callable[..., Any]) -> Callable[..., Any]:
     if first is None or first.observer is not None:
         return function
     stack, counts = list(first.stack), dict(first.counts)
+    changes, joined = first.changes, dict(first.joined)
 
     @functools.wraps(function, assigned=("__name__", "__doc__"), updated=())
     def resumed(*args: Any, **kwargs: Any) -> Any:
@@ -27,6 +28,7 @@ def _resuming_pass(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         running = THREAD.running = Pass()
         running.stack, running.counts = list(stack), dict(counts)
+        running.changes, running.joined = changes, dict(joined)
         try:
             with Interception(running):
                 return function(*args, **kwargs)
@@ -47,12 +49,12 @@ def follow_checkpoints() -> None:
 
     @functools.wraps(without_reentrant)
     def generator(fn: Any, *args: Any, **kwargs: Any) -> Any:
-        return without_reentrant(_resuming_pass(fn), *args, **kwargs)
+        return without_reentrant(_resuming_pass(fn), *current(args), **current(kwargs))
 
     def apply(function: Any, *args: Any) -> Any:
         if tracing_state() is not None:
             return function(*args[1:])  # the first says whether to keep the state of the random numbers
-        return reentrant(_resuming_pass(function), *args)
+        return reentrant(_resuming_pass(function), *current(args))
 
     setattr(module, name, generator)
     module.CheckpointFunction.apply = apply

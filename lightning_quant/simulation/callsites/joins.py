@@ -10,14 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_quant.simulation.callsites.decompositions.indexed_writes import box_of
 from lightning_quant.simulation.callsites.decompositions.table import TRACE_SUBSTITUTES
 from lightning_quant.simulation.callsites.passes import Pass
-from lightning_quant.simulation.callsites.places import Place, same
+from lightning_quant.simulation.callsites.places import PlacedSite
 from lightning_quant.simulation.callsites.traces import tracing_state
-from lightning_quant.simulation.callsites.views import Box, box_taken
+from lightning_quant.simulation.callsites.views import Box, as_written, box_taken
 
 # Functions that take a part of a tensor.
 TAKE = frozenset(("getitem", "narrow", "select"))
@@ -28,11 +29,13 @@ class Join:
     """How a tensor came about.
 
     Args:
+        made: the tensor, alive, so that its number stays its own.
         whole: what was written into.
         box: where.
         part: what was written.
     """
 
+    made: Tensor
     whole: Tensor
     box: Box
     part: Any
@@ -54,9 +57,13 @@ class Source:
 def note_join(running: Pass, whole: Tensor, key: Any, part: Any, result: Tensor) -> None:
     """Remember how a tensor came about for the rest of the pass, if what was written is a block of it."""
     box = box_of(key, whole)
-    if box is not None and result is not whole:
-        running.joined[id(result)] = Join(whole, box, part)
-        running.kept.append(result)
+    if box is None or result is whole:
+        return
+    if isinstance(part, Tensor) and list(part.shape) == _sizes(box) and not torch.is_grad_enabled():
+        with torch.enable_grad():
+            before = whole[box]
+        part = as_written(before, part)  # what is read there has the gradient of what was there
+    running.joined[id(result)] = Join(result, whole, box, part)
 
 
 def source_of(running: Pass, func: Any, args: Any, kwargs: Any) -> Source | None:
@@ -83,26 +90,18 @@ def source_of(running: Pass, func: Any, args: Any, kwargs: Any) -> Source | None
     return Source(tensor, part if part.shape == shape else part.reshape(shape))
 
 
+def _sizes(box: Box) -> list[int]:
+    return [one.stop - one.start for one in box]
+
+
 def _is_inside(box: list[slice], join: Join) -> bool:
-    sizes = [one.stop - one.start for one in join.box]
-    fits = isinstance(join.part, Tensor) and list(join.part.shape) == sizes and join.part.dtype == join.whole.dtype
+    part = join.part
+    fits = isinstance(part, Tensor) and list(part.shape) == _sizes(join.box) and part.dtype == join.whole.dtype
     return fits and all(b.start <= a.start and a.stop <= b.stop for a, b in zip(box, join.box, strict=True))
 
 
-class SourceSite:
-    """A place where a part is read of what was written into.
-
-    Args:
-        name: base name of the function.
-        at: its place.
-    """
-
-    def __init__(self, name: str, at: Place) -> None:
-        self.name = name
-        self.at = same(at)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+class SourceSite(PlacedSite):
+    """A place where a part is read of what was written into."""
 
     def compute(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
         """Take the part from where it came from."""

@@ -120,6 +120,23 @@ class CallSite(Protocol):
         """Compute what was called, or return ``NotImplemented`` to let the function do it."""
 
 
+class PlacedSite:
+    """A call site that knows its place.
+
+    Args:
+        name: base name of the function that is called there.
+        at: the place.
+    """
+
+    def __init__(self, name: str, at: Place) -> None:
+        self.name = name
+        self.at = same(at)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.at = same(self.at)  # numbers of objects are of this process
+
+
 class Sites(dict[Place, CallSite]):
     """The call sites of a module, by place."""
 

@@ -11,12 +11,12 @@ from lightning_quant.simulation.callsites.decompositions.table import DECOMPOSIT
 from lightning_quant.simulation.callsites.functions import in_place
 from lightning_quant.simulation.callsites.joins import note_join
 from lightning_quant.simulation.callsites.passes import Pass
-from lightning_quant.simulation.callsites.places import CallSite, Place, Sites, same
+from lightning_quant.simulation.callsites.places import CallSite, Place, PlacedSite, Sites
 from lightning_quant.simulation.callsites.rules.table import GENERIC, RULES, inplace_by_position
 from lightning_quant.simulation.callsites.views import changed_into, writes_itself
 
 
-class Site:
+class Site(PlacedSite):
     """The module that computes one operation in the code of a network.
 
     Args:
@@ -28,15 +28,10 @@ class Site:
     """
 
     def __init__(self, name: str, holder: nn.Module, child: str, own: bool, at: Place) -> None:
-        self.name = name
+        super().__init__(name, at)
         self.holder = holder
         self.child = child
         self.own = own
-        self.at = at
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.at = same(self.at)  # numbers are of this process
 
     def module(self, running: Pass) -> nn.Module:
         """Return the module that computes: of the network that runs, which can be a copy that AIMET made."""
@@ -62,7 +57,7 @@ class Site:
         return result
 
 
-class DecomposedSite:
+class DecomposedSite(PlacedSite):
     """An operation that is computed by its decomposition, each part of which has a site of its own.
 
     Args:
@@ -72,12 +67,8 @@ class DecomposedSite:
     """
 
     def __init__(self, name: str, at: Place, joins: bool = False) -> None:
-        self.name = name
-        self.at = same(at)
+        super().__init__(name, at)
         self.joins = joins
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
 
     def fits(self, running: Pass, args: Any, kwargs: Any) -> bool:
         """Return whether the decomposition computes the same with these arguments; if not, the function does it."""

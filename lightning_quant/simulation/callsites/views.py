@@ -8,7 +8,6 @@ view; all else is computed as the network's code says.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from lightning_quant.simulation.callsites.decompositions.indexed_writes import (
 from lightning_quant.simulation.callsites.decompositions.table import TRACE_SUBSTITUTES
 from lightning_quant.simulation.callsites.functions import LIKE_ANOTHER, base_name, tensors_among
 from lightning_quant.simulation.callsites.passes import Pass, replace
-from lightning_quant.simulation.callsites.places import Place, same
+from lightning_quant.simulation.callsites.places import Place, PlacedSite
 from lightning_quant.simulation.callsites.traces import tracing_state, untraced
 
 # A block of a tensor: a slice for each axis.
@@ -40,11 +39,13 @@ class Step:
         take: from the whole to the part.
         put: from the whole and a part to the whole with that part in it; ``None`` if several places share a value.
         key: what the whole was indexed with, if it was.
-        box: the block of the whole that it takes, if it is one.
+        shape: that of the part.
+        box: the block of the whole that it takes, if it is one and not all of it.
         detaches: whether a change of the part has no part in the gradient of the whole.
     """
 
     take: Callable[[Tensor], Tensor]
+    shape: torch.Size
     put: Callable[[Tensor, Tensor], Tensor] | None = None
     key: Any = None
     box: Box | None = None
@@ -126,20 +127,8 @@ def writes_itself(running: Pass, args: Any) -> bool:
     return type(view.step.key) is type(key) and bool(view.step.key == key)
 
 
-class ViewSite:
-    """A place where a view is taken that is changed in place, or whose whole is.
-
-    Args:
-        name: base name of the function.
-        at: its place.
-    """
-
-    def __init__(self, name: str, at: Place) -> None:
-        self.name = name
-        self.at = same(at)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+class ViewSite(PlacedSite):
+    """A place where a view is taken that is changed in place, or whose whole is."""
 
     def compute(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
         """Take the view."""
@@ -203,19 +192,12 @@ def _within(running: Pass, at: Place) -> Iterator[None]:
 
 def box_taken(func: Any, args: Any, kwargs: Any) -> tuple[Box, torch.Size] | None:
     """Return which block of its first argument a function takes, and the shape of that; ``None`` if it is none."""
-    whole, *rest = args
-    if tensors_among((rest, kwargs)):
-        return None
-    shape = tuple(int(size) for size in whole.shape)
-    with untraced():
-        known = torch.empty(shape, device="meta")
-        part = func(known, *rest, **kwargs)
-    box = _box(part, shape, known.stride())
-    return None if box is None else (box, part.shape)
+    step = _step(func, args, kwargs, None)
+    return None if step is None or step.box is None else (step.box, step.shape)
 
 
 def _step(func: Any, args: Any, kwargs: Any, index: int | None) -> Step | None:
-    """Return how a function takes a view of a tensor; ``None`` if that depends on values."""
+    """Return how a function takes a view of a tensor; ``None`` if that depends on values, or is not of the like."""
     whole, *rest = args
 
     def take(tensor: Tensor) -> Tensor:
@@ -224,29 +206,33 @@ def _step(func: Any, args: Any, kwargs: Any, index: int | None) -> Step | None:
 
     if tensors_among((rest, kwargs)) and base_name(func) not in LIKE_ANOTHER:
         return None
+    lengths = tuple(int(size) for size in whole.shape)
     with untraced():
-        part = take(torch.empty(whole.shape, device="meta"))
-    shape = tuple(int(size) for size in whole.shape)
-    strides = torch.empty(shape, device="meta").stride()
-    detaches = func is Tensor.detach
-    if part.numel() == math.prod(shape):
+        like = torch.empty(lengths, dtype=whole.dtype, device="meta")
+        try:
+            part = take(like)
+        except (RuntimeError, TypeError, ValueError):  # code that looks at values, or at devices
+            return None
+    if part.dtype != whole.dtype:  # the same bytes, read as other numbers
+        return None
+    if part.numel() == like.numel():
         if part.is_contiguous():
-            return Step(take, lambda _, values: values.reshape(shape), detaches=detaches)
-        order = _order(part, shape, strides)
+            return Step(take, part.shape, lambda _, values: values.reshape(lengths), detaches=func is Tensor.detach)
+        order = _order(part, lengths, like.stride())
         if order is not None:
-            return Step(take, lambda _, values: values.permute(order))
+            return Step(take, part.shape, lambda _, values: values.permute(order))
     key = rest[0] if rest and func is Tensor.__getitem__ else None
-    if (box := _box(part, shape, strides)) is not None:
+    if (box := _box(part, lengths, like.stride())) is not None:
         sizes = [one.stop - one.start for one in box]
 
         def put(tensor: Tensor, values: Tensor) -> Tensor:
             number = values.__dict__.get(FILLED_WITH)
             return set_item(tensor, box, values.reshape(sizes) if number is None else number)
 
-        return Step(take, put, key, box)
+        return Step(take, part.shape, put, key, box)
     if key is not None and supports_set_item(whole, key, whole):
-        return Step(take, lambda tensor, values: set_item(tensor, key, values), key)
-    return Step(take)
+        return Step(take, part.shape, lambda tensor, values: set_item(tensor, key, values), key)
+    return Step(take, part.shape)
 
 
 def _order(part: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int] | None:

@@ -536,8 +536,35 @@ def _written_without_a_gradient(module: Any, x: Tensor) -> Tensor:
         y[:, :1] = 0.5
         y[:, 2:4].mul_(2.0)
         y.clamp_(-1.0, 1.0)
+        y[:, 6:7] = y[:, 4:5].sigmoid()
+    read = y[:, 6:7] * 2
     y.detach()[:, 4:6].mul_(0.5)
-    return y + 0.5
+    return y + read
+
+
+def _complex_and_changed(module: Any, x: Tensor) -> Tensor:
+    y = x.flatten(2).unflatten(2, (-1, 2)) * 1.5
+    turned = torch.view_as_complex(y)
+    y.mul_(2.0)
+    return torch.view_as_real(turned).reshape(x.shape)
+
+
+class ChangedAndCheckpointed(nn.Module):
+    """A part that is run again in the backward pass, with what was changed in place before."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.conv, self.last, self.reentrant = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x) * 1.5
+        y[:, :2] = y[:, 2:4].sigmoid() * 9
+
+        def part(given: Tensor) -> Tensor:
+            return self.last(given) + given[:, 4:] * 2  # type: ignore[no-any-return]
+
+        output: Tensor = torch.utils.checkpoint.checkpoint(part, y, use_reentrant=self.reentrant)
+        return output
 
 
 def _parts_read(module: Any, x: Tensor) -> Tensor:
@@ -646,6 +673,9 @@ PATTERNS: dict[str, Pattern] = {
     "functional in place": between(lambda m, x: F.relu(x, inplace=True) + x),
     "filled in": between(lambda m, x: _filled(x)),
     "views in place": between(_views_changed),
+    "bytes read as other numbers": between(_complex_and_changed),
+    "changed in place, then checkpointed": Pattern(partial(ChangedAndCheckpointed, False), one_image),
+    "changed in place, then checkpointed, reentrant": Pattern(partial(ChangedAndCheckpointed, True), one_image),
     "views in place, without a gradient": between(_written_without_a_gradient),
     "parts of what is written into": between(_parts_read),
     "views in place, by another module": Pattern(ChangesItsInput, one_image),

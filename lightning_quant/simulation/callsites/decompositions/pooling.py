@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,10 +42,6 @@ def maximum(axes: int) -> Callable[..., Tensor]:
     """Return what computes ``F.adaptive_max_pool1d``, ``2d`` or ``3d``, (N, C, ..., L)."""
 
     def compute(input: Tensor, output_size: Any, return_indices: bool = False) -> Tensor:
-        if axes == 3 and input.dim() == 5 and not _is_uneven(input, axes, output_size):
-            sizes = [int(size) for size in input.shape[-axes:]]
-            counts = _counts(input, axes, output_size)
-            return F.max_pool3d(input, [size // count for size, count in zip(sizes, counts, strict=True)])
         return _pooled(input, axes, output_size, Tensor.amax)
 
     return compute
@@ -59,7 +56,15 @@ def supports(axes: int) -> Callable[..., bool]:
     return supported
 
 
-def supports_volumes(input: Tensor, output_size: Any, return_indices: bool = False) -> bool:
+def adaptive_max_pool3d(input: Tensor, output_size: Any, return_indices: bool = False) -> Tensor:
+    """Compute ``F.adaptive_max_pool3d``: the NPU has no maxima of volumes, of equal blocks neither."""
+    if input.dim() != 5 or _is_uneven(input, 3, output_size):
+        return _pooled(input, 3, output_size, Tensor.amax)
+    counts = _counts(input, 3, output_size)
+    return F.max_pool3d(input, [int(size) // count for size, count in zip(input.shape[-3:], counts, strict=True)])
+
+
+def supports_adaptive_max_pool3d(input: Tensor, output_size: Any, return_indices: bool = False) -> bool:
     """Return whether no one asks where the largest values were."""
     return not return_indices
 
@@ -97,19 +102,10 @@ def avg_pool2d(
     return pooled if bool((factors == 1).all()) else pooled * factors
 
 
-def supports_avg_pool2d(
-    input: Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
-) -> bool:
+def supports_avg_pool2d(*args: Any, **kwargs: Any) -> bool:
     """Return whether there is a divisor and every window has as many values, or windows reach over the end."""
-    if divisor_override is not None:
-        return not ceil_mode
-    return ceil_mode
+    given = inspect.signature(avg_pool2d).bind(*args, **kwargs).arguments
+    return bool(given.get("ceil_mode")) != (given.get("divisor_override") is not None)
 
 
 def avg_pool1d(
@@ -136,16 +132,9 @@ def avg_pool1d(
     return torch.cat([whole, last if share == 1 else last * share], -1)
 
 
-def supports_avg_pool1d(
-    input: Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-) -> bool:
+def supports_avg_pool1d(*args: Any, **kwargs: Any) -> bool:
     """Return whether windows may reach over the end."""
-    return ceil_mode
+    return bool(inspect.signature(avg_pool1d).bind(*args, **kwargs).arguments.get("ceil_mode"))
 
 
 def max_pool3d(
@@ -166,9 +155,10 @@ def max_pool3d(
     )
 
 
-def supports_max_pool3d(input: Tensor, *args: Any, **kwargs: Any) -> bool:
+def supports_max_pool3d(*args: Any, **kwargs: Any) -> bool:
     """Return whether there is a batch of volumes, and no one asks where the largest values were."""
-    return input.dim() == 5 and not kwargs.get("return_indices") and not args[5:]
+    given = inspect.signature(max_pool3d).bind(*args, **kwargs).arguments
+    return given["input"].dim() == 5 and not given.get("return_indices")
 
 
 def avg_pool3d(
@@ -190,10 +180,10 @@ def avg_pool3d(
     return means if divisor_override is None else means * (depth[0] * math.prod(image[0]) / divisor_override)
 
 
-def supports_avg_pool3d(input: Tensor, *args: Any, **kwargs: Any) -> bool:
+def supports_avg_pool3d(*args: Any, **kwargs: Any) -> bool:
     """Return whether there is a batch of volumes, and every window has as many values where there is a divisor."""
-    has_divisor = kwargs.get("divisor_override") is not None or len(args) > 5
-    return input.dim() == 5 and not (has_divisor and (kwargs.get("ceil_mode") or args[3:4] == (True,)))
+    given = inspect.signature(avg_pool3d).bind(*args, **kwargs).arguments
+    return given["input"].dim() == 5 and not (given.get("ceil_mode") and given.get("divisor_override") is not None)
 
 
 def _parted(*settings: Any) -> tuple[list[int], list[tuple[int, int]]]:
