@@ -82,8 +82,16 @@ class Masked(nn.Module):
         super().__init__()
         self.register_buffer("mask", torch.rand(1, 8, 8, 8) > 0.5)
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
+        a, b = inputs
         return torch.where(self.mask, F.relu(a), F.relu(b))
+
+
+class Filled(Masked):
+    """Values of a tensor or a number, by a mask that belongs to the network."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return F.relu(inputs[0]).masked_fill(self.mask, 1.0)
 
 
 class Classes(nn.Module):
@@ -392,7 +400,9 @@ def _reductions() -> list[Operator]:
         selected("topk", lambda x: x.topk(3, dim=-1)[0], TOKENS),
         selected("sort", lambda x: x.sort(dim=-1)[0], TOKENS),
         Operator("Reductions and selections", "where, by a mask", Masked, (MAP, MAP), ("ReLU",)),
-        selected("masked_fill", lambda a, b: a.masked_fill(b > 0.5, 1.0), MAP, MAP),
+        selected("where, by a comparison", lambda a, b: torch.where(b > 0.5, b, a), MAP, MAP),
+        Operator("Reductions and selections", "masked_fill, by a mask", Filled, (MAP,), ("ReLU",)),
+        selected("masked_fill, by a comparison", lambda a, b: a.masked_fill(b > 0.5, 1.0), MAP, MAP),
         selected("greater than", lambda a, b: (a > b).float(), MAP, MAP),
     ]  # fmt: skip
 

@@ -50,22 +50,7 @@ _PROBLEMS = {
 
 # What is on the NPU and computes the same, or nearly so, by operation.
 REMEDIES = {
-    "AdaptiveMaxPool2D": "use amax over height and width, if it is to 1x1",
-    "AdaptiveMaxPool2d": "use amax over height and width, if it is to 1x1",
-    "AvgPool3d": "use avg_pool2d over height and width, then over depth",
-    "CELU": "use nn.ELU, which is the same for alpha=1",
     "Erf": "use nn.GELU if it is part of one, or tanh",
-    "LayerNorm over 3 axes": "use nn.GroupNorm(1, channels), which is the same up to its weights",
-    "LogSigmoid": "use -softplus(-x), which is the same",
-    "Logsumexp": "use log(sum(exp(x - max))) + max, which is the same",
-    "MaxPool1D": "use nn.MaxPool1d, the module",
-    "MaxPool3D": "use max_pool2d over height and width, then over depth",
-    "MaxPool3d": "use max_pool2d over height and width, then over depth",
-    "PReLU": "use nn.LeakyReLU",
-    "Pow": "use square, sqrt and products: they are on the NPU, and so are the powers 2, 3, 0.5 and -0.5",
-    "Prod": "use products of slices",
-    "SELU": "use nn.ELU",
-    "Var": "use mean((x - mean(x)) ** 2), which is the same without the correction",
 }
 
 
@@ -114,8 +99,6 @@ def operation_of(layer: QuantizedLayer) -> str:
         parts.append("x".join(map(str, size if isinstance(size, tuple) else (size, size))))
     if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.weight is None:
         parts.append("without weights")
-    if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1:
-        parts.append(f"over {len(layer.normalized_shape)} axes")
     return " ".join(parts)
 
 
