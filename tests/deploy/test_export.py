@@ -496,13 +496,35 @@ class Around(nn.Module):
         lambda x: x - x.min(),
         lambda x: F.channel_shuffle(x, 2),
         nn.ChannelShuffle(2),
+        lambda x: torch.cat(torch.tensor_split(x, (1, 3), dim=2)[::-1], 2),
+        lambda x: torch.cat(x.tensor_split(3, -1)[::-1], -1),
+        lambda x: torch.cat(torch.tensor_split(x, indices=(1,), dim=2)[::-1], 2).unsqueeze(1).squeeze(1),
+        lambda x: torch.cat([x.hsplit(2)[1], torch.vsplit(x, 1)[0], torch.dsplit(x.tile(2, 1), 2)[1]], 1)[:, :4],
+        lambda x: torch.roll(x, (0, 2), (2, 3)),
+        lambda x: x.roll((11, -9), (-2, -1)),
+        lambda x: x.roll(3) + x.roll(8, 2),
+        lambda x: x + shifted_windows(x),
     ],
-    ids=["amin of two axes", "amin of channels", "min of an axis", "min of all", "channel_shuffle", "ChannelShuffle"],
-)
+    ids=[
+        "amin of two axes", "amin of channels", "min of an axis", "min of all", "channel_shuffle", "ChannelShuffle",
+        "tensor_split at places", "tensor_split in parts", "tensor_split and squeeze", "hsplit, vsplit, dsplit",
+        "roll by none", "roll by more than all", "roll of all values", "written to no place",
+    ],
+)  # fmt: skip
 def test_operations_that_onnx_has_in_another_form(function: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
     network = calibrated(seeded(Around(function)), call(images()))
     bundle = export_bundle(network, tmp_path / "net", [call(images())])
     assert bundle.manifest.parity.psnr_db > 60
+    written = {node.op_type for node in onnx.load(bundle.qdq).graph.node}
+    assert written.isdisjoint(("If", "Loop", "SplitToSequence", "SequenceAt"))
+
+
+def shifted_windows(x: Tensor) -> Tensor:
+    """The mask of Swin's shifted windows, of which one axis is shifted by none."""
+    mask = x.new_zeros(x.shape[2:])
+    for count, rows in enumerate((slice(0, -4), slice(-4, -0), slice(-0, None))):
+        mask[rows, 2:] = count
+    return mask
 
 
 def test_a_layer_that_differs_in_the_last_sample_only_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_quant.deploy.graph import activations, biases, constants, shared_grids, uniform_constants
+from lightning_quant.deploy.graph import activations, biases, constants, many_axes, shared_grids, uniform_constants
 from lightning_quant.deploy.graph.fixed import check_fixed, check_repeatable
 from lightning_quant.deploy.graph.log_softmax import divide_before_log_softmax
 from lightning_quant.deploy.graph.lowering import lowered
-from lightning_quant.deploy.graph.many_axes import leave_out_ones
 from lightning_quant.deploy.graph.passed_inputs import Grid, encode_passed_inputs, round_passed_inputs
 from lightning_quant.deploy.graph.products import keep_within
 from lightning_quant.deploy.graph.unused_parts import slice_used_parts
@@ -137,7 +136,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
         biases.complete_norms(quantized)
         passed = round_passed_inputs(quantized)
         coarser = biases.rescale_biases(quantized, floats)
-        leave_out_ones(quantized)
+        many_axes.write_in_fewer_axes(quantized)
     encodings_file = float_file.with_suffix(".encodings")
     encodings = json.loads(encodings_file.read_text())
     written = copy.deepcopy(encodings)
@@ -147,9 +146,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
     biases.update_encodings(encodings, coarser)
     uniform_constants.rewrite_encoded(model, encodings)
     encode_passed_inputs(model, encodings)
-    for name, origin in leave_out_ones(model).items():
-        entries = encodings["activation_encodings"]
-        entries += [{**entry, "name": name} for entry in entries if entry["name"] == origin]
+    many_axes.rewrite_encoded(model, encodings)
     if encodings != written:
         encodings_file.write_text(json.dumps(encodings, indent=2) + "\n")
     for graph, file in ((model, float_file), (quantized, qdq_file)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from lightning_quant.simulation.callsites.decompositions import (
     recurrent,
     resampling,
 )
+from lightning_quant.simulation.callsites.functions import tensors_among
 from lightning_quant.simulation.callsites.traces import untraced
 
 
@@ -172,6 +174,38 @@ def _tile(input: Tensor, *counted: Any, dims: Any = None) -> Tensor:
     return input.repeat([1] * (input.dim() - len(counts)) + counts)
 
 
+def _tensor_split(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    """Compute ``tensor_split`` by slices: PyTorch's exporter writes it with a loop."""
+    axis = kwargs["dim"] if "dim" in kwargs else args[1] if len(args) > 1 else 0
+    with untraced():
+        parts = torch.tensor_split(torch.empty([int(size) for size in input.shape], device="meta"), *args, **kwargs)
+    starts = itertools.accumulate((part.shape[axis] for part in parts), initial=0)
+    return tuple(input.narrow(axis, start, part.shape[axis]) for start, part in zip(starts, parts, strict=False))
+
+
+def _hsplit(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    return _tensor_split(input, *args, dim=1 if input.dim() > 1 else 0, **kwargs)
+
+
+def _vsplit(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    return _tensor_split(input, *args, dim=0, **kwargs)
+
+
+def _dsplit(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    return _tensor_split(input, *args, dim=2, **kwargs)
+
+
+def _roll(input: Tensor, shifts: Any, dims: Any = None) -> Tensor:
+    """Compute ``roll`` along the axes that move: PyTorch's exporter joins the others with a tensor of no values."""
+    if dims is None or dims == ():
+        return _roll(input.flatten(), shifts, 0).reshape(input.shape) if input.dim() != 1 else _roll(input, shifts, 0)
+    amounts, axes = ([one] if isinstance(one, int) else list(one) for one in (shifts, dims))
+    lengths = [int(input.shape[axis]) for axis in axes]
+    moved = [(amount % length, axis) for amount, axis, length in zip(amounts, axes, lengths, strict=True) if length]
+    moved = [(amount, axis) for amount, axis in moved if amount]
+    return torch.roll(input, [amount for amount, _ in moved], [axis for _, axis in moved]) if moved else input
+
+
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
     """Compute ``F.one_hot`` by comparisons: the NPU has none."""
     return (tensor.unsqueeze(-1) == torch.arange(num_classes, device=tensor.device)).to(tensor.dtype)
@@ -203,6 +237,15 @@ def _item(input: Tensor, key: Any) -> Tensor:
     return input[key]
 
 
+def _set_item(input: Tensor, key: Any, value: Any) -> None:
+    """Compute ``input[key] = value``, nothing where the key is of no value: PyTorch's exporter cannot write that."""
+    if not tensors_among(key):
+        with untraced():
+            if not torch.empty([int(size) for size in input.shape], device="meta")[key].numel():
+                return
+    input[key] = value
+
+
 def _index_select(input: Tensor, dim: int, index: Tensor) -> Tensor:
     """Compute ``index_select`` along the last axis, long rows a multiple of eight long: others the NPU gets wrong."""
     dim %= input.dim()
@@ -223,6 +266,12 @@ TRACE_SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     Tensor.cumsum: _cumsum,
     torch.channel_shuffle: _channel_shuffle,
     Tensor.__getitem__: _item,
+    Tensor.__setitem__: _set_item,
+    **dict.fromkeys((torch.roll, Tensor.roll), _roll),
+    **dict.fromkeys((torch.tensor_split, Tensor.tensor_split), _tensor_split),
+    **dict.fromkeys((torch.hsplit, Tensor.hsplit), _hsplit),
+    **dict.fromkeys((torch.vsplit, Tensor.vsplit), _vsplit),
+    **dict.fromkeys((torch.dsplit, Tensor.dsplit), _dsplit),
     **dict.fromkeys((torch.index_select, Tensor.index_select), _index_select),
     **dict.fromkeys((torch.movedim, torch.moveaxis, Tensor.movedim, Tensor.moveaxis), _movedim),
     **dict.fromkeys((torch.diagonal, Tensor.diagonal), _diagonal),
