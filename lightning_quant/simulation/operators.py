@@ -18,6 +18,7 @@ from torch import nn
 from lightning_quant.precision import Precision
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.aimet import QuantizedLayer
+from lightning_quant.simulation.callsites.attributes import MASK_IS_COMPUTED
 from lightning_quant.simulation.precisions import computed_precisions, quantized_layers
 from lightning_quant.simulation.preflight import Finding, FindingKind
 from lightning_quant.utilities.parsing import parse_as, read_json
@@ -99,6 +100,8 @@ def operation_of(layer: QuantizedLayer) -> str:
         parts.append("x".join(map(str, size if isinstance(size, tuple) else (size, size))))
     if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.weight is None:
         parts.append("without weights")
+    if vars(layer).get(MASK_IS_COMPUTED):
+        parts.append("by a computed mask")
     return " ".join(parts)
 
 

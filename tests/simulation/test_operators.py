@@ -130,21 +130,27 @@ def test_each_chip_has_findings_of_its_own() -> None:
     assert off_the_npu(made, None) == []
 
 
-@pytest.mark.parametrize("computed", [True, False])
-def test_nothing_is_claimed_where_networks_with_an_operation_disagree(computed: bool) -> None:
-    class Masked(nn.Module):
-        """Values or a number, by a mask: SM8350's compiler refuses one that is computed."""
+class Masked(nn.Module):
+    """Values or a number, by a mask that belongs to the network or is computed."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-            self.register_buffer("mask", torch.rand(6, 6) > 0.5)
+    def __init__(self, computed: bool, chooses: bool) -> None:
+        super().__init__()
+        self.conv, self.computed, self.chooses = nn.Conv2d(3, 4, 3), computed, chooses
+        self.register_buffer("mask", torch.rand(6, 6) > 0.5)
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.conv(x)
-            return x.masked_fill(x > 0.5 if computed else self.mask, 0.0)
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        mask = (x > 0.5).logical_not() if self.computed else self.mask.logical_not()
+        return torch.where(mask, x, torch.relu(x)) if self.chooses else x.masked_fill(mask, 0.0)
 
-    assert off_the_npu(quantized(Masked().eval()), 68) == []
+
+@pytest.mark.parametrize("where", [True, False])
+def test_masks_that_are_computed_are_told_from_those_that_are_not(where: bool) -> None:
+    (finding,) = off_the_npu(quantized(Masked(True, where).eval()), 68)
+    assert (finding.module, finding.kind) == ("where" if where else "masked_fill", FindingKind.REFUSED)
+    assert "by a computed mask is refused" in finding.problem
+    assert off_the_npu(quantized(Masked(True, where).eval()), 75) == []
+    assert off_the_npu(quantized(Masked(False, where).eval()), 68) == []
 
 
 def test_what_decides_is_part_of_the_operation() -> None:

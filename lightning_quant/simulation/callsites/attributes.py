@@ -31,6 +31,8 @@ ROUNDED_BY = "_input_rounded_by"
 GATES = "_gates"
 # A choice between tensors and numbers, one of which stands for minus infinity: the size of the smallest of these.
 FILLS = "_fills_in_minus_infinity"
+# Of a layer that chooses: whether the mask comes from what the network computes.
+MASK_IS_COMPUTED = "_mask_is_computed"
 # Numbers of at least this size stand for infinity where they are put in place of scores, or added to them. People write
 # -1e3, -1e4 and what is below it.
 INFINITE = 1e3

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_quant.simulation.callsites.aliases import Aliases
@@ -15,6 +16,7 @@ from lightning_quant.simulation.callsites.attributes import (
     FILLS,
     FOLDED,
     INFINITE,
+    MASK_IS_COMPUTED,
     NUMBER,
     RECURRENT,
     SEEN,
@@ -318,9 +320,12 @@ class Recorder:
         numbers = [value for value in operands if isinstance(value, int | float)]
         if len(numbers) == 1:
             child.__dict__[NUMBER] = float(numbers[0])
-        filled = [self._size_of_infinity(value) for value in args[1:3]] if name in ("where", "masked_fill") else []
-        if any(filled):
-            child.__dict__[FILLS] = min(size for size in filled if size)
+        if name in ("where", "masked_fill"):
+            masks = [tensor for tensor in tensors_among((args, kwargs)) if tensor.dtype == torch.bool]
+            child.__dict__[MASK_IS_COMPUTED] = self._depends(masks)
+            filled = [self._size_of_infinity(value) for value in args[1:3]]
+            if any(filled):
+                child.__dict__[FILLS] = min(size for size in filled if size)
         child.__dict__["_compares"] = name in COMPARISONS
         child.__dict__["_moves"] = name in CHOICES or (name in MOVES and name not in CASTS)
         name = name if rule is not GENERIC else f"{name}*"

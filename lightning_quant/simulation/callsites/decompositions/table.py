@@ -171,7 +171,23 @@ def _tile(input: Tensor, *counted: Any, dims: Any = None) -> Tensor:
     """Compute ``tile`` by ``repeat``: PyTorch's exporter writes it with a branch."""
     given = counted if dims is None else (dims,)
     counts = list(given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given)
-    return input.repeat([1] * (input.dim() - len(counts)) + counts)
+    return _repeat(input, [1] * (input.dim() - len(counts)) + counts)
+
+
+def _repeat(input: Tensor, *counted: Any, repeats: Any = None) -> Tensor:
+    """Compute ``repeat``, nothing of it where each axis is there once: the NPU's compiler crashes on that."""
+    given = counted if repeats is None else (repeats,)
+    counts = list(given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given)
+    if any(int(count) != 1 for count in counts):
+        return input.repeat(counts)
+    in_front = len(counts) - input.dim()
+    return input.reshape([1] * in_front + [*input.shape]) if in_front else input
+
+
+def _repeat_interleave(input: Tensor, repeats: Any, dim: int | None = None, **kwargs: Any) -> Tensor:
+    if isinstance(repeats, int) and repeats == 1:
+        return input if dim is not None else input.flatten()
+    return torch.repeat_interleave(input, repeats, dim, **kwargs)
 
 
 def _tensor_split(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -278,6 +294,8 @@ TRACE_SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     torch.clamp: _clamp,
     Tensor.clamp: _clamp,
     **dict.fromkeys((torch.tile, Tensor.tile), _tile),
+    Tensor.repeat: _repeat,
+    **dict.fromkeys((torch.repeat_interleave, Tensor.repeat_interleave), _repeat_interleave),
     F.one_hot: _one_hot,
     # integers are finite
     **dict.fromkeys((torch.nan_to_num, Tensor.nan_to_num), lambda input, *_, **__: input),

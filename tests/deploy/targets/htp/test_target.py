@@ -149,6 +149,24 @@ class Erf(nn.Module):
         return torch.erf(x)
 
 
+class Clipped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.masked_fill(x > 0.5, 0.0)
+
+
+def test_what_the_preflight_says_is_refused_is(tmp_path: Path) -> None:
+    network = calibrated(nn.Sequential(nn.Conv2d(3, 4, 3), Clipped()).eval(), call(images(1)))
+    assert [one.kind for one in off_the_npu(network, 68)] == [FindingKind.REFUSED]
+    assert off_the_npu(network, 75) == []
+    mine = export_bundle(network, tmp_path / "net", [call(images(1))])
+    sample = {mine.manifest.input_names[0]: images(1).numpy()}
+    with pytest.raises(DeviceError, match="compiler refused the network"):
+        HtpEmulatorTarget("SM8350").run(mine, [sample], tmp_path)
+    (newer,) = HtpEmulatorTarget("SM8650").run(mine, [sample], tmp_path)
+    assert newer.report.float_islands == []
+    assert newer.report.fallen_back == {}
+
+
 def test_what_the_preflight_says_is_left_to_the_cpu_is(tmp_path: Path) -> None:
     network = calibrated(nn.Sequential(nn.Conv2d(3, 4, 3), Erf(), nn.Conv2d(4, 4, 1)).eval(), call(images(1)))
     assert [(one.module, one.kind) for one in off_the_npu(network, 75)] == [("1.erf", FindingKind.ON_CPU)]
