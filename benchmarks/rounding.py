@@ -43,6 +43,7 @@ WAYS: dict[str, list[Any]] = {
     "nearest": [],
     "bias correction": ["bias_correction"],
     "rounding": ["rounding"],
+    "rounding, then clipping": ["rounding", "clipping"],
     # as in 2004.10568: for weights alone, and with the batch and the iterations of AIMET's below
     "rounding, layer by layer": [{"rounding": {"unit": "layer", "drop": 1.0, "batch": 32, "iterations": 1000}}],
     "rounding of weights alone": [{"rounding": {"drop": 1.0}}],

@@ -80,8 +80,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         monitor: the metric, as your validation logs it. ``None`` is allowed where nothing is compared.
         mode: ``"max"`` if more of it is better, ``"min"`` if less is.
         rungs: repairs to try before training, cheapest first: ``"ptq"``, ``"min_max"``, ``"tf_enhanced"``,
-            ``"percentile"``, ``"cle"``, ``"bn_reestimation"``, ``"bias_correction"``, ``"seq_mse"``, ``"rounding"``,
-            ``"adaround"``, ``"attention"``, ``"mixed"``; with options as ``{"mixed": {"budget": 0.05}}``; or a ``Rung``
+            ``"percentile"``, ``"cle"``, ``"joins"``, ``"bn_reestimation"``, ``"bias_correction"``, ``"seq_mse"``,
+            ``"rounding"``, ``"clipping"``, ``"adaround"``, ``"attention"``, ``"mixed"``; with options as
+            ``{"mixed": {"budget": 0.05}}``; or a ``Rung``
             of your own, an instance or the dotted path of the class.
         train_ranges: learn the ranges too, all but those of the network's inputs. ``False`` keeps them as calibrated.
         distillation: weight of a second loss, the squared difference from the float network's output relative to its

@@ -159,6 +159,7 @@ RUNGS: Registry[Rung] = Registry(
         "bias_correction": f"{__package__}.rungs.bias_correction.BiasCorrection",
         "seq_mse": f"{__package__}.rungs.seq_mse.SequentialMse",
         "rounding": f"{__package__}.rungs.rounding.LearnedRounding",
+        "clipping": f"{__package__}.rungs.ptq.ClippedActivations",
         "adaround": f"{__package__}.rungs.adaround.AdaptiveRounding",
         "attention": f"{__package__}.rungs.attention.AttentionPrecision",
         "joins": f"{__package__}.rungs.joins.JoinedPrecision",

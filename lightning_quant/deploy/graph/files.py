@@ -17,6 +17,7 @@ from lightning_quant.deploy.graph import activations, biases, constants, many_ax
 from lightning_quant.deploy.graph.fixed import check_fixed, check_repeatable
 from lightning_quant.deploy.graph.log_softmax import divide_before_log_softmax
 from lightning_quant.deploy.graph.lowering import lowered
+from lightning_quant.deploy.graph.padding import write_padding_again
 from lightning_quant.deploy.graph.passed_inputs import Grid, encode_passed_inputs, round_passed_inputs
 from lightning_quant.deploy.graph.products import keep_within
 from lightning_quant.deploy.graph.unused_parts import slice_used_parts
@@ -133,6 +134,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
         encoded = constants.encode_constants(quantized)
         shared |= keep_within(quantized)
         uniform_constants.rewrite_uniform(quantized)
+        write_padding_again(quantized)
         biases.complete_norms(quantized)
         passed = round_passed_inputs(quantized)
         coarser = biases.rescale_biases(quantized, floats)
@@ -145,6 +147,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
     activations.update_encodings(encodings, parted)
     biases.update_encodings(encodings, coarser)
     uniform_constants.rewrite_encoded(model, encodings)
+    write_padding_again(model, encodings)
     encode_passed_inputs(model, encodings)
     many_axes.rewrite_encoded(model, encodings)
     if encodings != written:

@@ -1,10 +1,8 @@
-"""Constants with one value for all elements, which the NPU's compiler gets wrong in two places (QAIRT 2.51).
+"""Constants with one value for all elements, which the NPU's compiler gets wrong where they are added with 16 bits.
 
-- **Added with 16 bits**: behind a convolution the sum is thousands of steps off, with zeros where the sum has a wider
-  range, or the network is refused. What is subtracted is right to the step: ``x + c`` is ``x − (−c)``, on the same
-  grid, as integers and zero point are counted from its other end.
-- **Last in a concatenation**: along the innermost axis the device puts other values. A constant of several values is
-  right, so one element of another value follows it, and is cut off again.
+Behind a convolution the sum is thousands of steps off, with zeros where the sum has a wider range, or the network is
+refused (QAIRT 2.51). What is subtracted is right to the step: ``x + c`` is ``x − (−c)``, on the same grid, as integers
+and zero point are counted from its other end.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_quant.deploy.graph.qdq import QdqGraph, axis_of, of_integers
+from lightning_quant.deploy.graph.qdq import QdqGraph, of_integers
 
 if TYPE_CHECKING:
     import onnx
@@ -22,7 +20,7 @@ _LAST = np.iinfo(np.uint16).max
 
 
 def rewrite_uniform(model: onnx.ModelProto) -> None:
-    """Subtract what a QDQ graph adds of such constants, and cut off what follows them in concatenations.
+    """Subtract what a QDQ graph adds of such constants.
 
     Args:
         model: a QDQ graph, its constants integers; changed in place.
@@ -41,22 +39,7 @@ def rewrite_uniform(model: onnx.ModelProto) -> None:
                         made[name] = _read(graph, source, negated, "negated", nodes)
                     node.op_type, node.input[:] = "Sub", [node.input[1 - index], made[name]]
                     break
-            nodes.append(node)
-            continue
-        source = _source(graph, node.input[-1]) if node.op_type == "Concat" else None
-        arrays = [] if source is None else [graph.array(one) for one in source.input]
-        if source is None or arrays[0].flat[0] == arrays[2]:  # zeros are right
-            nodes.append(node)
-            continue
-        longer = [_longer(arrays[0], axis_of(node), arrays[2].item()), *arrays[1:]]
-        node.input[-1] = _read(graph, source, longer, "longer", nodes)
         nodes.append(node)
-        (output,), joined = node.output, graph.free(f"{node.output[0]}_longer")
-        node.output[0] = joined
-        takers = graph.consumers[output]
-        if takers and all(taker.op_type == "QuantizeLinear" for taker in takers):
-            joined = _rounded(graph, joined, takers[0], nodes)
-        nodes.append(_all_but_the_last(graph, joined, output, axis_of(node)))
     graph.replace_nodes(nodes)
 
 
@@ -75,25 +58,17 @@ def rewrite_encoded(model: onnx.ModelProto, encodings: dict[str, Any]) -> None:
     made: dict[str, str] = {}
     for node in model.graph.node:
         nodes.append(node)
-        for index, name in enumerate(node.input if node.op_type in ("Add", "Concat") else ()):
+        for index, name in enumerate(node.input if node.op_type == "Add" else ()):
             value, entry = graph.known(name), known.get(name)
             if value is None or entry is None or not _is_uniform(value):
                 continue
-            if node.op_type == "Add" and entry["bw"] == 16:
+            if entry["bw"] == 16:
                 if name not in made:
                     made[name] = graph.add(f"{name}_negated", -value)
                     (offset,) = entry["offset"]
                     entries.append({**entry, "name": made[name], "is_sym": False, "offset": [-(_LAST + offset)]})
                 node.op_type, node.input[:] = "Sub", [node.input[1 - index], made[name]]
                 break
-            if node.op_type == "Concat" and index == len(node.input) - 1 and value.flat[0] != 0:
-                node.input[index] = graph.add(f"{name}_longer", _longer(value, axis_of(node), 0.0))
-                entries.append({**entry, "name": node.input[index]})
-                (output,), joined = node.output, graph.free(f"{node.output[0]}_longer")
-                node.output[0] = joined
-                if output in known:
-                    entries.append({**known[output], "name": joined})
-                nodes.append(_all_but_the_last(graph, joined, output, axis_of(node)))
     graph.replace_nodes(nodes)
     left = QdqGraph(model)
     gone = of_constants - left.producers.keys() - left.constants.keys()
@@ -112,13 +87,6 @@ def _is_uniform(array: np.ndarray) -> bool:
     return array.size > 0 and bool((array == array.flat[0]).all())
 
 
-def _longer(array: np.ndarray, axis: int, other: float) -> np.ndarray:
-    """Return an array with one more element of another value along an axis."""
-    shape = list(array.shape)
-    shape[axis] = 1
-    return np.concatenate([array, np.full(shape, other, array.dtype)], axis)
-
-
 def _read(
     graph: QdqGraph, source: onnx.NodeProto, arrays: list[np.ndarray], suffix: str, nodes: list[onnx.NodeProto]
 ) -> str:
@@ -129,21 +97,3 @@ def _read(
     numbers = f"{names[0]}_qdq"
     nodes.append(helper.make_node("DequantizeLinear", names, [numbers], f"{numbers}_dq"))
     return numbers
-
-
-def _rounded(graph: QdqGraph, name: str, like: onnx.NodeProto, nodes: list[onnx.NodeProto]) -> str:
-    """Round a tensor as ``like`` rounds another; return the name of the numbers."""
-    from onnx import helper
-
-    integers, numbers, grid = graph.free(f"{name}_q"), graph.free(f"{name}_qdq"), list(like.input[1:])
-    nodes.append(helper.make_node("QuantizeLinear", [name, *grid], [integers], integers))
-    nodes.append(helper.make_node("DequantizeLinear", [integers, *grid], [numbers], numbers))
-    return numbers
-
-
-def _all_but_the_last(graph: QdqGraph, name: str, output: str, axis: int) -> onnx.NodeProto:
-    from onnx import helper
-
-    parts = {"starts": 0, "ends": -1, "axes": axis}
-    limits = [graph.add(f"{name}_{part}", np.array([value], np.int64)) for part, value in parts.items()]
-    return helper.make_node("Slice", [name, *limits], [output], f"{name}_cut_off")

@@ -1,4 +1,4 @@
-"""Ranges only: the weights stay as they are, every range is taken from the calibration data."""
+"""Ranges only, taken from the calibration data: the weights stay as they are."""
 
 from __future__ import annotations
 
@@ -75,3 +75,34 @@ class PercentileRanges(CalibratedRanges):
 
     def __init__(self, percentile: float = 99.99) -> None:
         super().__init__(Percentile(percentile))
+
+
+class ClippedActivations(Rung):
+    """Ranges of activations without the outermost values, for the weights as earlier rungs left them.
+
+    An estimator is tried on the float weights. Where rounding these costs so much that no range helps, as at 4 bits,
+    clipping pays only once they are rounded well.
+
+    Args:
+        percentile: where the upper end of a range lies, and mirrored the lower one, 50 to 100.
+    """
+
+    name = "clipping"
+
+    def __init__(self, percentile: float = 99.99) -> None:
+        self.estimator = Percentile(percentile)
+
+    @override
+    def skip_reason(self, network: QuantizedNetwork, context: RungContext) -> str | None:
+        known = network.range_estimator == self.estimator
+        return f"its ranges are those of {self.estimator} already" if known else None
+
+    @override
+    def cost(self, network: QuantizedNetwork, context: RungContext) -> Cost:
+        return Cost(calibration(network))
+
+    @override
+    def apply(self, network: QuantizedNetwork, context: RungContext) -> str:
+        network.set_range_estimator(self.estimator)
+        samples = context.calibrate(network, weights=False)
+        return f"{self.estimator} ranges of activations from {samples} samples"

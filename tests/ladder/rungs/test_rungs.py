@@ -13,6 +13,7 @@ from lightning_quant.errors import LightningQuantError
 from lightning_quant.ladder.registry import parse_rungs
 from lightning_quant.ladder.rung import RUNGS, Rung
 from lightning_quant.ladder.rungs.layer_outputs import hooked, statistics
+from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.precisions import quantized_layers
 from lightning_quant.simulation.switched_off import unrounded, weights_only
 from tests.callbacks.rung_cases import dead_outliers, halfway, images, unequal
@@ -114,6 +115,25 @@ def test_percentiles_clip_the_outermost_values() -> None:
     with torch.no_grad():
         rung("percentile").apply(network, context)
     assert network.network.relu2.output_quantizers[0].get_max() < before
+
+
+def test_activations_are_clipped_for_the_weights_as_they_are() -> None:
+    network, context = context_of(precision="w4a8")
+    spoiled = [NetworkInputs((call.tensors[0].clone(),)) for call in batches()]
+    spoiled[0].tensors[0][0, 0, 0, 0] = 1000.0  # one pixel of one image that nothing is measured on
+    context.samples = lambda: iter(spoiled)
+    with torch.no_grad():
+        rung("rounding").apply(network, context)
+        before, measured = copy.deepcopy(network.state_dict()), context.measure()
+        assert rung("clipping").skip_reason(network, context) is None
+        said = rung("clipping").apply(network, context)
+    assert said == "percentile ranges of activations from 128 samples"
+    assert context.measure() > measured + 10
+    after = network.state_dict()
+    of_weights = [key for key in before if "weight" in key or "bias" in key]
+    assert_same_tensors({key: after[key] for key in of_weights}, {key: before[key] for key in of_weights})
+    assert any("param_quantizers" in key for key in of_weights)
+    assert rung("clipping").skip_reason(network, context) == "its ranges are those of percentile already"
 
 
 def test_adaptive_rounding_rounds_up_and_down() -> None:

@@ -1,0 +1,113 @@
+"""Padding and concatenations with one value, which the NPU's compiler takes as a part of what is next to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_quant.deploy.blame.file import compare_file
+from lightning_quant.deploy.graph.files import write_onnx
+from tests.helpers.members import in_turn
+from tests.helpers.networks import calibrated, call
+from tests.helpers.qdq import NO_EMULATOR, computed, emulated, operations, psnr
+
+PRECISIONS = ["w8a8", "w8a16", "w4a8", "w4a16"]
+
+
+def zeros(y: Tensor, columns: int = 2) -> Tensor:
+    return torch.zeros_like(y[..., :columns])
+
+
+# What moves, cuts off and surrounds values of maps of 8 by 8.
+FILLED: dict[str, Callable[[Tensor], Tensor]] = {
+    "cut and padded at the left": lambda y: F.pad(y[..., 2:], (2, 0)),
+    "cut and padded at the top": lambda y: F.pad(y[:, :, 2:], (0, 0, 2, 0)),
+    "moved to the right": lambda y: F.pad(y[..., :-1], (1, 0)),
+    "moved to the left": lambda y: F.pad(y[..., 1:], (0, 1)),
+    "padded by more than was cut": lambda y: F.pad(y[..., 1:], (3, 0)),
+    "padded all around": lambda y: F.pad(y, (1, 1, 1, 1)),
+    "padded with ones": lambda y: F.pad(y, (2, 0), value=1.0),
+    "cut, and padded with ones": lambda y: F.pad(y[..., 2:], (2, 0), value=1.0),
+    "zeros first": lambda y: torch.cat([zeros(y), y[..., 2:]], -1),
+    "zeros last": lambda y: torch.cat([y, zeros(y)], -1),
+    "zeros in place of the last": lambda y: torch.cat([y[..., :-2], zeros(y)], -1),
+    "zeros and ones": lambda y: torch.cat([zeros(y), y, zeros(y) + 1.0], -1),
+    "some channels moved": lambda y: torch.cat(
+        [F.pad(y[:, :2, :, 1:], (0, 1)), F.pad(y[:, 2:4, :, :-1], (1, 0)), y[:, 4:]], 1
+    ),
+}
+READERS: dict[str, Callable[[], nn.Module]] = {
+    "convolution": lambda: nn.Conv2d(8, 4, 3, padding=1),
+    "1×1 convolution": lambda: nn.Conv2d(8, 4, 1),
+    "maximum": lambda: nn.MaxPool2d(2),
+    "mean of blocks": lambda: nn.AvgPool2d(2),
+    "mean": lambda: nn.AdaptiveAvgPool2d(1),
+    "ReLU": nn.ReLU,
+    "nothing": nn.Identity,
+}
+MEANS: dict[str, Callable[[], nn.Module]] = {
+    **{f"means of blocks of {size}": lambda size=size: nn.AvgPool2d(size, padding=1) for size in (2, 3)},
+    "means of blocks in a row": lambda: nn.Sequential(nn.Flatten(1, 2), nn.AvgPool1d(4, padding=2)),
+    "means of blocks, without what is around": lambda: nn.AvgPool2d(2, padding=1, count_include_pad=False),
+    "means of windows": lambda: nn.AvgPool2d(3, 1, 1),
+}  # fmt: skip
+
+
+class Filled(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor], reader: nn.Module) -> None:
+        super().__init__()
+        self.first, self.function, self.reader = nn.Conv2d(4, 8, 3, padding=1), function, reader
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reader(self.function(self.first(x)))
+
+
+def check(network: nn.Module, precision: str, folder: Path) -> onnx.ModelProto:
+    """Compare simulation, both files and the NPU; return the quantized file."""
+    samples = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    known, given = calibrated(network.eval(), call(samples), precision=precision), samples[:1]
+    write_onnx(known, call(given), folder / "float.onnx", folder / "qdq.onnx")
+    in_float, model = onnx.load(folder / "float.onnx"), onnx.load(folder / "qdq.onnx")
+    inputs = {model.graph.input[0].name: given.numpy()}
+    with torch.no_grad():
+        expected = known(given).numpy()
+    assert psnr(expected, computed(model, folder, **inputs)[0]) > 100
+    assert psnr(expected, computed(in_float, folder, **inputs)[0]) > (30 if precision.endswith("a8") else 40)
+    names = [one["name"] for one in json.loads((folder / "float.encodings").read_text())["activation_encodings"]]
+    assert len(names) == len(set(names))
+    assert {*names} <= {one for node in in_float.graph.node for one in (*node.input, *node.output)}
+    assert not compare_file(known, model, list(inputs), [call(given)]).guilty
+    if NO_EMULATOR is None:
+        report, (output,) = emulated(model, folder / "npu", **inputs)
+        assert not report.float_islands
+        assert not report.layers["CPU"]
+        assert psnr(expected, output) > (40 if precision.endswith("a8") else 55)
+    return model
+
+
+@pytest.mark.parametrize("precision", ["w8a8", pytest.param("w8a16", marks=pytest.mark.torture)])
+@pytest.mark.parametrize(("filling", "reader"), in_turn(FILLED, READERS))
+def test_one_value_around_others_is_there_on_the_npu(tmp_path: Path, filling: str, reader: str, precision: str) -> None:
+    torch.manual_seed(0)
+    check(Filled(FILLED[filling], READERS[reader]()), precision, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "precision"), in_turn(MEANS, PRECISIONS))
+def test_means_count_what_is_around_the_map(tmp_path: Path, name: str, precision: str) -> None:
+    torch.manual_seed(0)
+    check(Filled(nn.Identity(), MEANS[name]()), precision, tmp_path)
+
+
+@pytest.mark.parametrize("reader", ["convolution", "maximum"])
+def test_zeros_that_are_right_stay_as_they_are(tmp_path: Path, reader: str) -> None:
+    torch.manual_seed(0)
+    model = check(Filled(FILLED["padded all around"], READERS[reader]()), "w8a8", tmp_path)
+    assert operations(model, "Pad")
+    assert not operations(model, "Where")
