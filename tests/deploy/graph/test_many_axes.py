@@ -118,7 +118,7 @@ def test_the_file_has_fewer_axes_and_computes_the_same(tmp_path: Path, name: str
         assert not report.float_islands
         assert not report.layers["CPU"]
         coarse = precision.endswith("a8") or name == "attention"  # the NPU's 16-bit products of activations
-        assert psnr(expected, output) > (40 if coarse else 55)
+        assert psnr(expected, output) > (38 if coarse else 55)
 
 
 @pytest.mark.parametrize("function", ["cumsum", "output"])
