@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_quant.deploy.graph import activations, biases, constants, many_axes, shared_grids, uniform_constants
+from lightning_quant.deploy.graph.block_means import write_means_in_another_way
 from lightning_quant.deploy.graph.fixed import check_fixed, check_repeatable
 from lightning_quant.deploy.graph.log_softmax import divide_before_log_softmax
 from lightning_quant.deploy.graph.lowering import lowered
@@ -134,6 +135,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
         encoded = constants.encode_constants(quantized)
         shared |= keep_within(quantized)
         uniform_constants.rewrite_uniform(quantized)
+        write_means_in_another_way(quantized)
         write_padding_again(quantized)
         biases.complete_norms(quantized)
         passed = round_passed_inputs(quantized)
@@ -147,6 +149,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
     activations.update_encodings(encodings, parted)
     biases.update_encodings(encodings, coarser)
     uniform_constants.rewrite_encoded(model, encodings)
+    write_means_in_another_way(model, encodings)
     write_padding_again(model, encodings)
     encode_passed_inputs(model, encodings)
     many_axes.rewrite_encoded(model, encodings)

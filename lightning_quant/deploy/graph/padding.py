@@ -1,9 +1,9 @@
 """What surrounds the values of a tensor, written again behind what joins it to them: the NPU's compiler gets it wrong.
 
 It takes padding, and concatenations with a constant of one value, as the padding of what comes next, or as a part of
-what was before (QAIRT 2.51): means of padded maps leave the zeros out or count them as others, convolutions see zeros
-where there are ones, and of what is cut off at the left and padded there the old values come back. A choice by a mask
-in between is computed as it is written. Zeros around what was not cut are right in front of convolutions and maxima.
+what was before (QAIRT 2.51): means over padded maps leave the zeros out, convolutions see zeros where there are ones,
+and of what is cut off at the left and padded there the old values come back. A choice by a mask in between is computed
+as it is written. Zeros around what was not cut are right in front of convolutions and maxima.
 """
 
 from __future__ import annotations
@@ -64,9 +64,6 @@ class _Writing:
 
     def take(self, node: onnx.NodeProto) -> None:
         """Write a node, and what comes behind it."""
-        if node.op_type == "AveragePool":
-            self._pooled(node)
-            return
         fillings = list(self._fillings(node))
         if fillings and (grid := self._grid_behind(node.output[0])) is not None:
             self._masked(node, node.output[0], grid, fillings)
@@ -144,6 +141,13 @@ class _Writing:
         is_one = array.dtype.kind == "f" and array.size > 0 and bool((array == array.flat[0]).all())
         return float(array.flat[0]) if is_one else None
 
+    def _is_times_zero(self, name: str) -> bool:
+        """Return whether a tensor is another one times zero: an idiom for zeros of its size."""
+        node = self.graph.producers.get(name)
+        while node is not None and node.op_type in _ROUNDING:
+            node = self.graph.producers.get(node.input[0])
+        return node is not None and node.op_type == "Mul" and any(self._one_value(one) == 0 for one in node.input)
+
     def _masked(self, node: onnx.NodeProto, output: str, grid: Sequence[str], fillings: Sequence[_Filling]) -> None:
         """Write a node, and the choices that put its values again, on the grid of what it puts out."""
         from onnx import helper
@@ -187,37 +191,6 @@ class _Writing:
     def _encoded_as(self, name: str, like: str) -> None:
         if self.entries is not None and like in self.known:
             self.entries.append({**self.known[like], "name": name})
-
-    def _pooled(self, node: onnx.NodeProto) -> None:
-        """Pad in front of means of blocks that count what is around the map: the compiler leaves it out."""
-        from onnx import helper
-
-        values = {one.name: helper.get_attribute_value(one) for one in node.attribute}
-        pads, size = values.get("pads", []), self.sizes.get(node.input[0])
-        blocks = values["kernel_shape"] == values.get("strides") and not values.get("ceil_mode")
-        read = self.graph.producers.get(node.input[0])
-        grid: Sequence[str] | None = None
-        if self.entries is not None:
-            grid = () if node.input[0] in self.known else None
-        elif read is not None and read.op_type == "DequantizeLinear":
-            grid = list(read.input[1:])
-        if not (any(pads) and values.get("count_include_pad") and blocks and size is not None and grid is not None):
-            self.nodes.append(node)
-            return
-        around = len(pads) // 2
-        all_pads = [0] * (len(size) - around) + pads[:around] + [0] * (len(size) - around) + pads[around:]
-        (given, *_), padded = node.input, self.graph.free(f"{node.input[0]}_padded")
-        counts = self.graph.add(f"{padded}_pads", np.array(all_pads, np.int64))
-        if self.entries is not None:
-            self.known[padded] = {**self.known[given], "name": padded}
-            self.entries.append(self.known[padded])
-        pad = helper.make_node("Pad", [given, counts], [padded], f"{padded}_node")
-        self._masked(pad, padded, grid, list(_around(size, all_pads, 0.0)))
-        kept = [one for one in node.attribute if one.name not in ("pads", "count_include_pad")]
-        del node.attribute[:]
-        node.attribute.extend(kept)
-        node.input[0] = self._rounded(padded, grid, padded) if grid else padded
-        self.nodes.append(node)
 
 
 def _around(size: Sequence[int], pads: Sequence[int], value: float) -> Iterator[_Filling]:

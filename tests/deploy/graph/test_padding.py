@@ -38,6 +38,7 @@ FILLED: dict[str, Callable[[Tensor], Tensor]] = {
     "zeros first": lambda y: torch.cat([zeros(y), y[..., 2:]], -1),
     "zeros last": lambda y: torch.cat([y, zeros(y)], -1),
     "zeros in place of the last": lambda y: torch.cat([y[..., :-2], zeros(y)], -1),
+    "values times zero first": lambda y: torch.cat([y * 0, y], -1)[..., 6:-2],
     "zeros and ones": lambda y: torch.cat([zeros(y), y, zeros(y) + 1.0], -1),
     "some channels moved": lambda y: torch.cat(
         [F.pad(y[:, :2, :, 1:], (0, 1)), F.pad(y[:, 2:4, :, :-1], (1, 0)), y[:, 4:]], 1
@@ -52,17 +53,28 @@ READERS: dict[str, Callable[[], nn.Module]] = {
     "ReLU": nn.ReLU,
     "nothing": nn.Identity,
 }
-MEANS: dict[str, Callable[[], nn.Module]] = {
-    **{f"means of blocks of {size}": lambda size=size: nn.AvgPool2d(size, padding=1) for size in (2, 3)},
-    "means of blocks in a row": lambda: nn.Sequential(nn.Flatten(1, 2), nn.AvgPool1d(4, padding=2)),
-    "means of blocks, without what is around": lambda: nn.AvgPool2d(2, padding=1, count_include_pad=False),
-    "means of windows": lambda: nn.AvgPool2d(3, 1, 1),
-}  # fmt: skip
+MEANS: dict[str, Callable[[Tensor], Tensor]] = {
+    "blocks of two, padded": lambda y: F.avg_pool2d(y, 2, padding=1),
+    "blocks of three, padded": lambda y: F.avg_pool2d(y, 3, padding=1),
+    "blocks in a row, padded": lambda y: F.avg_pool1d(y.flatten(1, 2), 4, padding=2),
+    "blocks, without what is around": lambda y: F.avg_pool2d(y, 2, padding=1, count_include_pad=False),
+    "windows, padded": lambda y: F.avg_pool2d(y, 3, 1, 1),
+    "blocks of what was cut at the left": lambda y: F.avg_pool2d(y[..., 2:], 2),
+    "blocks of what was cut, behind a ReLU": lambda y: F.avg_pool2d(y[:, :, 1:, 1:].relu(), 2),
+    "blocks of a row": lambda y: F.avg_pool2d(y[..., 2:], (1, 2)),
+    "blocks of three of what was cut": lambda y: F.avg_pool2d(y[:, :, 2:, 2:], 3),
+    "windows of three of what was cut": lambda y: F.avg_pool2d(y[..., 3:], 3, 1),
+    "windows of what was cut, apart": lambda y: F.avg_pool2d(y[..., 1:], 3, 2),
+    "blocks of chunks": lambda y: torch.cat([F.avg_pool2d(part, 2) for part in y.chunk(2, 2)], 1),
+    "blocks, moved by one": lambda y: F.avg_pool2d(F.pad(y, (-1, 1, -1, 1)), 2),
+    "blocks of channels": lambda y: F.avg_pool2d(y[:, 2:4, 2:], 2),
+}
 
 
 class Filled(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor], reader: nn.Module) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor], reader: nn.Module | None = None) -> None:
         super().__init__()
+        reader = nn.Identity() if reader is None else reader
         self.first, self.function, self.reader = nn.Conv2d(4, 8, 3, padding=1), function, reader
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,9 +112,9 @@ def test_one_value_around_others_is_there_on_the_npu(tmp_path: Path, filling: st
 
 
 @pytest.mark.parametrize(("name", "precision"), in_turn(MEANS, PRECISIONS))
-def test_means_count_what_is_around_the_map(tmp_path: Path, name: str, precision: str) -> None:
+def test_means_are_of_the_blocks_that_are_meant(tmp_path: Path, name: str, precision: str) -> None:
     torch.manual_seed(0)
-    check(Filled(nn.Identity(), MEANS[name]()), precision, tmp_path)
+    check(Filled(MEANS[name]), precision, tmp_path)
 
 
 @pytest.mark.parametrize("reader", ["convolution", "maximum"])
