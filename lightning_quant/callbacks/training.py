@@ -82,8 +82,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         rungs: repairs to try before training, cheapest first: ``"ptq"``, ``"min_max"``, ``"tf_enhanced"``,
             ``"percentile"``, ``"cle"``, ``"joins"``, ``"bn_reestimation"``, ``"bias_correction"``, ``"seq_mse"``,
             ``"rounding"``, ``"clipping"``, ``"adaround"``, ``"attention"``, ``"mixed"``; with options as
-            ``{"mixed": {"budget": 0.05}}``; or a ``Rung``
-            of your own, an instance or the dotted path of the class.
+            ``{"mixed": {"budget": 0.05}}``; or a ``Rung`` of your own, an instance or the dotted path of the class.
         train_ranges: learn the ranges too, all but those of the network's inputs. ``False`` keeps them as calibrated.
         distillation: weight of a second loss, the squared difference from the float network's output relative to its
             power; or weights of several losses by name, such as ``{"kl": 1.0, "temperature": 2.0}`` for the divergence

@@ -38,7 +38,7 @@ FILLED: dict[str, Callable[[Tensor], Tensor]] = {
     "zeros first": lambda y: torch.cat([zeros(y), y[..., 2:]], -1),
     "zeros last": lambda y: torch.cat([y, zeros(y)], -1),
     "zeros in place of the last": lambda y: torch.cat([y[..., :-2], zeros(y)], -1),
-    "values times zero first": lambda y: torch.cat([y * 0, y], -1)[..., 6:-2],
+    "values times zero first": lambda y: torch.cat([y * 0, y], -1),
     "zeros and ones": lambda y: torch.cat([zeros(y), y, zeros(y) + 1.0], -1),
     "some channels moved": lambda y: torch.cat(
         [F.pad(y[:, :2, :, 1:], (0, 1)), F.pad(y[:, 2:4, :, :-1], (1, 0)), y[:, 4:]], 1
