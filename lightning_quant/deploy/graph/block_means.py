@@ -9,16 +9,16 @@ they have odd ones.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_quant.deploy.graph.qdq import QdqGraph, sizes_of
+from lightning_quant.deploy.graph.qdq import QdqGraph, axis_of, sizes_of
 
 if TYPE_CHECKING:
     import onnx
 
-_MOVING = ("Concat", "Pad", "Slice", "Split")
 # What leaves each value where it is.
 _IN_PLACE = (
     "Clip", "DequantizeLinear", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mul", "QuantizeLinear", "Relu",
@@ -38,7 +38,7 @@ def write_means_in_another_way(model: onnx.ModelProto, encodings: dict[str, Any]
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         size = sizes.get(node.input[0]) if node.input else None
-        if node.op_type != "AveragePool" or size is None or not _is_wrong(graph, node):
+        if node.op_type != "AveragePool" or size is None or not _is_wrong(graph, sizes, node):
             nodes.append(node)
         elif any(side % 2 and side > 1 for side in _values(node)["kernel_shape"]):
             nodes += _as_convolution(graph, node, size[1], encodings)
@@ -98,18 +98,31 @@ def _as_windows(graph: QdqGraph, node: onnx.NodeProto, encodings: dict[str, Any]
     return nodes
 
 
-def _is_wrong(graph: QdqGraph, node: onnx.NodeProto) -> bool:
+def _is_wrong(graph: QdqGraph, sizes: Mapping[str, Sequence[int]], node: onnx.NodeProto) -> bool:
     """Return whether the compiler is known to compute a mean otherwise, and another way is known."""
     values = _values(node)
     is_padded, block = any(values.get("pads", [])), values["kernel_shape"]
     if values.get("ceil_mode") or max(block) == 1 or (is_padded and not values.get("count_include_pad")):
         return False
-    return (is_padded and block == values.get("strides")) or _is_moved(graph, node.input[0])
+    return (is_padded and block == values.get("strides")) or _is_moved(graph, sizes, node.input[0])
 
 
-def _is_moved(graph: QdqGraph, name: str) -> bool:
-    """Return whether a tensor is a part of another one or padded, whatever was done to each of its values since."""
+def _is_moved(graph: QdqGraph, sizes: Mapping[str, Sequence[int]], name: str) -> bool:
+    """Return whether a map is a part of another one or padded, whatever was done to each of its values since."""
     node = graph.producers.get(name)
-    if node is None or node.op_type in _MOVING:
+    if node is None or _moves(graph, len(sizes.get(name, ())), node):
         return node is not None
-    return node.op_type in _IN_PLACE and any(_is_moved(graph, one) for one in node.input)
+    return node.op_type in _IN_PLACE and any(_is_moved(graph, sizes, one) for one in node.input)
+
+
+def _moves(graph: QdqGraph, rank: int, node: onnx.NodeProto) -> bool:
+    """Return whether a node cuts, pads or joins along height or width; channels are no matter."""
+    if node.op_type in ("Concat", "Split"):
+        return not rank or axis_of(node, 0) % rank > 1
+    if node.op_type == "Slice":
+        axes = graph.known(node.input[3]) if len(node.input) > 3 else None
+        return axes is None or not rank or any(int(axis) % rank > 1 for axis in axes)
+    if node.op_type == "Pad":
+        pads = graph.known(node.input[1])
+        return pads is None or any(pads[index] for index in range(len(pads)) if index % (len(pads) // 2) > 1)
+    return False

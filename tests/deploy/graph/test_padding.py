@@ -117,6 +117,24 @@ def test_means_are_of_the_blocks_that_are_meant(tmp_path: Path, name: str, preci
     check(Filled(MEANS[name]), precision, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y: F.avg_pool2d(y, 2),
+        lambda y: F.avg_pool2d(torch.cat([y, y.relu()], 1), 3, 1, 1),
+        lambda y: F.avg_pool2d(y.chunk(2, 1)[1].sigmoid(), 2),
+        lambda y: F.avg_pool2d(F.pad(y, (0, 0, 0, 0, 1, 1)), 2),
+    ],
+    ids=["of all", "joined along channels", "some channels", "channels of zeros"],
+)
+def test_means_that_are_right_stay_as_they_are(tmp_path: Path, function: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model = check(Filled(function), "w8a8", tmp_path)
+    (pool,) = operations(model, "AveragePool")
+    assert not pool.output[0].endswith("_of_windows")
+    assert len(operations(model, "Conv")) == 1
+
+
 @pytest.mark.parametrize("reader", ["convolution", "maximum"])
 def test_zeros_that_are_right_stay_as_they_are(tmp_path: Path, reader: str) -> None:
     torch.manual_seed(0)
