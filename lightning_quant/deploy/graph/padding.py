@@ -2,7 +2,8 @@
 
 It takes padding, and concatenations with a constant of one value, as the padding of what comes next, or as a part of
 what was before (QAIRT 2.51): means over padded maps leave the zeros out, convolutions see zeros where there are ones,
-and of what is cut off at the left and padded there the old values come back. A choice by a mask in between is computed
+of what is cut off at the left and padded there the old values come back, and windows over what was cut begin before the
+cut. A choice by a mask in between is computed
 as it is written. Zeros around what was not cut are right in front of convolutions and maxima.
 """
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 _ROUNDING = ("QuantizeLinear", "DequantizeLinear")
 _CUTTING = ("Slice", "Split")
+_WINDOWS = ("AveragePool", "Conv", "ConvTranspose")
+# What leaves each value where it is.
+_IN_PLACE = ("Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mul", "Relu", "Sigmoid", "Tanh", "Where")
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,19 @@ class _Writing:
                 and len(node.input) < 4
             ):
                 yield from _around(size, pads.tolist(), value)
+        elif node.op_type == "Slice" and self._cuts_the_beginning(node):
+            yield _Filling(np.zeros(1, bool), 0.0)  # nowhere: what comes next is kept apart from the cut
+
+    def _cuts_the_beginning(self, node: onnx.NodeProto) -> bool:
+        """Return whether a slice takes a map from which the compiler lets what comes next begin too early."""
+        starts, axes = (
+            self.graph.known(name) for name in (node.input[1], node.input[3] if len(node.input) > 3 else "")
+        )
+        rank = len(self.sizes.get(node.input[0], ()))
+        if starts is None or axes is None or rank < 3:
+            return False
+        is_cut = any(int(axis) % rank > 1 and int(start) for start, axis in zip(starts, axes, strict=True))
+        return is_cut and any(reader.op_type in _WINDOWS for reader in self._readers(node.output[0], _IN_PLACE))
 
     def _is_right(self, node: onnx.NodeProto) -> bool:
         """Return whether the compiler computes a padding as it is written."""
@@ -116,10 +133,10 @@ class _Writing:
         is_cut = source is not None and source.op_type in _CUTTING
         return bool(readers) and readers <= {"Conv", "MaxPool"} and not is_cut
 
-    def _readers(self, name: str) -> Iterator[onnx.NodeProto]:
+    def _readers(self, name: str, seen_through: Sequence[str] = ()) -> Iterator[onnx.NodeProto]:
         for reader in self.graph.consumers[name]:
-            if reader.op_type in _ROUNDING:
-                yield from self._readers(reader.output[0])
+            if reader.op_type in _ROUNDING or reader.op_type in seen_through:
+                yield from self._readers(reader.output[0], seen_through)
             else:
                 yield reader
 

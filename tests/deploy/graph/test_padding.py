@@ -117,6 +117,23 @@ def test_means_are_of_the_blocks_that_are_meant(tmp_path: Path, name: str, preci
     check(Filled(MEANS[name]), precision, tmp_path)
 
 
+CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
+    "all channels": lambda: nn.Conv2d(8, 4, 3),
+    "padded": lambda: nn.Conv2d(8, 4, 3, padding=1),
+    "depthwise": lambda: nn.Conv2d(8, 8, 3, groups=8),
+    "depthwise, of a row": lambda: nn.Conv2d(8, 8, (1, 2), (1, 2), groups=8),
+    "behind a ReLU": lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(8, 4, 3)),
+    "transposed": lambda: nn.ConvTranspose2d(8, 4, 2, 2),
+    "strided": lambda: nn.Conv2d(8, 4, 3, 2),
+}
+
+
+@pytest.mark.parametrize(("name", "precision"), in_turn(CONVOLUTIONS, PRECISIONS))
+def test_convolutions_begin_where_the_map_was_cut(tmp_path: Path, name: str, precision: str) -> None:
+    torch.manual_seed(0)
+    check(Filled(lambda y: y[:, :, 1:, 2:], CONVOLUTIONS[name]()), precision, tmp_path)
+
+
 @pytest.mark.parametrize(
     "function",
     [
