@@ -3,8 +3,8 @@
 It takes padding, and concatenations with a constant of one value, as the padding of what comes next, or as a part of
 what was before (QAIRT 2.51): means over padded maps leave the zeros out, convolutions see zeros where there are ones,
 of what is cut off at the left and padded there the old values come back, and windows over what was cut begin before the
-cut. A choice by a mask in between is computed
-as it is written. Zeros around what was not cut are right in front of convolutions and maxima.
+cut. A choice by a mask in between is computed as it is written. Zeros around what was not cut are right in front of
+convolutions and maxima.
 """
 
 from __future__ import annotations
