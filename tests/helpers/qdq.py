@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
 
+from lightning_quant.deploy.blame.file import compare_file
 from lightning_quant.deploy.bundle import Bundle
+from lightning_quant.deploy.graph.files import write_onnx
 from lightning_quant.deploy.graph.qdq import exact_session
 from lightning_quant.deploy.manifest import BundleManifest
 from lightning_quant.deploy.parity import Parity
 from lightning_quant.deploy.targets.htp.target import HtpEmulatorTarget
 from lightning_quant.precision import Precision
 from lightning_quant.simulation.manifest import Manifest
+from lightning_quant.simulation.network import QuantizedNetwork
+from tests.helpers.networks import call
 
 NO_EMULATOR = HtpEmulatorTarget("SM8650").unavailable()
 # Of a bundle that no network was exported to.
@@ -120,6 +127,38 @@ def emulated(model: onnx.ModelProto, folder: Path, **inputs: np.ndarray) -> Any:
     (measured,) = HtpEmulatorTarget("SM8650", timeout=120).run(bundle, [inputs], folder)
     assert measured.outputs is not None
     return measured.report, list(measured.outputs[0].values())
+
+
+def equal_everywhere(
+    known: QuantizedNetwork, given: Tensor, folder: Path, *, npu_db: float, file_db: float = 100, float_db: float = 10
+) -> onnx.ModelProto:
+    """Compare a network's simulation with both files and the NPU; return the quantized file.
+
+    Args:
+        known: calibrated.
+        given: a sample.
+        folder: for the files, ``float.onnx`` and ``qdq.onnx``.
+        npu_db: how close the NPU has to come, all of it in integers.
+        file_db: how close the quantized file has to come.
+        float_db: how close the other file has to come, which does not round.
+    """
+    write_onnx(known, call(given), folder / "float.onnx", folder / "qdq.onnx")
+    in_float, model = onnx.load(folder / "float.onnx"), onnx.load(folder / "qdq.onnx")
+    inputs = {model.graph.input[0].name: given.numpy()}
+    with torch.no_grad():
+        expected = known(given).numpy()
+    assert psnr(expected, computed(model, folder, **inputs)[0]) > file_db
+    assert psnr(expected, computed(in_float, folder, **inputs)[0]) > float_db
+    names = [one["name"] for one in json.loads((folder / "float.encodings").read_text())["activation_encodings"]]
+    assert len(names) == len(set(names))
+    assert {*names} <= {one for node in in_float.graph.node for one in (*node.input, *node.output)}
+    assert not compare_file(known, model, list(inputs), [call(given)]).guilty
+    if NO_EMULATOR is None:
+        report, (output,) = emulated(model, folder / "npu", **inputs)
+        assert not report.float_islands
+        assert not report.layers["CPU"]
+        assert psnr(expected, output) > npu_db
+    return model
 
 
 def psnr(expected: np.ndarray, actual: np.ndarray) -> float:

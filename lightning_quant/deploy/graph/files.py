@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lightning_quant.deploy.graph import activations, biases, constants, many_axes, shared_grids, uniform_constants
-from lightning_quant.deploy.graph.block_means import write_means_in_another_way
 from lightning_quant.deploy.graph.fixed import check_fixed, check_repeatable
 from lightning_quant.deploy.graph.log_softmax import divide_before_log_softmax
 from lightning_quant.deploy.graph.lowering import lowered
-from lightning_quant.deploy.graph.padding import write_padding_again
+from lightning_quant.deploy.graph.padding import keep_padding_apart
 from lightning_quant.deploy.graph.passed_inputs import Grid, encode_passed_inputs, round_passed_inputs
 from lightning_quant.deploy.graph.products import keep_within
 from lightning_quant.deploy.graph.unused_parts import slice_used_parts
@@ -135,8 +134,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
         encoded = constants.encode_constants(quantized)
         shared |= keep_within(quantized)
         uniform_constants.rewrite_uniform(quantized)
-        write_means_in_another_way(quantized)
-        write_padding_again(quantized)
+        keep_padding_apart(quantized)
         biases.complete_norms(quantized)
         passed = round_passed_inputs(quantized)
         coarser = biases.rescale_biases(quantized, floats)
@@ -149,8 +147,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
     activations.update_encodings(encodings, parted)
     biases.update_encodings(encodings, coarser)
     uniform_constants.rewrite_encoded(model, encodings)
-    write_means_in_another_way(model, encodings)
-    write_padding_again(model, encodings)
+    keep_padding_apart(model, encodings)
     encode_passed_inputs(model, encodings)
     many_axes.rewrite_encoded(model, encodings)
     if encodings != written:

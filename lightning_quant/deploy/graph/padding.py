@@ -1,10 +1,10 @@
-"""What surrounds the values of a tensor, written again behind what joins it to them: the NPU's compiler gets it wrong.
+"""Padding and cutting, kept apart from what comes next: the NPU's compiler takes them into it, and gets it wrong.
 
-It takes padding, and concatenations with a constant of one value, as the padding of what comes next, or as a part of
-what was before (QAIRT 2.51): means over padded maps leave the zeros out, convolutions see zeros where there are ones,
-of what is cut off at the left and padded there the old values come back, and windows over what was cut begin before the
-cut. A choice by a mask in between is computed as it is written. Zeros around what was not cut are right in front of
-convolutions and maxima.
+It takes padding, a concatenation with a constant of one value and a slice as the padding of the operation that reads
+it, or as a part of what was before (QAIRT 2.51): means over padded maps leave the zeros out, convolutions see zeros
+where there are ones, of what is cut off at the left and padded there the old values come back, and windows over what
+was cut begin before the cut. A choice by a mask in between is computed as it is written: it puts the one value again
+where it belongs, or chooses nothing. Zeros around what was not cut are right in front of convolutions and maxima.
 """
 
 from __future__ import annotations
@@ -40,8 +40,12 @@ class _Filling:
     value: float
 
 
-def write_padding_again(model: onnx.ModelProto, encodings: dict[str, Any] | None = None) -> None:
-    """Choose by a mask between what a node joins and the one value that it joins it with.
+# What is only kept apart.
+_NOWHERE = _Filling(np.zeros(1, bool), 0.0)
+
+
+def keep_padding_apart(model: onnx.ModelProto, encodings: dict[str, Any] | None = None) -> None:
+    """Choose by a mask behind what pads and cuts, where the NPU's compiler would take it into what reads it.
 
     Args:
         model: a graph with or without QuantizeLinear; changed in place.
@@ -67,71 +71,86 @@ class _Writing:
         self.changed = False
 
     def take(self, node: onnx.NodeProto) -> None:
-        """Write a node, and what comes behind it."""
-        fillings = list(self._fillings(node))
-        if fillings and (grid := self._grid_behind(node.output[0])) is not None:
-            self._masked(node, node.output[0], grid, fillings)
-        else:
+        """Write a node, and what keeps it apart."""
+        if node.op_type == "AveragePool" and self._padded_in_front(node):
+            return
+        fillings = {"Concat": self._joined, "Pad": self._padded, "Slice": self._cut}.get(node.op_type)
+        found = [] if fillings is None else list(fillings(node))
+        grid = self._grid_behind(node.output[0]) if found else None
+        if grid is None:
             self.nodes.append(node)
+        else:
+            self._masked(node, grid, found)
 
-    def _grid_behind(self, name: str) -> Sequence[str] | None:
-        """Return the scale and zero point of what rounds a tensor, none for one with an encoding."""
-        if self.entries is not None:
-            return () if name in self.known else None
-        takers = self.graph.consumers[name]
-        if not takers or any(taker.op_type != "QuantizeLinear" for taker in takers):
-            return None
-        return list(takers[0].input[1:])
+    def _joined(self, node: onnx.NodeProto) -> Iterator[_Filling]:
+        values = [self._one_value(name) for name in node.input]
+        sizes = [self.sizes[name] for name in node.input if name in self.sizes]
+        if len(sizes) < len(values):
+            return
+        axis = axis_of(node) % len(sizes[0])
+        ends = np.cumsum([size[axis] for size in sizes])
+        for size, end, value in zip(sizes, ends, values, strict=True):
+            if value is not None:
+                mask = np.zeros(ends[-1], bool)
+                mask[end - size[axis] : end] = True
+                yield _Filling(_along(mask, axis, len(size)), value)
 
-    def _fillings(self, node: onnx.NodeProto) -> Iterator[_Filling]:
-        if node.op_type == "Concat":
-            found = [self._one_value(name) for name in node.input]
-            sizes = [self.sizes.get(name) for name in node.input]
-            if all(one is None for one in found) or any(size is None for size in sizes):
-                return
-            rank = len(sizes[0] or ())
-            axis = axis_of(node) % rank
-            lengths = [size[axis] for size in sizes if size is not None]
-            for index, value in enumerate(found):
-                if value is not None:
-                    mask = np.zeros(sum(lengths), bool)
-                    mask[sum(lengths[:index]) : sum(lengths[: index + 1])] = True
-                    yield _Filling(mask.reshape([-1 if one == axis else 1 for one in range(rank)]), value)
-        elif node.op_type == "Pad" and not self._is_right(node):
-            pads = self.graph.known(node.input[1])
-            size = self.sizes.get(node.input[0])
-            value = 0.0 if len(node.input) < 3 or not node.input[2] else self._one_value(node.input[2])
-            mode = next((one.s for one in node.attribute if one.name == "mode"), b"constant")
-            if (
-                pads is not None
-                and size is not None
-                and value is not None
-                and mode == b"constant"
-                and len(node.input) < 4
-            ):
-                yield from _around(size, pads.tolist(), value)
-        elif node.op_type == "Slice" and self._cuts_the_beginning(node):
-            yield _Filling(np.zeros(1, bool), 0.0)  # nowhere: what comes next is kept apart from the cut
-
-    def _cuts_the_beginning(self, node: onnx.NodeProto) -> bool:
-        """Return whether a slice takes a map from which the compiler lets what comes next begin too early."""
-        starts, axes = (
-            self.graph.known(name) for name in (node.input[1], node.input[3] if len(node.input) > 3 else "")
-        )
-        rank = len(self.sizes.get(node.input[0], ()))
-        if starts is None or axes is None or rank < 3:
-            return False
-        is_cut = any(int(axis) % rank > 1 and int(start) for start, axis in zip(starts, axes, strict=True))
-        return is_cut and any(reader.op_type in _WINDOWS for reader in self._readers(node.output[0], _IN_PLACE))
-
-    def _is_right(self, node: onnx.NodeProto) -> bool:
-        """Return whether the compiler computes a padding as it is written."""
-        readers = {reader.op_type for reader in self._readers(node.output[0])}
+    def _padded(self, node: onnx.NodeProto) -> Iterator[_Filling]:
+        pads, size = self.graph.known(node.input[1]), self.sizes.get(node.input[0])
+        value = self._one_value(node.input[2]) if len(node.input) > 2 and node.input[2] else 0.0
+        mode = next((one.s for one in node.attribute if one.name == "mode"), b"constant")
+        if pads is None or size is None or value is None or mode != b"constant" or len(node.input) > 3:
+            return
         source = self.graph.producers.get(node.input[0])
         while source is not None and source.op_type in _ROUNDING:
             source = self.graph.producers.get(source.input[0])
-        is_cut = source is not None and source.op_type in _CUTTING
-        return bool(readers) and readers <= {"Conv", "MaxPool"} and not is_cut
+        cuts = bool((pads < 0).any()) or (source is not None and source.op_type in _CUTTING)
+        readers = {reader.op_type for reader in self._readers(node.output[0])}
+        if pads.any() and (cuts or not readers or not readers <= {"Conv", "MaxPool"}):
+            yield _around(size, pads.tolist(), value)
+
+    def _cut(self, node: onnx.NodeProto) -> Iterator[_Filling]:
+        starts, axes = (self.graph.known(name) for name in (node.input[1], (*node.input, "", "")[3]))
+        rank = len(self.sizes.get(node.input[0], ()))
+        if starts is None or axes is None or rank < 3:
+            return
+        is_cut = any(int(axis) % rank > 1 and int(start) for start, axis in zip(starts, axes, strict=True))
+        if is_cut and any(reader.op_type in _WINDOWS for reader in self._readers(node.output[0], _IN_PLACE)):
+            yield _NOWHERE
+
+    def _padded_in_front(self, node: onnx.NodeProto) -> bool:
+        """Write the padding of means in front of them, where these are of blocks and count it: it would be left out.
+
+        Returns:
+            Whether it was written.
+        """
+        from onnx import helper
+
+        values = {one.name: helper.get_attribute_value(one) for one in node.attribute}
+        pads, given = values.get("pads", []), node.input[0]
+        is_counted = values.get("count_include_pad") and values["kernel_shape"] == values.get("strides")
+        if not any(pads) or not is_counted or values.get("ceil_mode") or given not in self.sizes:
+            return False
+        grid = self._grid_of(given)
+        if grid is None:
+            return False
+        size, axes = self.sizes[given], len(pads) // 2
+        others = [0] * (len(size) - axes)
+        around = [*others, *pads[:axes], *others, *pads[axes:]]
+        padded = self.graph.free(f"{given}_padded")
+        counts = self.graph.add(f"{padded}_pads", np.array(around, np.int64))
+        if self.entries is not None:
+            self.known[padded] = {**self.known[given], "name": padded}
+            self.entries.append(self.known[padded])
+        self._masked(
+            helper.make_node("Pad", [given, counts], [padded], f"{padded}_node"), grid, [_around(size, around)]
+        )
+        kept = [one for one in node.attribute if one.name not in ("pads", "count_include_pad")]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        node.input[0] = self._rounded(padded, grid)
+        self.nodes.append(node)
+        return True
 
     def _readers(self, name: str, seen_through: Sequence[str] = ()) -> Iterator[onnx.NodeProto]:
         for reader in self.graph.consumers[name]:
@@ -140,46 +159,49 @@ class _Writing:
             else:
                 yield reader
 
+    def _grid_of(self, name: str) -> Sequence[str] | None:
+        """Return the scale and zero point that a tensor was rounded with; none where an encoding says it."""
+        if self.entries is not None:
+            return () if name in self.known else None
+        read = self.graph.producers.get(name)
+        return list(read.input[1:]) if read is not None and read.op_type == "DequantizeLinear" else None
+
+    def _grid_behind(self, name: str) -> Sequence[str] | None:
+        """Return the scale and zero point that a tensor is rounded with next."""
+        takers = self.graph.consumers[name]
+        if self.entries is not None:
+            return self._grid_of(name)
+        if not takers or any(taker.op_type != "QuantizeLinear" for taker in takers):
+            return None
+        return list(takers[0].input[1:])
+
     def _one_value(self, name: str) -> float | None:
         """Return the number that all elements of a constant are; ``None`` for other tensors."""
-        array = self.graph.known(name)
-        if array is None:
-            source = self.graph.producers.get(name)
-            if (
-                source is None
-                or not of_integers(source)
-                or any(one not in self.graph.constants for one in source.input)
-            ):
+        array, source = self.graph.known(name), self.graph.producers.get(name)
+        if array is None and of_integers(source):
+            assert source is not None
+            if any(one not in self.graph.constants for one in source.input):
                 return None
             numbers, scale, *zero = (self.graph.array(one) for one in source.input)
-            if scale.size != 1:
-                return None
-            array = (numbers.astype(np.float64) - (zero[0].astype(np.float64) if zero else 0)) * scale
-        is_one = array.dtype.kind == "f" and array.size > 0 and bool((array == array.flat[0]).all())
-        return float(array.flat[0]) if is_one else None
+            if scale.size == 1:
+                array = (numbers.astype(np.float64) - (zero[0].astype(np.float64) if zero else 0)) * scale
+        is_one = array is not None and array.dtype.kind == "f" and array.size > 0 and (array == array.flat[0]).all()
+        return float(array.flat[0]) if array is not None and is_one else None
 
-    def _is_times_zero(self, name: str) -> bool:
-        """Return whether a tensor is another one times zero: an idiom for zeros of its size."""
-        node = self.graph.producers.get(name)
-        while node is not None and node.op_type in _ROUNDING:
-            node = self.graph.producers.get(node.input[0])
-        return node is not None and node.op_type == "Mul" and any(self._one_value(one) == 0 for one in node.input)
-
-    def _masked(self, node: onnx.NodeProto, output: str, grid: Sequence[str], fillings: Sequence[_Filling]) -> None:
+    def _masked(self, node: onnx.NodeProto, grid: Sequence[str], fillings: Sequence[_Filling]) -> None:
         """Write a node, and the choices that put its values again, on the grid of what it puts out."""
         from onnx import helper
 
         self.changed = True
-        given = self.graph.free(f"{output}_unmasked")
-        node.output[0] = given
+        (output,) = node.output
+        given = node.output[0] = self.graph.free(f"{output}_unmasked")
         self.nodes.append(node)
         for index, filling in enumerate(fillings):
+            self._encoded_as(given, output)
             mask = self.graph.add(f"{output}_mask", filling.mask)
-            value = self._number(f"{output}_fill", filling.value, grid, output)
-            made = output if index == len(fillings) - 1 else self.graph.free(f"{output}_masked")
-            inputs = [mask, value, self._rounded(given, grid, output)]
-            self.nodes.append(helper.make_node("Where", inputs, [made], f"{made}_where"))
-            given = made
+            inputs = [mask, self._number(f"{output}_fill", filling.value, grid, output), self._rounded(given, grid)]
+            given = output if index == len(fillings) - 1 else self.graph.free(f"{output}_masked")
+            self.nodes.append(helper.make_node("Where", inputs, [given], f"{given}_where"))
 
     def _number(self, name: str, value: float, grid: Sequence[str], like: str) -> str:
         from onnx import helper
@@ -195,31 +217,31 @@ class _Writing:
         self.nodes.append(helper.make_node("DequantizeLinear", [made, *grid], [f"{made}dq"], f"{made}dq_node"))
         return f"{made}dq"
 
-    def _rounded(self, name: str, grid: Sequence[str], like: str) -> str:
+    def _rounded(self, name: str, grid: Sequence[str]) -> str:
         from onnx import helper
 
         if not grid:
-            self._encoded_as(name, like)
             return name
         for kind, given, made in (("Quantize", name, f"{name}_q"), ("Dequantize", f"{name}_q", f"{name}_qdq")):
             self.nodes.append(helper.make_node(f"{kind}Linear", [given, *grid], [made], f"{made}_node"))
         return f"{name}_qdq"
 
     def _encoded_as(self, name: str, like: str) -> None:
-        if self.entries is not None and like in self.known:
+        if self.entries is not None:
             self.entries.append({**self.known[like], "name": name})
 
 
-def _around(size: Sequence[int], pads: Sequence[int], value: float) -> Iterator[_Filling]:
-    """Yield where a padding puts its value; nothing where it puts none, or cuts."""
+def _along(mask: np.ndarray, axis: int, rank: int) -> np.ndarray:
+    return mask.reshape([-1 if one == axis else 1 for one in range(rank)])
+
+
+def _around(size: Sequence[int], pads: Sequence[int], value: float = 0.0) -> _Filling:
+    """Return where a padding puts its value. A negative one cuts."""
     rank = len(size)
-    before, behind = pads[:rank], pads[rank:]
-    if not any(pads) or min(pads) < 0:
-        return
     mask = np.zeros([1] * rank, bool)
-    for axis in range(rank):
-        if before[axis] or behind[axis]:
-            outside = np.ones(before[axis] + size[axis] + behind[axis], bool)
-            outside[before[axis] : before[axis] + size[axis]] = False
-            mask = mask | outside.reshape([-1 if one == axis else 1 for one in range(rank)])
-    yield _Filling(mask, value)
+    for axis, (before, behind) in enumerate(zip(pads[:rank], pads[rank:], strict=True)):
+        if before > 0 or behind > 0:
+            outside = np.ones(before + size[axis] + behind, bool)
+            outside[max(before, 0) : len(outside) - max(behind, 0)] = False
+            mask = mask | _along(outside, axis, rank)
+    return _Filling(mask, value)

@@ -1,8 +1,7 @@
-"""Padding and concatenations with one value, which the NPU's compiler takes as a part of what is next to them."""
+"""Padding, concatenations with one value and slices, which the NPU's compiler takes as a part of their neighbors."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.deploy.blame.file import compare_file
-from lightning_quant.deploy.graph.files import write_onnx
 from tests.helpers.members import in_turn
 from tests.helpers.networks import calibrated, call
-from tests.helpers.qdq import NO_EMULATOR, computed, emulated, operations, psnr
+from tests.helpers.qdq import equal_everywhere, operations
 
 PRECISIONS = ["w8a8", "w8a16", "w4a8", "w4a16"]
 
@@ -67,6 +64,7 @@ MEANS: dict[str, Callable[[Tensor], Tensor]] = {
     "windows of what was cut, apart": lambda y: F.avg_pool2d(y[..., 1:], 3, 2),
     "blocks of chunks": lambda y: torch.cat([F.avg_pool2d(part, 2) for part in y.chunk(2, 2)], 1),
     "blocks, moved by one": lambda y: F.avg_pool2d(F.pad(y, (-1, 1, -1, 1)), 2),
+    "windows, cut by a padding": lambda y: F.avg_pool2d(F.pad(y, (-2, 0, -1, 0)), 3, 1),
     "blocks of channels": lambda y: F.avg_pool2d(y[:, 2:4, 2:], 2),
 }
 
@@ -82,26 +80,10 @@ class Filled(nn.Module):
 
 
 def check(network: nn.Module, precision: str, folder: Path) -> onnx.ModelProto:
-    """Compare simulation, both files and the NPU; return the quantized file."""
     samples = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    known, given = calibrated(network.eval(), call(samples), precision=precision), samples[:1]
-    write_onnx(known, call(given), folder / "float.onnx", folder / "qdq.onnx")
-    in_float, model = onnx.load(folder / "float.onnx"), onnx.load(folder / "qdq.onnx")
-    inputs = {model.graph.input[0].name: given.numpy()}
-    with torch.no_grad():
-        expected = known(given).numpy()
-    assert psnr(expected, computed(model, folder, **inputs)[0]) > 100
-    assert psnr(expected, computed(in_float, folder, **inputs)[0]) > (30 if precision.endswith("a8") else 40)
-    names = [one["name"] for one in json.loads((folder / "float.encodings").read_text())["activation_encodings"]]
-    assert len(names) == len(set(names))
-    assert {*names} <= {one for node in in_float.graph.node for one in (*node.input, *node.output)}
-    assert not compare_file(known, model, list(inputs), [call(given)]).guilty
-    if NO_EMULATOR is None:
-        report, (output,) = emulated(model, folder / "npu", **inputs)
-        assert not report.float_islands
-        assert not report.layers["CPU"]
-        assert psnr(expected, output) > (40 if precision.endswith("a8") else 55)
-    return model
+    known = calibrated(network.eval(), call(samples), precision=precision)
+    npu_db, float_db = (40, 30) if precision.endswith("a8") else (55, 40)
+    return equal_everywhere(known, samples[:1], folder, npu_db=npu_db, float_db=float_db)
 
 
 @pytest.mark.parametrize("precision", ["w8a8", pytest.param("w8a16", marks=pytest.mark.torture)])
@@ -128,33 +110,28 @@ CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.parametrize("cut", ["slice", "padding"])
 @pytest.mark.parametrize(("name", "precision"), in_turn(CONVOLUTIONS, PRECISIONS))
-def test_convolutions_begin_where_the_map_was_cut(tmp_path: Path, name: str, precision: str) -> None:
+def test_convolutions_begin_where_the_map_was_cut(tmp_path: Path, name: str, precision: str, cut: str) -> None:
     torch.manual_seed(0)
-    check(Filled(lambda y: y[:, :, 1:, 2:], CONVOLUTIONS[name]()), precision, tmp_path)
+    function = {"slice": lambda y: y[:, :, 1:, 2:], "padding": lambda y: F.pad(y, (-2, 1, -1, 0))}[cut]
+    check(Filled(function, CONVOLUTIONS[name]()), precision, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda y: F.avg_pool2d(y, 2),
-        lambda y: F.avg_pool2d(torch.cat([y, y.relu()], 1), 3, 1, 1),
-        lambda y: F.avg_pool2d(y.chunk(2, 1)[1].sigmoid(), 2),
-        lambda y: F.avg_pool2d(F.pad(y, (0, 0, 0, 0, 1, 1)), 2),
-    ],
-    ids=["of all", "joined along channels", "some channels", "channels of zeros"],
-)
-def test_means_that_are_right_stay_as_they_are(tmp_path: Path, function: Callable[[Tensor], Tensor]) -> None:
+RIGHT: dict[str, Callable[[Tensor], Tensor]] = {
+    "means": lambda y: F.avg_pool2d(y, 2),
+    "means of what is joined along channels": lambda y: F.avg_pool2d(torch.cat([y, y.relu()], 1), 3, 1, 1),
+    "means of some channels": lambda y: F.avg_pool2d(y.chunk(2, 1)[1].sigmoid(), 2),
+    "zeros around a convolution": lambda y: F.conv2d(F.pad(y, (1, 1, 1, 1)), torch.ones(1, 8, 3, 3)),
+    "zeros around a maximum": lambda y: F.max_pool2d(F.pad(y.relu(), (1, 1, 1, 1)), 3),
+    "a convolution of what was cut at the end": lambda y: F.conv2d(y[..., :-2], torch.ones(1, 8, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_is_right_stays_as_it_is(tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)
-    model = check(Filled(function), "w8a8", tmp_path)
-    (pool,) = operations(model, "AveragePool")
-    assert not pool.output[0].endswith("_of_windows")
-    assert len(operations(model, "Conv")) == 1
-
-
-@pytest.mark.parametrize("reader", ["convolution", "maximum"])
-def test_zeros_that_are_right_stay_as_they_are(tmp_path: Path, reader: str) -> None:
-    torch.manual_seed(0)
-    model = check(Filled(FILLED["padded all around"], READERS[reader]()), "w8a8", tmp_path)
-    assert operations(model, "Pad")
+    model = check(Filled(RIGHT[name]), "w8a8", tmp_path)
     assert not operations(model, "Where")
+    kind = "AveragePool" if name.startswith("means") else "Pad" if name.startswith("zeros") else "Slice"
+    assert len(operations(model, kind)) == 1

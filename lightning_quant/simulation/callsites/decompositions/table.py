@@ -169,15 +169,19 @@ def _diagonal(input: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> T
 
 def _tile(input: Tensor, *counted: Any, dims: Any = None) -> Tensor:
     """Compute ``tile`` by ``repeat``: PyTorch's exporter writes it with a branch."""
-    given = counted if dims is None else (dims,)
-    counts = list(given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given)
+    counts = _listed(counted if dims is None else dims)
     return _repeat(input, [1] * (input.dim() - len(counts)) + counts)
+
+
+def _listed(given: Any) -> list[int]:
+    """Return numbers that were given one by one, or as a list."""
+    numbers = [given] if isinstance(given, int) else list(given)
+    return list(numbers[0]) if len(numbers) == 1 and isinstance(numbers[0], (tuple, list)) else numbers
 
 
 def _repeat(input: Tensor, *counted: Any, repeats: Any = None) -> Tensor:
     """Compute ``repeat``, nothing of it where each axis is there once: the NPU's compiler crashes on that."""
-    given = counted if repeats is None else (repeats,)
-    counts = list(given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given)
+    counts = _listed(counted if repeats is None else repeats)
     if any(int(count) != 1 for count in counts):
         return input.repeat(counts)
     in_front = len(counts) - input.dim()
