@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_quant.deploy.graph.lowered_pooling import blocks_of, deciding
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.batch_norms import WEIGHT_BITS, ends_on_device, output_factors, sums
 from lightning_quant.simulation.callsites.attributes import DEPTHWISE, GATES, ROUNDED_BY
@@ -21,16 +22,17 @@ from lightning_quant.simulation.callsites.passes import paused
 # All taps but the one in the middle are 0. With a single one, the NPU's compiler of QAIRT 2.51 ends its process at
 # W4A16 and refuses 8-bit activations on chips before SM8550.
 _TAPS = 3
-# The smallest block of a mean that is wrong; compiled with QAIRT 2.51, as are those of 6, 8, 10, 12, 16 and 8 by 4.
-_MISCOMPUTED = 4
-# The only block of a maximum that is, with 8-bit activations: neither others up to 16, nor these where they overlap.
-_MISCOMPUTED_MAXIMUM = [8, 8]
+# Depthwise convolutions of blocks of 2 by 2 side by side are wrong up to so many channels.
+_FEW_CHANNELS = 4
+# From this stride on most depthwise convolutions are refused: of 3 by 3 taps only those of 4 by 4 are not.
+_LONG_STRIDE = 4
 # Feature maps lie in the NPU's memory in tiles: what is parted at their border is not moved within them.
 _ROWS_OF_A_TILE = 8
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 # Attributes of any module, its hooks among them.
 _EVERY_MODULE = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
 _CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
 
 
 @contextmanager
@@ -41,7 +43,8 @@ def lowered(network: nn.Module) -> Iterator[None]:
       scale for the factors of all channels and 8 bits for what is added, as ONNX Runtime's QNN provider has it
       (``batch_norm_op_builder.cc``), and the NPU computes something else with 4-bit weights and for vectors.
     - A depthwise convolution with one tap has three along each axis.
-    - A transposed convolution in groups, refused or with a bias wrong, is one without groups whose other weights are 0.
+    - A convolution in groups that is refused or wrong is one without groups whose other weights are 0: most that are
+      transposed, and depthwise ones with strides of 4 or more and of blocks of 2 by 2 in up to four channels.
     - Weights of fewer than 8 bits are stored in 8, on the same grid, where the compiler of QAIRT 2.51 refuses them
       otherwise: in convolutions of three dimensions, and of two dimensions to one channel, with a bias.
     - A weight that is the largest of its channel and the integer 1 (``F.unfold``, identities) is a greater one on a
@@ -70,8 +73,8 @@ def lowered(network: nn.Module) -> Iterator[None]:
             elif isinstance(layer, nn.modules.conv._ConvNd) and isinstance(layer, aimet.BaseQuantizationMixin):
                 if _has_a_single_tap(layer):
                     restored.enter_context(_being(layer, _of_single_tap(layer)))
-                elif _is_transposed_in_groups(layer):
-                    restored.enter_context(_being(layer, _of_transposed_groups(layer)))
+                elif _is_miscompiled_in_groups(layer):
+                    restored.enter_context(_being(layer, _without_groups(layer)))
                 elif _is_refused_in_few_bits(layer):
                     restored.enter_context(_stored_in_8_bits(layer))
                 elif (finer := _finer_than_one(layer)) is not None:
@@ -84,8 +87,8 @@ def lowered(network: nn.Module) -> Iterator[None]:
             elif isinstance(layer, nn.Softplus) or (isinstance(layer, nn.Tanh) and GATES in vars(layer)):
                 if vars(layer).get(ROUNDED_BY) is not None:
                     restored.enter_context(_being(layer, _of_16_bits(layer, 3, _along_one_axis)))
-            elif isinstance(layer, aimet.BaseQuantizationMixin) and (pooling := _pooling(layer)):
-                restored.enter_context(_being(layer, _deciding(layer, *pooling)))
+            elif isinstance(layer, aimet.BaseQuantizationMixin) and (pooling := blocks_of(layer)):
+                restored.enter_context(_being(layer, deciding(layer, *pooling)))
         yield
 
 
@@ -138,21 +141,28 @@ def _of_single_tap(layer: Any) -> nn.Module:
     return _rounding_like(layer, plain, rounded.as_subclass(Tensor))
 
 
-def _is_transposed_in_groups(layer: Any) -> bool:
-    if not layer.transposed or layer.groups == 1 or layer.param_quantizers["weight"] is None:
+def _is_miscompiled_in_groups(layer: Any) -> bool:
+    axes = len(layer.kernel_size)
+    if layer.groups == 1 or axes > 2 or layer.param_quantizers["weight"] is None:
         return False
-    return len(layer.kernel_size) < 3 and (layer.bias is not None or layer.groups < layer.in_channels)
+    if layer.transposed:
+        return layer.bias is not None or layer.groups < layer.in_channels
+    if layer.groups < layer.in_channels or axes != 2:
+        return False
+    is_of_few = layer.in_channels <= _FEW_CHANNELS and layer.kernel_size == layer.stride == (2, 2)
+    return is_of_few or max(layer.stride) >= _LONG_STRIDE
 
 
-def _of_transposed_groups(layer: Any) -> nn.Module:
-    """Return the convolution without groups, which has its rounded weights and biases."""
+def _without_groups(layer: Any) -> nn.Module:
+    """Return the convolution over all channels, which has a layer's rounded weights and biases, and zeros."""
     from lightning_quant.simulation.fast.biases import rounded_bias  # imports AIMET
 
-    factory = (nn.ConvTranspose1d, nn.ConvTranspose2d)[len(layer.kernel_size) - 1]
-    plain: Any = factory(
-        layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.output_padding,
-        bias=False, dilation=layer.dilation,
-    )  # fmt: skip
+    axes = len(layer.kernel_size)
+    options = {"dilation": layer.dilation, "padding_mode": layer.padding_mode, "bias": False}
+    if layer.transposed:
+        options["output_padding"] = layer.output_padding
+    factory = (_TRANSPOSED if layer.transposed else _CONVOLUTIONS)[axes]
+    plain = factory(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, **options)
     bias, quantizer = rounded_bias(layer), layer.param_quantizers["weight"]
     plain.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     blocks = quantizer(layer.weight).detach().as_subclass(Tensor).chunk(layer.groups)
@@ -161,8 +171,9 @@ def _of_transposed_groups(layer: Any) -> nn.Module:
         padded.append(F.pad(block.movedim(1, -1), (own * index, own * (layer.groups - 1 - index))))
     plain.weight = nn.Parameter(torch.cat(padded).movedim(-1, 1), requires_grad=False)
     made: Any = aimet.QuantizationMixin.from_module(plain)
-    axes = [1] * len(layer.kernel_size)
-    scale = quantizer.get_scale().detach().expand(1, own, *axes).repeat(1, layer.groups, *axes)
+    scale = quantizer.get_scale().detach()
+    if layer.transposed:  # its second axis has the outputs
+        scale = scale.expand(1, own, *[1] * axes).repeat(1, layer.groups, *[1] * axes)
     made.param_quantizers["weight"] = _symmetric(scale, quantizer.bitwidth)
     return _rounding_as(layer, made)
 
@@ -196,86 +207,6 @@ def _with_ones(layer: Any) -> nn.Module:
     quantizer.set_range(*ends_on_device(torch.ones(())))
     made.param_quantizers["weight"] = quantizer
     return _rounding_as(layer, made)
-
-
-def _pooling(layer: Any) -> tuple[Sequence[str], Callable[..., Any]] | None:
-    """Return what says, besides its input, of which blocks a layer takes what, and how that is lowered."""
-    if isinstance(layer, nn.AvgPool2d | aimet.custom.AvgPool2d):
-        names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-        return names, _means_of_blocks
-    if isinstance(layer, nn.AdaptiveAvgPool2d | aimet.custom.AdaptiveAvgPool2d):
-        return ("output_size",), _means_of_blocks
-    if isinstance(layer, nn.MaxPool2d | aimet.custom.MaxPool2d):
-        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-        return names, _maxima_of_blocks
-    return (("output_size", "return_indices"), _maxima_of_blocks) if isinstance(layer, nn.AdaptiveMaxPool2d) else None
-
-
-def _deciding(layer: Any, names: Sequence[str], lowered_on: Callable[..., Any]) -> nn.Module:
-    """Return a pooling layer that decides by its input how its file computes it."""
-    kind = type(layer)
-
-    def forward(self: Any, maps: Tensor, *args: Any, **kwargs: Any) -> Any:
-        called = dict(zip(names, args, strict=False)) | kwargs  # of a function; a module holds them
-        given = {name: called.get(name, getattr(self, name, None)) for name in names}
-        with paused():
-            result = lowered_on(self, maps, [int(size) for size in maps.shape[-2:]], given)
-        return kind.forward(self, maps, *args, **kwargs) if result is None else result
-
-    made = copy.copy(layer)
-    made.__class__ = type(kind.__name__, (kind,), {"forward": forward})
-    result: nn.Module = made
-    return result
-
-
-def _means_of_blocks(layer: Any, maps: Tensor, sizes: Sequence[int], given: dict[str, Any]) -> Any:
-    block = [] if given.get("ceil_mode") or given.get("divisor_override") is not None else _block(sizes, given)
-    if not block or not all(size >= _MISCOMPUTED and size % 2 == 0 for size in block):
-        return None
-    (height, width), of_output = block, layer.output_quantizers[0]
-    if of_output is None:
-        return None
-    padding, counted = given.get("padding") or 0, given.get("count_include_pad") is not False
-    pool: Any = aimet.QuantizationMixin.from_module(
-        nn.AvgPool2d((height, width), (height // 2, width // 2), padding, False, counted)
-    )
-    pool.input_quantizers, pool.output_quantizers = layer.input_quantizers, layer.output_quantizers
-    means = pool(maps)
-    for every_second in ((..., slice(None, None, 2), slice(None)), (..., slice(None, None, 2))):
-        means = of_output(means[every_second])  # on the same grid
-    return means
-
-
-def _maxima_of_blocks(layer: Any, maps: Tensor, sizes: Sequence[int], given: dict[str, Any]) -> Any:
-    is_plain = not given["return_indices"] and list(_pair(given.get("dilation") or 1)) == [1, 1]
-    if not is_plain or _block(sizes, given) != _MISCOMPUTED_MAXIMUM:
-        return None
-    padding, rounds_up = _pair(given.get("padding") or 0), bool(given.get("ceil_mode"))
-    (height, width), modules = _MISCOMPUTED_MAXIMUM, []
-    for block, around in (((height, 1), (padding[0], 0)), ((1, width), (0, padding[1]))):
-        modules.append(aimet.QuantizationMixin.from_module(nn.MaxPool2d(block, None, around, ceil_mode=rounds_up)))
-    along_height, along_width = modules
-    along_height.input_quantizers, along_width.output_quantizers = layer.input_quantizers, layer.output_quantizers
-    return along_width(along_height(maps))
-
-
-def _block(sizes: Sequence[int], given: dict[str, Any]) -> list[int]:
-    """Return height and width of the blocks of a pooling layer; nothing if they overlap or there is one alone."""
-    if (kernel_size := given.get("kernel_size")) is None:
-        given_sizes = _pair(given["output_size"])
-        counts = [size if count is None else int(count) for size, count in zip(sizes, given_sizes, strict=True)]
-        block = [size // count for size, count in zip(sizes, counts, strict=True)]
-        exact = [size * count for size, count in zip(block, counts, strict=True)] == list(sizes)
-    else:
-        block = [int(size) for size in _pair(kernel_size)]
-        stride = given.get("stride")
-        exact = stride is None or stride == [] or [int(size) for size in _pair(stride)] == block
-    is_alone = block == list(sizes) and not any(_pair(given.get("padding") or 0))
-    return block if exact and not is_alone else []
-
-
-def _pair(sizes: Any) -> Sequence[Any]:
-    return (sizes, sizes) if not isinstance(sizes, Sequence) else sizes if len(sizes) == 2 else (*sizes, *sizes)
 
 
 def _of_16_bits(layer: Any, axes: int, lowered_on: Callable[..., Tensor]) -> nn.Module:

@@ -98,6 +98,26 @@ class InGroups(nn.Module):
         return F.conv_transpose2d(x, self.weight, self.bias, 2, 1, 1, groups=3).relu()
 
 
+class Depthwise(nn.Module):
+    """A layer, a function of the module's own whose blocks lie side by side, and another layer."""
+
+    def __init__(self, channels: int, sizes: tuple[int, int]) -> None:
+        super().__init__()
+        self.sizes, self.channels = sizes, channels
+        self.first, self.last = nn.Conv2d(CHANNELS, channels, 3, padding=1), nn.Conv2d(channels, 4, 1)
+        self.weight = nn.Parameter(torch.randn(channels, 1, *sizes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.conv2d(self.first(x), self.weight, None, self.sizes, groups=self.channels).relu())
+
+
+def depthwise(channels: int, *args: Any, **settings: Any) -> nn.Module:
+    """A layer, and one whose channels have filters of their own."""
+    return nn.Sequential(
+        nn.Conv2d(CHANNELS, channels, 3, padding=1), nn.Conv2d(channels, channels, *args, groups=channels, **settings)
+    )
+
+
 class Pooled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -180,6 +200,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         SEQUENCES,
     ),
     "a transposed function in groups": (InGroups, MAPS),
+    "a depthwise function, blocks of 4 by 4": (lambda: Depthwise(8, (4, 4)), (1, CHANNELS, 16, 16)),
+    "a depthwise function, blocks of 2 by 2": (lambda: Depthwise(3, (2, 2)), MAPS),
+    "depthwise, blocks of 8 by 4": (lambda: depthwise(12, (8, 4), (8, 4)), (1, CHANNELS, 16, 20)),
+    "depthwise, blocks of 2 by 2": (lambda: depthwise(4, 2, 2), MAPS),
+    "depthwise, a long stride": (lambda: nn.Sequential(depthwise(8, 3, (1, 5), 1), nn.ReLU()), MAPS),
+    "depthwise, reflected": (lambda: depthwise(8, 5, 4, 2, padding_mode="reflect", bias=False), MAPS),
     "a function to one channel": (ToOne, MAPS),
     "means of blocks": (lambda: nn.Sequential(nn.ReLU(), nn.AvgPool2d(4)), (1, CHANNELS, 8, 12)),
     "means of padded blocks": (lambda: nn.Sequential(nn.AvgPool2d((8, 4), padding=(2, 1))), (1, CHANNELS, 12, 10)),
