@@ -137,8 +137,8 @@ class Constant(nn.Module):
         return self.function(x, self.constant)
 
 
-def normalization(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) -> nn.Module:
-    """Give a batch norm statistics and weights as training leaves them."""
+def normalization(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.InstanceNorm2d) -> nn.Module:
+    """Give a norm statistics and weights as training leaves them."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     norm.running_mean.uniform_(-1, 1)
@@ -206,6 +206,7 @@ def _convolutions() -> list[Operator]:
         of("Conv3d 3×3×3", lambda: nn.Conv3d(4, 4, 3, padding=1), VOLUME),
         of("Conv3d depthwise 3×3×3", lambda: nn.Conv3d(4, 4, 3, padding=1, groups=4), VOLUME),
         of("ConvTranspose3d 2×2×2", lambda: nn.ConvTranspose3d(4, 4, 2, stride=2), VOLUME),
+        of("ConvTranspose3d 2×2×2, groups 2", lambda: nn.ConvTranspose3d(4, 4, 2, stride=2, groups=2), VOLUME),
         of("Linear, one row", lambda: nn.Linear(16, 8), normal(1, 16)),
         of("Linear, tokens", lambda: nn.Linear(16, 8), TOKENS),
         of("matmul of activations", lambda: Function(torch.matmul), normal(1, 2, 12, 8), normal(1, 2, 8, 12)),
@@ -301,6 +302,11 @@ def _norms() -> list[Operator]:
         of("GroupNorm", lambda: nn.GroupNorm(2, 8)),
         of("InstanceNorm2d", lambda: nn.InstanceNorm2d(8, affine=True)),
         of("InstanceNorm2d, no weights", lambda: nn.InstanceNorm2d(8)),
+        of(
+            "InstanceNorm2d, running statistics",
+            lambda: normalization(nn.InstanceNorm2d(8, affine=True, track_running_stats=True)),
+        ),
+        of("InstanceNorm3d", lambda: nn.InstanceNorm3d(4, affine=True), VOLUME),
         of("RMSNorm", lambda: nn.RMSNorm(16), TOKENS),
         of("normalize (L2)", lambda: Function(lambda x: F.normalize(x, dim=1))),
     ]

@@ -98,8 +98,11 @@ def operation_of(layer: QuantizedLayer) -> str:
     if isinstance(layer, nn.AvgPool2d) and layer.kernel_size == layer.stride:
         size = layer.kernel_size
         parts.append("x".join(map(str, size if isinstance(size, tuple) else (size, size))))
-    if isinstance(layer, nn.modules.instancenorm._InstanceNorm) and layer.weight is None:
-        parts.append("without weights")
+    if isinstance(layer, nn.modules.instancenorm._InstanceNorm):
+        if layer.track_running_stats:
+            parts.append("with running statistics")
+        if layer.weight is None:
+            parts.append("without weights")
     if vars(layer).get(MASK_IS_COMPUTED):
         parts.append("by a computed mask")
     return " ".join(parts)

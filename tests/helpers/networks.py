@@ -49,7 +49,7 @@ def seeded(network: nn.Module, seed: int = 0) -> nn.Module:
         for parameter in network.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / max(parameter[0].numel(), 1) ** 0.5)
         for module in network.modules():
-            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)):
                 module.weight.add_(2)
                 module.running_mean = torch.randn(module.num_features, generator=generator)
                 module.running_var = torch.rand(module.num_features, generator=generator) + 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import random
 import warnings
 from pathlib import Path
@@ -286,6 +287,62 @@ def test_one_layer_alone() -> None:
     parts = ("param_quantizers.weight", "input_quantizers.0", "output_quantizers.0")
     assert set(bits(made)) == {f"linear.{part}" for part in parts}
     assert isinstance(made.network, nn.Linear)
+
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "Linear": (nn.Linear(4, 6), (4, 4)),
+    "Conv1d": (nn.Conv1d(4, 6, 3), (4, 4, 8)),
+    "Conv2d": (nn.Conv2d(4, 6, 3), (4, 4, 8, 8)),
+    "Conv3d": (nn.Conv3d(4, 6, 3), (4, 4, 5, 6, 7)),
+    "Conv3d, depthwise": (nn.Conv3d(6, 6, 3, groups=6), (4, 6, 5, 6, 7)),
+    "ConvTranspose1d": (nn.ConvTranspose1d(4, 6, 2, 2), (4, 4, 8)),
+    "ConvTranspose2d": (nn.ConvTranspose2d(4, 6, 2, 2), (4, 4, 8, 8)),
+    "ConvTranspose3d": (nn.ConvTranspose3d(4, 6, 2, 2), (4, 4, 3, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_weights_have_a_scale_for_each_output(name: str) -> None:
+    layer, shape = LAYERS[name]
+    made = quantized(nn.Sequential(layer, nn.ReLU()), call(torch.randn(shape)))
+    weight = made.network.get_submodule("0.param_quantizers.weight")
+    assert isinstance(weight, aimet.QuantizerBase)
+    assert weight.symmetric
+    assert math.prod(weight.shape) == 6
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_weights_of_norms_have_all_integers_for_what_is_positive(dimensions: int) -> None:
+    norm = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[dimensions - 1](4, affine=True)
+    assert norm.weight is not None
+    norm.weight.data.copy_(torch.tensor([0.5, 1.0, 1.5, 2.0]))
+    made = calibrated(nn.Sequential(norm), call(torch.randn(4, 4, *[6] * dimensions)), precision="w4a8")
+    weight = made.network.get_submodule("0.param_quantizers.weight")
+    assert isinstance(weight, aimet.QuantizerBase)
+    assert float(weight.get_scale().detach()) == pytest.approx(2 / 15)
+
+
+NORMED: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
+    "sequences": (nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), (8, 4, 9)),
+    "maps": (nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), (8, 4, 6, 7)),
+    "maps, transposed": (nn.ConvTranspose2d(4, 6, 3), nn.BatchNorm2d(6), (8, 4, 6, 7)),
+    "volumes": (nn.Conv3d(4, 6, 3), nn.BatchNorm3d(6), (8, 4, 5, 6, 7)),
+    "vectors": (nn.Linear(4, 6), nn.BatchNorm1d(6), (8, 4)),
+    "maps, synchronized": (nn.Conv2d(4, 6, 3), nn.SyncBatchNorm(6), (8, 4, 6, 7)),
+    "volumes, synchronized": (nn.Conv3d(4, 6, 3), nn.SyncBatchNorm(6), (8, 4, 5, 6, 7)),
+    "vectors, synchronized": (nn.Linear(4, 6), nn.SyncBatchNorm(6), (8, 4)),
+}
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_norms_behind_layers_of_every_kind_are_folded(name: str) -> None:
+    layer, norm, shape = NORMED[name]
+    samples = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    network = nn.Sequential(layer, seeded(norm), nn.ReLU()).eval()
+    made = calibrated(network, call(samples), precision="w8a16")
+    assert isinstance(made.network.get_submodule("1"), nn.Identity)
+    assert made.findings == []
+    assert relative_difference(network(samples), made(samples)) < 0.02
 
 
 @pytest.mark.parametrize("precision", ["w8a8", "w8a16", "w4a8", "w4a16"])

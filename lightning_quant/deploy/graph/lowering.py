@@ -32,7 +32,7 @@ _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 # Attributes of any module, its hooks among them.
 _EVERY_MODULE = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
 _CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}
+_TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
 @contextmanager
@@ -57,7 +57,8 @@ def lowered(network: nn.Module) -> Iterator[None]:
       12 rows, of more rows and up to 8 columns, and in some of fewer. SiLU of 8 bits is right.
     - A 16-bit softplus of a feature map, wrong in the same maps, is one of rows and columns along one axis, and so is a
       16-bit tanh whose output is multiplied: of 16 by 16 values in one channel most are wrong otherwise.
-    - An instance norm without weights, which the NPU computes in float, has ones and zeros.
+    - An instance norm without weights, which the NPU computes in float, has ones and zeros. One of volumes, which stays
+      on the CPU, is one of maps.
 
     Args:
         network: the simulation, on the CPU in eval mode; its layers stay the objects they are. Those at call sites are
@@ -80,8 +81,8 @@ def lowered(network: nn.Module) -> Iterator[None]:
                 elif (finer := _finer_than_one(layer)) is not None:
                     restored.enter_context(_on_grid(layer, finer))
             elif isinstance(layer, _INSTANCE_NORMS) and isinstance(layer, aimet.BaseQuantizationMixin):
-                if layer.weight is None and not layer.track_running_stats:
-                    restored.enter_context(_being(layer, _with_ones(layer)))
+                if (layer.weight is None or isinstance(layer, nn.InstanceNorm3d)) and not layer.track_running_stats:
+                    restored.enter_context(_being(layer, _of_maps(layer)))
             elif isinstance(layer, nn.Sigmoid) and GATES in vars(layer):
                 restored.enter_context(_being(layer, _of_16_bits(layer, 4, _in_two)))
             elif isinstance(layer, nn.Softplus) or (isinstance(layer, nn.Tanh) and GATES in vars(layer)):
@@ -143,10 +144,10 @@ def _of_single_tap(layer: Any) -> nn.Module:
 
 def _is_miscompiled_in_groups(layer: Any) -> bool:
     axes = len(layer.kernel_size)
-    if layer.groups == 1 or axes > 2 or layer.param_quantizers["weight"] is None:
+    if layer.groups == 1 or layer.param_quantizers["weight"] is None:
         return False
     if layer.transposed:
-        return layer.bias is not None or layer.groups < layer.in_channels
+        return axes == 3 or layer.bias is not None or layer.groups < layer.in_channels
     if layer.groups < layer.in_channels or axes != 2:
         return False
     is_of_few = layer.in_channels <= _FEW_CHANNELS and layer.kernel_size == layer.stride == (2, 2)
@@ -174,7 +175,8 @@ def _without_groups(layer: Any) -> nn.Module:
     scale = quantizer.get_scale().detach()
     if layer.transposed:  # its second axis has the outputs
         scale = scale.expand(1, own, *[1] * axes).repeat(1, layer.groups, *[1] * axes)
-    made.param_quantizers["weight"] = _symmetric(scale, quantizer.bitwidth)
+    bits = WEIGHT_BITS if _is_refused_in_few_bits(layer) else quantizer.bitwidth
+    made.param_quantizers["weight"] = _symmetric(scale, bits)
     return _rounding_as(layer, made)
 
 
@@ -199,14 +201,30 @@ def _rounding_as(layer: Any, made: Any) -> nn.Module:
     return result
 
 
-def _with_ones(layer: Any) -> nn.Module:
-    """Return an instance norm with weights of one and biases of zero."""
-    factory = next(kind for kind in _INSTANCE_NORMS if isinstance(layer, kind))
+def _of_maps(layer: Any) -> nn.Module:
+    """Return an instance norm with weights, of one if it had none, that takes volumes as maps of their rows."""
+    is_of_volumes, of_input = isinstance(layer, nn.InstanceNorm3d), vars(layer).get(ROUNDED_BY)
+    factory: Any = nn.InstanceNorm1d if isinstance(layer, nn.InstanceNorm1d) else nn.InstanceNorm2d
     made: Any = aimet.QuantizationMixin.from_module(factory(layer.num_features, layer.eps, affine=True))
-    quantizer = aimet.QuantizeDequantize((), bitwidth=WEIGHT_BITS, symmetric=True)
-    quantizer.set_range(*ends_on_device(torch.ones(())))
+    if layer.weight is None:
+        quantizer = aimet.QuantizeDequantize((), bitwidth=WEIGHT_BITS, symmetric=True)
+        quantizer.set_range(*ends_on_device(torch.ones(())))
+    else:
+        quantizer, made.weight, made.bias = layer.param_quantizers["weight"], layer.weight, layer.bias
     made.param_quantizers["weight"] = quantizer
-    return _rounding_as(layer, made)
+    _rounding_as(layer, made)
+    kind, of_output = type(made), made.output_quantizers[0]
+
+    def forward(self: Any, volumes: Tensor) -> Any:
+        with paused():
+            maps = volumes.flatten(-3, -2)
+            normed = kind.forward(self, maps if of_input is None else of_input(maps)).reshape(volumes.shape)
+            return normed if of_output is None else of_output(normed)
+
+    if is_of_volumes:
+        made.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    result: nn.Module = made
+    return result
 
 
 def _of_16_bits(layer: Any, axes: int, lowered_on: Callable[..., Tensor]) -> nn.Module:

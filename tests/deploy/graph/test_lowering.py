@@ -19,7 +19,7 @@ from lightning_quant.deploy.graph.qdq import QdqGraph
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.network import QuantizedNetwork
 from tests.helpers.members import in_turn
-from tests.helpers.networks import calibrated, call
+from tests.helpers.networks import calibrated, call, seeded
 from tests.helpers.qdq import NO_EMULATOR, computed, emulated, operations, psnr, values
 
 aimet.load()
@@ -116,6 +116,15 @@ def depthwise(channels: int, *args: Any, **settings: Any) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(CHANNELS, channels, 3, padding=1), nn.Conv2d(channels, channels, *args, groups=channels, **settings)
     )
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.weight = nn.Conv3d(CHANNELS, CHANNELS, 1), nn.Parameter(torch.rand(CHANNELS) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.instance_norm(self.conv(x), weight=self.weight).relu()
 
 
 class Pooled(nn.Module):
@@ -218,6 +227,20 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "maxima of 2 by 3 blocks": (lambda: nn.Sequential(nn.AdaptiveMaxPool2d((2, 3))), (1, CHANNELS, 16, 24)),
     "maxima by a function": (Largest, (1, CHANNELS, 16, 16)),
     "an instance norm": (lambda: nn.Sequential(nn.ReLU(), nn.InstanceNorm2d(CHANNELS)), MAPS),
+    "an instance norm of volumes": (lambda: nn.Sequential(nn.Conv3d(CHANNELS, 4, 1), nn.InstanceNorm3d(4)), VOLUMES),
+    "an instance norm of volumes, weighted": (
+        lambda: nn.Sequential(nn.Conv3d(CHANNELS, 4, 3), seeded(nn.InstanceNorm3d(4, affine=True)), nn.LeakyReLU()),
+        VOLUMES,
+    ),
+    "an instance norm of volumes by a function": (lambda: Normed(), VOLUMES),
+    "volumes in groups, transposed": (
+        lambda: nn.Sequential(nn.Conv3d(CHANNELS, 4, 1), nn.ConvTranspose3d(4, 6, 2, 2, groups=2), nn.ReLU()),
+        VOLUMES,
+    ),
+    "volumes, depthwise, transposed": (
+        lambda: nn.Sequential(nn.ConvTranspose3d(CHANNELS, CHANNELS, 3, 2, groups=CHANNELS, bias=False)),
+        VOLUMES,
+    ),
     "one tap": (lambda: nn.Sequential(tapped()), MAPS),
     "one tap, strided and padded": (lambda: nn.Sequential(tapped(stride=2, padding=1)), MAPS),
 }
