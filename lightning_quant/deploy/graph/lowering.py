@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_quant.deploy.graph.lowered_pooling import blocks_of, deciding
 from lightning_quant.simulation import aimet
@@ -39,9 +38,10 @@ _TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: 
 def lowered(network: nn.Module) -> Iterator[None]:
     """Lower layers of a simulation for the length of a block: what is exported is what the NPU takes.
 
-    - A batch norm that no layer took in is a depthwise convolution. Its own file would be a batch norm with one 8-bit
-      scale for the factors of all channels and 8 bits for what is added, as ONNX Runtime's QNN provider has it
-      (``batch_norm_op_builder.cc``), and the NPU computes something else with 4-bit weights and for vectors.
+    - A norm with running statistics that no layer took in is a depthwise convolution. Its own file would be a batch
+      norm with one 8-bit scale for the factors of all channels and 8 bits for what is added, as ONNX Runtime's QNN
+      provider has it (``batch_norm_op_builder.cc``), and the NPU computes something else with 4-bit weights and for
+      vectors.
     - A depthwise convolution with one tap has three along each axis.
     - A convolution in groups that is refused or wrong is one without groups whose other weights are 0: most that are
       transposed, and depthwise ones with strides of 4 or more and of blocks of 2 by 2 in up to four channels.
@@ -69,7 +69,7 @@ def lowered(network: nn.Module) -> Iterator[None]:
         for layer in network.modules():
             if "_takes_weights" in vars(layer) and "weight" not in layer._parameters:
                 continue  # at a call site, without the weights that it is passed
-            if isinstance(layer, _BatchNorm) and DEPTHWISE in vars(layer):
+            if DEPTHWISE in vars(layer):
                 restored.enter_context(_being(layer, _of_norm(layer)))
             elif isinstance(layer, nn.modules.conv._ConvNd) and isinstance(layer, aimet.BaseQuantizationMixin):
                 if _has_a_single_tap(layer):
@@ -203,7 +203,6 @@ def _rounding_as(layer: Any, made: Any) -> nn.Module:
 
 def _of_maps(layer: Any) -> nn.Module:
     """Return an instance norm with weights, of one if it had none, that takes volumes as maps of their rows."""
-    is_of_volumes, of_input = isinstance(layer, nn.InstanceNorm3d), vars(layer).get(ROUNDED_BY)
     factory: Any = nn.InstanceNorm1d if isinstance(layer, nn.InstanceNorm1d) else nn.InstanceNorm2d
     made: Any = aimet.QuantizationMixin.from_module(factory(layer.num_features, layer.eps, affine=True))
     if layer.weight is None:
@@ -217,11 +216,10 @@ def _of_maps(layer: Any) -> nn.Module:
 
     def forward(self: Any, volumes: Tensor) -> Any:
         with paused():
-            maps = volumes.flatten(-3, -2)
-            normed = kind.forward(self, maps if of_input is None else of_input(maps)).reshape(volumes.shape)
+            normed = kind.forward(self, volumes.flatten(-3, -2)).reshape(volumes.shape)
             return normed if of_output is None else of_output(normed)
 
-    if is_of_volumes:
+    if isinstance(layer, nn.InstanceNorm3d):
         made.__class__ = type(kind.__name__, (kind,), {"forward": forward})
     result: nn.Module = made
     return result

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_quant.simulation.callsites.attributes import DEPTHWISE, GATES, OWNER, ROUNDED_BY, is_at_call_site
 from lightning_quant.simulation.callsites.tied_ranges import (
@@ -102,7 +102,7 @@ def _share_over_steps(sim: Any) -> None:
 
 
 def _leave_scales_of_channels(sim: Any) -> None:
-    """Leave the weights of batch norms as they are: the device computes them as depthwise convolutions.
+    """Leave the weights of norms with running statistics as they are: the device computes depthwise convolutions.
 
     A channel has one weight there, which the channel's own scale represents exactly. The NPU's own batch norm has one
     scale for all channels, and computes something else with 4-bit weights and for vectors of features
@@ -113,7 +113,7 @@ def _leave_scales_of_channels(sim: Any) -> None:
         return
     for op in sim.connected_graph.ordered_ops:
         module: Any = sim._get_qmodule(op)
-        if not isinstance(module, _BatchNorm) or module.running_var is None or module.training:
+        if not isinstance(module, _NormBase) or module.running_var is None or module.training:
             continue
         if op.inputs and op.inputs[0].shape is not None:
             module.__dict__[DEPTHWISE] = len(op.inputs[0].shape) - 2
@@ -139,7 +139,7 @@ def _fuse_activations(sim: Any, returned: Container[nn.Module]) -> None:
         after = sim._get_qmodule(op)
         source = op.inputs[0].producer if isinstance(after, (nn.ReLU, nn.ReLU6, nn.Hardtanh)) and op.inputs else None
         before = sim._get_qmodule(source) if source is not None and len(source.output_ops) == 1 else None
-        is_one = isinstance(before, computed_with) or (isinstance(before, _BatchNorm) and vars(before).get(DEPTHWISE))
+        is_one = isinstance(before, computed_with) or (before is not None and vars(before).get(DEPTHWISE))
         if not is_one or after.output_quantizers[0] is None:
             continue
         assert before is not None
@@ -173,7 +173,7 @@ def _round_before_norms(sim: Any) -> None:
     for op in sim.connected_graph.ordered_ops:
         module: Any = sim._get_qmodule(op)
         source = op.inputs[0].producer if op.inputs else None
-        if not isinstance(module, _BatchNorm) or DEPTHWISE not in vars(module) or source is None:
+        if module is None or DEPTHWISE not in vars(module) or source is None:
             continue
         before: Any = sim._get_qmodule(source)
         quantizers: Any = getattr(before, "output_quantizers", ())
@@ -232,7 +232,9 @@ def _note_roundings(sim: Any) -> None:
     found: dict[Any, set[Any]] = {}
     for op in sim.connected_graph.ordered_ops:
         module: Any = sim._get_qmodule(op)
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, _BatchNorm, nn.Softplus, nn.Tanh)) and op.inputs:
+        has_statistics = isinstance(module, _NormBase) and module.running_var is not None
+        is_known = has_statistics or isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.Softplus, nn.Tanh))
+        if is_known and op.inputs:
             quantizers: Any = getattr(module, "input_quantizers", ())
             own = quantizers[0] if len(quantizers) else None
             found.setdefault(module, set()).add(own or rounding(sim, op.inputs[0].producer))

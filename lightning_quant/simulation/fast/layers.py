@@ -147,7 +147,7 @@ class FastTransposed(FastWeighted):
 
 
 class FastNorm(FastLayer):
-    """A batch norm; in eval mode, one that no layer took in computes what it does on the device, as a convolution."""
+    """A norm; in eval mode, one with running statistics computes what it does on the device, as a convolution."""
 
     def _computed(self: Any, quantizer: Any, input: Tensor) -> Any:
         is_plain = self.training or DEPTHWISE not in self.__dict__ or input.dtype is not torch.float32

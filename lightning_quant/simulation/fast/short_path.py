@@ -71,6 +71,13 @@ def slow_down(network: nn.Module) -> None:
             slow_down_analyzer(module.encoding_analyzer)
 
 
+# With running statistics, which instance norms have if they are asked to.
+_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+
+
 @functools.cache
 def _fast_class(aimet_class: Any) -> Any:
     """Return the class on the short path for one of AIMET's, which is its ``aimet_class``, or ``None``."""
@@ -86,7 +93,7 @@ def _fast_class(aimet_class: Any) -> Any:
         kind = FastTransposed
     elif float_class in FUSED:
         kind = FastActivation
-    elif float_class in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+    elif float_class in _NORMS:
         kind = FastNorm
     elif float_class in _PLAIN or _is_plainly_dispatched(aimet_class):
         kind = FastLayer

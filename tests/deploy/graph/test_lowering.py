@@ -227,6 +227,17 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "maxima of 2 by 3 blocks": (lambda: nn.Sequential(nn.AdaptiveMaxPool2d((2, 3))), (1, CHANNELS, 16, 24)),
     "maxima by a function": (Largest, (1, CHANNELS, 16, 16)),
     "an instance norm": (lambda: nn.Sequential(nn.ReLU(), nn.InstanceNorm2d(CHANNELS)), MAPS),
+    "an instance norm with running statistics": (
+        lambda: nn.Sequential(
+            nn.Conv2d(CHANNELS, CHANNELS, 3),
+            trained(nn.InstanceNorm2d(CHANNELS, affine=True, track_running_stats=True)),
+        ),
+        MAPS,
+    ),
+    "an instance norm of sequences with running statistics": (
+        lambda: nn.Sequential(trained(nn.InstanceNorm1d(CHANNELS, track_running_stats=True)), nn.ReLU()),
+        SEQUENCES,
+    ),
     "an instance norm of volumes": (lambda: nn.Sequential(nn.Conv3d(CHANNELS, 4, 1), nn.InstanceNorm3d(4)), VOLUMES),
     "an instance norm of volumes, weighted": (
         lambda: nn.Sequential(nn.Conv3d(CHANNELS, 4, 3), seeded(nn.InstanceNorm3d(4, affine=True)), nn.LeakyReLU()),
