@@ -39,6 +39,7 @@ _USED = {
     "aimet_torch.nn.modules": ("custom",),
     "aimet_torch.nn.true_quant": ("_DispatchMixin",),
     "aimet_torch.onnx": ("_remove_dangling_nodes_and_initializers", "export"),
+    "aimet_torch.onnx_utils": ("map_torch_types_to_onnx",),
     "aimet_torch.quantization.affine": ("AffineEncoding", "QuantizeDequantize"),
     "aimet_torch.quantization.base": ("QuantizerBase",),
     "aimet_torch.quantization.encoding_analyzer": (
@@ -57,16 +58,6 @@ _USED = {
     "aimet_torch.utils": ("StatisticsNotFoundError", "remove_activation_quantizers", "remove_all_quantizers"),
 }
 _HOMES = {name: home for home, names in _USED.items() for name in names}
-# Classes of torch.nn that AIMET 2.42 has no entry for among the operations of ONNX, by whose names its configurations
-# say how weights are quantized: these would get one scale for all channels, and a norm a range symmetric about zero.
-_OPERATIONS = {
-    "BatchNorm3d": "BatchNormalization",
-    "Conv3d": "Conv",
-    "ConvTranspose1d": "ConvTranspose",
-    "ConvTranspose3d": "ConvTranspose",
-    "InstanceNorm3d": "InstanceNormalization",
-    "SyncBatchNorm": "BatchNormalization",
-}
 
 
 def __getattr__(name: str) -> Any:
@@ -86,18 +77,13 @@ def load() -> ModuleType:
     A program that had imported AIMET itself before keeps its logging as it set it up. Otherwise AIMET's
     loggers stay silent below WARNING and hand the rest to the standard ``logging`` configuration.
     """
-    keeps_logging = "aimet_torch" in sys.modules
+    if "aimet_torch" in sys.modules:
+        return sys.modules["aimet_torch"]
     with _program_unchanged():
         import aimet_torch
         from aimet_torch.common.utils import AimetLogger
-        from aimet_torch.nn import QuantizationMixin
-        from aimet_torch.onnx_utils import map_torch_types_to_onnx
-        from torch import nn
 
-        for name, operation in _OPERATIONS.items():
-            for kind in (getattr(nn, name), QuantizationMixin.cls_to_qcls[getattr(nn, name)]):
-                map_torch_types_to_onnx.setdefault(kind, [operation])
-        for area in () if keeps_logging else AimetLogger.LogAreas:
+        for area in AimetLogger.LogAreas:
             logger = AimetLogger.get_area_logger(area)
             logger.handlers.clear()
             logger.propagate = True

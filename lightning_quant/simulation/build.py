@@ -13,7 +13,12 @@ from lightning_quant.errors import PreflightError
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet, preflight
 from lightning_quant.simulation.callsites import quantizers
-from lightning_quant.simulation.callsites.aimet_views import converted_in_place, shapes_from_traces, weights_attached
+from lightning_quant.simulation.callsites.aimet_views import (
+    converted_in_place,
+    operations_named,
+    shapes_from_traces,
+    weights_attached,
+)
 from lightning_quant.simulation.callsites.attributes import BUFFERS
 from lightning_quant.simulation.callsites.watching import written_buffers
 from lightning_quant.simulation.exportable import not_in_onnx
@@ -104,7 +109,13 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
     try:
         # A class AIMET does not know is the user's own, whose operations are call sites.
         aimet.QuantizationMixin.ignore_unknown_modules(True)
-        with state_kept(network), converted_in_place(), shapes_from_traces(), weights_attached(network):
+        with (
+            state_kept(network),
+            converted_in_place(),
+            operations_named(),
+            shapes_from_traces(),
+            weights_attached(network),
+        ):
             sim = aimet.QuantizationSimModel(
                 flat,
                 tuple(inputs.tensors),

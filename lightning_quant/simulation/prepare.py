@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_quant.errors import PreflightError
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.batch_norms import output_factors
-from lightning_quant.simulation.callsites.aimet_views import shapes_from_traces
+from lightning_quant.simulation.callsites.aimet_views import operations_named, shapes_from_traces
 from lightning_quant.simulation.callsites.attributes import FOLDED
 from lightning_quant.simulation.callsites.instrument import instrument
 from lightning_quant.simulation.inplace import copied, separate_shared_activations, state_kept, undone_on_error
@@ -148,7 +148,7 @@ def _fold_batch_norms(
     expected = [_drawing_the_same(call, twin) for call in calls]
     kept = _Norms(twin)
     try:
-        with shapes_from_traces():
+        with operations_named(), shapes_from_traces():
             pairs = aimet.fold_all_batch_norms(
                 FlatNetwork(twin, inputs).eval(), None, dummy_input=tuple(inputs.tensors)
             )

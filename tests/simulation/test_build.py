@@ -135,16 +135,19 @@ def test_global_state_of_aimet_is_restored(ignored: bool, monkeypatch: pytest.Mo
     before = (
         QuantizationMixin._ignore_unknown_modules,
         dict(QuantizationMixin.cls_to_qcls),
+        dict(aimet.map_torch_types_to_onnx),
         list(warnings.filters),
         quantsim.encoding_version,
     )
     quantized(nn.Sequential(nn.Conv2d(3, 3, 1), Sine(), nn.Conv2d(3, 3, 1)))
     quantized(Functional())
+    quantized(nn.Sequential(nn.Conv3d(3, 3, 1), nn.BatchNorm3d(3)), call(torch.randn(2, 3, 4, 4, 4)))
     with pytest.raises(PreflightError):
         quantized(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), strict=True)
     after = (
         QuantizationMixin._ignore_unknown_modules,
         dict(QuantizationMixin.cls_to_qcls),
+        dict(aimet.map_torch_types_to_onnx),
         list(warnings.filters),
         quantsim.encoding_version,
     )
@@ -338,7 +341,7 @@ NORMED: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
 def test_norms_behind_layers_of_every_kind_are_folded(name: str) -> None:
     layer, norm, shape = NORMED[name]
     samples = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    network = nn.Sequential(layer, seeded(norm), nn.ReLU()).eval()
+    network = seeded(nn.Sequential(layer, norm, nn.ReLU())).eval()
     made = calibrated(network, call(samples), precision="w8a16")
     assert isinstance(made.network.get_submodule("1"), nn.Identity)
     assert made.findings == []

@@ -17,21 +17,11 @@ _MISCOMPUTED = 4
 _MISCOMPUTED_MAXIMUM = [8, 8]
 
 
-def blocks_of(layer: Any) -> tuple[Sequence[str], Callable[..., Any]] | None:
-    """Return what says, besides its input, of which blocks a layer takes what, and how that is lowered."""
-    if isinstance(layer, nn.AvgPool2d | aimet.custom.AvgPool2d):
-        names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-        return names, _means_of_blocks
-    if isinstance(layer, nn.AdaptiveAvgPool2d | aimet.custom.AdaptiveAvgPool2d):
-        return ("output_size",), _means_of_blocks
-    if isinstance(layer, nn.MaxPool2d | aimet.custom.MaxPool2d):
-        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-        return names, _maxima_of_blocks
-    return (("output_size", "return_indices"), _maxima_of_blocks) if isinstance(layer, nn.AdaptiveMaxPool2d) else None
-
-
-def deciding(layer: Any, names: Sequence[str], lowered_on: Callable[..., Any]) -> nn.Module:
-    """Return a pooling layer that decides by its input how its file computes it."""
+def lowered_pooling(layer: Any) -> nn.Module | None:
+    """Return a pooling layer as one that decides by its input how its file computes it; ``None`` for other layers."""
+    if (pooling := _arguments_and_way(layer)) is None:
+        return None
+    names, lowered_on = pooling
     kind = type(layer)
 
     def forward(self: Any, maps: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -41,10 +31,22 @@ def deciding(layer: Any, names: Sequence[str], lowered_on: Callable[..., Any]) -
             result = lowered_on(self, maps, [int(size) for size in maps.shape[-2:]], given)
         return kind.forward(self, maps, *args, **kwargs) if result is None else result
 
-    made = copy.copy(layer)
+    made: nn.Module = copy.copy(layer)
     made.__class__ = type(kind.__name__, (kind,), {"forward": forward})
-    result: nn.Module = made
-    return result
+    return made
+
+
+def _arguments_and_way(layer: Any) -> tuple[Sequence[str], Callable[..., Any]] | None:
+    """Return the names of what a pooling layer takes besides its input, and what lowers it."""
+    if isinstance(layer, nn.AvgPool2d | aimet.custom.AvgPool2d):
+        names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+        return names, _means_of_blocks
+    if isinstance(layer, nn.AdaptiveAvgPool2d | aimet.custom.AdaptiveAvgPool2d):
+        return ("output_size",), _means_of_blocks
+    if isinstance(layer, nn.MaxPool2d | aimet.custom.MaxPool2d):
+        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+        return names, _maxima_of_blocks
+    return (("output_size", "return_indices"), _maxima_of_blocks) if isinstance(layer, nn.AdaptiveMaxPool2d) else None
 
 
 def _means_of_blocks(layer: Any, maps: Tensor, sizes: Sequence[int], given: dict[str, Any]) -> Any:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.deploy.graph.lowered_pooling import blocks_of, deciding
+from lightning_quant.deploy.graph.lowered_pooling import lowered_pooling
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.batch_norms import WEIGHT_BITS, ends_on_device, output_factors, sums
 from lightning_quant.simulation.callsites.attributes import DEPTHWISE, GATES, ROUNDED_BY
@@ -88,8 +88,8 @@ def lowered(network: nn.Module) -> Iterator[None]:
             elif isinstance(layer, nn.Softplus) or (isinstance(layer, nn.Tanh) and GATES in vars(layer)):
                 if vars(layer).get(ROUNDED_BY) is not None:
                     restored.enter_context(_being(layer, _of_16_bits(layer, 3, _along_one_axis)))
-            elif isinstance(layer, aimet.BaseQuantizationMixin) and (pooling := blocks_of(layer)):
-                restored.enter_context(_being(layer, deciding(layer, *pooling)))
+            elif isinstance(layer, aimet.BaseQuantizationMixin) and (pooling := lowered_pooling(layer)) is not None:
+                restored.enter_context(_being(layer, pooling))
         yield
 
 

@@ -77,6 +77,35 @@ def weights_attached(network: nn.Module) -> Iterator[None]:
                 layer.__dict__[part] = None if value is None else value.detach()
 
 
+# What AIMET 2.42 has no entry for among the operations of ONNX, by whose names its configurations say how weights are
+# quantized: these would get one scale for all channels, and those of a norm a range symmetric about zero.
+_OPERATIONS: dict[type[nn.Module], str] = {
+    nn.BatchNorm3d: "BatchNormalization",
+    nn.Conv3d: "Conv",
+    nn.ConvTranspose1d: "ConvTranspose",
+    nn.ConvTranspose3d: "ConvTranspose",
+    nn.InstanceNorm3d: "InstanceNormalization",
+    nn.SyncBatchNorm: "BatchNormalization",
+}
+
+
+@contextmanager
+def operations_named() -> Iterator[None]:
+    """Let AIMET know, for the length of a block, which operations of ONNX layers are that its table lacks."""
+    from lightning_quant.simulation import aimet
+
+    table, quantized = aimet.map_torch_types_to_onnx, aimet.QuantizationMixin.cls_to_qcls
+    before = dict(table)
+    for kind, operation in _OPERATIONS.items():
+        table.setdefault(kind, [operation])
+        table.setdefault(quantized[kind], [operation])
+    try:
+        yield
+    finally:
+        table.clear()
+        table.update(before)
+
+
 @contextmanager
 def shapes_from_traces() -> Iterator[None]:
     """Let AIMET know the sizes in code that is run in a trace only, as some libraries have it for masks.
