@@ -67,7 +67,7 @@ def note_fixed_ranges(sim: Any) -> None:
         kind = next(iter(found)) if len(found) == 1 else None
         if quantizer is not None and kind is not None:
             is_fixed = not (quantizer.is_overwrite_allowed("min") or quantizer.is_overwrite_allowed("max"))
-            ends = (float(quantizer.min), float(quantizer.max)) if is_fixed else None
+            ends = (quantizer.min.item(), quantizer.max.item()) if is_fixed else None
             quantizer.__dict__[_RANGES] = RangesByBits(_ENDS[kind], ends)
     set_fixed_ranges(kinds)
 

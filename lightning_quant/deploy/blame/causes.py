@@ -32,8 +32,8 @@ def of_grid(graph: QdqGraph, cut: Cut, quantizer: Quantizer) -> Iterator[Reason]
         yield Reason(Cause.NOT_ROUNDED)
         return
     takers = [taker for taker in graph.consumers[cut.quantizer.output[0]] if taker.op_type == "DequantizeLinear"]
-    expected = float(quantizer.get_scale().reshape(-1)[0])
-    offset = -float(quantizer.get_offset().reshape(-1)[0]) - quantizer.qmin
+    expected = quantizer.get_scale().reshape(-1)[0].item()
+    offset = -quantizer.get_offset().reshape(-1)[0].item() - quantizer.qmin
     given: set[Reason] = set()
     for node in (cut.quantizer, *takers):
         scale, zero_point = grid_of(graph, node)

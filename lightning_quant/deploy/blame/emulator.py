@@ -86,7 +86,7 @@ def compare_with_emulator(
         figures = []
         for actual in (computed[own(cut.values[0])], arrived[seen(cut.values[0])]):
             difference = Differences()
-            difference.add(_values(cut, tensors), actual, float(quantizer.get_scale().reshape(-1)[0]))
+            difference.add(_values(cut, tensors), actual, quantizer.get_scale().reshape(-1)[0].item())
             figures.append(difference.result())
         layer, modules = modules_in(graph, cut.tensor, found, quantized_layers(network))
         reasons = [*_placement(graph, cut, found, placed)] or [*_arithmetic(figures[0], quantizer.bitwidth)]

@@ -207,7 +207,7 @@ class _Match:
         if cut.quantizer is None:
             return 0.0
         scale = float(grid_of(self.graph, cut.quantizer)[0].reshape(-1)[0])
-        ratio = scale / float(self.seen[position].quantizer.get_scale().reshape(-1)[0])
+        ratio = scale / self.seen[position].quantizer.get_scale().reshape(-1)[0].item()
         return abs(math.log(ratio)) if ratio > 0 else math.inf
 
 

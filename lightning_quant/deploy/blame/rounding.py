@@ -225,7 +225,7 @@ class _Layer:
     def _step(self, place: int) -> float | None:
         quantizers = list(self.layer.output_quantizers)
         known = quantizers[place] if place < len(quantizers) else None
-        return None if known is None or known.get_scale().numel() != 1 else float(known.get_scale())
+        return None if known is None or known.get_scale().numel() != 1 else known.get_scale().item()
 
 
 class _Noise:

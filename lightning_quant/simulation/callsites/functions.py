@@ -64,6 +64,11 @@ SEEN_THROUGH = frozenset(
 )
 # Casts that are an operation where numbers come from integers or truth values.
 CASTS = frozenset(("to", "float", "type", "type_as", "double", "half"))
+# The number that arithmetic leaves a tensor as it is with: ``sum()`` of a list begins with 0.
+_NEUTRAL = {
+    **dict.fromkeys(("add", "radd", "sub", "subtract"), 0),
+    **dict.fromkeys(("mul", "rmul", "multiply", "div", "truediv", "divide", "true_divide", "pow"), 1),
+}
 # What ``x += y`` calls, and what computes the same out of place.
 AUGMENTED = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ipow": "pow", "imatmul": "matmul"}
 
@@ -79,6 +84,21 @@ def in_place(func: Any, name: str) -> bool:
     """Return whether a function changes its first argument by its very name."""
     own = str(getattr(func, "__name__", ""))
     return (own.endswith("_") and not own.endswith("__")) or name in AUGMENTED or own == "__setitem__"
+
+
+def keeps_values(name: str, func: Any, args: Any, kwargs: Any) -> bool:
+    """Return whether arithmetic with a number copies a floating-point tensor: exporters drop it, nothing rounds it."""
+    number = _NEUTRAL.get(name)
+    return (
+        number is not None
+        and len(args) == 2
+        and isinstance(args[1], int | float)
+        and args[1] == number
+        and not kwargs
+        and isinstance(args[0], Tensor)
+        and args[0].is_floating_point()
+        and not in_place(func, name)
+    )
 
 
 def computes(name: str, given: list[Tensor], result: Any) -> bool:

@@ -44,6 +44,8 @@ OTHER_CALLS: dict[str, Callable[[Varying, Tensor], Tensor]] = {
     "two functions in turn": in_turn,
     "one of two operators": lambda m, x: m.either(torch.add, torch.sub)(x, x * x),
     "alpha": lambda m, x: torch.add(x, x * x, alpha=m.either(1, 3)),
+    "no factor": lambda m, x: x * m.either(1, 3),
+    "a factor of one": lambda m, x: x * m.either(3, 1),
     "rounding": lambda m, x: torch.div(x, 0.3, rounding_mode=m.either(None, "floor")),
     "stride": lambda m, x: F.conv2d(x, m.conv.weight.transpose(0, 1) * 1, stride=m.either(1, 2)),
     "dilation": lambda m, x: F.conv2d(x, m.conv.weight.transpose(0, 1) * 1, None, 1, 0, m.either(1, 2)),
@@ -59,7 +61,7 @@ OTHER_CALLS: dict[str, Callable[[Varying, Tensor], Tensor]] = {
     "out": lambda m, x: torch.mul(x.detach(), 2, out=torch.empty_like(x)) + x,
 }
 # Computed by the function itself, in float, where the module cannot, with a warning.
-IN_FLOAT = {"one of two functions", "one of two operators", "alpha", "rounding", "stride"}
+IN_FLOAT = {"one of two functions", "one of two operators", "alpha", "no factor", "rounding", "stride"}
 IN_FLOAT |= {"dilation", "output padding", "epsilon", "axes", "epsilon by name", "limits in tensors"}
 
 

@@ -1,0 +1,59 @@
+"""Scores of a softmax that hardly differ: 16-bit grids that are finer than its output's, which the NPU gets wrong.
+
+A softmax is at most a quarter as steep as what it is given, and its outputs lie on a grid from 0 to 1: a range of 1 of
+the scores shows in them all that they can show. Where scores have a range of an eighth and less, the emulated NPU
+returns about half of each value with 16 bits: attention that is hardly trained, routing that begins with zeros, weights
+of branches that are alike. With 8 bits it takes any range.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lightning_quant.simulation.callsites.attributes import NUMBER
+from lightning_quant.simulation.callsites.tied_ranges import passes_values
+
+# In units of the scores: that of the output.
+_RANGE = 1.0
+
+
+def widen_narrow_scores(sim: Any) -> None:
+    """Give 16-bit ranges of less than 1 that length where a softmax takes what they round; zero stays in its place.
+
+    Args:
+        sim: AIMET's simulation, its ranges calibrated.
+    """
+    for op in sim.connected_graph.ordered_ops:
+        if not isinstance(sim._get_qmodule(op), nn.Softmax):
+            continue
+        quantizer, factor = _rounded(sim, op)
+        if quantizer is None or quantizer.bitwidth != 16 or not quantizer.is_initialized():
+            continue
+        low, high = quantizer.get_min().item(), quantizer.get_max().item()
+        is_free = quantizer.is_overwrite_allowed("min") and quantizer.is_overwrite_allowed("max")
+        if is_free and 0 < (length := (high - low) * factor) < _RANGE:
+            quantizer.set_range(low * _RANGE / length, high * _RANGE / length)
+
+
+def _rounded(sim: Any, op: Any) -> tuple[Any, float]:
+    """Return what rounds an operation's input, and what the rounded values are multiplied with behind that."""
+    from lightning_quant.simulation.aimet import custom
+
+    factor = 1.0
+    while True:
+        inputs: Any = getattr(sim._get_qmodule(op), "input_quantizers", ())
+        source = op.inputs[0].producer
+        if (len(inputs) and inputs[0] is not None) or source is None:
+            return inputs[0] if len(inputs) else None, factor
+        module: Any = sim._get_qmodule(source)
+        outputs: Any = getattr(module, "output_quantizers", ())
+        if len(outputs) == 1 and outputs[0] is not None:
+            return outputs[0], factor
+        number = vars(module).get(NUMBER, 0.0) if module is not None else 0.0
+        if number and isinstance(module, custom.Multiply | custom.Divide):
+            factor *= abs(number) if isinstance(module, custom.Multiply) else 1 / abs(number)
+        elif not passes_values(sim, source):
+            return None, factor
+        op = source

@@ -1,0 +1,103 @@
+"""Scores of a softmax that hardly differ: their 16-bit grids are as coarse as the NPU needs, which costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.simulation.network import QuantizedNetwork
+from tests.helpers.networks import calibrated, call
+from tests.helpers.qdq import NO_EMULATOR, equal_everywhere
+
+ROWS = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
+
+
+class Routed(nn.Module):
+    """Weights of branches from scores that are nearly alike: of small weights, or made small behind them."""
+
+    def __init__(self, size: float, softmax: str, scaling: str) -> None:
+        super().__init__()
+        self.scores = nn.Linear(16, 16)
+        self.size, self.softmax_of, self.scaling = size, SOFTMAXES[softmax], scaling
+        if scaling == "weights":
+            with torch.no_grad():
+                for parameter in self.scores.parameters():
+                    parameter.mul_(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.scores(x)
+        if self.scaling == "product":
+            scores = scores * self.size
+        if self.scaling == "quotient":
+            scores = scores.transpose(0, 1) / (1 / self.size)
+            scores = scores.transpose(0, 1)
+        return self.softmax_of(scores) * x
+
+
+SOFTMAXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows": lambda y: y.softmax(-1),
+    "channels": lambda y: y.softmax(1),
+    "moved": lambda y: y.transpose(1, 2).reshape(-1, 4, 4, 6).softmax(1).reshape(-1, 16, 6).transpose(1, 2),
+    "read elsewhere": lambda y: y.softmax(-1) + y,
+}
+SCALINGS = ("weights", "product", "quotient")
+
+
+def routed(size: float, softmax: str = "rows", scaling: str = "weights", **recipe: Any) -> QuantizedNetwork:
+    torch.manual_seed(0)
+    return calibrated(Routed(size, softmax, scaling).eval(), call(ROWS), **recipe)
+
+
+def range_of_scores(network: QuantizedNetwork, factor: float = 1.0) -> tuple[float, float]:
+    """Both ends of what the softmax takes; a product with a number hands its tensor's integers on."""
+    scores: Any = network.network.get_submodule("scores")
+    (quantizer,) = scores.output_quantizers
+    return quantizer.get_min().item() * factor, quantizer.get_max().item() * factor
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("softmax", SOFTMAXES)
+def test_narrow_ranges_are_widened(softmax: str, scaling: str) -> None:
+    factor = 1.0 if scaling == "weights" else 0.01
+    low, high = range_of_scores(routed(0.01, softmax, scaling, precision="w8a16"), factor)
+    assert high - low == pytest.approx(1, abs=1e-4)
+    before = range_of_scores(routed(0.01, softmax, scaling, precision="w8a8"), factor)
+    assert low / high == pytest.approx(before[0] / before[1], rel=0.02)  # zero is where it was
+    assert before[1] - before[0] < 0.05
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_other_ranges_stay(scaling: str) -> None:
+    factor = 1.0 if scaling == "weights" else 5.0
+    one, other = (range_of_scores(routed(5.0, "rows", scaling, precision=one), factor) for one in ("w8a16", "w8a8"))
+    assert one == pytest.approx(other, rel=0.02)
+    assert one[1] - one[0] > 2
+
+
+def test_override_to_16_bits_is_enough() -> None:
+    low, high = range_of_scores(routed(0.01, precision="w8a8", overrides={"softmax": "w8a16"}))
+    assert high - low == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [0.1, 0.01, 1e-4])
+def test_nothing_is_lost(size: float) -> None:
+    """Against float, with unrounded scores: what is left is the rounding of the softmax's output."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Softmax(-1)).eval()
+    scores = ROWS * size
+    with torch.no_grad():
+        expected = network(scores)
+        actual = calibrated(network, call(scores), precision="w8a16")(scores)
+    assert float((actual - expected).abs().max()) < 0.6 * 2.0**-16
+
+
+@pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("softmax", ["rows", "channels", "moved"])
+def test_on_the_npu(softmax: str, scaling: str, tmp_path: Path) -> None:
+    equal_everywhere(routed(0.01, softmax, scaling, precision="w8a16"), ROWS[:1], tmp_path, npu_db=75)
