@@ -26,6 +26,10 @@ from lightning_quant.utilities.parsing import parse_as, read_json
 if TYPE_CHECKING:
     from lightning_quant.simulation.network import QuantizedNetwork
 
+# From this version of the Hexagon NPU on it multiplies 16-bit activations by 16 bits: AIMET's exception for MatMul,
+# ``_base/quantsim.py``.
+_HEXAGON_WITH_INT16_PRODUCTS = 73
+
 PATH = Path(__file__).with_name("operators.json")
 
 
@@ -114,6 +118,17 @@ def hexagon_of_config(hardware: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def multiplies_by_int16(hexagon: int | None) -> bool:
+    """Return whether a version of the NPU multiplies 16-bit activations by 16 bits; ``None`` is no NPU."""
+    return hexagon is not None and hexagon >= _HEXAGON_WITH_INT16_PRODUCTS
+
+
+def hexagon_simulated(network: QuantizedNetwork) -> int | None:
+    """Return the version of the NPU that a network is quantized for, as its hardware config has it, or ``None``."""
+    version = network.sim._hw_version  # e.g. "V75"
+    return None if version is None else int(version.removeprefix("V"))
+
+
 def off_the_npu(network: QuantizedNetwork, hexagon: int | None) -> list[Finding]:
     """Find the layers of a quantized network that the NPU does not compute in integers.
 
@@ -128,6 +143,12 @@ def off_the_npu(network: QuantizedNetwork, hexagon: int | None) -> list[Finding]
     for name, layer in layers.items():
         operation, precision = operation_of(layer), _measured_as(layer, precisions[name])
         placement = table.placement(operation, precision, hexagon)
+        by_int16 = isinstance(layer, aimet.custom.MatMul) and precision.activation_bits == 16
+        if by_int16 and not multiplies_by_int16(hexagon) and multiplies_by_int16(hexagon_simulated(network)):
+            problem = f"{operation} by 16 bits is left to the CPU (Hexagon v{hexagon}, {precision})"
+            remedy = f'quantize for this NPU, which multiplies by 8 bits: hardware="htp_v{hexagon}"'
+            findings.append(Finding(name, problem, remedy, kind=FindingKind.ON_CPU))
+            continue
         if placement is None or placement is Placement.NPU:
             continue
         kind, what = _PROBLEMS[placement]

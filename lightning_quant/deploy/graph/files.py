@@ -20,6 +20,7 @@ from lightning_quant.deploy.graph.lowering import lowered
 from lightning_quant.deploy.graph.padding import keep_padding_apart
 from lightning_quant.deploy.graph.passed_inputs import Grid, encode_passed_inputs, round_passed_inputs
 from lightning_quant.deploy.graph.products import keep_within
+from lightning_quant.deploy.graph.second_operands import sign_second_operands
 from lightning_quant.deploy.graph.unused_parts import slice_used_parts
 from lightning_quant.errors import ExportError
 from lightning_quant.simulation import aimet
@@ -28,6 +29,7 @@ from lightning_quant.simulation.callsites.passes import noting
 from lightning_quant.simulation.exportable import FLOAT_OPSET
 from lightning_quant.simulation.inputs import NetworkInputs, tensor_names, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.simulation.operators import hexagon_simulated, multiplies_by_int16
 
 if TYPE_CHECKING:
     import onnx
@@ -139,6 +141,8 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
         passed = round_passed_inputs(quantized)
         coarser = biases.rescale_biases(quantized, floats)
         many_axes.write_in_fewer_axes(quantized)
+        if multiplies_by_int16(hexagon_simulated(network)):
+            sign_second_operands(quantized)
     encodings_file = float_file.with_suffix(".encodings")
     encodings = json.loads(encodings_file.read_text())
     written = copy.deepcopy(encodings)

@@ -1,8 +1,9 @@
-"""Constants with one value for all elements, which the NPU's compiler gets wrong where they are added with 16 bits.
+"""Constants with one value for all elements, which the NPU's compiler gets wrong where they are added.
 
-Behind a convolution the sum is thousands of steps off, with zeros where the sum has a wider range, or the network is
-refused (QAIRT 2.51). What is subtracted is right to the step: ``x + c`` is ``x − (−c)``, on the same grid, as integers
-and zero point are counted from its other end.
+Behind a convolution a 16-bit sum is thousands of steps off, with zeros where the sum has a wider range, or the network
+is refused (QAIRT 2.51). An 8-bit sum is wrong where a product of two activations takes it first, as linear attention
+does with ``elu(q) + 1``. What is subtracted is right to the step: ``x + c`` is ``x − (−c)``, on the same grid, as
+integers and zero point are counted from its other end.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from lightning_quant.deploy.graph.qdq import QdqGraph, of_integers
 
 if TYPE_CHECKING:
     import onnx
-
-_LAST = np.iinfo(np.uint16).max
 
 
 def rewrite_uniform(model: onnx.ModelProto) -> None:
@@ -32,10 +31,10 @@ def rewrite_uniform(model: onnx.ModelProto) -> None:
         if node.op_type == "Add":
             for index, name in enumerate(node.input):
                 source = _source(graph, name)
-                if source is not None and graph.array(source.input[2]).dtype == np.uint16:
+                if source is not None and (kind := graph.array(source.input[2]).dtype).kind == "u":
                     if name not in made:
-                        arrays = [graph.array(one) for one in source.input]
-                        negated = [_LAST - arrays[0], arrays[1], _LAST - arrays[2]]
+                        arrays, last = [graph.array(one) for one in source.input], np.iinfo(kind).max
+                        negated = [last - arrays[0], arrays[1], last - arrays[2]]
                         made[name] = _read(graph, source, negated, "negated", nodes)
                     node.op_type, node.input[:] = "Sub", [node.input[1 - index], made[name]]
                     break
@@ -62,13 +61,12 @@ def rewrite_encoded(model: onnx.ModelProto, encodings: dict[str, Any]) -> None:
             value, entry = graph.known(name), known.get(name)
             if value is None or entry is None or not _is_uniform(value):
                 continue
-            if entry["bw"] == 16:
-                if name not in made:
-                    made[name] = graph.add(f"{name}_negated", -value)
-                    (offset,) = entry["offset"]
-                    entries.append({**entry, "name": made[name], "is_sym": False, "offset": [-(_LAST + offset)]})
-                node.op_type, node.input[:] = "Sub", [node.input[1 - index], made[name]]
-                break
+            if name not in made:
+                made[name] = graph.add(f"{name}_negated", -value)
+                (offset,), last = entry["offset"], 2 ** entry["bw"] - 1
+                entries.append({**entry, "name": made[name], "is_sym": False, "offset": [-(last + offset)]})
+            node.op_type, node.input[:] = "Sub", [node.input[1 - index], made[name]]
+            break
     graph.replace_nodes(nodes)
     left = QdqGraph(model)
     gone = of_constants - left.producers.keys() - left.constants.keys()

@@ -69,6 +69,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "a small number added": (lambda: Around(lambda m, y: 0.01 + y.relu()), IMAGES),
     "a learned number added": (lambda: Around(lambda m, y: (y.relu() + m.number) * (y + m.number)), IMAGES),
     "a number added to tokens": (lambda: Around(lambda m, y: y - 1.0 + y, of_tokens=True), TOKENS),
+    "a number added to a product of tokens": (
+        lambda: Around(lambda m, y: (F.elu(y) + 1) @ y.sigmoid().transpose(1, 2), of_tokens=True),
+        TOKENS,
+    ),
+    "a small number added to a product of tokens": (
+        lambda: Around(lambda m, y: (y.relu() + 0.3) @ y.transpose(1, 2), of_tokens=True),
+        TOKENS,
+    ),
     "learned affine": (LearnedAffine, IMAGES),
     "zeros added": (lambda: Around(lambda m, y: torch.cat([y.relu() + m.zeros, y * 9.0], 1)), IMAGES),
     "ones behind features": (lambda: Around(lambda m, y: torch.cat([y, ones_like(y, 2)], 2), True), TOKENS),
