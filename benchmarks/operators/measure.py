@@ -27,8 +27,9 @@ from lightning_quant.simulation.build import quantize
 from lightning_quant.simulation.calibrate import calibrate
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.operators import Placement, multiplies_by_int16, operation_of
+from lightning_quant.simulation.operators import Placement, operation_of
 from lightning_quant.simulation.precisions import quantized_layers
+from lightning_quant.simulation.second_operands import multiplies_by_int16
 
 # One chip of each version of the NPU.
 CHIPS = ("SM8350", "SM8450", "SM8550", "SM8650", "SM8750", "SM8850")

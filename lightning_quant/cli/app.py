@@ -6,6 +6,7 @@ Only what parsing the command line needs is imported here; the run itself is in 
 from __future__ import annotations
 
 import errno
+import importlib
 import logging
 import sys
 from pathlib import Path
@@ -19,6 +20,9 @@ from lightning_quant.cli.configuration import config_dir
 from lightning_quant.errors import LightningQuantError
 
 log = logging.getLogger(__name__)
+
+# What does not run a configuration, each in a module of this package by that name.
+_COMMANDS = ("blame", "compare", "predict", "resume")
 
 
 @hydra.main(config_path=str(config_dir()), config_name="config", version_base="1.3")
@@ -57,87 +61,26 @@ def _failed(config: DictConfig) -> float | tuple[float, ...]:
     return objectives(config, None)
 
 
-def _resume(folder: Path) -> bool:
-    """Fetch the results of the bundles below a folder whose jobs were interrupted; return whether all are there."""
-    from lightning_quant.deploy.push import REQUEST_NAME, finished, resume
-    from lightning_quant.report.page import write_report
-    from lightning_quant.report.record import RECORD_NAME, RunRecord
-
-    own = folder.with_name(f"{folder.name}.device") / REQUEST_NAME  # if the folder is a bundle's
-    requests = sorted(folder.rglob(REQUEST_NAME)) + ([own] if own.is_file() else [])
-    if not requests:
-        log.error("Nothing below %s was sent to a device: expected the folder of a run or of a bundle.", folder)
-    whole = bool(requests)
-    for request in requests:
-        bundle = request.parent.with_suffix("")  # <name>.device is next to <name>
-        if finished(request.parent):
-            print(f"{bundle.name}: finished already, see {request.parent}")
-            continue
-        try:
-            found = resume(bundle)
-            # of a run of the app, and of a DeviceExport in a Trainer of the user's own
-            for place in (bundle.parent.parent, bundle.with_name(f"{bundle.name}.report")):
-                if (place / RECORD_NAME).is_file():
-                    record = RunRecord.read(place / RECORD_NAME)
-                    record.device = [one.report for one in found]
-                    record.write(place)
-                    write_report(place)
-        except LightningQuantError as error:
-            log.error("%s: %s: %s", bundle, type(error).__name__, error)
-            whole = False
-            continue
-        for one in found:
-            print(f"{bundle.name}: {one.report.sentence()}")
-    return whole
-
-
-def _blame(folder: Path) -> bool:
-    """Print what each layer loses, and which of an exported file compute something else; return whether none does."""
-    from lightning_quant.cli.blame import blame_run
-    from lightning_quant.deploy.blame.result import Against
-
-    try:
-        found, path = blame_run(folder)
-    except LightningQuantError as error:
-        log.error("%s: %s", type(error).__name__, error)
-        return False
-    for one in found:
-        print(f"Against {one.against.value}:\n{one}\n")
-    print(path)
-    return not any(one.guilty for one in found if one.against is not Against.FLOAT)
-
-
-def _predict(arguments: list[str]) -> bool:
-    """Print what an exported network sees in photographs; return whether all were read."""
-    from lightning_quant.cli.predict import predict
-
-    try:
-        return predict(arguments)
-    except LightningQuantError as error:
-        log.error("%s: %s", type(error).__name__, error)
-        return False
-
-
 def main() -> None:
-    """Run the app; the exit status is 1 if a run failed."""
+    """Run the app, or a command of its own; the exit status is 1 if that failed."""
     sys.path.append(str(Path.cwd()))  # rungs, estimators and networks of the user's own lie here, as for ``python -m``
-    if sys.argv[1:2] == ["resume"]:
+    if sys.argv[1:2] and sys.argv[1] in _COMMANDS:
         logging.basicConfig(format="%(message)s")
-        sys.exit(0 if _resume(Path(sys.argv[2] if len(sys.argv) > 2 else ".")) else 1)
-    if sys.argv[1:2] == ["blame"]:
-        logging.basicConfig(format="%(message)s")
-        sys.exit(0 if _blame(Path(sys.argv[2] if len(sys.argv) > 2 else ".")) else 1)
-    if sys.argv[1:2] == ["compare"]:
-        from lightning_quant.cli.compare import compare_command
-
-        logging.basicConfig(format="%(message)s")
-        sys.exit(compare_command(sys.argv[2:]))
-    if sys.argv[1:2] == ["predict"]:
-        logging.basicConfig(format="%(message)s")
-        sys.exit(0 if _predict(sys.argv[2:]) else 1)
+        sys.exit(_run_command(sys.argv[1], sys.argv[2:]))
     if "sensitivity" in sys.argv[1:]:  # Hydra takes key=value only
         sys.argv[sys.argv.index("sensitivity", 1)] = "job=sensitivity"
     _job()
+
+
+def _run_command(name: str, arguments: list[str]) -> int:
+    """Return the exit status of a command, which parses its arguments itself."""
+    command = importlib.import_module(f"lightning_quant.cli.{name}").command
+    try:
+        status: int = command(arguments)
+    except LightningQuantError as error:
+        log.error("%s: %s", type(error).__name__, error)
+        return 1
+    return status
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -18,6 +20,30 @@ from lightning_quant.report.record import RECORD_NAME, RunRecord
 from lightning_quant.simulation.network import QuantizedNetwork
 
 _SAMPLES = 2
+
+
+def command(arguments: Sequence[str]) -> int:
+    """Print what each layer loses, and which of an exported file compute something else.
+
+    Args:
+        arguments: of the command line, behind ``blame``.
+
+    Returns:
+        The exit status: 0 if no layer computes something else.
+
+    Raises:
+        ConfigurationError: when the folder is not of a run that exported something.
+    """
+    parser = argparse.ArgumentParser(
+        "lightning-quant blame", description="Find the layers that lose most, and those that compute something else."
+    )
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("."),
+                        help="folder of a run, or of the bundle in it; the current one by default")  # fmt: skip
+    found, path = blame_run(parser.parse_args(arguments).folder)
+    for one in found:
+        print(f"Against {one.against.value}:\n{one}\n")
+    print(path)
+    return int(any(one.guilty for one in found if one.against is not Against.FLOAT))
 
 
 def blame_run(folder: Path) -> tuple[list[Blame], Path]:

@@ -16,10 +16,14 @@ log = logging.getLogger(__name__)
 KEPT, EXCEEDED, BAD_INPUT = 0, 1, 2
 
 
-def compare_command(arguments: Sequence[str]) -> int:
-    """Run the command, and return its exit status.
+def command(arguments: Sequence[str]) -> int:
+    """Print what changed between two exports.
 
-    It is 0 if every bound is kept, 1 if one is exceeded, and 2 for what cannot be compared.
+    Args:
+        arguments: of the command line, behind ``compare``.
+
+    Returns:
+        The exit status: 0 if every bound is kept, 1 if one is exceeded, and 2 for what cannot be compared.
     """
     parser = argparse.ArgumentParser(
         "lightning-quant compare", description="Compare an export with an earlier one.", allow_abbrev=False

@@ -176,14 +176,14 @@ def _element_type(given: str) -> str:
     return {"float": "float32", "double": "float64"}.get(name, name)
 
 
-def predict(arguments: Sequence[str]) -> bool:
-    """Run the subcommand: one line is printed for each image.
+def command(arguments: Sequence[str]) -> int:
+    """Print a line for each image, with what the network sees in it.
 
     Args:
         arguments: of the command line, behind ``predict``.
 
     Returns:
-        Whether every image was read.
+        The exit status: 0 if every image was read.
 
     Raises:
         LightningQuantError: when nothing can be predicted.
@@ -199,7 +199,7 @@ def predict(arguments: Sequence[str]) -> bool:
         )
     predictor = Predictor(given.bundle, normalization)
     try:
-        return _predict_all(predictor, images, given.out)
+        return 0 if _predict_all(predictor, images, given.out) else 1
     except OSError as error:
         raise ConfigurationError(f"{given.out} cannot be written: {error}. Give another folder with --out.") from error
 

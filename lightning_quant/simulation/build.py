@@ -128,8 +128,8 @@ def _simulate(network: nn.Module, inputs: NetworkInputs, recipe: QuantRecipe) ->
     except Exception as error:  # AIMET raises RuntimeError, KeyError, AssertionError … for the same cause
         raise PreflightError(
             f"AIMET cannot quantize {type(network).__name__} with hardware config {recipe.hardware!r}: "
-            f"{type(error).__name__}: {error}. Expected a network whose forward pass torch.jit.trace accepts; "
-            "quantize a part of it (network='model.backbone') or move what cannot be traced out of it."
+            f"{type(error).__name__}: {str(error).rstrip('.')}. Expected a network whose forward pass torch.jit.trace "
+            "accepts; quantize a part of it (network='model.backbone') or move what cannot be traced out of it."
         ) from error
     finally:
         aimet.QuantizationMixin.ignore_unknown_modules(ignored_before)

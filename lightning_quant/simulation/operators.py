@@ -21,14 +21,11 @@ from lightning_quant.simulation.aimet import QuantizedLayer
 from lightning_quant.simulation.callsites.attributes import MASK_IS_COMPUTED
 from lightning_quant.simulation.precisions import computed_precisions, quantized_layers
 from lightning_quant.simulation.preflight import Finding, FindingKind
+from lightning_quant.simulation.second_operands import hexagon_simulated, multiplies_by_int16
 from lightning_quant.utilities.parsing import parse_as, read_json
 
 if TYPE_CHECKING:
     from lightning_quant.simulation.network import QuantizedNetwork
-
-# From this version of the Hexagon NPU on it multiplies 16-bit activations by 16 bits: AIMET's exception for MatMul,
-# ``_base/quantsim.py``.
-_HEXAGON_WITH_INT16_PRODUCTS = 73
 
 PATH = Path(__file__).with_name("operators.json")
 
@@ -118,17 +115,6 @@ def hexagon_of_config(hardware: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def multiplies_by_int16(hexagon: int | None) -> bool:
-    """Return whether a version of the NPU multiplies 16-bit activations by 16 bits; ``None`` is no NPU."""
-    return hexagon is not None and hexagon >= _HEXAGON_WITH_INT16_PRODUCTS
-
-
-def hexagon_simulated(network: QuantizedNetwork) -> int | None:
-    """Return the version of the NPU that a network is quantized for, as its hardware config has it, or ``None``."""
-    version = network.sim._hw_version  # e.g. "V75"
-    return None if version is None else int(version.removeprefix("V"))
-
-
 def off_the_npu(network: QuantizedNetwork, hexagon: int | None) -> list[Finding]:
     """Find the layers of a quantized network that the NPU does not compute in integers.
 
@@ -144,7 +130,7 @@ def off_the_npu(network: QuantizedNetwork, hexagon: int | None) -> list[Finding]
         operation, precision = operation_of(layer), _measured_as(layer, precisions[name])
         placement = table.placement(operation, precision, hexagon)
         by_int16 = isinstance(layer, aimet.custom.MatMul) and precision.activation_bits == 16
-        if by_int16 and not multiplies_by_int16(hexagon) and multiplies_by_int16(hexagon_simulated(network)):
+        if by_int16 and not multiplies_by_int16(hexagon) and multiplies_by_int16(hexagon_simulated(network.sim)):
             problem = f"{operation} by 16 bits is left to the CPU (Hexagon v{hexagon}, {precision})"
             remedy = f'quantize for this NPU, which multiplies by 8 bits: hardware="htp_v{hexagon}"'
             findings.append(Finding(name, problem, remedy, kind=FindingKind.ON_CPU))

@@ -13,10 +13,22 @@ from typing import Any
 
 from lightning_quant.simulation.callsites.tied_ranges import rounding
 
-# Versions of the NPU that multiply 16 bits by 8 only, and no NPU: AIMET's exception for MatMul, ``_base/quantsim.py``.
-_BY_8_BITS = (None, "V66", "V68", "V69")
+# From this version of the Hexagon NPU on it multiplies 16-bit activations by 16 bits: AIMET's exception for MatMul,
+# ``_base/quantsim.py``.
+_HEXAGON_WITH_INT16_PRODUCTS = 73
 # The NPU computes with two signed bytes, which hold no more than 127 · 256 + 127 of the 32767 steps.
 _ROOM = 32768 / 32639
+
+
+def multiplies_by_int16(hexagon: int | None) -> bool:
+    """Return whether a version of the NPU multiplies 16-bit activations by 16 bits; ``None`` is no NPU."""
+    return hexagon is not None and hexagon >= _HEXAGON_WITH_INT16_PRODUCTS
+
+
+def hexagon_simulated(sim: Any) -> int | None:
+    """Return the version of the NPU that a simulation is of, as its hardware config has it; ``None`` for others."""
+    version = sim._hw_version  # e.g. "V75"
+    return None if version is None else int(version.removeprefix("V"))
 
 
 def make_symmetric(sim: Any) -> None:
@@ -70,7 +82,7 @@ def _second_operands(sim: Any) -> Iterator[tuple[Any, Any]]:
     """Yield products and what rounds their second operand."""
     from lightning_quant.simulation.aimet import custom
 
-    for op in sim.connected_graph.ordered_ops if sim._hw_version not in _BY_8_BITS else ():
+    for op in sim.connected_graph.ordered_ops if multiplies_by_int16(hexagon_simulated(sim)) else ():
         module: Any = sim._get_qmodule(op)
         if not isinstance(module, custom.MatMul) or len(op.inputs) < 2:
             continue

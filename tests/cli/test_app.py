@@ -13,6 +13,7 @@ import onnx
 import pytest
 from filelock import FileLock
 
+from lightning_quant.cli.app import main
 from lightning_quant.report.record import RunRecord
 from lightning_quant.report.summary import COLUMNS
 from tests.helpers.app import QUICK, SMALL, lightning_quant
@@ -394,6 +395,7 @@ def test_a_failed_job_does_not_keep_the_others_from_running(tmp_path: Path) -> N
 def test_help_names_the_choices_without_loading_torch(tmp_path: Path) -> None:
     output = lightning_quant(tmp_path, "--help", fresh=True)
     assert "precision: w4a16, w4a8, w8a16, w8a8" in output
+    assert all(f"lightning-quant {name} " in output for name in ("blame", "compare", "predict", "resume"))
     code = (
         "import sys; sys.argv = ['lightning-quant', '--cfg', 'job']\n"
         "from lightning_quant.cli.app import main; main()\n"
@@ -401,6 +403,20 @@ def test_help_names_the_choices_without_loading_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["blame", "compare", "predict", "resume"])
+def test_every_command_has_its_own_help(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, status in ((["--help"], 0), (["a", "--unknown"], 2)):
+        monkeypatch.setattr("sys.argv", ["lightning-quant", name, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == status
+    said = capsys.readouterr()
+    assert said.out.startswith(f"usage: lightning-quant {name} [-h]")
+    assert "unrecognized arguments: --unknown" in said.err or "required: " in said.err
 
 
 def test_float_is_measured_as_the_16_bit_activations_are(tmp_path: Path) -> None:

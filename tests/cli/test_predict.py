@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_quant.cli.predict import Predictor, predict
+from lightning_quant.cli.predict import Predictor, command
 from lightning_quant.deploy.edges.contract import CONTRACT_NAME, Contract
 from lightning_quant.errors import ConfigurationError, DataError, ExportError, LightningQuantError
 from tests.helpers.handmade_bundles import HEIGHT, LABELS, WIDTH, photos, scores_of, write_app, write_numbers
@@ -31,7 +31,7 @@ def test_class_maps_are_drawn_over_the_images_of_a_folder(tmp_path: Path, capsys
     first, second = photos(Path("pictures"))
     second.rename("pictures/inner/photo0.png")
     Path("pictures/notes.txt").write_text("no image")
-    assert predict(["net", "pictures", "--out", "seen"])
+    assert command(["net", "pictures", "--out", "seen"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "pictures/inner/photo0.png: seen/photo0.png",
         f"{first}: seen/photo0-2.png",
@@ -47,7 +47,7 @@ def test_classes_of_images_are_one_table(tmp_path: Path, capsys: pytest.CaptureF
     write_app(Path("net"), "top_k", mean=True, labels=LABELS[:3])
     Image.new("RGB", (40, 40), (255, 51, 0)).save("red.png")
     Image.new("RGB", (40, 40), (0, 51, 255)).save("blue.webp", lossless=True)
-    assert predict(["net", "red.png", "blue.webp"])
+    assert command(["net", "red.png", "blue.webp"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "red.png: red 1, class 3 0.251",
         "blue.webp: blue 1, class 3 0.251",
@@ -65,7 +65,7 @@ def test_classes_of_images_are_one_table(tmp_path: Path, capsys: pytest.CaptureF
 def test_what_is_no_class_is_kept_as_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     write_numbers(Path("net"), shape=(1, 3, HEIGHT, WIDTH))
     (photo,) = photos(Path(), 1)
-    assert predict(["net", str(photo), "--mean", "0.5,0.4,0.3", "--std", "0.25"])
+    assert command(["net", str(photo), "--mean", "0.5,0.4,0.3", "--std", "0.25"]) == 0
     assert capsys.readouterr().out == f"{photo}: predictions/photo0.npz\n"
     pixels = np.asarray(Image.open(photo)).transpose(2, 0, 1) / np.float32(255)
     with np.load("predictions/photo0.npz") as file:
@@ -76,10 +76,10 @@ def test_what_is_no_class_is_kept_as_numbers(capsys: pytest.CaptureFixture[str])
 def test_the_folder_of_a_run_stands_for_its_bundle(capsys: pytest.CaptureFixture[str]) -> None:
     write_app(Path("run/export/net"))
     record(artifacts={"bundle": "export/net"}).write("run")
-    assert predict(["run", *map(str, photos(Path()))])
+    assert command(["run", *map(str, photos(Path()))]) == 0
     record(artifacts={}).write("run")
     with pytest.raises(ConfigurationError, match="has no bundle"):
-        predict(["run", "photo0.png"])
+        command(["run", "photo0.png"])
 
 
 def test_one_bad_file_costs_none_of_the_others(
@@ -90,7 +90,7 @@ def test_one_bad_file_costs_none_of_the_others(
     bad.write_bytes(bad.read_bytes()[:60])
     Image.fromarray(np.zeros((4, 4), np.float32)).save("floats.tif")
     with caplog.at_level(logging.ERROR):
-        assert not predict(["net", str(bad), "floats.tif", "missing.png", str(good)])
+        assert command(["net", str(bad), "floats.tif", "missing.png", str(good)]) == 1
     assert capsys.readouterr().out == f"{good}: predictions/photo0.png\n"
     said = [entry.message for entry in caplog.records]
     assert said[0].startswith(f"{bad} cannot be read as an image")
@@ -156,13 +156,13 @@ def test_what_cannot_be_is_refused(
     make(Path("net"))
     photos(Path(), 1)
     with pytest.raises(error, match=says):
-        predict(["net", "photo0.png", *arguments])
+        command(["net", "photo0.png", *arguments])
 
 
 def test_a_folder_without_images_is_refused() -> None:
     write_app(Path("net"))
     with pytest.raises(DataError, match=r"No image files in net: expected some of \.png"):
-        predict(["net", "net"])
+        command(["net", "net"])
 
 
 def test_the_predictor_computes_what_is_written() -> None:

@@ -32,10 +32,12 @@ from tests.helpers.networks import (
     SharedReLU,
     Sine,
     Untraceable,
+    calibrated,
     call,
     images,
     quantized,
 )
+from tests.helpers.qdq import psnr
 
 
 def problems(network: nn.Module) -> dict[str, str]:
@@ -95,6 +97,37 @@ def test_what_onnx_does_not_have_is_named_before_calibration() -> None:
     assert found.problem == f"fft_rfft2 in test_preflight.py, line {line}, is not in ONNX: the export will fail"
     with pytest.raises(PreflightError, match="fft_rfft2"):
         quantized(Spectrum().eval(), strict=True)
+
+
+class Unpooled(nn.Module):
+    """SegNet in small: values go back to where the maxima were."""
+
+    def __init__(self, unpool: Callable[..., torch.Tensor], **arguments: object) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.unpool, self.arguments = unpool, arguments
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, places = F.max_pool2d(self.conv(x), 2, return_indices=True)
+        made: torch.Tensor = self.last(self.unpool(y, places, **self.arguments))
+        return made
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Unpooled(nn.MaxUnpool2d(2)),
+        lambda: Unpooled(nn.MaxUnpool2d((2, 2), stride=2), output_size=(8, 9)),
+        lambda: Unpooled(F.max_unpool2d, kernel_size=(2, 2), stride=(2, 2), padding=0),
+    ],
+)
+def test_unpooling_is_quantized_and_said_not_to_be_in_onnx(make: Callable[[], nn.Module]) -> None:
+    network = make().eval()
+    expected = network(images(1))
+    simulation = calibrated(network, call(images(1)), precision="w8a16")
+    (found,) = simulation.findings
+    assert found.problem.startswith("max_unpool2d in ")
+    assert psnr(expected.detach().numpy(), simulation(images(1)).detach().numpy()) > 30
 
 
 class Masked(nn.Module):

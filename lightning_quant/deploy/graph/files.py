@@ -29,7 +29,7 @@ from lightning_quant.simulation.callsites.passes import noting
 from lightning_quant.simulation.exportable import FLOAT_OPSET
 from lightning_quant.simulation.inputs import NetworkInputs, tensor_names, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
-from lightning_quant.simulation.operators import hexagon_simulated, multiplies_by_int16
+from lightning_quant.simulation.second_operands import hexagon_simulated, multiplies_by_int16
 
 if TYPE_CHECKING:
     import onnx
@@ -119,10 +119,10 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
         except (OSError, ExportError):
             raise
         except Exception as error:  # PyTorch's exporter adds the whole graph to what it says
-            said = str(error).strip().splitlines()[0]
+            said = str(error).strip().splitlines()[0].rstrip(".")
             raise ExportError(
-                f"{title} cannot be written as ONNX: {type(error).__name__}: {said} Expected operations that ONNX has, "
-                "at sizes it can express: try torch.onnx.export(..., dynamo=False) on the float network."
+                f"{title} cannot be written as ONNX: {type(error).__name__}: {said}. Expected operations that ONNX "
+                "has, at sizes it can express: try torch.onnx.export(..., dynamo=False) on the float network."
             ) from error
         quantized = onnx.load(qdq_file)
         # a parameter that several modules share goes into the file under one of its names
@@ -141,7 +141,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
         passed = round_passed_inputs(quantized)
         coarser = biases.rescale_biases(quantized, floats)
         many_axes.write_in_fewer_axes(quantized)
-        if multiplies_by_int16(hexagon_simulated(network)):
+        if multiplies_by_int16(hexagon_simulated(network.sim)):
             sign_second_operands(quantized)
     encodings_file = float_file.with_suffix(".encodings")
     encodings = json.loads(encodings_file.read_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -56,7 +56,7 @@ def lowered(network: nn.Module) -> Iterator[None]:
       Otherwise the compiler of QAIRT 2.51 makes one operation of both, most of whose values are wrong in maps of 9 to
       12 rows, of more rows and up to 8 columns, and in some of fewer. SiLU of 8 bits is right.
     - A 16-bit softplus of a feature map, wrong in the same maps, is one of rows and columns along one axis, and so is a
-      16-bit tanh whose output is multiplied: of 16 by 16 values in one channel most are wrong otherwise.
+      16-bit tanh of a matrix: of one with 16 rows most values are wrong otherwise.
     - An instance norm without weights, which the NPU computes in float, has ones and zeros. One of volumes, which stays
       on the CPU, is one of maps.
 
@@ -84,10 +84,11 @@ def lowered(network: nn.Module) -> Iterator[None]:
                 if (layer.weight is None or isinstance(layer, nn.InstanceNorm3d)) and not layer.track_running_stats:
                     restored.enter_context(_being(layer, _of_maps(layer)))
             elif isinstance(layer, nn.Sigmoid) and GATES in vars(layer):
-                restored.enter_context(_being(layer, _of_16_bits(layer, 4, _in_two)))
-            elif isinstance(layer, nn.Softplus) or (isinstance(layer, nn.Tanh) and GATES in vars(layer)):
+                restored.enter_context(_being(layer, _of_16_bits(layer, lambda sizes: len(sizes) > 3, _in_two)))
+            elif isinstance(layer, (nn.Softplus, nn.Tanh)):
                 if vars(layer).get(ROUNDED_BY) is not None:
-                    restored.enter_context(_being(layer, _of_16_bits(layer, 3, _along_one_axis)))
+                    where = _is_matrix if isinstance(layer, nn.Tanh) else lambda sizes: len(sizes) > 2
+                    restored.enter_context(_being(layer, _of_16_bits(layer, where, _along_one_axis)))
             elif isinstance(layer, aimet.BaseQuantizationMixin) and (pooling := lowered_pooling(layer)) is not None:
                 restored.enter_context(_being(layer, pooling))
         yield
@@ -225,13 +226,17 @@ def _of_maps(layer: Any) -> nn.Module:
     return result
 
 
-def _of_16_bits(layer: Any, axes: int, lowered_on: Callable[..., Tensor]) -> nn.Module:
-    """Return an activation function that is lowered where it computes 16-bit tensors of at least so many axes."""
+def _is_matrix(sizes: Sequence[int]) -> bool:
+    return len(sizes) > 1 and math.prod(sizes[:-2]) == 1
+
+
+def _of_16_bits(layer: Any, where: Callable[[Sequence[int]], bool], lowered_on: Callable[..., Tensor]) -> nn.Module:
+    """Return an activation function that is lowered where it computes 16-bit tensors of such sizes."""
     kind = type(layer)
 
     def forward(self: Any, maps: Tensor) -> Any:
         rounding = self.output_quantizers[0]
-        if maps.dim() < axes or rounding is None or rounding.bitwidth != 16:
+        if rounding is None or rounding.bitwidth != 16 or not where([int(size) for size in maps.shape]):
             return kind.forward(self, maps)
         with paused():
             return lowered_on(self, kind.forward, maps, rounding)

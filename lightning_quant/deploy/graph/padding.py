@@ -1,10 +1,11 @@
 """Padding and cutting, kept apart from what comes next: the NPU's compiler takes them into it, and gets it wrong.
 
-It takes padding, a concatenation with a constant of one value and a slice as the padding of the operation that reads
-it, or as a part of what was before (QAIRT 2.51): means over padded maps leave the zeros out, convolutions see zeros
-where there are ones, of what is cut off at the left and padded there the old values come back, and windows over what
-was cut begin before the cut. A choice by a mask in between is computed as it is written: it puts the one value again
-where it belongs, or chooses nothing. Zeros around what was not cut are right in front of convolutions and maxima.
+It takes padding, a concatenation with a constant of one value and a slice or split as the padding of the operation
+that reads it, or as a part of what was before (QAIRT 2.51): means over padded maps leave the zeros out, convolutions
+see zeros where there are ones, of what is cut off at the left and padded there the old values come back, and windows
+over what was cut begin before the cut. A choice by a mask in between is computed as it is written: it puts the one
+value again where it belongs, or chooses nothing. Zeros around what was not cut are right in front of convolutions and
+maxima.
 """
 
 from __future__ import annotations
@@ -75,12 +76,11 @@ class _Writing:
         if node.op_type == "AveragePool" and self._padded_in_front(node):
             return
         fillings = {"Concat": self._joined, "Pad": self._padded, "Slice": self._cut}.get(node.op_type)
-        found = [] if fillings is None else list(fillings(node))
-        grid = self._grid_behind(node.output[0]) if found else None
-        if grid is None:
-            self.nodes.append(node)
-        else:
-            self._masked(node, grid, found)
+        found = {node.output[0]: [] if fillings is None else list(fillings(node))}
+        if node.op_type == "Split":
+            found = {part: [_NOWHERE] for part in self._parts_in_windows(node)}
+        grids = {name: grid for name, one in found.items() if one and (grid := self._grid_behind(name)) is not None}
+        self._write(node, {name: (grid, found[name]) for name, grid in grids.items()})
 
     def _joined(self, node: onnx.NodeProto) -> Iterator[_Filling]:
         values = [self._one_value(name) for name in node.input]
@@ -115,8 +115,18 @@ class _Writing:
         if starts is None or axes is None or rank < 3:
             return
         is_cut = any(int(axis) % rank > 1 and int(start) for start, axis in zip(starts, axes, strict=True))
-        if is_cut and any(reader.op_type in _WINDOWS for reader in self._readers(node.output[0], _IN_PLACE)):
+        if is_cut and self._is_read_in_windows(node.output[0]):
             yield _NOWHERE
+
+    def _parts_in_windows(self, node: onnx.NodeProto) -> list[str]:
+        """Return the parts of what is split that do not begin where the whole does."""
+        rank = len(self.sizes.get(node.input[0], ()))
+        if rank < 3 or axis_of(node, 0) % rank < 2:
+            return []
+        return [part for part in node.output[1:] if self._is_read_in_windows(part)]
+
+    def _is_read_in_windows(self, name: str) -> bool:
+        return any(reader.op_type in _WINDOWS for reader in self._readers(name, _IN_PLACE))
 
     def _padded_in_front(self, node: onnx.NodeProto) -> bool:
         """Write the padding of means in front of them, where these are of blocks and count it: it would be left out.
@@ -142,9 +152,8 @@ class _Writing:
         if self.entries is not None:
             self.known[padded] = {**self.known[given], "name": padded}
             self.entries.append(self.known[padded])
-        self._masked(
-            helper.make_node("Pad", [given, counts], [padded], f"{padded}_node"), grid, [_around(size, around)]
-        )
+        padding = helper.make_node("Pad", [given, counts], [padded], f"{padded}_node")
+        self._write(padding, {padded: (grid, [_around(size, around)])})
         kept = [one for one in node.attribute if one.name not in ("pads", "count_include_pad")]
         del node.attribute[:]
         node.attribute.extend(kept)
@@ -188,14 +197,18 @@ class _Writing:
         is_one = array is not None and array.dtype.kind == "f" and array.size > 0 and (array == array.flat[0]).all()
         return float(array.flat[0]) if array is not None and is_one else None
 
-    def _masked(self, node: onnx.NodeProto, grid: Sequence[str], fillings: Sequence[_Filling]) -> None:
-        """Write a node, and the choices that put its values again, on the grid of what it puts out."""
+    def _write(self, node: onnx.NodeProto, masked: Mapping[str, tuple[Sequence[str], Sequence[_Filling]]]) -> None:
+        """Write a node, and behind it the choices that put values again into its outputs, on the grids of these."""
+        unmasked = {output: self.graph.free(f"{output}_unmasked") for output in masked}
+        node.output[:] = [unmasked.get(output, output) for output in node.output]
+        self.nodes.append(node)
+        for output, (grid, fillings) in masked.items():
+            self.changed = True
+            self._masked(unmasked[output], output, grid, fillings)
+
+    def _masked(self, given: str, output: str, grid: Sequence[str], fillings: Sequence[_Filling]) -> None:
         from onnx import helper
 
-        self.changed = True
-        (output,) = node.output
-        given = node.output[0] = self.graph.free(f"{output}_unmasked")
-        self.nodes.append(node)
         for index, filling in enumerate(fillings):
             self._encoded_as(given, output)
             mask = self.graph.add(f"{output}_mask", filling.mask)

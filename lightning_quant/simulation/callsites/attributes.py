@@ -25,9 +25,9 @@ LIST_SITES, HIDDEN_SITES = "_sites_of_a_list", "_hidden_sites"
 BUFFERS = "_written_buffers"
 # A batch norm that no layer took in, a depthwise convolution on the device: over how many axes besides the channels.
 DEPTHWISE = "_is_depthwise_on_the_device"
-# A layer with a bias, or a softplus: the quantizer that rounds its input.
+# A layer with a bias, a softplus or a tanh: the quantizer that rounds its input.
 ROUNDED_BY = "_input_rounded_by"
-# A sigmoid whose output is multiplied with what it is of, as in SiLU; a tanh whose output is multiplied.
+# A sigmoid whose output is multiplied with what it is of, as in SiLU.
 GATES = "_gates"
 # A choice between tensors and numbers, one of which stands for minus infinity: the size of the smallest of these.
 FILLS = "_fills_in_minus_infinity"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +17,8 @@ MOVES = frozenset(
     dsplit empty_like expand expand_as feature_alpha_dropout feature_dropout fill flatten flip fliplr
     flipud float from_numpy full_like gather get get_device getitem half hash hsplit identity index
     index_select is_complex is_contiguous is_floating_point is_same_size
-    is_set_to is_shared item iter len mT map masked_select max_unpool2d meshgrid moveaxis movedim
+    is_set_to is_shared item iter len mT map masked_select max_unpool1d max_unpool2d max_unpool3d meshgrid
+    moveaxis movedim
     nan_to_num narrow native_dropout new_empty new_full new_ones new_tensor new_zeros nonzero normal numel numpy
     numpy_T one_hot ones_like permute pin_memory pixel_shuffle pixel_unshuffle rand_like randn_like ravel
     register_hook repeat repeat_interleave repr requires_grad requires_grad_ reshape reshape_as retain_grad roll
@@ -86,19 +88,29 @@ def in_place(func: Any, name: str) -> bool:
     return (own.endswith("_") and not own.endswith("__")) or name in AUGMENTED or own == "__setitem__"
 
 
-def keeps_values(name: str, func: Any, args: Any, kwargs: Any) -> bool:
-    """Return whether arithmetic with a number copies a floating-point tensor: exporters drop it, nothing rounds it."""
-    number = _NEUTRAL.get(name)
-    return (
-        number is not None
-        and len(args) == 2
-        and isinstance(args[1], int | float)
-        and args[1] == number
-        and not kwargs
-        and isinstance(args[0], Tensor)
-        and args[0].is_floating_point()
-        and not in_place(func, name)
-    )
+def kept(name: str, args: Any, kwargs: Any) -> Tensor | None:
+    """Return the floating-point tensor that arithmetic with a number leaves as it is; ``None`` where it does not.
+
+    Exporters drop such arithmetic, so nothing is rounded there.
+    """
+    neutral = _NEUTRAL.get(AUGMENTED.get(name, name))
+    if neutral is None:
+        return None
+    if kwargs:
+        given = dict(kwargs)
+        if given.pop("rounding_mode", None) is not None:
+            return None
+        given.pop("alpha", None)  # of a number that is 0
+        operands = *args, *(given.pop(one) for one in ("input", "other", "exponent") if one in given)
+        if given:
+            return None
+    else:
+        operands = args
+    if len(operands) != 2:
+        return None
+    tensor, number = operands
+    is_kept = isinstance(number, Real) and number == neutral and isinstance(tensor, Tensor)
+    return tensor if is_kept and tensor.is_floating_point() else None
 
 
 def computes(name: str, given: list[Tensor], result: Any) -> bool:

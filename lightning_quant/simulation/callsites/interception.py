@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_quant.simulation.callsites.attributes import DEFAULT_STATE, FOLDED, RECURRENT, SEEN, SITES
 from lightning_quant.simulation.callsites.decompositions.table import TRACE_SUBSTITUTES
-from lightning_quant.simulation.callsites.functions import base_name, computes, keeps_values, tensors_among
+from lightning_quant.simulation.callsites.functions import base_name, computes, in_place, kept, tensors_among
 from lightning_quant.simulation.callsites.passes import Pass, current, place
 from lightning_quant.simulation.callsites.places import Sites, spot
 from lightning_quant.simulation.callsites.traces import SIZES, is_noop_cast, size_as_number, tracing_state
@@ -52,7 +52,7 @@ class Interception(TorchFunctionMode):
             named = sites.by_name.get(name)
         except AttributeError:
             named = _indexed(module).get(name)
-        if named is not None and not keeps_values(name, func, args, kwargs):
+        if named is not None and kept(name, args, kwargs) is None:
             found = spot(running.parent, name)
             site = named.get((id(found), running.count(module, found)))
             if site is not None and (computed := site.compute(running, func, args, kwargs)) is not NotImplemented:
@@ -71,8 +71,11 @@ class Interception(TorchFunctionMode):
                 return size_as_number(func, args, kwargs)
             if is_noop_cast(func, args, kwargs):
                 return args[0]
-        if not running.paused and keeps_values(base_name(func), func, args, kwargs):
-            func, args, kwargs = torch.clone, args[:1], {}
+        name = base_name(func)
+        if not running.paused and (same := kept(name, args, kwargs)) is not None:
+            if in_place(func, name):
+                return same
+            func, name, args, kwargs = torch.clone, "clone", (same,), {}
         observer = running.observer
         if observer is not None:
             return observer.operation(running, func, args, kwargs)
@@ -80,7 +83,6 @@ class Interception(TorchFunctionMode):
             return func(*args, **kwargs)
         module = running.stack[-1]
         values = module.__dict__
-        name = base_name(func)
         if FOLDED in values and name == "batch_norm":
             return args[0] if args else kwargs["input"]
         at = place(running, module, name)

@@ -247,16 +247,16 @@ def _note_roundings(sim: Any) -> None:
 
 
 def _note_gates(sim: Any) -> None:
-    """Note which sigmoids are multiplied with what they are of, x·sigmoid(x), and which tanh with anything."""
+    """Note which sigmoids are multiplied with what they are of, x·sigmoid(x)."""
     from lightning_quant.simulation.aimet import custom
 
     for op in sim.connected_graph.ordered_ops:
         module: Any = sim._get_qmodule(op)
-        if not isinstance(module, (nn.Sigmoid, nn.Tanh)) or not op.inputs:
+        if not isinstance(module, nn.Sigmoid) or not op.inputs:
             continue
         products = [taker for taker in _takers(sim, op) if isinstance(sim._get_qmodule(taker), custom.Multiply)]
         factors = [one.producer for taker in products for one in taker.inputs]
-        if products if isinstance(module, nn.Tanh) else op.inputs[0].producer in factors:
+        if op.inputs[0].producer in factors:
             module.__dict__[GATES] = True
 
 

@@ -350,6 +350,10 @@ MISCOMPUTED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "tanh by a number, of rows": (lambda: Gated(convolution(), lambda x: x[:, :, 1].tanh() * 0.3), (CHANNELS, 12, 16)),
     "tanh by another": (lambda: Gated(convolution(), lambda x: x[:, 1].tanh() * x[:, 2]), (CHANNELS, 16, 8)),
     "tanh of an input": (lambda: Gated(nn.Identity(), lambda x: x.tanh()[:, None] * x.cos()), (16, 32)),
+    "tanh of 16 rows": (lambda: nn.Sequential(nn.Linear(32, 32), nn.Tanh()), (16, 32)),
+    "tanh of 16 rows, first": (lambda: nn.Sequential(nn.Tanh(), nn.Linear(24, 24)), (16, 24)),
+    "tanh of a matrix": (lambda: Gated(nn.Linear(8, 8), lambda x: x[0].tanh()), (16, 8)),
+    "tanh of 16 rows, joined": (lambda: Gated(nn.Linear(32, 32), lambda x: torch.cat([x.tanh(), x], 1)), (16, 32)),
     "mish of one channel": (lambda: Gated(convolution(), lambda x: F.mish(x[:, 1])), (CHANNELS, 16, 16)),
     "identity": (
         lambda: Gated(nn.Conv2d(CHANNELS, CHANNELS, 1), lambda x: F.conv2d(x, IDENTITY, groups=CHANNELS)),

@@ -63,6 +63,9 @@ MEANS: dict[str, Callable[[Tensor], Tensor]] = {
     "windows of three of what was cut": lambda y: F.avg_pool2d(y[..., 3:], 3, 1),
     "windows of what was cut, apart": lambda y: F.avg_pool2d(y[..., 1:], 3, 2),
     "blocks of chunks": lambda y: torch.cat([F.avg_pool2d(part, 2) for part in y.chunk(2, 2)], 1),
+    "blocks of uneven parts": lambda y: torch.cat([F.avg_pool2d(part, 2) for part in y.split([3, 5], -1)], -1),
+    "windows of rows": lambda y: torch.cat([F.avg_pool1d(part.flatten(1, 2), 3, 1) for part in y.chunk(2, -1)], -1),
+    "blocks of parts behind a sigmoid": lambda y: sum(F.avg_pool2d(one.sigmoid(), 2) for one in y.chunk(2, -1)),
     "blocks, moved by one": lambda y: F.avg_pool2d(F.pad(y, (-1, 1, -1, 1)), 2),
     "windows, cut by a padding": lambda y: F.avg_pool2d(F.pad(y, (-2, 0, -1, 0)), 3, 1),
     "blocks of channels": lambda y: F.avg_pool2d(y[:, 2:4, 2:], 2),
@@ -110,11 +113,15 @@ CONVOLUTIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("cut", ["slice", "padding"])
+@pytest.mark.parametrize("cut", ["slice", "split", "padding"])
 @pytest.mark.parametrize(("name", "precision"), in_turn(CONVOLUTIONS, PRECISIONS))
 def test_convolutions_begin_where_the_map_was_cut(tmp_path: Path, name: str, precision: str, cut: str) -> None:
     torch.manual_seed(0)
-    function = {"slice": lambda y: y[:, :, 1:, 2:], "padding": lambda y: F.pad(y, (-2, 1, -1, 0))}[cut]
+    function = {
+        "slice": lambda y: y[:, :, 1:, 2:],
+        "split": lambda y: y.split([3, 5], -1)[1],
+        "padding": lambda y: F.pad(y, (-2, 1, -1, 0)),
+    }[cut]
     check(Filled(function, CONVOLUTIONS[name]()), precision, tmp_path)
 
 

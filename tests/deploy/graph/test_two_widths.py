@@ -40,8 +40,8 @@ def files_of(
     write_onnx(network, call(images(1)), folder / "float.onnx", folder / "qdq.onnx")
     model = onnx.load(folder / "qdq.onnx")
     with torch.no_grad():
-        expected = network(images(1, seed=9)).numpy()
-    given = {model.graph.input[0].name: images(1, seed=9).numpy()}
+        expected = network(images(1, seed=10)).numpy()
+    given = {model.graph.input[0].name: images(1, seed=10).numpy()}
     return model, given, psnr(expected, computed(model, folder, **given)[0])
 
 
@@ -51,7 +51,7 @@ def test_the_file_computes_what_the_simulation_does(
     tmp_path: Path, make: Callable[[], nn.Module], layer: str, precision: str
 ) -> None:
     model, _, closeness = files_of(make, layer, precision, tmp_path)
-    assert closeness > 95  # a sum in another order may round one value to its neighbor
+    assert closeness > 100
     grids = {
         tensor.data_type
         for node in operations(model, "QuantizeLinear")

@@ -15,6 +15,17 @@ from tests.helpers.qdq import NO_EMULATOR, equal_everywhere, operations
 
 IMAGES = torch.randn(8, 8, 12, 12, generator=torch.Generator().manual_seed(0))
 Neutral = Callable[[Tensor], Tensor]
+
+
+def augmented(y: Tensor) -> Tensor:
+    y = y.clone()  # views that a chunk is one of cannot be written into
+    y += 0
+    y *= 1.0
+    y -= 0.0
+    y /= 1
+    return y
+
+
 NEUTRAL: dict[str, Neutral] = {
     "nothing is added": lambda y: y + 0,
     "added to nothing": lambda y: 0.0 + y,
@@ -26,13 +37,22 @@ NEUTRAL: dict[str, Neutral] = {
     "over one": lambda y: y / 1.0,
     "by function": lambda y: torch.div(torch.add(y, 0), 1),
     "first power": lambda y: y**1,
+    "by keyword": lambda y: torch.add(y, other=0),
+    "all by keyword": lambda y: torch.mul(input=y, other=1),
+    "so many times nothing": lambda y: torch.sub(y, 0, alpha=3),
+    "not rounded": lambda y: torch.div(y, 1, rounding_mode=None),
+    "a number of NumPy": lambda y: y * np.float32(1),
+    "power by keyword": lambda y: torch.pow(y, exponent=1.0),
+    "in place": augmented,
+    "in place, by method": lambda y: y.clone().mul_(1.0).add_(0, alpha=2).div_(1),
 }
-# Numbers that look like it.
+# What looks like it.
 OTHER: dict[str, Neutral] = {
     "subtracted from nothing": lambda y: 0 - y,
     "over the tensor": lambda y: 1 / (y + 2),
     "one is added": lambda y: y + 1,
     "power of zero": lambda y: y**2,
+    "so many times another": lambda y: torch.add(y, y, alpha=0.5),
 }
 
 
@@ -115,7 +135,8 @@ def test_copy_can_be_written_into() -> None:
 
 
 @pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
-def test_on_the_npu_with_16_bits(tmp_path: Path) -> None:
-    known = calibrated(between(lambda y: y + 0), call(IMAGES), precision="w8a16")
+@pytest.mark.parametrize("name", ["nothing is added", "by keyword", "in place"])
+def test_on_the_npu_with_16_bits(name: str, tmp_path: Path) -> None:
+    known = calibrated(between(NEUTRAL[name]), call(IMAGES), precision="w8a16")
     model = equal_everywhere(known, IMAGES[:1], tmp_path, npu_db=80)
     assert not operations(model, "Add")

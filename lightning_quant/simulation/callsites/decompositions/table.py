@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -194,6 +195,27 @@ def _repeat_interleave(input: Tensor, repeats: Any, dim: int | None = None, **kw
     return torch.repeat_interleave(input, repeats, dim, **kwargs)
 
 
+def _chunk(input: Tensor, chunks: int, dim: int = 0) -> Any:
+    """Split a tensor: its chunks are slices in ONNX, which ONNX Runtime moves in front of a Transpose."""
+    return input.split(-(-input.shape[dim] // chunks), dim)
+
+
+def _max_unpool(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Give ``F.max_unpool2d`` and its like the size of their output: how PyTorch checks its own cannot be traced."""
+
+    def unpool(
+        input: Tensor, indices: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, output_size: Any = None
+    ) -> Tensor:
+        if output_size is None:
+            sizes = np.array([int(size) for size in indices.shape[-axes:]])
+            steps = np.array(kernel_size if stride is None else stride)
+            output_size = ((sizes - 1) * steps - 2 * np.array(padding) + np.array(kernel_size)).tolist()
+        return function(input, indices, kernel_size, stride, padding, output_size)
+
+    axes = int(function.__name__[-2])
+    return unpool
+
+
 def _tensor_split(input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     """Compute ``tensor_split`` by slices: PyTorch's exporter writes it with a loop."""
     axis = kwargs["dim"] if "dim" in kwargs else args[1] if len(args) > 1 else 0
@@ -288,6 +310,7 @@ TRACE_SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: _item,
     Tensor.__setitem__: _set_item,
     **dict.fromkeys((torch.roll, Tensor.roll), _roll),
+    **dict.fromkeys((torch.chunk, Tensor.chunk), _chunk),
     **dict.fromkeys((torch.tensor_split, Tensor.tensor_split), _tensor_split),
     **dict.fromkeys((torch.hsplit, Tensor.hsplit), _hsplit),
     **dict.fromkeys((torch.vsplit, Tensor.vsplit), _vsplit),
@@ -301,6 +324,7 @@ TRACE_SUBSTITUTES: dict[Any, Callable[..., Any]] = {
     Tensor.repeat: _repeat,
     **dict.fromkeys((torch.repeat_interleave, Tensor.repeat_interleave), _repeat_interleave),
     F.one_hot: _one_hot,
+    **{function: _max_unpool(function) for function in (F.max_unpool1d, F.max_unpool2d, F.max_unpool3d)},
     # integers are finite
     **dict.fromkeys((torch.nan_to_num, Tensor.nan_to_num), lambda input, *_, **__: input),
     **dict.fromkeys((torch.isfinite, Tensor.isfinite), lambda input: torch.ones_like(input, dtype=torch.bool)),
