@@ -99,7 +99,7 @@ def program(folder: Path, *arguments: str, status: int = 0) -> str:
     [
         pytest.param("PostTrainingQuantization", marks=pytest.mark.torture),  # has no argument that the next lacks
         "QuantizationAwareTraining",
-        "DeviceExport",
+        pytest.param("DeviceExport", marks=pytest.mark.torture),
     ],
 )
 def test_help_explains_every_argument(folder: Path, name: str) -> None:
@@ -141,7 +141,7 @@ def test_a_saved_configuration_gives_the_same_run(folder: Path) -> None:
     ("arguments", "message"),
     [
         (["--trainer.callbacks.precision", "w3a8"], r"w3a8"),
-        (["--trainer.callbacks.max_drop", "much"], r"max_drop"),
+        pytest.param(["--trainer.callbacks.max_drop", "much"], r"max_drop", marks=pytest.mark.torture),
         (["--trainer.callbacks.presision", "w8a8"], r"presision"),
     ],
 )

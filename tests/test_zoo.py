@@ -19,14 +19,14 @@ LIMIT_S = 120
 # Every stage, with no layer of the NPU in float, none on the CPU and an output that resembles the simulation's.
 NETWORKS = (
     "torchvision/ssdlite320_mobilenet_v3_large",
-    "timm/convnext_atto",
     "timm/swin_tiny_patch4_window7_224",
     "smp/Segformer-mit_b0",
-    "smp/Unet-groupnorm",
     "torch/gru",
 )
 # Made of parts that the others have too.
 ALIKE = (
+    "timm/convnext_atto",
+    "smp/Unet-groupnorm",
     "torchvision/resnet18",
     "timm/mobilenetv4_conv_small",
     "timm/vit_tiny_patch16_224",

@@ -29,7 +29,8 @@ def command(arguments: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("."),
                         help="folder of a bundle, a run or a sweep; the current one by default")  # fmt: skip
     folder: Path = parser.parse_args(arguments).folder
-    own = folder.with_name(f"{folder.name}.device") / REQUEST_NAME  # if the folder is a bundle's
+    whole_path = folder.absolute()
+    own = whole_path.parent / f"{whole_path.name}.device" / REQUEST_NAME  # if the folder is a bundle's
     requests = sorted(folder.rglob(REQUEST_NAME)) + ([own] if own.is_file() else [])
     if not requests:
         log.error("Nothing below %s was sent to a device: expected the folder of a run or of a bundle.", folder)

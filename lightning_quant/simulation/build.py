@@ -25,10 +25,11 @@ from lightning_quant.simulation.exportable import not_in_onnx
 from lightning_quant.simulation.inplace import copied, state_kept, undone_on_error
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import FlatNetwork, QuantizedNetwork, set_range_estimator
-from lightning_quant.simulation.operators import hexagon_of_config, off_the_npu
+from lightning_quant.simulation.operators import off_the_npu
 from lightning_quant.simulation.precisions import matching, set_precisions
 from lightning_quant.simulation.prepare import prepare_in_place
 from lightning_quant.simulation.range_estimators import MinMax, Percentile, TfEnhanced
+from lightning_quant.simulation.second_operands import hexagon_simulated
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def quantize(
         calls = [call.to(torch.device("cpu")) for call in (inputs, *others)]
         quantized = QuantizedNetwork(network, sim, recipe, calls[0], prepared.output, findings, before, calls[1:])
         set_precisions(quantized, matching(quantized, recipe.overrides))
-        off = off_the_npu(quantized, hexagon_of_config(recipe.hardware))
+        off = off_the_npu(quantized, hexagon_simulated(sim))
         if recipe.strict:
             preflight.refuse(off)
     findings += off

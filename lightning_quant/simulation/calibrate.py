@@ -15,7 +15,7 @@ from lightning_quant.simulation.callsites.attributes import IN_TRACES_ONLY
 from lightning_quant.simulation.callsites.passes import noting
 from lightning_quant.simulation.callsites.traces import run_in_trace
 from lightning_quant.simulation.coarse_angles import coarse_angles
-from lightning_quant.simulation.conversions import without_conversions
+from lightning_quant.simulation.conversions import leave_room, without_conversions
 from lightning_quant.simulation.fixed_ranges import set_fixed_ranges
 from lightning_quant.simulation.inputs import NetworkInputs, counted, take_samples
 from lightning_quant.simulation.masks import inputs_in_softmax, leave_room_for_masks, masks_left_out
@@ -23,7 +23,6 @@ from lightning_quant.simulation.narrow_scores import widen_narrow_scores
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
 from lightning_quant.simulation.preflight import FindingKind
-from lightning_quant.simulation.second_operands import leave_room, make_symmetric
 from lightning_quant.simulation.unlike_ranges import Ends, noting_joined, unlike_ranges
 from lightning_quant.utilities.full_precision import full_precision
 
@@ -96,11 +95,10 @@ def calibrate(
             stack.enter_context(mode)
         noted = stack.enter_context(noting())
         set_fixed_ranges(network.quantizers())  # their bits may have changed
-        make_symmetric(network.sim)
         network.sim.compute_encodings(run)
         leave_room_for_masks(network.sim)
         widen_narrow_scores(network.sim)
-        leave_room(network.sim)
+        leave_room(network.network, network.dataflow)
     names = {module: name for name, module in network.network.named_modules()}
     network.left_in_float = {names[module]: list(dict.fromkeys(found)) for module, found in noted.items()}
     if endless := [name for name, quantizer in _quantizers(network) if not _finite(quantizer)]:

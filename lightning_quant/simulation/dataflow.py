@@ -19,6 +19,7 @@ from lightning_quant.simulation.callsites.tied_ranges import (
     passes_values,
     rounding,
 )
+from lightning_quant.simulation.second_operands import hexagon_simulated, multiplies_by_int16, second_operands
 
 # A layer and the place of one of its inputs.
 Place = tuple[str, int]
@@ -43,6 +44,8 @@ class Dataflow:
         read_elsewhere: what a concatenation takes in its own range and others read too.
         unit_of: a number for each layer. Those with the same number are computed as one, with nothing rounded between
             them: a convolution and the ReLU behind it.
+        second_operands: the quantizer that rounds what a product multiplies with, on an NPU.
+        multiplies_by_int16: whether that NPU multiplies 16 bits by 16.
     """
 
     sources: Mapping[Place, str]
@@ -50,6 +53,8 @@ class Dataflow:
     quantizers: Mapping[int, Sequence[str]]
     unit_of: Mapping[str, int]
     read_elsewhere: frozenset[Place]
+    second_operands: Mapping[Place, str]
+    multiplies_by_int16: bool
 
     @classmethod
     def of(cls, sim: Any, network: nn.Module) -> Dataflow:
@@ -99,7 +104,11 @@ class Dataflow:
             for module, index in joined_and_read_elsewhere(sim)
             if module in names and module.input_quantizers[index] is None
         }
-        return cls(sources, group_of, quantizers, unit_of, frozenset(elsewhere))
+        products = {
+            (names[module], 1): names[quantizer] for module, quantizer in second_operands(sim) if module in names
+        }
+        by_int16 = multiplies_by_int16(hexagon_simulated(sim))
+        return cls(sources, group_of, quantizers, unit_of, frozenset(elsewhere), products, by_int16)
 
 
 def _numbers(groups: Groups, names: Iterable[str]) -> dict[str, int]:

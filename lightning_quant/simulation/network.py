@@ -19,7 +19,7 @@ from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.callsites.traces import functions_inlined, tracing_state
 from lightning_quant.simulation.callsites.watching import watched_class
-from lightning_quant.simulation.conversions import convert_where_needed, converting_at, converts
+from lightning_quant.simulation.conversions import convert_where_needed, converting_at, converts, fit_grids
 from lightning_quant.simulation.dataflow import Dataflow, quantizer_at
 from lightning_quant.simulation.fixed_ranges import fixed_range, set_fixed_ranges
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
@@ -281,7 +281,7 @@ class QuantizedNetwork:
                     mine[name].copy_(value)
         for name, bits in self._bitwidths.items():
             self.network.get_submodule(name).bitwidth = bits  # type: ignore[assignment]
-        convert_where_needed(self.network, self.dataflow)
+        fit_grids(self.network, self.dataflow)
         self.promoted = {}
         self.equalized = False
         self.set_range_estimator(self.recipe.range_estimator)
@@ -392,5 +392,6 @@ def _check_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix:
 
 
 def _fix_ranges(module: nn.Module, _: Any) -> None:
-    """Set the ranges that follow from bits, which a state has changed."""
+    """Set what follows from bits and grids, which a state has changed; those of earlier versions convert less."""
     set_fixed_ranges(one for one in module.modules() if isinstance(one, aimet.QuantizerBase))
+    convert_where_needed(module, module.__dict__[_STATE].dataflow)

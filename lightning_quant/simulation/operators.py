@@ -7,7 +7,6 @@ of each version of the NPU. Of what is not in it nothing is claimed.
 from __future__ import annotations
 
 import functools
-import re
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -107,12 +106,6 @@ def operation_of(layer: QuantizedLayer) -> str:
     if vars(layer).get(MASK_IS_COMPUTED):
         parts.append("by a computed mask")
     return " ".join(parts)
-
-
-def hexagon_of_config(hardware: str) -> int | None:
-    """Return the version of the NPU that a hardware config is of, e.g. 75 for ``"htp_v75"``; ``None`` for others."""
-    match = re.fullmatch(r"htp_v(\d+)", hardware)
-    return int(match[1]) if match else None
 
 
 def off_the_npu(network: QuantizedNetwork, hexagon: int | None) -> list[Finding]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.precision import Precision
 from lightning_quant.simulation import aimet
-from lightning_quant.simulation.conversions import convert_where_needed, widths
+from lightning_quant.simulation.conversions import fit_grids, widths
 
 if TYPE_CHECKING:
     from lightning_quant.simulation.network import QuantizedNetwork
@@ -111,7 +111,7 @@ def set_precisions(network: QuantizedNetwork, precisions: Mapping[str, Precision
     for name, precision in precisions.items():
         if (weight := _weight_quantizer(layers[name])) is not None:
             weight.bitwidth = precision.weight_bits
-    convert_where_needed(module, network.dataflow)
+    fit_grids(module, network.dataflow)
 
 
 def _weight_quantizer(layer: aimet.QuantizedLayer) -> aimet.Quantizer | None:

@@ -70,7 +70,9 @@ def run(tmp_path: Path, stage: str, estimator: str) -> list[dict[str, Any]]:
     return run_two_ranks(tmp_path, SCRIPT, stage, estimator, str(tmp_path))
 
 
-@pytest.mark.parametrize(("stage", "estimator"), [("qat", "min_max"), ("ptq", "tf_enhanced")])
+@pytest.mark.parametrize(
+    ("stage", "estimator"), [("qat", "min_max"), pytest.param("ptq", "tf_enhanced", marks=pytest.mark.torture)]
+)
 def test_both_ranks_hold_the_network_calibrated_on_all_samples(tmp_path: Path, stage: str, estimator: str) -> None:
     ranks = run(tmp_path, stage, estimator)
     assert_same_tensors(ranks[0]["state"], ranks[1]["state"])

@@ -66,7 +66,12 @@ def in_terminal(tmp_path: Path, bar: str, package: str = "lightning.pytorch") ->
 
 
 @pytest.mark.parametrize(
-    ("bar", "package"), [("rich", "lightning.pytorch"), ("tqdm", "lightning.pytorch"), ("tqdm", "pytorch_lightning")]
+    ("bar", "package"),
+    [
+        ("rich", "lightning.pytorch"),
+        ("tqdm", "lightning.pytorch"),
+        pytest.param("tqdm", "pytorch_lightning", marks=pytest.mark.torture),
+    ],
 )
 def test_each_step_is_shown_in_a_terminal(tmp_path: Path, bar: str, package: str) -> None:
     shown = in_terminal(tmp_path, bar, package)

@@ -419,6 +419,19 @@ def test_every_command_has_its_own_help(
     assert "unrecognized arguments: --unknown" in said.err or "required: " in said.err
 
 
+@pytest.mark.parametrize("arguments", [[], ["."], ["inner"]])
+def test_resume_where_nothing_was_sent(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lightning-quant", "resume", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert "was sent to a device" in caplog.text
+
+
 def test_float_is_measured_as_the_16_bit_activations_are(tmp_path: Path) -> None:
     options = ["precision=w8a16", "trainer.precision=bf16-mixed", "monitor=val_loss", "mode=min", "float.epochs=0"]
     lightning_quant(tmp_path, *QUICK, *options, "qat.epochs=0", "hydra.run.dir=out")

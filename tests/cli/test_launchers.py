@@ -45,8 +45,8 @@ def sweep(folder: Path, launcher: str, *arguments: str, status: int = 0) -> str:
     "launcher",
     [
         pytest.param("joblib", marks=needs("hydra_joblib_launcher")),
-        pytest.param("ray", marks=needs("hydra_ray_launcher")),
-        pytest.param("submitit", marks=needs("hydra_submitit_launcher")),
+        pytest.param("ray", marks=[needs("hydra_ray_launcher"), pytest.mark.torture]),
+        pytest.param("submitit", marks=[needs("hydra_submitit_launcher"), pytest.mark.torture]),
     ],
 )
 def test_a_sweep_gathers_its_runs_whatever_launched_them(tmp_path: Path, launcher: str) -> None:

@@ -44,6 +44,7 @@ SOFTMAXES: dict[str, Callable[[Tensor], Tensor]] = {
     "channels": lambda y: y.softmax(1),
     "moved": lambda y: y.transpose(1, 2).reshape(-1, 4, 4, 6).softmax(1).reshape(-1, 16, 6).transpose(1, 2),
     "read elsewhere": lambda y: y.softmax(-1) + y,
+    "of maps": lambda y: nn.Softmax2d()(y.unsqueeze(-1)).squeeze(-1),
 }
 SCALINGS = ("weights", "product", "quotient")
 
@@ -96,8 +97,35 @@ def test_nothing_is_lost(size: float) -> None:
     assert float((actual - expected).abs().max()) < 0.6 * 2.0**-16
 
 
+class Positive(nn.Module):
+    """Scores that are not below 0."""
+
+    def __init__(self, size: float, activation: nn.Module) -> None:
+        super().__init__()
+        self.scores, self.activation, self.size = nn.Linear(16, 16), activation, size
+        with torch.no_grad():
+            for parameter in self.scores.parameters():
+                parameter.mul_(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.scores(x)).softmax(-1) * x
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.2), nn.ELU(), nn.Softplus()])
+def test_end_that_is_fixed_stays(activation: nn.Module, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    known = calibrated(Positive(0.01, activation).eval(), call(ROWS), precision="w8a16")
+    layer: Any = known.network.get_submodule("activation")
+    (quantizer,) = layer.output_quantizers
+    low, high = quantizer.get_min().item(), quantizer.get_max().item()
+    assert high - low == pytest.approx(1, abs=1e-4) or high - low > 1
+    if isinstance(activation, nn.ReLU):
+        assert low == 0
+    equal_everywhere(known, ROWS[:1], tmp_path, npu_db=70)
+
+
 @pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
 @pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("softmax", ["rows", "channels", "moved"])
+@pytest.mark.parametrize("softmax", ["rows", "channels", "moved", "of maps"])
 def test_on_the_npu(softmax: str, scaling: str, tmp_path: Path) -> None:
     equal_everywhere(routed(0.01, softmax, scaling, precision="w8a16"), ROWS[:1], tmp_path, npu_db=75)

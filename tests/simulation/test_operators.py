@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +20,13 @@ from lightning_quant.simulation.operators import (
     REMEDIES,
     OperatorTable,
     Placement,
-    hexagon_of_config,
     off_the_npu,
     operation_of,
     operator_table,
 )
 from lightning_quant.simulation.precisions import quantized_layers
 from lightning_quant.simulation.preflight import Finding, FindingKind
+from lightning_quant.simulation.second_operands import hexagon_simulated
 from tests.helpers.networks import call, images, quantized
 from tests.helpers.small import small_net
 
@@ -170,13 +173,33 @@ def test_what_decides_is_part_of_the_operation() -> None:
     assert operation(nn.InstanceNorm2d(3)) == "InstanceNorm2d without weights"
 
 
+@pytest.mark.parametrize(
+    ("hardware", "hexagon"),
+    [("htp_v75", 75), ("htp_v69", 69), ("htp_v81", 81), ("default", None), ("enpu_v6", None)],
+)
+def test_the_npu_that_is_simulated(hardware: str, hexagon: int | None) -> None:
+    assert hexagon_simulated(quantized(nn.Conv2d(3, 3, 3), hardware=hardware).sim) == hexagon
+
+
+@pytest.mark.parametrize(("version", "hexagon"), [("v75", 75), ("V73", 73), ("SM8650", None), ("", None)])
+def test_the_npu_of_a_hardware_config_of_the_users_own(version: str, hexagon: int | None, tmp_path: Path) -> None:
+    known = importlib.util.find_spec("aimet_torch")
+    assert known is not None
+    assert known.origin is not None
+    path = Path(known.origin).parent / "common/quantsim_config/htp_quantsim_config_v75.json"
+    config = json.loads(path.read_text())
+    config["defaults"]["hw_version"] = version
+    (tmp_path / "own.json").write_text(json.dumps(config))
+    network = quantized(nn.Conv2d(3, 3, 3), hardware=str(tmp_path / "own.json"))
+    assert hexagon_simulated(network.sim) == hexagon
+
+
 def test_the_table_is_of_chips_precisions_and_remedies_that_exist() -> None:
     table = operator_table()
     assert {"QAIRT", "onnxruntime-qnn"} <= table.versions.keys()
     assert {int(hexagon): HEXAGON[chip] for hexagon, chip in table.chips.items()} == {
         int(hexagon): int(hexagon) for hexagon in table.chips
     }
-    assert hexagon_of_config("htp_v75") == HEXAGON["SM8650"]
     for precisions in table.operations.values():
         for precision, placements in precisions.items():
             Precision.parse(precision)

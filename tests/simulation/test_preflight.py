@@ -122,6 +122,7 @@ class Unpooled(nn.Module):
     ],
 )
 def test_unpooling_is_quantized_and_said_not_to_be_in_onnx(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)  # a rounding may move a maximum to its neighbor, if they are that close
     network = make().eval()
     expected = network(images(1))
     simulation = calibrated(network, call(images(1)), precision="w8a16")

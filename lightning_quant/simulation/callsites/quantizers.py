@@ -21,7 +21,7 @@ from lightning_quant.simulation.callsites.tied_ranges import (
 )
 from lightning_quant.simulation.fixed_ranges import note_fixed_ranges
 from lightning_quant.simulation.masks import note_masks
-from lightning_quant.simulation.second_operands import keep_fixed_ends, make_symmetric, round_the_others
+from lightning_quant.simulation.second_operands import undo_exceptions
 
 # Hardware that computes a layer and the activation behind it one after the other: not an HTP, and one without a name.
 _COMPUTE_APART = (None, "V66")
@@ -35,7 +35,6 @@ def complete(sim: Any, returned: Container[nn.Module]) -> None:
         returned: the layers whose outputs the network returns.
     """
     leave_out_roundings(sim)
-    keep_fixed_ends(sim)
     for module in _sites(sim):
         if module.__dict__.get("_compares"):  # into truth values
             module.output_quantizers[0] = None
@@ -55,8 +54,7 @@ def complete(sim: Any, returned: Container[nn.Module]) -> None:
     _note_roundings(sim)
     _note_gates(sim)
     note_fixed_ranges(sim)
-    make_symmetric(sim)
-    round_the_others(sim)
+    undo_exceptions(sim)
     note_masks(sim, returned)
     _keep_ranges_of_inputs(sim)
 

@@ -25,7 +25,7 @@ def calibrated(data: SyntheticScenesDataModule, tmp_path: Path) -> QuantizedNetw
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [1, 2, 4])
+@pytest.mark.parametrize("batch_size", [2, *(pytest.param(size, marks=pytest.mark.torture) for size in (1, 4))])
 def test_bare_images_give_the_ranges_of_the_same_images_with_labels(tmp_path: Path, batch_size: int) -> None:
     common = {"train": 4, "val": 4, "height": 32, "width": 64, "batch_size": batch_size, "calibration_samples": 4}
     labeled = SyntheticScenesDataModule(str(tmp_path / "scenes"), **common)

@@ -142,17 +142,14 @@ def lerp(input: Tensor, end: Tensor, weight: Any) -> Tensor:
 
 
 def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """Compute ``torch.addmm`` as a linear layer."""
-    return F.linear(mat1, mat2.transpose(0, 1), input)
-
-
-def supports_addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> bool:
-    """Return whether it is a linear layer's sum: a bias for each column, nothing scaled."""
-    return beta == 1 and alpha == 1 and input.dim() == 1
+    """Compute ``torch.addmm``: as a linear layer where it is the sum of one, a bias for each column, nothing scaled."""
+    if beta == 1 and alpha == 1 and input.dim() == 1:
+        return F.linear(mat1, mat2.transpose(0, 1), input)
+    return baddbmm(input, mat1, mat2, beta=beta, alpha=alpha)
 
 
 def baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """Compute ``torch.baddbmm``."""
+    """Compute ``torch.baddbmm``, of matrices too."""
     product = torch.matmul(batch1, batch2)
     product = product if alpha == 1 else product * alpha
     return product if beta == 0 else product + (input if beta == 1 else input * beta)

@@ -203,6 +203,12 @@ def matrix_by_vector(input: Tensor, vec: Tensor) -> Tensor:
     return torch.matmul(input, vec)
 
 
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute ``F.linear`` with a weight that the network computes of its input: as a product of two activations."""
+    product = torch.matmul(input, weight.transpose(-1, -2))
+    return product if bias is None else product + bias
+
+
 def dot(input: Tensor, other: Tensor) -> Tensor:
     """Compute ``torch.dot``."""
     return (input * other).sum()

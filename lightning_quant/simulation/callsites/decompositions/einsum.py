@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 from typing import Any
 
 import torch
@@ -23,6 +24,22 @@ def einsum(equation: str, *operands: Any) -> Tensor:
     tensor, kept = _summed(tensors[0], letters[0], output)
     order = [kept.index(one) for one in output]
     return tensor if order == sorted(order) else tensor.permute(order)
+
+
+def tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: None = None) -> Tensor:
+    """Compute ``torch.tensordot`` as a matrix product."""
+    of_a, of_b = (range(-dims, 0), range(dims)) if isinstance(dims, int) else dims
+    names = iter(string.ascii_letters)
+    left, right = ([next(names) for _ in range(tensor.dim())] for tensor in (a, b))
+    for axis, other in zip(of_a, of_b, strict=True):
+        right[other] = left[axis]
+    output = "".join(one for one in (*left, *right) if (one in left) != (one in right))
+    return einsum(f"{''.join(left)},{''.join(right)}->{output}", a, b)
+
+
+def supports_tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: None = None) -> bool:
+    """Return whether the axes are given as numbers, and there are letters for all."""
+    return not isinstance(dims, Tensor) and a.dim() + b.dim() <= len(string.ascii_letters)
 
 
 def _product(left: Tensor, right: Tensor, of_left: str, of_right: str, output: str) -> Tensor:

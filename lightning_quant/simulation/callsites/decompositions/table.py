@@ -62,7 +62,7 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "addcmul": Decomposition(arithmetic.addcmul),
     "addcdiv": Decomposition(arithmetic.addcdiv),
     "lerp": Decomposition(arithmetic.lerp),
-    "addmm": Decomposition(arithmetic.addmm, arithmetic.supports_addmm),
+    "addmm": Decomposition(arithmetic.addmm),
     "baddbmm": Decomposition(arithmetic.baddbmm),
     "masked_fill": Decomposition(arithmetic.masked_fill, arithmetic.supports_masked_fill),
     **{name: Decomposition(arithmetic.triangle(name)) for name in ("tril", "triu")},
@@ -81,6 +81,7 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "cosine_similarity": Decomposition(composed.cosine_similarity),
     "cross": Decomposition(composed.cross),
     "linalg_cross": Decomposition(composed.linalg_cross),
+    "linear": Decomposition(composed.linear),  # with a computed weight
     "dot": Decomposition(composed.dot),
     "outer": Decomposition(composed.outer),
     "remainder": Decomposition(composed.remainder),
@@ -96,6 +97,7 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
     "diff": Decomposition(arithmetic.diff),
     "cumsum": Decomposition(arithmetic.cumsum, arithmetic.supports_cumsum),
     "einsum": Decomposition(einsum.einsum, einsum.supports_einsum),
+    "tensordot": Decomposition(einsum.tensordot, einsum.supports_tensordot),
     "interpolate": Decomposition(resampling.interpolate, resampling.supports_interpolate),
     **{
         f"adaptive_{kind}_pool{axes}d": Decomposition(compute(axes), pooling.supports(axes))

@@ -25,7 +25,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("sub", "isub", "subtract"), Binary("Subtract")),
     **dict.fromkeys(("mul", "imul", "multiply"), Binary("Multiply")),
     **dict.fromkeys(("div", "truediv", "itruediv", "divide", "true_divide"), Binary("Divide")),
-    **dict.fromkeys(("matmul", "bmm", "mm", "imatmul"), Binary("MatMul")),
+    **dict.fromkeys(("matmul", "linalg_matmul", "bmm", "mm", "imatmul"), Binary("MatMul")),
     "radd": Binary("Add", swapped=True),
     "rsub": Binary("Subtract", swapped=True),
     "rmul": Binary("Multiply", swapped=True),
