@@ -38,6 +38,18 @@ class Attention(nn.Module):
         return {"scores": self.head(nn.functional.gelu(self.norm(x)))}
 
 
+class LinearAttention(nn.Module):
+    """Products whose second operands are not below 0: with 16 bits they are converted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all = nn.Linear(12, 36)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.all(x).relu().chunk(3, -1)
+        return q @ (k.transpose(1, 2) @ v)
+
+
 class Normed(nn.Module):
     """A batch norm that cannot be folded, and dropout."""
 
@@ -75,11 +87,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "attention": (Attention, lambda count: torch.randn(count, 5, 12, generator=torch.Generator().manual_seed(count))),
     "normed": (Normed, images),
 }
+TOKENS = NETWORKS["attention"][1]
 
 
 def made(name: str, precision: str = "w8a8") -> tuple[QuantizedNetwork, Callable[[int], Tensor]]:
     torch.manual_seed(0)
-    make, batch = NETWORKS[name]
+    make, batch = (LinearAttention, TOKENS) if name == "linear attention" else NETWORKS[name]
     return calibrated(make().eval(), call(batch(2)), precision=precision), batch
 
 
@@ -146,9 +159,10 @@ def test_a_step_that_saves_bytes_is_the_same(
     assert compiled.why_not is None
 
 
-@pytest.mark.parametrize("precision", ["w8a16", "w4a16"])
-def test_other_precisions(precision: str) -> None:
-    known, batch = made("body", precision)
+@pytest.mark.parametrize(("name", "precision"), [("body", "w8a16"), ("body", "w4a16"), ("linear attention", "w8a16")])
+def test_other_precisions(name: str, precision: str) -> None:
+    known, batch = made(name, precision)
+    known.learn_ranges(True)
     network = known.network.train()
     twin = copy.deepcopy(network)
     compiled = Compiled(network, QUICK)
