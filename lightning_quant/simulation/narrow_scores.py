@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_quant.simulation.callsites.attributes import NUMBER
-from lightning_quant.simulation.callsites.tied_ranges import passes_values
+from lightning_quant.simulation.callsites.tied_ranges import rounded_before
 from lightning_quant.simulation.fixed_ranges import fixed_range
 
 # In units of the scores: that of the output.
@@ -29,38 +28,16 @@ def widen_narrow_scores(sim: Any) -> None:
     for op in sim.connected_graph.ordered_ops:
         if not isinstance(sim._get_qmodule(op), (nn.Softmax, nn.Softmax2d)):
             continue
-        quantizer, factor = _rounded(sim, op)
+        quantizer, factor = rounded_before(sim, op)
         if quantizer is None or quantizer.bitwidth != 16 or not quantizer.is_initialized():
             continue
         low, high = quantizer.get_min().item(), quantizer.get_max().item()
-        length = (high - low) * factor
+        length = (high - low) * abs(factor)
         if not 0 < length < _RANGE or fixed_range(quantizer) is not None:
             continue
         free = [quantizer.is_overwrite_allowed(end) for end in ("min", "max")]
         if all(free):
             quantizer.set_range(low * _RANGE / length, high * _RANGE / length)
         elif any(free):  # 0 behind a ReLU stays
-            missing = (_RANGE - length) / factor
+            missing = (_RANGE - length) / abs(factor)
             quantizer.set_range(*((low - missing, None) if free[0] else (None, high + missing)))
-
-
-def _rounded(sim: Any, op: Any) -> tuple[Any, float]:
-    """Return what rounds an operation's input, and what the rounded values are multiplied with behind that."""
-    from lightning_quant.simulation.aimet import custom
-
-    factor = 1.0
-    while True:
-        inputs: Any = getattr(sim._get_qmodule(op), "input_quantizers", ())
-        source = op.inputs[0].producer
-        if (len(inputs) and inputs[0] is not None) or source is None:
-            return inputs[0] if len(inputs) else None, factor
-        module: Any = sim._get_qmodule(source)
-        outputs: Any = getattr(module, "output_quantizers", ())
-        if len(outputs) == 1 and outputs[0] is not None:
-            return outputs[0], factor
-        number = vars(module).get(NUMBER, 0.0) if module is not None else 0.0
-        if number and isinstance(module, custom.Multiply | custom.Divide):
-            factor *= abs(number) if isinstance(module, custom.Multiply) else 1 / abs(number)
-        elif not passes_values(sim, source):
-            return None, factor
-        op = source

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_quant.deploy.graph.lowered_pooling import lowered_pooling
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.batch_norms import WEIGHT_BITS, ends_on_device, output_factors, sums
-from lightning_quant.simulation.callsites.attributes import DEPTHWISE, GATES, ROUNDED_BY
+from lightning_quant.simulation.callsites.attributes import DEPTHWISE, GATES, ROUNDED_BY, SCALED_FROM
 from lightning_quant.simulation.callsites.passes import paused
 
 # All taps but the one in the middle are 0. With a single one, the NPU's compiler of QAIRT 2.51 ends its process at
@@ -86,9 +86,9 @@ def lowered(network: nn.Module) -> Iterator[None]:
             elif isinstance(layer, nn.Sigmoid) and GATES in vars(layer):
                 restored.enter_context(_being(layer, _of_16_bits(layer, lambda sizes: len(sizes) > 3, _in_two)))
             elif isinstance(layer, (nn.Softplus, nn.Tanh)):
-                if vars(layer).get(ROUNDED_BY) is not None:
-                    where = _is_matrix if isinstance(layer, nn.Tanh) else lambda sizes: len(sizes) > 2
-                    restored.enter_context(_being(layer, _of_16_bits(layer, where, _along_one_axis)))
+                where = _is_matrix if isinstance(layer, nn.Tanh) else lambda sizes: len(sizes) > 2
+                if _knows_its_input(function := _of_16_bits(layer, where, _along_one_axis)):
+                    restored.enter_context(_being(layer, function))
             elif isinstance(layer, aimet.BaseQuantizationMixin) and (pooling := lowered_pooling(layer)) is not None:
                 restored.enter_context(_being(layer, pooling))
         yield
@@ -264,6 +264,21 @@ def _along_one_axis(function: Any, compute: Callable[..., Tensor], maps: Tensor,
     of_input = vars(function)[ROUNDED_BY]
     moved: Tensor = rounding(compute(function, of_input(maps.flatten(-2))).reshape(maps.shape))
     return moved
+
+
+def _knows_its_input(function: Any) -> bool:
+    """Return whether it is known what rounds a function's input; behind a product with a number, make what does."""
+    if vars(function).get(ROUNDED_BY) is not None:
+        return True
+    quantizer, factor = vars(function).get(SCALED_FROM, (None, 1.0))
+    if quantizer is None:
+        return False
+    scaled = aimet.QuantizeDequantize((), bitwidth=quantizer.bitwidth, symmetric=quantizer.symmetric)
+    scaled.signed = quantizer.signed
+    scaled.set_range(*sorted((quantizer.get_min().item() * factor, quantizer.get_max().item() * factor)))
+    vars(function)["_modules"] = {**function._modules, "of_input": scaled}  # the layer has its own
+    vars(function)[ROUNDED_BY] = scaled
+    return True
 
 
 def _is_refused_in_few_bits(layer: Any) -> bool:

@@ -27,6 +27,8 @@ BUFFERS = "_written_buffers"
 DEPTHWISE = "_is_depthwise_on_the_device"
 # A layer with a bias, a softplus or a tanh: the quantizer that rounds its input.
 ROUNDED_BY = "_input_rounded_by"
+# A softplus or a tanh behind a product with a number, which hands integers on: what rounded these, and the number.
+SCALED_FROM = "_input_scaled_from"
 # A sigmoid whose output is multiplied with what it is of, as in SiLU.
 GATES = "_gates"
 # A choice between tensors and numbers, one of which stands for minus infinity: the size of the smallest of these.

@@ -11,11 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_quant.simulation.callsites.attributes import DEPTHWISE, GATES, OWNER, ROUNDED_BY, is_at_call_site
+from lightning_quant.simulation.callsites.attributes import (
+    DEPTHWISE,
+    GATES,
+    OWNER,
+    ROUNDED_BY,
+    SCALED_FROM,
+    is_at_call_site,
+)
 from lightning_quant.simulation.callsites.tied_ranges import (
     leave_out_roundings,
     outputs,
     passes_values,
+    rounded_before,
     rounding,
     tie_ranges,
 )
@@ -240,6 +248,8 @@ def _note_roundings(sim: Any) -> None:
             quantizers: Any = getattr(module, "input_quantizers", ())
             own = quantizers[0] if len(quantizers) else None
             found.setdefault(module, set()).add(own or rounding(sim, op.inputs[0].producer))
+        if isinstance(module, (nn.Softplus, nn.Tanh)) and found[module] == {None}:
+            module.__dict__[SCALED_FROM] = rounded_before(sim, op)
     for module, roundings in found.items():
         (module.__dict__[ROUNDED_BY],) = roundings if len(roundings) == 1 else (None,)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_quant.simulation.callsites.attributes import NUMBER
 from lightning_quant.simulation.callsites.functions import MOVES
 
 # Modules that AIMET does not know to choose among values.
@@ -46,6 +47,28 @@ def rounding(sim: Any, source: Any) -> Any:
             return own[0]
         source = source.inputs[0].producer
     return None
+
+
+def rounded_before(sim: Any, op: Any) -> tuple[Any, float]:
+    """Return what rounds an operation's input, and the number that its values are multiplied with behind that."""
+    from lightning_quant.simulation.aimet import custom
+
+    factor = 1.0
+    while True:
+        inputs: Any = getattr(sim._get_qmodule(op), "input_quantizers", ())
+        source = op.inputs[0].producer
+        if (len(inputs) and inputs[0] is not None) or source is None:
+            return inputs[0] if len(inputs) else None, factor
+        module: Any = sim._get_qmodule(source)
+        outputs: Any = getattr(module, "output_quantizers", ())
+        if len(outputs) == 1 and outputs[0] is not None:
+            return outputs[0], factor
+        number = vars(module).get(NUMBER, 0.0) if module is not None else 0.0
+        if number and isinstance(module, custom.Multiply | custom.Divide):
+            factor *= number if isinstance(module, custom.Multiply) else 1 / number
+        elif not passes_values(sim, source):
+            return None, factor
+        op = source
 
 
 def roundings_of_input(sim: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -331,6 +332,10 @@ def convolution(**settings: Any) -> nn.Module:
     return nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, **settings)
 
 
+def gelu_by_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
 IDENTITY = F.pad(torch.ones(CHANNELS, 1, 1, 1), (1, 1, 1, 1))
 MISCOMPUTED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "9 rows": (lambda: nn.Sequential(convolution(), nn.SiLU(), convolution()), (CHANNELS, 9, 7)),
@@ -353,6 +358,9 @@ MISCOMPUTED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "tanh of 16 rows": (lambda: nn.Sequential(nn.Linear(32, 32), nn.Tanh()), (16, 32)),
     "tanh of 16 rows, first": (lambda: nn.Sequential(nn.Tanh(), nn.Linear(24, 24)), (16, 24)),
     "tanh of a matrix": (lambda: Gated(nn.Linear(8, 8), lambda x: x[0].tanh()), (16, 8)),
+    "tanh of 16 rows, scaled": (lambda: Gated(nn.Linear(64, 64), lambda x: torch.tanh(0.8 * x)), (16, 64)),
+    "tanh of 16 rows, divided": (lambda: Gated(nn.Linear(64, 64), lambda x: torch.tanh(x / -3)), (16, 64)),
+    "GELU by tanh": (lambda: Gated(nn.Linear(64, 64), gelu_by_tanh), (16, 64)),
     "tanh of 16 rows, joined": (lambda: Gated(nn.Linear(32, 32), lambda x: torch.cat([x.tanh(), x], 1)), (16, 32)),
     "mish of one channel": (lambda: Gated(convolution(), lambda x: F.mish(x[:, 1])), (CHANNELS, 16, 16)),
     "identity": (
