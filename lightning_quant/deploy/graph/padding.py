@@ -78,7 +78,7 @@ class _Writing:
         fillings = {"Concat": self._joined, "Pad": self._padded, "Slice": self._cut}.get(node.op_type)
         found = {node.output[0]: [] if fillings is None else list(fillings(node))}
         if node.op_type == "Split":
-            found = {part: [_NOWHERE] for part in self._parts_in_windows(node)}
+            found = {part: [_NOWHERE] for part in self._averaged_parts(node)}
         grids = {name: grid for name, one in found.items() if one and (grid := self._grid_behind(name)) is not None}
         self._write(node, {name: (grid, found[name]) for name, grid in grids.items()})
 
@@ -115,18 +115,21 @@ class _Writing:
         if starts is None or axes is None or rank < 3:
             return
         is_cut = any(int(axis) % rank > 1 and int(start) for start, axis in zip(starts, axes, strict=True))
-        if is_cut and self._is_read_in_windows(node.output[0]):
+        if is_cut and self._is_read_by(_WINDOWS, node.output[0]):
             yield _NOWHERE
 
-    def _parts_in_windows(self, node: onnx.NodeProto) -> list[str]:
-        """Return the parts of what is split that do not begin where the whole does."""
+    def _averaged_parts(self, node: onnx.NodeProto) -> list[str]:
+        """Return the parts of what is split that are averaged and do not begin where the whole does.
+
+        Convolutions take parts of a split as they are, unlike slices.
+        """
         rank = len(self.sizes.get(node.input[0], ()))
         if rank < 3 or axis_of(node, 0) % rank < 2:
             return []
-        return [part for part in node.output[1:] if self._is_read_in_windows(part)]
+        return [part for part in node.output[1:] if self._is_read_by(("AveragePool",), part)]
 
-    def _is_read_in_windows(self, name: str) -> bool:
-        return any(reader.op_type in _WINDOWS for reader in self._readers(name, _IN_PLACE))
+    def _is_read_by(self, kinds: Sequence[str], name: str) -> bool:
+        return any(reader.op_type in kinds for reader in self._readers(name, _IN_PLACE))
 
     def _padded_in_front(self, node: onnx.NodeProto) -> bool:
         """Write the padding of means in front of them, where these are of blocks and count it: it would be left out.

@@ -239,7 +239,7 @@ class Recorder:
         if in_place(func, name) and self._is_kept(given[0]):
             return False
         if name == "linear":
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
             if id(weight) not in self.known or not self._depends([weight]):
                 return False
         if name == "setitem" and id(given[0]) in self.given:  # the caller of the network sees the change
