@@ -139,9 +139,12 @@ def _put(network: nn.Module, flow: Dataflow, place: Place, bits: int) -> None:
         conversion._parameters.update(source._parameters)
         conversion._initial_parameters = source._initial_parameters
         if place in flow.second_operands:
+            from lightning_quant.simulation.fast.short_path import accelerate, is_fast
             from lightning_quant.simulation.symmetric_conversion import SymmetricConversion
 
             conversion.__class__ = SymmetricConversion
+            if is_fast(source):
+                accelerate(conversion)
         module.input_quantizers[index] = conversion
         _note_rounding(module, index, conversion)
     conversion.bitwidth = bits

@@ -26,7 +26,12 @@ class SymmetricConversion(QuantizeDequantize):
         if not self.symmetric or not self.is_initialized():
             plain: Tensor | None = super().get_scale(dtype)
             return plain
-        kind = dtype or torch.float32
-        furthest = torch.maximum(self.min.to(kind).abs(), self.max.to(kind).abs()) * ROOM
-        steps = self.qmax - self.qmin
-        return (2 * furthest / steps).clamp_min(_get_minimum_scale(steps))
+        kind, steps = dtype or torch.float32, self.qmax - self.qmin
+        low, high = symmetric_ends(self.min.to(kind), self.max.to(kind))
+        return ((high - low) / steps).clamp_min(_get_minimum_scale(steps))
+
+
+def symmetric_ends(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both ends of the range around zero that holds another, with the room that the NPU's integers lack."""
+    furthest = torch.maximum(low.abs(), high.abs()) * ROOM
+    return -furthest, furthest

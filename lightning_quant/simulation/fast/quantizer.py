@@ -23,6 +23,7 @@ from lightning_quant.simulation.callsites.passes import running_pass
 from lightning_quant.simulation.callsites.traces import traced
 from lightning_quant.simulation.fast import gpu, in_graphs, kernels
 from lightning_quant.simulation.fast.kernels import Activation
+from lightning_quant.simulation.symmetric_conversion import symmetric_ends
 
 
 class FastQuantizer:
@@ -56,6 +57,7 @@ class FastQuantizer:
             or not is_known(self, low, high)
         ):
             return None
+        low, high = self.ends(low, high)
         qmin, qmax = self.qmin, self.qmax
         grid = (low, high, qmin, qmax, self._symmetric, smallest_scale(qmax - qmin), activation)
         if in_graphs.is_tracing():
@@ -65,6 +67,10 @@ class FastQuantizer:
         if input.is_cpu:
             return torch.ops.lightning_quant.fake_quantize(input, *grid)
         return gpu.fake_quantize(input, *grid, dtype) if qmax - qmin <= gpu.MOST_STEPS else None
+
+    def ends(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both ends of the grid's range, of those that are kept."""
+        return low, high
 
     @contextlib.contextmanager
     def _compute_encodings(self: Any, passthrough: bool = False) -> Iterator[None]:
@@ -106,6 +112,14 @@ class FastQuantizer:
         self.set_range(
             *(end if self.is_overwrite_allowed(name) else None for name, end in zip(("min", "max"), ends, strict=True))
         )
+
+
+class FastConversion(FastQuantizer):
+    """The conversion to a symmetric grid."""
+
+    def ends(self: Any, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both ends of the grid's range, of those of what is converted."""
+        return symmetric_ends(low, high) if self._symmetric else (low, high)
 
 
 @torch.no_grad()

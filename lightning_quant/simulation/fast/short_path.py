@@ -33,7 +33,8 @@ from lightning_quant.simulation.fast.layers import (
     Layer,
 )
 from lightning_quant.simulation.fast.observers import accelerate_analyzer, slow_down_analyzer
-from lightning_quant.simulation.fast.quantizer import FastQuantizer, is_fast
+from lightning_quant.simulation.fast.quantizer import FastConversion, FastQuantizer, is_fast
+from lightning_quant.simulation.symmetric_conversion import SymmetricConversion
 
 # Layers whose forward pass AIMET wraps in nothing but their quantizers, in its own words or in a detour of its own.
 _PLAIN = (nn.Hardsigmoid, nn.Hardswish, nn.ConstantPad2d, nn.ZeroPad2d, nn.ReflectionPad2d, custom.Concat)
@@ -87,6 +88,8 @@ def _fast_class(aimet_class: Any) -> Any:
         return None
     if aimet_class is QuantizeDequantize:
         kind = FastQuantizer
+    elif aimet_class is SymmetricConversion:
+        kind = FastConversion
     elif float_class in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear):
         kind = FastWeighted
     elif float_class in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):

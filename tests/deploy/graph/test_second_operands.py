@@ -174,6 +174,17 @@ def test_checkpoint_without_symmetric_grids_is_converted(tmp_path: Path) -> None
     assert not known.network.other.output_quantizers[0].symmetric
 
 
+def test_checkpoint_without_conversions_is_converted(tmp_path: Path) -> None:
+    """One of an earlier version, whose product took the ReLU's own grid."""
+    known = product("positive", precision="w8a16")
+    state = product("positive", precision="w8a16").network.state_dict()
+    of_conversion = [key for key in state if key.startswith("matmul.input_quantizers.1")]
+    assert of_conversion
+    known.network.load_state_dict({key: value for key, value in state.items() if key not in of_conversion})
+    model = equal_everywhere(known, TOKENS[:1], tmp_path, npu_db=70, float_db=20)
+    assert second_operands(model) == {np.int16}
+
+
 @pytest.mark.parametrize("name", ["positive", "sigmoid"])
 def test_converted_ranges_are_learned_with_those_they_convert(name: str) -> None:
     known = product(name, precision="w8a16")

@@ -32,10 +32,24 @@ from lightning_quant.simulation.fast.short_path import accelerate, slow_down  # 
 
 pytestmark = pytest.mark.slow
 
+
+class PositiveKeys(nn.Module):
+    """A product that multiplies with the outputs of a ReLU, for which their grid is made symmetric."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys = nn.Linear(64, 16), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1, 2)
+        return self.queries(x) @ self.keys(x).relu().transpose(1, 2)
+
+
 MakeTrainer = Callable[..., Trainer]
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ffnet_nano": lambda: ffnet_nano(),
     "lraspp": lambda: lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=19),
+    "converted": PositiveKeys,  # third: among the members that the suite runs, of 16 bits and learned ranges
     "resnet": lambda: ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5),
     "transposed": lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 2, stride=2), nn.PReLU(), nn.Conv2d(4, 2, 1)),
     "normed": lambda: nn.Sequential(
