@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "showcase"
 PRECISIONS = ("w8a8", "w8a16", "w4a16", "w4a8")
 HEADS = (
     "domain", "network", "", "figure", "float", "AIMET min-max", "AIMET AdaRound", "PTQ", "ladder", "rung", "QAT",
-    "emulated", "NPU / float / CPU",
+    "16 samples: emulated · simulated · float", "NPU / float / CPU",
 )  # fmt: skip
 
 
@@ -73,8 +73,9 @@ def _ours(domain: Domain, seeds: list[dict[str, Any]]) -> list[str]:
     report = DeviceReport.from_json(line["device"])
     assert report.layers is not None
     counts = (len(report.layers["NPU"]), len(report.float_islands or ()), len(report.fallen_back or ()))
-    emulated = report.metric.get("device") if report.metric else None
-    return [*figures, _percent(emulated), " / ".join(map(str, counts))]
+    metric = report.metric or {}
+    same = f"{_percent(metric.get('device'))} · {_percent(metric.get('simulation'))} · {_percent(metric.get('float'))}"
+    return [*figures, same, " / ".join(map(str, counts))]
 
 
 def _over_seeds(seeds: list[dict[str, Any]]) -> str:
