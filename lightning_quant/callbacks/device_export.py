@@ -12,8 +12,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_quant.callbacks.data import isolated_seed
+from lightning_quant.callbacks.device_bounds import DeviceBounds
 from lightning_quant.callbacks.device_metric import first_batches
-from lightning_quant.callbacks.export_samples import LOOKED_AT, export_samples, metrics_of_graph, samples_of_graphs
+from lightning_quant.callbacks.export_samples import LOOKED_AT, export_samples, note_metric, samples_of_graphs
 from lightning_quant.callbacks.lightning_internals import callbacks_of
 from lightning_quant.callbacks.lightning_packages import AnyCallback
 from lightning_quant.callbacks.logs import rank_zero_log
@@ -22,7 +23,6 @@ from lightning_quant.callbacks.off_the_npu import report_off_the_npu
 from lightning_quant.callbacks.progress import progress
 from lightning_quant.callbacks.quantization import QuantizationCallback, measuring
 from lightning_quant.callbacks.reporting import blame_layers, write_callback_report
-from lightning_quant.callbacks.training import QuantizationAwareTraining
 from lightning_quant.callbacks.visualizer import class_labels
 from lightning_quant.deploy.blame.result import Blame, explanations
 from lightning_quant.deploy.bundle import Bundle
@@ -30,13 +30,14 @@ from lightning_quant.deploy.device_report import DeviceReport
 from lightning_quant.deploy.edges.app import check_edges
 from lightning_quant.deploy.edges.spec import Edges
 from lightning_quant.deploy.export import export_bundle
-from lightning_quant.deploy.push import Push, check_bounds, device_folder
+from lightning_quant.deploy.push import Push, device_folder
 from lightning_quant.deploy.sizes import InputSize, Size, check_sizes, sized_calls
 from lightning_quant.deploy.targets.target import REPORT_NAME, Target
 from lightning_quant.errors import ConfigurationError, DeviceBoundError, LightningQuantError
 from lightning_quant.recipe import QuantRecipe
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.utilities.files import check_folder
 
 POLICIES = ("warn", "raise")
 
@@ -78,7 +79,8 @@ class DeviceExport(AnyCallback):
             networks are exported, each name ends with ``-`` and the attribute.
         monitor: name of the validation metric to compute from the device's outputs, on the same samples. Default:
             that of ``QuantizationAwareTraining`` if it has a bound on it. Not under DDP.
-        mode: ``"max"`` or ``"min"``, whichever is better of ``monitor``.
+        mode: ``"max"`` or ``"min"``, whichever is better of ``monitor``. That of ``QuantizationAwareTraining`` counts
+            if it has a bound on the same metric.
         runtime: what AI Hub compiles to, or several: ``qnn_dlc``, ``qnn_context_binary``, ``tflite``, ``onnx``,
             ``precompiled_qnn_onnx``.
         options: more options for AI Hub's compile job.
@@ -127,7 +129,7 @@ class DeviceExport(AnyCallback):
         PreflightError: at ``setup``, with ``strict=True``, for layers that the device does not compute in integers.
         ExportError, ParityError: see :func:`~lightning_quant.deploy.export.export_bundle`.
         DeviceError: with ``on_failure="raise"``.
-        DeviceBoundError: when a bound is not kept.
+        DeviceBoundError: when a bound is not kept, or could not be checked.
     """
 
     def __init__(
@@ -165,8 +167,6 @@ class DeviceExport(AnyCallback):
         for argument, policy in {"on_failure": on_failure, "on_parity": on_parity}.items():
             if policy not in POLICIES:
                 raise ConfigurationError(f"{argument}={policy!r}: expected one of {', '.join(POLICIES)}.")
-        if mode not in ("max", "min"):
-            raise ConfigurationError(f"mode={mode!r}: expected max or min.")
         self.push = None
         if target is not None:
             self.push = Push(
@@ -192,6 +192,7 @@ class DeviceExport(AnyCallback):
         self.on_parity = on_parity
         self.min_psnr = min_psnr
         self.max_metric_drop = max_metric_drop
+        self._bounds.refuse_without_figures(target, wait)
         self.report = report
         self.network = network
         self.sizes = sizes
@@ -225,11 +226,17 @@ class DeviceExport(AnyCallback):
             )
         if stage == "predict":
             return
+        check_folder(self.dirpath, "dirpath")
+        self._bounds.check_metric(trainer)
         self._check_networks(trainer, pl_module)
         if self.push is not None:
             for name, network in quantized_networks(pl_module).items():
                 if self.network in (None, name):
                     report_off_the_npu(name, network, self.push.runs_on)
+
+    @property
+    def _bounds(self) -> DeviceBounds:
+        return DeviceBounds(self.min_psnr, self.max_metric_drop, self.monitor, self.mode)
 
     def _check_networks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         refusal = None
@@ -272,6 +279,7 @@ class DeviceExport(AnyCallback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._bounds.check_logged(trainer)
         if trainer.state.fn == "validate":
             self._export(trainer, pl_module)
 
@@ -353,7 +361,7 @@ class DeviceExport(AnyCallback):
             reason = str(error) if isinstance(error, LightningQuantError) else f"{type(error).__name__}: {error}"
             rank_zero_warn(f"The device was not measured: {reason} (The bundle {exported.bundle.path} is complete.)")
         else:
-            check_bounds(reports, self.min_psnr, self.max_metric_drop, self.mode)
+            self._bounds.check(reports, exported.trainer)
 
     def _run(self, push: Push, exported: _Exported) -> list[DeviceReport]:
         """Run the bundle on the target; compute the user's metric of what it returned, and log its figures."""
@@ -376,25 +384,17 @@ class DeviceExport(AnyCallback):
         self.passed_over = push.passed_over
         if self.passed_over:
             rank_zero_log("No better target: " + "; ".join(self.passed_over.values()) + ".")
-        # with several processes its metric would wait for the others, which validate nothing now
-        monitor = (self.monitor or self._bounded_metric(trainer)) if trainer.world_size == 1 else None
+        metric = self._bounds.metric(trainer)
         reports = [one.report for one in measured]
         self.reports += reports
         graphs = {bundle.manifest.size or None: (bundle, samples[""]), "app": (bundle.app, samples.get("app"))}
         for one in measured:
             graph, given = graphs.get(one.report.size, (None, None))
-            if monitor and one.outputs and batches and graph is not None and given is not None:
-                figures = metrics_of_graph(pl_module, name, network, monitor, batches, graph, one.outputs, given)
-                one.report.metric = figures
-                one.write()
+            if metric and one.outputs and graph is not None and given is not None:
+                note_metric(one, pl_module, name, network, metric, batches, graph, given)
             rank_zero_log(one.report.sentence())
             for warning in one.report.warnings:
                 rank_zero_log(f"{one.report.device}: {warning}")
             for logger in trainer.loggers:
                 logger.log_metrics(one.report.scalars(), step=trainer.global_step)
         return reports
-
-    def _bounded_metric(self, trainer: pl.Trainer) -> str | None:
-        callbacks = callbacks_of(trainer)
-        bounded = [one for one in callbacks if isinstance(one, QuantizationAwareTraining) and one.climbs]
-        return bounded[0].result.monitor if bounded else None

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_module, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_module
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -29,6 +29,10 @@ from lightning_quant.simulation.batch_axes import NoBatchAxisError, cut, find_ax
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in, with_tensors
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.utilities.modules import preserve_modes
+
+
+class NoMetricError(Exception):
+    """The user's validation does not give the metric of a device's outputs; the message says why."""
 
 
 @dataclass
@@ -155,8 +159,8 @@ def metrics_of(
         outputs: what the device computed of each sample, in order; of some it may have computed none.
         references: what ``float`` and ``simulation`` are taken to have computed, likewise. Default: they are run.
 
-    Returns:
-        What could be measured; nothing if validation does not log the metric.
+    Raises:
+        NoMetricError: if validation does not log the metric, or fails, or no whole batch was computed.
     """
     kept = []
     left = len(outputs)
@@ -166,7 +170,9 @@ def metrics_of(
         kept.append(one.batch)
         left -= len(one.calls)
     if not kept:
-        return {}
+        raise NoMetricError(
+            "no batch of validation samples was computed as a whole" if labeled else "there are no validation samples"
+        )
     candidates: dict[str, nn.Module | None] = {"float": network.float_network, "simulation": network.network}
     if references is not None:
         candidates = {what: _Playback(given, network) for what, given in references.items()}
@@ -176,13 +182,14 @@ def metrics_of(
         if candidate is None:
             continue
         try:
-            value = _validate(pl_module, name, candidate, kept).get(monitor)
+            logged = _validate(pl_module, name, candidate, kept)
         except Exception as error:  # the user's validation, outside of its own Trainer
-            rank_zero_warn(f"{monitor} of the device's outputs could not be computed: {type(error).__name__}: {error}")
-            return {}
-        if value is None:
-            return {}
-        found[what] = float(value)
+            raise NoMetricError(f"your validation failed: {type(error).__name__}: {error}") from error
+        if monitor not in logged:
+            raise NoMetricError(
+                f"{monitor} is not among what validation logs, {', '.join(sorted(logged)) or 'nothing'}"
+            )
+        found[what] = float(logged[monitor])
     return found
 
 

@@ -10,18 +10,20 @@ import torch
 from lightning_quant.callbacks.calibration import calibration_inputs
 from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import calibration_loader, isolated_seed, stage_loader
-from lightning_quant.callbacks.device_metric import LabeledBatch, metrics_of
+from lightning_quant.callbacks.device_metric import LabeledBatch, NoMetricError, metrics_of
 from lightning_quant.callbacks.logs import rank_zero_log
 from lightning_quant.callbacks.quantization import callback_of
 from lightning_quant.deploy.bundle import Bundle
 from lightning_quant.deploy.edges.app import plan_of
 from lightning_quant.deploy.edges.host import network_outputs
-from lightning_quant.deploy.samples import Samples, Tensors
+from lightning_quant.deploy.samples import Samples
 from lightning_quant.deploy.single_samples import first_samples, single_samples
 from lightning_quant.deploy.sizes import InputSize, SizedCalls
+from lightning_quant.deploy.targets.target import Measured
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import QuantizedNetwork
+from lightning_quant.utilities.monitor import Monitor
 
 # How many times as many samples are looked at for some of the exported size.
 LOOKED_AT = 16
@@ -96,39 +98,45 @@ def samples_of_graphs(
     return found
 
 
-def metrics_of_graph(
+def note_metric(
+    measured: Measured,
     pl_module: pl.LightningModule,
     name: str,
     network: QuantizedNetwork,
-    monitor: str,
+    metric: Monitor,
     labeled: Sequence[LabeledBatch],
     graph: Bundle,
-    outputs: Sequence[Tensors],
     samples: Samples,
-) -> dict[str, float]:
-    """Compute ``monitor`` as :func:`~lightning_quant.callbacks.device_metric.metrics_of` does, for a graph of a bundle.
+) -> None:
+    """Write the user's metric of a device's outputs into its report, or why there is none.
 
     Of a graph with edges all three are given to the user's validation as an app gets them, as scores of 0 and 1 for a
     class, say: so they can be compared with each other, whatever the metric is. Of what a module of the user's own
-    gives there is no metric, with a word in the log.
+    gives there is no metric.
 
     Args:
+        measured: the report, and what the device computed.
         pl_module: the user's module.
         name: dotted attribute of the network in it.
         network: the quantized network.
-        monitor: name of the logged metric.
+        metric: the logged metric.
         labeled: the samples with their labels.
         graph: the graph that the device ran.
-        outputs: what the device computed.
         samples: what it was given, with the outputs of simulation and float network.
     """
-    if (app := graph.manifest.app) is not None and graph.edged and app.edges.has_modules:
-        rank_zero_log("No metric of the graph with edges: what your own module gives is not what the network returns.")
-        return {}
+    app, outputs = graph.manifest.app, measured.outputs or ()
     plan = plan_of(graph)
-    if plan is None:
-        return metrics_of(pl_module, name, network, monitor, labeled, outputs)
-    known = {"float": samples.float_network, "simulation": samples.simulation}
-    references = {what: [network_outputs(plan, one) for one in given] for what, given in known.items() if given}
-    device = [network_outputs(plan, one) for one in outputs]
-    return metrics_of(pl_module, name, network, monitor, labeled, device, references)
+    references = None
+    try:
+        if app is not None and graph.edged and app.edges.has_modules:
+            raise NoMetricError("what your own module gives is not what the network returns")
+        if plan is not None:
+            known = {"float": samples.float_network, "simulation": samples.simulation}
+            references = {what: [network_outputs(plan, one) for one in given] for what, given in known.items() if given}
+            outputs = [network_outputs(plan, one) for one in outputs]
+        found = metrics_of(pl_module, name, network, metric.name, labeled, outputs, references)
+        measured.report.metric, measured.report.monitor, measured.report.mode = found, metric.name, metric.mode
+    except NoMetricError as error:
+        what = "the graph with edges" if graph.edged else "the outputs"
+        measured.report.warnings.append(f"No metric of {what}: {error}.")
+    measured.write()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -30,10 +30,10 @@ def without_quantizers(network: nn.Module) -> Iterator[dict[nn.Module, list[nn.M
         if module not in inside and (names := _quantizers_of(module)):
             hidden_quantizers[module] = [module._modules[name] for name in names]  # type: ignore[misc]
             inside.update(part for quantizer in hidden_quantizers[module] for part in quantizer.modules())
-    hidden = {module: _quantizers_of(module) for module in hidden_quantizers}
+    hidden = {module: {*_quantizers_of(module)} for module in hidden_quantizers}
     for module in network.modules():
         if sites := _sites_of(module):
-            hidden[module] = hidden.get(module, frozenset()) | sites
+            hidden.setdefault(module, set()).update(sites)
     whole = {module: module._modules for module in hidden}
     try:
         for module, children in whole.items():
@@ -57,27 +57,30 @@ def computing_float(network: nn.Module) -> Iterator[None]:
         yield
 
 
-def _quantizers_of(module: nn.Module) -> frozenset[str]:
-    """Return the names of a module's children that quantization added."""
+def _quantizers_of(module: nn.Module) -> list[str]:
+    """Return the names of a module's children that quantization added, in their order.
+
+    Ranges enter optimizers in it, which a checkpoint holds by their places: it may not differ between processes.
+    """
     names = _CONTAINERS if isinstance(module, aimet.BaseQuantizationMixin) else ()
     children = module._modules.items()
-    return frozenset(
+    return [
         name
         for name, child in children
         if child is not None and (name in names or isinstance(child, aimet.QuantizerBase))
-    )
+    ]
 
 
-def _sites_of(module: nn.Module) -> frozenset[str]:
+def _sites_of(module: nn.Module) -> list[str]:
     """Return the names of a module's children that compute its functional operations."""
     children = module._modules.items()
-    return frozenset(name for name, child in children if child is not None and is_at_call_site(child))
+    return [name for name, child in children if child is not None and is_at_call_site(child)]
 
 
 class _WithoutQuantizers(dict[str, Any]):
     """The children of a module, some of which are found by name only."""
 
-    def __init__(self, children: dict[str, Any], hidden: frozenset[str]) -> None:
+    def __init__(self, children: dict[str, Any], hidden: Set[str]) -> None:
         super().__init__(children)
         self._hidden = hidden
 

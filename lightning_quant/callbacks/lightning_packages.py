@@ -63,11 +63,14 @@ def package_of(kind: type) -> str:
 
 
 def check_module_class(module_class: type, user: str) -> None:
-    """Refuse a class that is not a LightningModule of either package.
+    """Refuse what is not a class of LightningModules of either package.
 
     Raises:
         ConfigurationError: which names both packages.
     """
+    if not isinstance(module_class, type):
+        kind = type(module_class).__name__
+        raise ConfigurationError(f"{user} of an object, a {kind}: expected the LightningModule's class itself.")
     if not issubclass(module_class, either(pl.LightningModule)):
         raise ConfigurationError(
             f"{user} of {module_class.__name__}, a class of the package {package_of(module_class)!r}: expected a "

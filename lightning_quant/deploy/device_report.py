@@ -52,6 +52,8 @@ class DeviceReport:
         against_simulation: agreement of the device's outputs with the simulation's.
         against_float: the same with the float network's outputs.
         metric: the user's validation metric on the same samples: of ``float``, ``simulation`` and ``device``.
+        monitor: name of that metric.
+        mode: ``"max"`` or ``"min"``, whichever is better of it.
         bytes: sizes of the ``float`` and ``quantized`` ONNX file and of the ``compiled`` artifact; where that holds
             several input sizes, also of this one ``compiled_alone`` and of all ``compiled_apart``.
         seconds: wall time on this machine, by step; nothing of the device.
@@ -82,6 +84,8 @@ class DeviceReport:
     against_simulation: Parity | None = None
     against_float: Parity | None = None
     metric: dict[str, float] = field(default_factory=dict)
+    monitor: str | None = None
+    mode: Literal["max", "min"] | None = None
     bytes: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)

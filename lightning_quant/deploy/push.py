@@ -293,31 +293,60 @@ def check_bounds(
         reports: of one network.
         min_psnr: lowest PSNR in dB against the float network, or against the simulation where that is not known; of the
             network's own numbers, not of what edges make of them.
-        max_metric_drop: how much worse the metric may be on the device than that of the float network.
+        max_metric_drop: how much worse the metric may be on the device than that of the float network; of the graphs
+            of which it was computed.
         mode: ``"max"`` or ``"min"``, whichever is better of the metric.
 
     Raises:
-        DeviceBoundError: naming the first device that falls short, with its figure.
+        DeviceBoundError: naming the first device that falls short, with its figure, or that finished without one.
     """
+    compared = {"float", "device"}
+    with_metric = {(one.device, one.runtime) for one in reports if compared <= one.metric.keys()}
     for report in reports:
-        agreement = report.against
-        where = f"{report.precision} on {report.place} ({report.tier})"
-        if min_psnr is not None and agreement is not None and not report.edged:
-            psnr, share = agreement.psnr_db, agreement.argmax_agreement
-            if agreement.equal and share is not None and share < 1:
-                raise DeviceBoundError(
-                    f"{where}: its outputs are classes, {share:.2%} of them the same, of which there is no PSNR, but "
-                    f"min_psnr={min_psnr:g} dB was asked for. Use max_metric_drop."
-                )
-            if psnr < min_psnr:
-                raise DeviceBoundError(
-                    f"{where}: PSNR {psnr:.1f} dB, expected min_psnr={min_psnr:g} dB. Use a finer precision (w8a16), "
-                    "or a ladder with more rungs."
-                )
-        if max_metric_drop is not None and {"float", "device"} <= report.metric.keys():
-            drop = Monitor("", mode).drop(report.metric["device"], report.metric["float"])
-            if drop > max_metric_drop:
-                raise DeviceBoundError(
-                    f"{where}: the metric drops by {drop:.4f} to {report.metric['device']:.4f}, expected at most "
-                    f"max_metric_drop={max_metric_drop:g}. Use a finer precision (w8a16), or a ladder with more rungs."
-                )
+        if min_psnr is not None and not report.edged:
+            _check_psnr(report, min_psnr)
+        if max_metric_drop is None:
+            continue
+        if compared <= report.metric.keys():
+            _check_drop(report, max_metric_drop, mode)
+        elif report.status == "finished" and (report.device, report.runtime) not in with_metric:
+            raise DeviceBoundError(
+                f"{_where(report)}: max_metric_drop={max_metric_drop:g} was asked for, but the metric is known of "
+                f"{', '.join(report.metric) or 'nothing'}: expected that of float and device. "
+                f"{' '.join(report.warnings)}".rstrip()
+            )
+
+
+def _check_psnr(report: DeviceReport, min_psnr: float) -> None:
+    agreement = report.against
+    if agreement is None:
+        if report.status == "finished":
+            raise DeviceBoundError(
+                f"{_where(report)}: returned no outputs, of which min_psnr={min_psnr:g} dB was asked for. "
+                f"{' '.join(report.warnings)}".rstrip()
+            )
+        return
+    psnr, share = agreement.psnr_db, agreement.argmax_agreement
+    if agreement.equal and share is not None and share < 1:
+        raise DeviceBoundError(
+            f"{_where(report)}: its outputs are classes, {share:.2%} of them the same, of which there is no PSNR, but "
+            f"min_psnr={min_psnr:g} dB was asked for. Use max_metric_drop."
+        )
+    if psnr < min_psnr:
+        raise DeviceBoundError(
+            f"{_where(report)}: PSNR {psnr:.1f} dB, expected min_psnr={min_psnr:g} dB. Use a finer precision (w8a16), "
+            "or a ladder with more rungs."
+        )
+
+
+def _check_drop(report: DeviceReport, max_metric_drop: float, mode: Literal["max", "min"]) -> None:
+    drop = Monitor("", mode).drop(report.metric["device"], report.metric["float"])
+    if not drop <= max_metric_drop:  # nor of NaN
+        raise DeviceBoundError(
+            f"{_where(report)}: the metric drops by {drop:.4f} to {report.metric['device']:.4f}, expected at most "
+            f"max_metric_drop={max_metric_drop:g}. Use a finer precision (w8a16), or a ladder with more rungs."
+        )
+
+
+def _where(report: DeviceReport) -> str:
+    return f"{report.precision} on {report.place} ({report.tier})"

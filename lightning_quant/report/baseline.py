@@ -83,9 +83,11 @@ def open_side(path: str | Path) -> Side:
     bundles = sorted(one.parent for one in path.glob(f"*/{MANIFEST_NAME}") if one.parent.suffix != ".failed")
     if len(bundles) == 1:
         return _of_bundle(load_bundle(bundles[0]), _record_of(bundles[0]))
-    found = f"{len(bundles)} bundles: {', '.join(one.name for one in bundles)}" if bundles else "nothing to compare"
+    found = f"has {len(bundles)} bundles: {', '.join(one.name for one in bundles)}"
+    if not bundles:
+        found = "has nothing to compare" if path.exists() else "does not exist"
     raise ConfigurationError(
-        f"{path} has {found}. Expected a baseline, or the folder of one bundle or of one run of lightning-quant."
+        f"{path} {found}. Expected a baseline, or the folder of one bundle or of one run of lightning-quant."
     )
 
 

@@ -9,6 +9,29 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from lightning_quant.errors import ConfigurationError
+
+
+def check_folder(path: str | Path | None, argument: str) -> None:
+    """Refuse a folder that can be neither made nor written to, before there is something to write.
+
+    Args:
+        path: the folder; ``None`` is not refused.
+        argument: the name of the argument that it is.
+
+    Raises:
+        ConfigurationError: naming the argument.
+    """
+    if path is None:
+        return
+    there = Path(path).absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise ConfigurationError(f"{argument}={str(path)!r}: {there} is a file, expected a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"{argument}={str(path)!r}: {there} may not be written to, expected one that may.")
+
 
 @contextmanager
 def atomic_write(path: Path, private: bool = False) -> Iterator[Path]:

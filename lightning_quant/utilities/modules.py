@@ -25,6 +25,21 @@ def preserve_modes(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def preserve_parameters(module: nn.Module) -> Iterator[None]:
+    """Restore afterwards which objects the parameters of a module are: frozen ones, and those that layers share.
+
+    AIMET puts new ones in their place when it exports.
+    """
+    held = [(part, dict(part._parameters)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, parameters in held:
+            part._parameters.clear()
+            part._parameters.update(parameters)
+
+
+@contextmanager
 def on_cpu_in_eval(module: nn.Module) -> Iterator[None]:
     """Hold a module on the CPU in eval mode, without gradients, for the length of a block; then restore it."""
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
+from torch import nn
 from torch.utils.data import TensorDataset
 
 import lightning_quant as lq
@@ -125,6 +126,21 @@ def test_export_changes_nothing_in_the_module(trainer: MakeTrainer, tmp_path: Pa
     assert exported.model.training == plain.model.training
     trainer(lq.QuantizationAwareTraining(), max_epochs=1).fit(exported, small_loader())
     assert exported.called.count("training") == 8
+
+
+def test_export_leaves_every_parameter_the_object_it_is(trainer: MakeTrainer, tmp_path: Path) -> None:
+    """Frozen ones stay frozen; what holds them, such as an optimizer, holds them still."""
+
+    class Seeing(SmallModule):
+        def on_validation_epoch_end(self) -> None:
+            self.seen = [(name, id(one), one.requires_grad) for name, one in self.named_parameters()]
+
+    module = Seeing()
+    module.model.branch.bias = nn.Parameter(torch.zeros(6), requires_grad=False)
+    trainer(lq.PostTrainingQuantization("w8a8"), lq.DeviceExport(tmp_path, target=None, report=False)).fit(
+        module, small_loader(), small_loader()
+    )
+    assert [(name, id(one), one.requires_grad) for name, one in module.named_parameters()] == module.seen
 
 
 def test_earlier_bundle_is_replaced(trainer: MakeTrainer, tmp_path: Path) -> None:

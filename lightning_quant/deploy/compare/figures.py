@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lightning_quant.deploy.compare.bounds import RISING, Bound, Bounds, Part
 from lightning_quant.deploy.compare.changes import Figure, LayersMoved
-from lightning_quant.deploy.compare.snapshot import DeviceFigures, Snapshot
+from lightning_quant.deploy.compare.snapshot import DeviceFigures, RunFigures, Snapshot
 from lightning_quant.deploy.parity import Parity
 from lightning_quant.utilities.monitor import Monitor
 
@@ -18,18 +18,23 @@ FLOAT = "float"
 
 
 def figures(old: Snapshot, new: Snapshot, bounds: Bounds) -> tuple[Figure, ...]:
-    """Compare all figures; those of the metric in the direction that the record of the run says.
+    """Compare all figures; those of the metric in the direction that the device's report or the run's record says.
 
-    Where no record says it, any change of the metric counts as worse.
+    Where neither says it, any change of the metric counts as worse.
     """
-    run = new.run if new.run.monitor else old.run
-    monitor = Monitor(run.monitor, run.mode) if run.monitor else None
-    found = [*_of_run(old, new), *_of_files(old, new)]
+    of_run = _monitor(new.run, old.run)
+    found = [(one, of_run) for one in (*_of_run(old, new), *_of_files(old, new))]
     before, now = by_device(old), by_device(new)
     for key in {**before, **now}:
-        found += _of_device(key, before.get(key), now.get(key))
-    known = [one for one in found if (one.old, one.new) != (None, None)]
-    return tuple(_judged(one, monitor, bounds.get(one.part)) for one in known)
+        sides = before.get(key), now.get(key)
+        monitor = _monitor(*(one for one in sides if one is not None)) or of_run
+        found += [(one, monitor) for one in _of_device(key, *sides)]
+    known = [(one, monitor) for one, monitor in found if (one.old, one.new) != (None, None)]
+    return tuple(_judged(one, monitor, bounds.get(one.part)) for one, monitor in known)
+
+
+def _monitor(*measured: RunFigures | DeviceFigures) -> Monitor | None:
+    return next((Monitor(one.monitor, one.mode) for one in measured if one.monitor), None)
 
 
 def by_device(snapshot: Snapshot) -> dict[str, DeviceFigures]:

@@ -10,7 +10,7 @@ from lightning_quant.deploy.compare.changes import Exceeded, How, Known, Stated
 from lightning_quant.deploy.compare.figures import by_device, figures, layers
 from lightning_quant.deploy.compare.reading import Side
 from lightning_quant.deploy.compare.result import Changes
-from lightning_quant.deploy.compare.snapshot import Snapshot
+from lightning_quant.deploy.compare.snapshot import DeviceFigures, RunFigures, Snapshot
 from lightning_quant.deploy.compare.tensors import encodings, is_parameter, operations, weights
 from lightning_quant.errors import ConfigurationError
 
@@ -69,13 +69,16 @@ def _check_same_network(old: Snapshot, new: Snapshot, known: Known) -> None:
     renamed = not known.versions and 2 * len(common) >= max(len(sides[0]), len(sides[1]))
     if others and not renamed:
         raise _different(old, new, f"only one of them has {', '.join(map(repr, others[:_SHOWN]))}")
-    metrics = [(one.run.monitor, one.run.mode) for one in (old, new) if one.run.monitor]
-    if len(set(metrics)) > 1:
-        (first, mode), (second, other) = metrics
-        raise ConfigurationError(
-            f"{old.name} was measured by {first!r} ({mode}) and {new.name} by {second!r} ({other}): expected one "
-            "metric. Run the earlier one again with monitor and mode of the later one."
-        )
+    before, now = by_device(old), by_device(new)
+    pairs: list[tuple[RunFigures | DeviceFigures, RunFigures | DeviceFigures]] = [(old.run, new.run)]
+    pairs += [(before[key], now[key]) for key in before if key in now]
+    for one, other in pairs:
+        if one.monitor and other.monitor and (one.monitor, one.mode) != (other.monitor, other.mode):
+            raise ConfigurationError(
+                f"{old.name} was measured by {one.monitor!r} ({one.mode}) and {new.name} by {other.monitor!r} "
+                f"({other.mode}): expected one metric. Run the earlier one again with monitor and mode of the later "
+                "one."
+            )
 
 
 def _different(old: Snapshot, new: Snapshot, why: str) -> ConfigurationError:

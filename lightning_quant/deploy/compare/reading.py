@@ -318,4 +318,6 @@ def _device(report: DeviceReport) -> DeviceFigures:
         against_float=report.against_float,
         against_simulation=report.against_simulation,
         metric=metric if metric is not None and math.isfinite(metric) else None,
+        monitor=report.monitor or "",
+        mode=report.mode or "max",
     )

@@ -135,6 +135,8 @@ class DeviceFigures:
         against_float: agreement of its outputs with those of the float network.
         against_simulation: the same with the simulation's.
         metric: the user's metric of its outputs.
+        monitor: name of that metric; empty where it is not known.
+        mode: ``"max"`` or ``"min"``, whichever is better of it.
     """
 
     tier: str
@@ -152,6 +154,8 @@ class DeviceFigures:
     against_float: Parity | None = None
     against_simulation: Parity | None = None
     metric: float | None = None
+    monitor: str = ""
+    mode: Literal["max", "min"] = "max"
 
     @property
     def key(self) -> str:

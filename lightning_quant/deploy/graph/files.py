@@ -30,6 +30,7 @@ from lightning_quant.simulation.exportable import FLOAT_OPSET
 from lightning_quant.simulation.inputs import NetworkInputs, tensor_names, tensors_in
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.second_operands import hexagon_simulated, multiplies_by_int16
+from lightning_quant.utilities.modules import preserve_parameters
 
 if TYPE_CHECKING:
     import onnx
@@ -87,6 +88,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
     with (
         aimet.quiet(),
         aimet.reduce_min_exported(),
+        preserve_parameters(network.network),
         weights_attached(network.network),
         lowered(network.network),
         noting() as noted,

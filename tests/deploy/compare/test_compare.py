@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -271,9 +272,10 @@ def test_a_bundle_alone_has_its_devices_beside_it(bundle: Path, tmp_path: Path) 
     found = compared(bundle, new, {"latency": "+1 %", "metric": "-0.5 pt"})
     assert [(one.bound.part, one.names) for one in found.exceeded] == [(Part.METRIC, ("simulation",))]
     path = new.with_name("net.device") / "desk/report.json"
-    report = DeviceReport.read(path)
+    report = replace(DeviceReport.read(path), monitor=None, mode=None)  # as earlier versions wrote it
+    report.write(path)
     baseline = write_baseline(tmp_path / "alone.json", new)
-    for factor in (0.9, 1.1):  # which of them is worse no record says
+    for factor in (0.9, 1.1):  # which of them is worse is known from nowhere
         replace(report, metric={"device": factor * report.metric["device"]}).write(path)
         assert [one.names for one in compared(baseline, new, {"metric": "-5 %"}).exceeded] == [(HERE,)]
     edit = new.with_name("net.device") / "request.json"
@@ -351,7 +353,30 @@ def test_another_metric_is_refused(bundle: Path, tmp_path: Path) -> None:
         compared(bundle, new)
 
 
+def test_another_metric_of_a_device_is_refused(bundle: Path, tmp_path: Path) -> None:
+    new = copied(bundle, tmp_path / "export")
+    edit_device(new, monitor="val_acc", mode="max")
+    with pytest.raises(ConfigurationError, match=r"was measured by 'val_loss' \(min\) and net by 'val_acc' \(max\)"):
+        compared(bundle, new)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2])
+def test_a_device_says_which_metric_is_better_where_no_record_does(bundle: Path, tmp_path: Path, factor: float) -> None:
+    old, new = copied(bundle, tmp_path / "old"), copied(bundle, tmp_path / "new")
+    for one in (old, new):
+        shutil.rmtree(one.with_name("net.report"))
+    (path,) = new.parent.rglob("report.json")
+    report = DeviceReport.read(path)
+    report.metric["device"] *= factor
+    report.write(path)
+    (figure,) = [one for one in compared(old, new).figures if one.part is Part.METRIC]
+    assert figure.worse is not None
+    assert (figure.worse > 0) == (factor > 1)
+
+
 def test_what_is_nothing_to_compare(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="none does not exist"):
+        compared(bundle, tmp_path / "none")
     with pytest.raises(ConfigurationError, match="has nothing to compare"):
         compared(bundle, tmp_path)
     copied(bundle, tmp_path / "export")
