@@ -101,5 +101,6 @@ def _percent(value: float | None, seconds: float | None = None) -> str:
 
 
 def _error(line: dict[str, Any]) -> str:
-    stage, error = next(iter(line["errors"].items()), ("", {"type": "unknown", "message": ""}))
+    """Return what ended a part: after an earlier error it went on without that stage."""
+    stage, error = next(reversed(line["errors"].items()), ("", {"type": "unknown", "message": ""}))
     return error["message"] if error["type"] == "TimeLimit" else f"{error['type']} in {stage}"

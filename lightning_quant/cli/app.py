@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lightning_quant.cli.configuration import config_dir
+from lightning_quant.cli.quiet import quiet_third_party
 from lightning_quant.errors import LightningQuantError
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def main() -> None:
 def _run_command(name: str, arguments: list[str]) -> int:
     """Return the exit status of a command, which parses its arguments itself."""
     command = importlib.import_module(f"lightning_quant.cli.{name}").command
+    quiet_third_party()
     try:
         status: int = command(arguments)
     except LightningQuantError as error:

@@ -7,7 +7,6 @@ import logging
 import shlex
 import signal
 import sys
-import warnings
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_quant.cli.objectives import check_objectives
 from lightning_quant.cli.parts import Parts
+from lightning_quant.cli.quiet import quiet_third_party
 from lightning_quant.cli.stages import Stages
 from lightning_quant.errors import ConfigurationError, DataError, LightningQuantError
 from lightning_quant.precision import Precision
@@ -42,7 +42,7 @@ def run(config: DictConfig) -> RunRecord:
     Returns:
         The record; the one found there if ``skip_finished`` is set and the configuration is the same.
     """
-    _quiet_third_party()
+    quiet_third_party()
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise ConfigurationError(
             f"No value for {', '.join(missing)}: expected one on the command line, e.g. {missing[0]}=..."
@@ -76,9 +76,12 @@ def _run(config: DictConfig, folder: Path, record: RunRecord) -> RunRecord:
             stages.draw_sensitivity()
         else:
             stages.quantize()
-    except SIGTERMException:
-        log.warning("Stopped by SIGTERM. With hydra.run.dir=%s skip_finished=true the same command resumes.", folder)
-        sys.exit(128 + signal.SIGTERM)
+    except (SIGTERMException, KeyboardInterrupt, SystemExit) as error:
+        if (received := _signal_of(error)) is None:
+            raise
+        how = f"With hydra.run.dir={folder} skip_finished=true the same command resumes."
+        log.warning("Stopped by %s. %s", received.name, how)
+        sys.exit(128 + received)
     except LightningQuantError as error:  # what was measured until then is kept
         record.status, record.error = "failed", f"{type(error).__name__}: {error}"
         record.write(folder)
@@ -102,6 +105,14 @@ def _run(config: DictConfig, folder: Path, record: RunRecord) -> RunRecord:
     return record
 
 
+def _signal_of(error: BaseException) -> signal.Signals | None:
+    """Return the signal that stopped a run; ``None`` for an exit that the user's code asked for."""
+    if isinstance(error, SIGTERMException):
+        return signal.SIGTERM
+    # the Trainer exits where it is interrupted
+    return signal.SIGINT if isinstance(error.__context__ or error, KeyboardInterrupt) else None
+
+
 def record_failure(config: DictConfig, error: Exception) -> None:
     """Leave a record of a run that failed before it had one, with its message; none where another run is active."""
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -123,17 +134,6 @@ def _keep_logs(folder: Path) -> None:
     for path in sorted(folder.glob("logs/*/metrics.csv")):
         number = len(list(path.parent.glob("metrics.*.csv"))) + 1
         path.rename(path.with_name(f"metrics.{number}.csv"))
-
-
-def _quiet_third_party() -> None:
-    """Leave Lightning's messages to Hydra's log, once, without its greetings; silence known noise."""
-    for name in ("lightning", "lightning.pytorch"):
-        logging.getLogger(name).handlers.clear()
-    for name in ("lightning.pytorch.utilities.rank_zero", "onnx_ir"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.utilities\._pytree")
-    for message in ("does not have many workers", "Experiment logs directory .* exists and is not empty"):
-        warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 
 def _new_record(config: DictConfig) -> RunRecord:

@@ -139,19 +139,44 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reduce_min_exported() -> Iterator[None]:
-    """Let AIMET export a minimum over axes: it looks for them in an input, where ONNX has them since opset 18 only."""
+def export_mended() -> Iterator[None]:
+    """Mend two faults of AIMET's exporter for the length of a block.
+
+    - It looks for the axes of a minimum in an input, where ONNX has them since opset 18 only.
+    - It rounds constants with the zero point added, which decides ties the other way where that is odd. QuantizeLinear
+      and the simulation add it to the rounded value.
+    """
+    import numpy as np
+
     utils = __getattr__("_utils")
-    original = utils._is_htp_masked_softmax_reducemin
+    originals = {name: getattr(utils, name) for name in ("_is_htp_masked_softmax_reducemin", "_quantize_const")}
 
     def is_in_masked_softmax(node: Any, *given: Any, **named: Any) -> bool:
+        original = originals["_is_htp_masked_softmax_reducemin"]
         return len(node.input) > 1 and original(node, *given, **named)
 
-    utils._is_htp_masked_softmax_reducemin = is_in_masked_softmax
+    def quantize_const(
+        const: Any, name: str, scale: Any, zero_point: Any, axis: Any, block_size: Any, output_dtype: str,
+        per_block_int_scale: Any, opset: Any,
+    ) -> Any:  # fmt: skip
+        given = (axis, block_size, output_dtype, per_block_int_scale, opset)
+        if zero_point is None or not output_dtype.startswith("uint") or per_block_int_scale is not None:
+            return originals["_quantize_const"](const, name, scale, zero_point, *given)
+        values = utils.to_array_ir(const).astype(np.float32)
+        scale, zero_point = (
+            utils._broadcast(one, values.ndim, axis=axis, block_size=block_size)
+            for one in (scale.astype(np.float32), zero_point)
+        )
+        last = 2 ** int(output_dtype.removeprefix("uint")) - 1
+        integers = (np.rint(values / scale) + zero_point).clip(0, last)
+        return opset.DequantizeLinear.make_arr(integers, dtype=output_dtype, name=name)
+
+    utils._is_htp_masked_softmax_reducemin, utils._quantize_const = is_in_masked_softmax, quantize_const
     try:
         yield
     finally:
-        utils._is_htp_masked_softmax_reducemin = original
+        for name, original in originals.items():
+            setattr(utils, name, original)
 
 
 class Quantizer(Protocol):

@@ -52,6 +52,11 @@ def convert_where_needed(network: nn.Module, flow: Dataflow) -> None:
             _remove(network, flow, place)
         else:
             _put(network, flow, place, wanted)
+    if not flow.multiplies_by_int16:
+        for place in flow.second_operands.keys() - flow.sources.keys():  # rounded by the product itself
+            own: Any = network.get_submodule(flow.second_operands[place])
+            if bits.get(flow.group_of[place[0]]) == SYMMETRIC_BITS and _holders(network, own) == 1:
+                own.bitwidth = _OLDER_BITS
 
 
 def leave_room(network: nn.Module, flow: Dataflow) -> None:
@@ -116,6 +121,11 @@ def _convert_at(network: nn.Module, flow: Dataflow, places: Mapping[Place, int])
             _put(network, flow, place, places[place])
         else:
             _remove(network, flow, place)
+
+
+def _holders(network: nn.Module, quantizer: Any) -> int:
+    """Return how many inputs a quantizer rounds: that of an input of the network, all that it goes to."""
+    return sum(one is quantizer for layer in network.modules() for one in getattr(layer, "input_quantizers", ()))
 
 
 def _bits(network: nn.Module, quantizer: str) -> int:

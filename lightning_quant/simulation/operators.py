@@ -128,12 +128,24 @@ def off_the_npu(network: QuantizedNetwork, hexagon: int | None) -> list[Finding]
             remedy = f'quantize for this NPU, which multiplies by 8 bits: hardware="htp_v{hexagon}"'
             findings.append(Finding(name, problem, remedy, kind=FindingKind.ON_CPU))
             continue
+        if by_int16 and not multiplies_by_int16(hexagon) and _multiplies_by_16_bits(network, name):
+            problem = f"{operation} by an input of the network is by 8 bits (Hexagon v{hexagon}), and simulated by 16"
+            remedy = f'give it 8 bits: overrides={{"{name}": "{Precision(precision.weight_bits, 8)}"}}'
+            findings.append(Finding(name, problem, remedy, kind=FindingKind.WRONG_ON_NPU))
+            continue
         if placement is None or placement is Placement.NPU:
             continue
         kind, what = _PROBLEMS[placement]
         problem = f"{operation} {what} (Hexagon v{hexagon}, {precision})"
         findings.append(Finding(name, problem, _remedy(table, name, operation, precision, hexagon), kind=kind))
     return findings
+
+
+def _multiplies_by_16_bits(network: QuantizedNetwork, product: str) -> bool:
+    place, flow = (product, 1), network.dataflow
+    if place in flow.sources or place not in flow.second_operands:
+        return False
+    return bool(network.network.get_submodule(flow.second_operands[place]).bitwidth == 16)
 
 
 def _measured_as(layer: QuantizedLayer, precision: Precision) -> Precision:

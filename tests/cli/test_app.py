@@ -445,6 +445,8 @@ def test_blame_compares_the_file_of_a_run_with_its_simulation(sweep: tuple[Path,
     run = folder / "multirun/tried/0-ffnet_nano-w8a8"
     output = lightning_quant(folder, "blame", str(run))
     assert "Every layer computes what the simulation computes" in output
+    assert output.count("Quantized SegmentationTask.model") == 1
+    assert "LeafSpec" not in output
     found = json.loads((run / "blame.json").read_text())
     assert len(found["file"]["layers"]) > 20
     assert found["file"]["observed_runs"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_quant.report.record import RunRecord
-from tests.helpers.app import SMALL, lightning_quant
+from tests.helpers.app import QUICK, SMALL, lightning_quant
 
 pytestmark = pytest.mark.slow
 
@@ -34,3 +34,23 @@ def test_the_rung_of_the_guide_is_tried_from_the_command_line_and_again_by_what_
     assert second.config_hash == first.config_hash
     assert second.metric == first.metric
     assert first.metric.keys() == {"float", "ptq", "wider_weights"}
+
+
+INTERRUPTED = """
+from lightning_quant import Rung
+
+
+class Interrupted(Rung):
+    name = "interrupted"
+
+    def apply(self, network, context):
+        raise KeyboardInterrupt  # as Ctrl-C does
+"""
+
+
+def test_after_ctrl_c_the_command_that_resumes_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "my_rungs.py").write_text(INTERRUPTED)
+    arguments = [*QUICK, "ladder.rungs=[ptq,my_rungs.Interrupted]", "hydra.run.dir=out"]
+    output = lightning_quant(tmp_path, *arguments, status=130)
+    assert re.search(r"Stopped by SIGINT\. With hydra\.run\.dir=\S*out skip_finished=true the same command", output)
+    assert RunRecord.read(tmp_path / "out/results.json").status == "running"

@@ -87,7 +87,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
     tensors = tuple(example.tensors)
     with (
         aimet.quiet(),
-        aimet.reduce_min_exported(),
+        aimet.export_mended(),
         preserve_parameters(network.network),
         weights_attached(network.network),
         lowered(network.network),

@@ -54,7 +54,8 @@ def lowered(network: nn.Module) -> Iterator[None]:
     - A maximum over blocks of 8 by 8 that do not overlap is the maximum along the height, then along the width.
     - A 16-bit sigmoid of a feature map that is multiplied with its own input (SiLU) is cut in two and joined again.
       Otherwise the compiler of QAIRT 2.51 makes one operation of both, most of whose values are wrong in maps of 9 to
-      12 rows, of more rows and up to 8 columns, and in some of fewer. SiLU of 8 bits is right.
+      12 rows, of more rows and up to 8 columns, and in some of fewer, also of tokens that become a feature map again
+      (MobileViT). SiLU of 8 bits is right.
     - A 16-bit softplus of a feature map, wrong in the same maps, is one of rows and columns along one axis, and so is a
       16-bit tanh of a matrix: of one with 16 rows most values are wrong otherwise.
     - An instance norm without weights, which the NPU computes in float, has ones and zeros. One of volumes, which stays
@@ -84,7 +85,7 @@ def lowered(network: nn.Module) -> Iterator[None]:
                 if (layer.weight is None or isinstance(layer, nn.InstanceNorm3d)) and not layer.track_running_stats:
                     restored.enter_context(_being(layer, _of_maps(layer)))
             elif isinstance(layer, nn.Sigmoid) and GATES in vars(layer):
-                restored.enter_context(_being(layer, _of_16_bits(layer, lambda sizes: len(sizes) > 3, _in_two)))
+                restored.enter_context(_being(layer, _of_16_bits(layer, lambda sizes: len(sizes) > 2, _in_two)))
             elif isinstance(layer, (nn.Softplus, nn.Tanh)):
                 where = _is_matrix if isinstance(layer, nn.Tanh) else lambda sizes: len(sizes) > 2
                 if _knows_its_input(function := _of_16_bits(layer, where, _along_one_axis)):

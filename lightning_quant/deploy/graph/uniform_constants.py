@@ -3,23 +3,30 @@
 Behind a convolution a 16-bit sum is thousands of steps off, with zeros where the sum has a wider range, or the network
 is refused (QAIRT 2.51). An 8-bit sum is wrong where a product of two activations takes it first, as linear attention
 does with ``elu(q) + 1``. What is subtracted is right to the step: ``x + c`` is ``x − (−c)``, on the same grid, as
-integers and zero point are counted from its other end.
+integers and zero point are counted from its other end. Where the 16-bit sum has a finer grid than what is added to, by
+a factor of 2 and more, all of it is wrong, unless the constant is written once for each element of an axis.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_quant.deploy.graph.qdq import QdqGraph, of_integers
+from lightning_quant.deploy.graph.qdq import QdqGraph, of_integers, sizes_of
 
 if TYPE_CHECKING:
     import onnx
 
 
+# How much finer the grid of a sum is, at least and below, where its constant is written once for each element: from
+# there on the rounding of the one operand is coarser than what this would mend.
+_FINER = (2, 64)
+
+
 def rewrite_uniform(model: onnx.ModelProto) -> None:
-    """Subtract what a QDQ graph adds of such constants.
+    """Subtract what a QDQ graph adds of such constants, and write 16-bit ones out where the difference is narrow.
 
     Args:
         model: a QDQ graph, its constants integers; changed in place.
@@ -40,6 +47,43 @@ def rewrite_uniform(model: onnx.ModelProto) -> None:
                     break
         nodes.append(node)
     graph.replace_nodes(nodes)
+    _write_out(model)
+
+
+def _write_out(model: onnx.ModelProto) -> None:
+    """Write subtracted 16-bit numbers as vectors where the grid of the difference is finer."""
+    graph, sizes = QdqGraph(model), sizes_of(model)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        source = _source(graph, node.input[1]) if node.op_type == "Sub" else None
+        if source is not None and graph.array(source.input[2]).dtype == np.uint16 and _is_narrow(graph, node):
+            arrays = [graph.array(one) for one in source.input]
+            if (vector := _vector(arrays[0], sizes.get(node.output[0], ()))) is not None:
+                node.input[1] = _read(graph, source, [vector, *arrays[1:]], f"times_{vector.size}", nodes)
+        nodes.append(node)
+    graph.replace_nodes(nodes)
+
+
+def _vector(number: np.ndarray, sizes: Sequence[int]) -> np.ndarray | None:
+    """Return a number once for each element of the last axis that has several."""
+    axis = next((axis for axis in range(1, len(sizes) + 1) if sizes[-axis] > 1), None)
+    if axis is None or number.size != 1:
+        return None
+    return np.full((sizes[-axis], *[1] * (axis - 1)), number.item(), number.dtype)
+
+
+def _is_narrow(graph: QdqGraph, node: onnx.NodeProto) -> bool:
+    """Return whether the output of an operation has a finer grid than its first input, by what matters here."""
+    source = graph.source(node.input[0])
+    takers = [one for one in graph.consumers[node.output[0]] if one.op_type == "QuantizeLinear"]
+    if source is None or not of_integers(source) or not takers:
+        return False
+    scales = [graph.array(one.input[1]) for one in (source, takers[0])]
+    return all(one.size == 1 for one in scales) and _is_finer(scales[0].item(), scales[1].item())
+
+
+def _is_finer(scale: float, of_sum: float) -> bool:
+    return _FINER[0] <= scale / of_sum < _FINER[1]
 
 
 def rewrite_encoded(model: onnx.ModelProto, encodings: dict[str, Any]) -> None:
@@ -68,9 +112,29 @@ def rewrite_encoded(model: onnx.ModelProto, encodings: dict[str, Any]) -> None:
             node.op_type, node.input[:] = "Sub", [node.input[1 - index], made[name]]
             break
     graph.replace_nodes(nodes)
+    _write_out_encoded(model, entries)
     left = QdqGraph(model)
-    gone = of_constants - left.producers.keys() - left.constants.keys()
+    gone = (of_constants | {*made.values()}) - left.producers.keys() - left.constants.keys()
     encodings["activation_encodings"] = [entry for entry in entries if entry["name"] not in gone]
+
+
+def _write_out_encoded(model: onnx.ModelProto, entries: list[dict[str, Any]]) -> None:
+    """Write subtracted 16-bit numbers of a float graph as vectors where the grid of the difference is finer."""
+    graph, sizes = QdqGraph(model), sizes_of(model)
+    known = {entry["name"]: entry for entry in entries}
+    for node in model.graph.node:
+        if node.op_type != "Sub" or not all(name in known for name in (*node.input, *node.output)):
+            continue
+        one, number, output = (known[name] for name in (*node.input, *node.output))
+        value = graph.known(number["name"])
+        if value is None or output["bw"] != 16:
+            continue
+        scales = [entry["scale"] for entry in (one, output)]
+        vector = _vector(value, sizes.get(output["name"], ()))
+        if vector is not None and all(len(scale) == 1 for scale in scales) and _is_finer(scales[0][0], scales[1][0]):
+            node.input[1] = graph.add(f"{number['name']}_times_{vector.size}", vector)
+            entries.append({**number, "name": node.input[1]})
+    graph.replace_nodes(list(model.graph.node))
 
 
 def _source(graph: QdqGraph, name: str) -> onnx.NodeProto | None:

@@ -124,6 +124,8 @@ def values_taken(name: str, given: list[Tensor]) -> list[Tensor]:
     """Return the arguments of a function whose values it computes with; of others it takes the size or type."""
     if name in MADE_LIKE:
         return []
+    if name == "new_tensor":  # of other values, given behind it
+        return given[1:]
     return given[:1] if name in LIKE_ANOTHER else given
 
 

@@ -341,6 +341,7 @@ class Recorder:
             if id(tensor) not in self.known:  # made where no function was seen
                 self._origins_known = False
                 self.known.add(id(tensor))
+                self.constants[id(tensor)] = tensor
                 self.kept.append(tensor)
         if name in ("setitem", "copy", "index_copy", "index_put", "scatter", "masked_scatter") and given:
             new.append(given[0])

@@ -8,10 +8,15 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper
+from torch import Tensor, nn
 
 from lightning_quant.deploy.graph import constants
 from lightning_quant.deploy.graph.constants import encode_constants, fold_constants
+from lightning_quant.deploy.graph.files import write_onnx
+from lightning_quant.deploy.graph.qdq import QdqGraph
+from tests.helpers.networks import calibrated, call
 from tests.helpers.qdq import NO_EMULATOR, QdqModel, computed, emulated, operations, values
 
 needs_emulator = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
@@ -164,3 +169,32 @@ def test_the_npu_computes_it_in_integers(tmp_path: Path, make: object) -> None:
     assert not report.float_islands
     assert not report.layers["CPU"]
     np.testing.assert_allclose(output, computed(model, tmp_path, **X)[0], atol=0.41)
+
+
+class Sloped(nn.Module):
+    """Scores with a bias that falls with the distance, as ALiBi has it: most of it lies between two integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        places = torch.arange(16)
+        self.register_buffer("bias", -(places[:, None] - places).abs() * 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.first(x) @ x.transpose(1, 2)
+        return (scores + self.bias).softmax(-1) @ x
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w8a16"])
+def test_constants_between_two_integers_are_rounded_as_in_the_simulation(tmp_path: Path, precision: str) -> None:
+    torch.manual_seed(0)
+    tokens = torch.randn(4, 16, 16)
+    known = calibrated(Sloped().eval(), call(tokens), precision=precision)
+    quantizer = known.network.get_submodule("add").input_quantizers[1]  # type: ignore[index]
+    quantizer.set_range(-9.0, 2.0**quantizer.bitwidth - 1 - 9)  # steps of 1, and a zero point that is odd
+    write_onnx(known, call(tokens[:1]), tmp_path / "float.onnx", tmp_path / "qdq.onnx")
+    graph = QdqGraph(onnx.load(tmp_path / "qdq.onnx"))
+    integers, scale, zero_point = (graph.array(name) for name in graph.producers["network.bias_qdq"].input)
+    with torch.no_grad():
+        simulated = quantizer(known.network.bias).numpy()
+    np.testing.assert_array_equal((integers.astype(np.float64) - zero_point) * scale, simulated)

@@ -328,6 +328,23 @@ class Gated(nn.Module):
         return self.gate(self.layer(x))
 
 
+class Unfolded(nn.Module):
+    """Patches of a feature map as tokens, and a feature map of them again, as MobileViT has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.behind = nn.Conv2d(8, 8, 1), nn.LayerNorm(8), nn.Conv2d(16, 8, 3, padding=1)
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        many = len(x)
+        y = x.reshape(64 * many, 2, 8, 2).transpose(1, 2).reshape(many, 8, 64, 4)
+        y = y.transpose(1, 3).reshape(4 * many, 64, 8)
+        y = (y + self.layers(self.norm(y))).reshape(many, 4, 64, 8).transpose(1, 3)
+        y = y.reshape(64 * many, 8, 2, 2).transpose(1, 2).reshape(many, 8, 16, 16)
+        return self.behind(torch.cat([self.first(x), y], 1))
+
+
 def convolution(**settings: Any) -> nn.Module:
     return nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, **settings)
 
@@ -369,6 +386,7 @@ MISCOMPUTED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "windows": (lambda: Gated(nn.Conv2d(CHANNELS, 4, 1), lambda x: F.unfold(x, 3, padding=1)), MAPS[1:]),
     "hard sigmoid": (lambda: Gated(convolution(), F.hardsigmoid), (CHANNELS, 10, 16)),
+    "patches": (Unfolded, (8, 16, 16)),
     "hard sigmoid before a layer": (
         lambda: nn.Sequential(convolution(), nn.Hardsigmoid(), convolution()),
         (CHANNELS, 14, 14),

@@ -115,3 +115,37 @@ def test_scores_times_a_number_in_front_of_a_log_softmax(tmp_path: Path, precisi
         assert len(operations(model, "Div")) == 1
     _, (output,) = emulated(onnx.load(tmp_path / "qdq.onnx"), tmp_path / "device", x=images(1).numpy())
     assert psnr(network.network(images(1)).detach().numpy(), output) > 40
+
+
+class Clipped(nn.Module):
+    """A layer times a number, within bounds: between them the grids of both differ by rounding errors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.behind = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.behind((self.first(x) * 0.01).clamp(-0.99, 0.99))
+
+
+def test_a_product_is_within_the_scale_behind_a_clip(tmp_path: Path) -> None:
+    different = 0
+    for seed in range(6):
+        torch.manual_seed(seed)
+        tokens = torch.randn(4, 12, 16)
+        network = calibrated(Clipped().eval(), call(tokens), precision="w8a16")
+        write_onnx(network, call(tokens[:1]), tmp_path / "float.onnx", tmp_path / "qdq.onnx")
+        model = onnx.load(tmp_path / "qdq.onnx")
+        graph = QdqGraph(model)
+        (product,) = operations(model, "Mul")
+        one, other = (np.float32(graph.array(graph.producers[name].input[1])) for name in product.input)
+        grids = [np.float32(graph.array(node.input[1])) for node in operations(model, "QuantizeLinear")]
+        near = [scale for scale in grids if np.isclose(scale, one * other, rtol=1e-5, atol=0)]
+        different += len({*near}) > 1
+        assert one * other <= min(near)
+        if NO_EMULATOR is None and (seed == 0 or len({*near}) > 1):
+            name = model.graph.input[0].name
+            _, (output,) = emulated(model, tmp_path / f"device{seed}", **{name: tokens[:1].numpy()})
+            with torch.no_grad():
+                assert psnr(network(tokens[:1]).numpy(), output) > 65
+    assert different  # else nothing was tested

@@ -62,6 +62,8 @@ PRODUCTS: dict[str, Callable[[Product, Tensor], Tensor]] = {
     "read elsewhere": lambda m, x: (lambda y: m.one(x) @ turned(y) + y[..., :16])(m.other(x)),  # type: ignore[no-any-return]
     "joined": lambda m, x: m.one(x) @ turned(torch.cat([m.other(x), m.one(x) * 3], 1)),
     "constant": lambda m, x: m.one(x) @ NUMBERS,
+    "parameter": lambda m, x: m.one(x) @ m.other.weight,
+    "turned parameter": lambda m, x: torch.einsum("bnd,ed->bne", m.one(x), m.other.weight),
     "einsum": lambda m, x: torch.einsum("bnd,bmd->bnm", m.one(x), m.other(x)),
     "by another name": lambda m, x: torch.linalg.matmul(m.one(x), turned(m.other(x))),
     "computed weight": lambda m, x: F.linear(m.one(x), m.other(x)[0]),
@@ -205,6 +207,32 @@ def test_older_chips_multiply_by_8_bits(name: str, tmp_path: Path) -> None:
     model = equal_everywhere(known, TOKENS[:1], tmp_path, npu_db=55, float_db=20)
     assert second_operands(model) == {np.uint8}
     assert not off_the_npu(known, 69)
+
+
+@pytest.mark.parametrize("name", ["constant", "parameter", "turned parameter"])
+def test_older_chips_multiply_by_constants_of_8_bits(name: str, tmp_path: Path) -> None:
+    known = product(name, precision="w8a16", hardware="htp_v69")
+    model = equal_everywhere(known, TOKENS[:1], tmp_path, npu_db=55, float_db=20)
+    (node,) = [one for one in operations(model, "MatMul") if "matmul" in one.name or "einsum" in one.name][-1:]
+    graph = QdqGraph(model)
+    source = graph.source(node.input[1])
+    assert source is not None
+    assert graph.array(source.input[2]).dtype in (np.uint8, np.int8)
+    assert not off_the_npu(known, 69)
+
+
+@pytest.mark.parametrize("with_itself", [False, True])
+def test_older_chips_multiply_by_inputs_of_8_bits_which_is_said(with_itself: bool) -> None:
+    def found(precision: str) -> list[Any]:
+        torch.manual_seed(0)
+        made = Product(lambda m, x: m.other((x if with_itself else m.one(x)) @ turned(x) @ x))
+        return off_the_npu(calibrated(made.eval(), call(TOKENS), precision=precision, hardware="htp_v69"), 69)
+
+    assert [(one.module, one.kind) for one in found("w8a16")] == [
+        ("matmul", FindingKind.WRONG_ON_NPU),
+        ("matmul_1", FindingKind.WRONG_ON_NPU),
+    ]
+    assert not found("w8a8")
 
 
 def test_older_chips_are_named_before_calibration() -> None:

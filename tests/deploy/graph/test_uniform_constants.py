@@ -19,7 +19,7 @@ from lightning_quant.deploy.blame.file import compare_file
 from lightning_quant.deploy.export import export_bundle
 from tests.helpers.members import in_turn
 from tests.helpers.networks import calibrated, call
-from tests.helpers.qdq import NO_EMULATOR, computed, emulated, operations, psnr, values
+from tests.helpers.qdq import NO_EMULATOR, computed, emulated, equal_everywhere, operations, psnr, values
 
 PRECISIONS = ["w8a8", "w8a16", "w4a8", "w4a16"]
 CHANNELS = 6
@@ -146,6 +146,27 @@ def test_a_number_of_any_size_costs_one_step(tmp_path: Path, function: Any, numb
         difference = (network(samples[:1]) - torch.from_numpy(output)).abs() / step
     assert float(difference.max()) < 1.5
     assert float((difference > 0.5).float().mean()) < 0.1
+
+
+NARROW: dict[str, tuple[Callable[[Any, Tensor], Tensor], bool]] = {
+    "a number": (lambda m, y: (y * 0.1 + 1.0) - 1.0, False),
+    "a number on tokens": (lambda m, y: (y * 0.02 + 1.0) - 1.0, True),
+    "a learned number": (lambda m, y: (y * 0.1 + m.number) - m.number, False),
+    "added": (lambda m, y: 1.0 + (y * 0.1 - 1.0), False),
+    "exponentials": (lambda m, y: torch.expm1(y * 0.05), False),
+    "probabilities": (lambda m, y: torch.sigmoid(y * 0.1) - 0.5, True),
+    "a gate": (lambda m, y: y * (torch.sigmoid(y * 0.2) - 0.5), False),
+}
+
+
+@pytest.mark.parametrize(("name", "precision"), in_turn(NARROW, ["w8a16", "w4a16"]))
+def test_sums_of_a_finer_grid_than_their_operands(tmp_path: Path, name: str, precision: str) -> None:
+    """All of such a sum was wrong on the NPU with 16 bits, where a number of its own was added."""
+    torch.manual_seed(0)
+    function, of_tokens = NARROW[name]
+    samples = torch.randn(16, *(TOKENS if of_tokens else IMAGES)[1:])
+    known = calibrated(Around(function, of_tokens).eval(), call(samples), precision=precision)
+    equal_everywhere(known, samples[:1], tmp_path, npu_db=55, file_db=75)
 
 
 @pytest.mark.parametrize("value", [-torch.inf, -1e9, torch.finfo(torch.float32).min])
