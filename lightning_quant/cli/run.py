@@ -110,7 +110,8 @@ def _signal_of(error: BaseException) -> signal.Signals | None:
     if isinstance(error, SIGTERMException):
         return signal.SIGTERM
     # the Trainer exits where it is interrupted
-    return signal.SIGINT if isinstance(error.__context__ or error, KeyboardInterrupt) else None
+    is_interrupt = any(isinstance(one, KeyboardInterrupt) for one in (error, error.__context__))
+    return signal.SIGINT if is_interrupt else None
 
 
 def record_failure(config: DictConfig, error: Exception) -> None:
