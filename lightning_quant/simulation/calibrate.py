@@ -19,7 +19,7 @@ from lightning_quant.simulation.conversions import leave_room, without_conversio
 from lightning_quant.simulation.fixed_ranges import set_fixed_ranges
 from lightning_quant.simulation.inputs import NetworkInputs, counted, take_samples
 from lightning_quant.simulation.masks import inputs_in_softmax, leave_room_for_masks, masks_left_out
-from lightning_quant.simulation.narrow_scores import widen_narrow_scores
+from lightning_quant.simulation.narrow_ranges import widen_narrow_ranges
 from lightning_quant.simulation.network import QuantizedNetwork
 from lightning_quant.simulation.precisions import quantized_layers
 from lightning_quant.simulation.preflight import FindingKind
@@ -97,7 +97,7 @@ def calibrate(
         set_fixed_ranges(network.quantizers())  # their bits may have changed
         network.sim.compute_encodings(run)
         leave_room_for_masks(network.sim)
-        widen_narrow_scores(network.sim)
+        widen_narrow_ranges(network.sim)
         leave_room(network.network, network.dataflow)
     names = {module: name for name, module in network.network.named_modules()}
     network.left_in_float = {names[module]: list(dict.fromkeys(found)) for module, found in noted.items()}
