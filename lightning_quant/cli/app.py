@@ -5,10 +5,12 @@ Only what parsing the command line needs is imported here; the run itself is in 
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import logging
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import hydra
@@ -68,9 +70,24 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in _COMMANDS:
         logging.basicConfig(format="%(message)s", force=True)  # the log is ours, whoever else set one up
         sys.exit(_run_command(sys.argv[1], sys.argv[2:]))
+    if sys.argv[1:] == ["--version"]:  # Hydra would name its own
+        print(f"lightning-quant {metadata.version('lightning-quant')}")
+        return
+    if sys.argv[1:]:
+        _refuse_unknown(sys.argv[1])
     if "sensitivity" in sys.argv[1:]:  # Hydra takes key=value only
         sys.argv[sys.argv.index("sensitivity", 1)] = "job=sensitivity"
     _job()
+
+
+def _refuse_unknown(word: str) -> None:
+    """End where the first word of the command line is neither a command nor what Hydra takes."""
+    known = (*_COMMANDS, "sensitivity")
+    if word in known or "=" in word or word.startswith(("-", "+", "~")):
+        return
+    near = difflib.get_close_matches(word, known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    sys.exit(f"ConfigurationError: Unknown command {word!r}: expected {', '.join(known)} or key=value.{hint}")
 
 
 def _run_command(name: str, arguments: list[str]) -> int:

@@ -262,7 +262,7 @@ def _compare(measured: Measured, samples: Samples) -> None:
     if psnr == parity.LOWEST_PSNR:
         report.warnings.append("Outputs hold NaN or Inf, or what they are compared with is zero.")
     elif psnr < GOOD_PSNR:
-        report.warnings.append(f"PSNR {psnr:.1f} dB: above {GOOD_PSNR:.0f} dB is typically good.")
+        report.warnings.append(f"PSNR {psnr:.2f} dB: above {GOOD_PSNR:.0f} dB is typically good.")
     if report.speedup is not None and report.speedup < 1:
         report.warnings.append(f"Quantized it is slower than in float: {report.speedup:.2f} times as fast.")
 

@@ -88,11 +88,23 @@ class RunRecord:
         return Monitor(self.monitor, self.mode)
 
     @property
+    def reference(self) -> float | None:
+        """The metric of float that drops are measured from: the ladder's, whose batch norms may be re-estimated."""
+        if self.ladder is not None and self.ladder.float_metric is not None:
+            return self.ladder.reference
+        return self.metric.get("float")
+
+    @property
+    def is_reestimated(self) -> bool:
+        """Whether drops are measured from float with its batch norms re-estimated, which is better then."""
+        return self.ladder is not None and self.reference not in (None, self.ladder.float_metric)
+
+    @property
     def drop(self) -> float | None:
         """The drop: how much worse what was exported is than float, in units of the metric; negative if better."""
-        if self.exported is None or "float" not in self.metric:
+        if self.exported is None or self.reference is None or self.exported not in self.metric:
             return None
-        return self.comparison.drop(self.metric[self.exported], self.metric["float"])
+        return self.comparison.drop(self.metric[self.exported], self.reference)
 
     def write(self, folder: str | Path) -> Path:
         """Write ``results.json`` into ``folder``, whole or not at all."""

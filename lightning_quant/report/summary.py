@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 from collections.abc import Callable, Sequence
+from itertools import compress
 from pathlib import Path
 
 from lightning_quant.errors import DataError
@@ -17,6 +18,13 @@ log = logging.getLogger(__name__)
 
 def _metric(name: str) -> Callable[[RunRecord], str]:
     return lambda record: f"{record.metric[name]:.4f}" if name in record.metric else ""
+
+
+def _float(record: RunRecord) -> str:
+    """Return the metric that drops are measured from, and whether it is of the network as it was given."""
+    if record.reference is None:
+        return ""
+    return f"{record.reference:.4f}{' (batch norms re-estimated)' if record.is_reestimated else ''}"
 
 
 def _megabytes(name: str) -> Callable[[RunRecord], str]:
@@ -32,7 +40,7 @@ def _parity(record: RunRecord) -> str:
 COLUMNS: dict[str, Callable[[RunRecord], str]] = {
     "model": lambda record: record.model,
     "precision": lambda record: str(record.precision),
-    "{metric} float": _metric("float"),
+    "{metric} float": _float,
     "{metric} PTQ": _metric("ptq"),
     "{metric} exported": lambda record: _metric(record.exported or "")(record),
     "drop": lambda record: "" if record.drop is None else f"{round(record.drop, 4) + 0:.4f}",
@@ -103,7 +111,9 @@ def print_summary(records: Sequence[RunRecord], title: str) -> None:
     what = rungs[0].index("what it changed")  # long, and in summary.md
     rungs = rungs[0][:what], [row[:what] for row in rungs[1]]
     tables = {title: table(records), "Rungs of the accuracy ladder": rungs, "On the device": device_table(records)}
-    for heading, (header, rows) in tables.items():
+    for heading, (names, lines) in tables.items():
+        told = [any(column) for column in zip(*lines, strict=True)]  # the terminal has no room for empty columns
+        header, *rows = (list(compress(line, told)) for line in (names, *lines))
         view = Table(title=heading, title_justify="left")
         for index, name in enumerate(header):
             text = index < 2 or name in ("rung", "kept", "device", "tier", "runtime", "Pareto")

@@ -17,7 +17,7 @@ def verdict(record: RunRecord) -> str:
     name = str(record.precision).upper()
     if record.status != "finished":
         return f"{name} {record.status}: {record.error}" if record.error else f"{name}: {record.status}."
-    measured = "float" in record.metric and record.exported in record.metric
+    measured = record.reference is not None and record.exported in record.metric
     parts = [f"{name} {_needs(record)}{_losses(record)}" if measured else f"{name} {_after(record)}"]
     if {"float", "quantized"} <= record.bytes.keys():
         parts.append(_ratio(record.bytes["float"] / record.bytes["quantized"], "smaller", "larger"))
@@ -48,8 +48,7 @@ def amount(record: RunRecord, drop: float | None) -> str:
     """Return a drop of the metric in words, e.g. ``"0.4 points lost"``."""
     if drop is None:
         return ""
-    reference = record.metric.get("float", 0.0)
-    if record.mode == "max" and 0 <= reference <= 1:
+    if record.mode == "max" and 0 <= (record.reference or 0.0) <= 1:
         points = round(100 * drop, 1) + 0.0
         unit = "point" if abs(points) == 1 else "points"
         return f"{abs(points):.1f} {unit} {'gained' if points < 0 else 'lost'}"
@@ -59,6 +58,8 @@ def amount(record: RunRecord, drop: float | None) -> str:
 def _needs(record: RunRecord) -> str:
     exported, bound = record.exported, None if record.ladder is None else record.ladder.max_drop
     short = bound is not None and record.drop is not None and record.drop > bound
+    if short and bound is not None and bound < 0:  # better than float, which is rarely asked for
+        return f"falls short of what it has to gain ({amount(record, bound)})"
     if short:
         return f"falls short of the {amount(record, bound).replace(' lost', '')} it may lose"
     if exported == "ptq":
@@ -76,7 +77,8 @@ def _after(record: RunRecord) -> str:
 
 def _losses(record: RunRecord) -> str:
     def lost(rung: str) -> str:
-        return amount(record, record.comparison.drop(record.metric[rung], record.metric["float"]))
+        assert record.reference is not None
+        return amount(record, record.comparison.drop(record.metric[rung], record.reference))
 
     exported = str(record.exported)
     if exported == "ptq" or "ptq" not in record.metric:

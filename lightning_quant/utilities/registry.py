@@ -98,7 +98,8 @@ class Registry(Generic[T]):
         try:
             return kind(**{**arguments, **options})
         except TypeError as error:
-            raise ConfigurationError(f"{self._start} {name!r} with options {options!r}: {error}.") from error
+            takes = f" It takes {', '.join(named)}." if named else " It takes none."
+            raise ConfigurationError(f"{self._start} {name!r} with options {options!r}: {error}.{takes}") from error
 
     def find(self, name: str, paths: bool = True) -> type[T]:
         """Return the class of a name or, if ``paths``, of a dotted path.

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import onnx
@@ -329,6 +330,10 @@ def test_a_classifier_of_drawn_shapes(tmp_path: Path) -> None:
     assert page.count('class="comparison"') == 2
 
 
+def test_version_is_the_packages_own(tmp_path: Path) -> None:
+    assert lightning_quant(tmp_path, "--version") == f"lightning-quant {version('lightning-quant')}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -345,6 +350,10 @@ def test_a_classifier_of_drawn_shapes(tmp_path: Path) -> None:
         (["quantizer.hardware=htp_v57"], "ConfigurationError.*htp_v57"),
         (["ladder.rungs=[ptq,seqmse]"], "ConfigurationError.*Unknown rung 'seqmse'.*seq_mse"),
         ([*SMALL, "target.target=iphone"], "ConfigurationError.*Unknown target 'iphone'.*htp_emulator"),
+        (
+            ["predikt", "bundle"],
+            "ConfigurationError: Unknown command 'predikt': .*Did you mean predict?",
+        ),
         (["job=dance"], "ConfigurationError.*job='dance': expected one of quantize, sensitivity"),
     ],
 )

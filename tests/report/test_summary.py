@@ -37,6 +37,28 @@ def test_figures_stand_in_their_columns_and_missing_ones_stay_empty() -> None:
     assert failed["miou float"] == failed["MB quantized"] == failed["seconds"] == ""
 
 
+def test_drops_of_one_run_are_from_one_float_metric() -> None:
+    ladder = Ladder("val_miou", max_drop=0.01, float_metric=0.7, float_reestimated=0.71)
+    result = ladder.judge("ptq", 0.69, "", 1.0)
+    ladder.rungs.append(result)
+    run = record(monitor="val_miou", metric={"float": 0.7, "ptq": 0.69}, exported="ptq", ladder=ladder)
+    header, rows = table([run])
+    row = dict(zip(header, rows[0], strict=True))
+    assert row["miou float"] == "0.7100 (batch norms re-estimated)"
+    rungs = rung_table([run])
+    assert row["drop"] == dict(zip(rungs[0], rungs[1][0], strict=True))["drop"] == "0.0200"
+    for worse in (None, 0.69):
+        ladder.float_reestimated = worse
+        assert dict(zip(header, table([run])[1][0], strict=True))["miou float"] == "0.7000"
+
+
+def test_the_terminal_shows_no_empty_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    print_summary([record()], "one run")
+    printed = capsys.readouterr().out
+    assert "precision" in printed
+    assert "MB quantized" not in printed
+
+
 def test_an_exact_export_is_called_equal() -> None:
     header, rows = table([record(parity=Parity(math.inf))])
     assert dict(zip(header, rows[0], strict=True))["parity with simulation"] == "equal (onnxruntime)"

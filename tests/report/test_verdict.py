@@ -36,6 +36,15 @@ def trained(**values: Any) -> dict[str, Any]:
             trained(ladder=Ladder("val_miou", max_drop=0.001)),
             "W4A16 falls short of the 0.1 points it may lose: 3.1 points lost by PTQ, 0.4 points lost after QAT.",
         ),
+        (
+            trained(ladder=Ladder("val_miou", max_drop=-0.02)),
+            "W4A16 falls short of what it has to gain (2.0 points gained): 3.1 points lost by PTQ, 0.4 points lost "
+            "after QAT.",
+        ),
+        (  # float is the better for its batch norms re-estimated: rungs that do so gain nothing by that
+            trained(ladder=Ladder("val_miou", max_drop=0.01, float_metric=0.7, float_reestimated=0.71)),
+            "W4A16 falls short of the 1.0 point it may lose: 4.1 points lost by PTQ, 1.4 points lost after QAT.",
+        ),
         ({"metric": {"float": 0.7, "ptq": 0.699}, "exported": "ptq"}, "W8A8 needs no training: 0.1 points lost."),
         ({"metric": {"float": 0.7, "ptq": 0.71}, "exported": "ptq"}, "W8A8 needs no training: 1.0 point gained."),
         (
