@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 import lightning_quant
 from lightning_quant.simulation import aimet
+from lightning_quant.simulation.callsites.read_out import ReadOut
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import FlatNetwork
 from lightning_quant.simulation.preflight import Finding, FindingKind
@@ -48,6 +50,20 @@ def not_in_onnx(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
         if kind in lines
     ]
     return findings + _uneven_pooling(graph)
+
+
+def read_out(places: Sequence[ReadOut]) -> list[Finding]:
+    """Say where a network takes values out of PyTorch, which an exported file holds as they were for one sample."""
+    return [
+        Finding(
+            "",
+            f"{one.function} in {one.file}, line {one.line}, takes values out of PyTorch: an exported file holds those "
+            "of one sample, for all",
+            "keep them in tensors and compute with PyTorch, or leave it out of the network",
+            kind=FindingKind.NOT_IN_ONNX,
+        )
+        for one in places
+    ]
 
 
 def _is_of_truth_values(node: torch.Node) -> bool:

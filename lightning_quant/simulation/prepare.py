@@ -17,6 +17,7 @@ from lightning_quant.simulation.batch_norms import output_factors
 from lightning_quant.simulation.callsites.aimet_views import operations_named, shapes_from_traces
 from lightning_quant.simulation.callsites.attributes import FOLDED
 from lightning_quant.simulation.callsites.instrument import instrument
+from lightning_quant.simulation.exportable import read_out
 from lightning_quant.simulation.inplace import copied, separate_shared_activations, state_kept, undone_on_error
 from lightning_quant.simulation.inputs import NetworkInputs, tensors_in
 from lightning_quant.simulation.network import FlatNetwork
@@ -102,7 +103,7 @@ def prepare_in_place(
                 "in it: expected a tensor or a structure of tensors."
             )
         batch_norms, findings = _fold_batch_norms(network, twin, calls)
-        instrument(network, calls)
+        findings += read_out(instrument(network, calls))
         batch_norms = _by_call_sites(network, batch_norms)
         for call, expected in zip(calls, outputs, strict=True):
             with state_kept(network):

@@ -49,6 +49,12 @@ def check_fixed(model: onnx.ModelProto, network: str) -> None:
     Raises:
         ExportError: naming the operations that draw random numbers, or the outputs whose size depends on values.
     """
+    if not model.graph.input:
+        raise ExportError(
+            f"The graph that was written of {network} takes no input: all it computes is a constant, of one sample. "
+            "Expected outputs that are computed of the inputs by PyTorch alone: values that leave it (numpy(), "
+            "tolist(), item()) do not come back; compute with tensors, or quantize the part before."
+        )
     if drawing := random_operations(model):
         raise _draws(network, {(node.op_type, module_of(node)) for node in drawing})
     if outputs := open_outputs(model):

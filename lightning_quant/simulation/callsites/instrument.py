@@ -24,6 +24,7 @@ from lightning_quant.simulation.callsites.decompositions.pooling import is_uneve
 from lightning_quant.simulation.callsites.functions import AUGMENTED, tensors_among
 from lightning_quant.simulation.callsites.joins import SourceSite
 from lightning_quant.simulation.callsites.passes import current, observed_by, paused
+from lightning_quant.simulation.callsites.read_out import ReadOut
 from lightning_quant.simulation.callsites.recording import Found, Recorder
 from lightning_quant.simulation.callsites.sites import DecomposedSite, Site, add_site
 from lightning_quant.simulation.callsites.traces import run_in_trace
@@ -96,7 +97,7 @@ def _by_part_of_a_factor(module: nn.Upsample) -> bool:
     return "linear" in module.mode and any(not float(one).is_integer() for one in factors)
 
 
-def instrument(root: nn.Module, calls: Sequence[NetworkInputs]) -> None:
+def instrument(root: nn.Module, calls: Sequence[NetworkInputs]) -> list[ReadOut]:
     """Give every functional operation of ``root`` that an output depends on a module, in place.
 
     Modules that are called more than once in a pass are no layers any more: each call computes with a site of its own.
@@ -104,6 +105,9 @@ def instrument(root: nn.Module, calls: Sequence[NetworkInputs]) -> None:
     Args:
         root: the network, in eval mode.
         calls: examples; the first is traced too, since some code asks whether it is.
+
+    Returns:
+        Where values of activations leave PyTorch.
     """
     follow_checkpoints()
     for module in root.modules():
@@ -125,6 +129,7 @@ def instrument(root: nn.Module, calls: Sequence[NetworkInputs]) -> None:
             _recorded(root, call, recorder)
         _traced(root, calls[0], recorder)
     _install(root, recorder.pending.values())
+    return list(recorder.read_out)
 
 
 def _layers_with_reused_inputs(

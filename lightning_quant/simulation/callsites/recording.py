@@ -44,6 +44,7 @@ from lightning_quant.simulation.callsites.functions import (
 from lightning_quant.simulation.callsites.joins import TAKE, SourceSite, source_of
 from lightning_quant.simulation.callsites.passes import Pass, current, place
 from lightning_quant.simulation.callsites.places import Place
+from lightning_quant.simulation.callsites.read_out import ReadNumber, ReadOut, without_places
 from lightning_quant.simulation.callsites.rules.table import GENERIC, RULES
 from lightning_quant.simulation.callsites.rules.weighted import Weighted
 from lightning_quant.simulation.callsites.sites import DecomposedSite, changes_its_input
@@ -98,6 +99,7 @@ class Recorder:
     parts: set[int] = field(default_factory=set)  # the inputs, and what AIMET sees of them through operations that move
     held: set[int] = field(default_factory=set)  # what the network keeps from pass to pass
     fresh: set[int] = field(default_factory=set)  # made of numbers alone
+    read_out: dict[ReadOut, None] = field(default_factory=dict)  # values that leave PyTorch, in order
     repeating: bool = False
     joining: bool = False
     aliases: Aliases = field(init=False)
@@ -120,7 +122,19 @@ class Recorder:
         self._origins_known = True
 
     def operation(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
-        """Compute what was called, and record it."""
+        """Compute what was called, and record it; numbers that leave PyTorch are followed."""
+        args, kwargs, places = without_places(args, kwargs)
+        self.read_out.update(dict.fromkeys(places))
+        result = self._operation(running, func, args, kwargs)
+        left = ReadOut.by(func)
+        if left is None or not self._depends(tensors_among((args, kwargs))):
+            return result
+        if isinstance(result, float):
+            return ReadNumber.at(result, left)
+        self.read_out[left] = None
+        return result
+
+    def _operation(self, running: Pass, func: Any, args: Any, kwargs: Any) -> Any:
         name = base_name(func)
         if running.paused or not running.stack:
             result = func(*args, **kwargs)
