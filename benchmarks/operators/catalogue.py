@@ -262,7 +262,7 @@ def _arithmetic() -> list[Operator]:
         of("logit", lambda x: torch.logit(x, 1e-3), POSITIVE),
         of("sin", torch.sin, MAP),
         of("cos", torch.cos, MAP),
-        of("tan", torch.tan, MAP),
+        of("tan", lambda x: torch.tan(x.clamp(-1, 1)), MAP),
         of("atan", torch.atan, MAP),
         of("asin", lambda x: torch.asin(x.clamp(-0.9, 0.9)), MAP),
         of("atan2", torch.atan2, MAP, POSITIVE),

@@ -68,7 +68,7 @@ def main() -> None:
     """Run the app, or a command of its own; the exit status is 1 if that failed."""
     sys.path.append(str(Path.cwd()))  # rungs, estimators and networks of the user's own lie here, as for ``python -m``
     if sys.argv[1:2] and sys.argv[1] in _COMMANDS:
-        logging.basicConfig(format="%(message)s", force=True)  # the log is ours, whoever else set one up
+        logging.basicConfig(format="%(message)s")
         sys.exit(_run_command(sys.argv[1], sys.argv[2:]))
     if sys.argv[1:] == ["--version"]:  # Hydra would name its own
         print(f"lightning-quant {metadata.version('lightning-quant')}")

@@ -7,6 +7,7 @@ Importing PyTorch, AIMET and the rest takes as long as a small run. So a server 
 from __future__ import annotations
 
 import functools
+import logging
 import multiprocessing
 import multiprocessing.context
 import multiprocessing.forkserver
@@ -86,6 +87,7 @@ def _run(folder: Path, arguments: tuple[str, ...], variables: dict[str, str], st
     os.environ.clear()
     os.environ.update(variables, **_VARIABLES)
     os.chdir(folder)
+    logging.getLogger().handlers.clear()  # what the imports needed: a new process has none
     sys.argv = ["lightning-quant", *arguments]
     from lightning_quant.cli import app
 

@@ -56,7 +56,7 @@ def test_what_falls_back_is_named_with_its_remedy() -> None:
 
 
 class Logarithm(nn.Module):
-    """A logarithm, which the NPU computes right at 8 bits only, between two convolutions."""
+    """A logarithm, which the NPU computes in integers at 8 bits only, between two convolutions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Logarithm(nn.Module):
 def test_a_layer_that_a_neighbor_raises_is_judged_at_the_bits_that_it_gets(precision: str) -> None:
     assert not found(Logarithm(), precision=precision)
     (finding,) = found(Logarithm(), precision=precision, overrides={"last": "w8a16"})
-    assert (finding.module, finding.kind) == ("log", FindingKind.WRONG_ON_NPU)
+    assert (finding.module, finding.kind) == ("log", FindingKind.FLOAT_ON_NPU)
     assert "w8a16" in finding.problem
     assert finding.remedy.endswith('overrides={"log": "w8a8"}')
     assert not found(Logarithm(), precision=precision, overrides={"last": "w8a16", "log": "w8a8"})
@@ -88,20 +88,20 @@ def test_nothing_is_claimed_of_an_npu_that_was_not_measured(hardware: str) -> No
 
 class Unmeasured(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.atan(x)
+        return torch.ceil(x)
 
 
 def test_nothing_is_claimed_of_an_operation_that_was_not_measured() -> None:
     made = quantized(Unmeasured().eval())
     names = {operation_of(layer) for layer in quantized_layers(made).values()}
-    assert "Atan" in names - operator_table().operations.keys()
+    assert "Ceil" in names - operator_table().operations.keys()
     assert made.findings == []
 
 
 def test_a_precision_that_the_npu_takes_is_the_remedy() -> None:
     (finding,) = found(Logarithm(), precision="w8a16")
-    assert (finding.module, finding.kind) == ("log", FindingKind.WRONG_ON_NPU)
-    assert finding.problem == "Log computes something else on the NPU's emulator (Hexagon v75, w8a16)"
+    assert (finding.module, finding.kind) == ("log", FindingKind.FLOAT_ON_NPU)
+    assert finding.problem == "Log is computed in float on the NPU (Hexagon v75, w8a16)"
     assert finding.remedy == 'give it another precision: overrides={"log": "w8a8"}'
     assert found(Logarithm(), precision="w8a16", overrides={"log": Precision(8, 8)}) == []
 
@@ -110,6 +110,7 @@ def test_a_precision_that_the_npu_takes_is_the_remedy() -> None:
     ("placement", "kind", "problem"),
     [
         (Placement.FLOAT, FindingKind.FLOAT_ON_NPU, "is computed in float on the NPU"),
+        (Placement.WRONG, FindingKind.WRONG_ON_NPU, "computes something else on the NPU's emulator"),
         (Placement.REFUSED, FindingKind.REFUSED, "is refused by the NPU's compiler"),
         (Placement.CRASHED, FindingKind.REFUSED, "makes the NPU's compiler crash"),
     ],
@@ -119,10 +120,10 @@ def test_what_no_operation_of_todays_table_does_is_named_too(
 ) -> None:
     made = quantized(Unmeasured().eval())
     placements = {"w8a8": {placement.value: [75]}}
-    monkeypatch.setattr(operators, "operator_table", lambda: OperatorTable({}, {}, {"Atan": placements}))
+    monkeypatch.setattr(operators, "operator_table", lambda: OperatorTable({}, {}, {"Ceil": placements}))
     (finding,) = off_the_npu(made, 75)
-    assert (finding.module, finding.kind) == ("atan", kind)
-    assert finding.problem == f"Atan {problem} (Hexagon v75, w8a8)"
+    assert (finding.module, finding.kind) == ("ceil", kind)
+    assert finding.problem == f"Ceil {problem} (Hexagon v75, w8a8)"
     assert off_the_npu(made, 73) == []
 
 

@@ -16,6 +16,7 @@ import torch
 from lightning_quant.deploy.graph import activations, biases, constants, many_axes, shared_grids, uniform_constants
 from lightning_quant.deploy.graph.fixed import check_fixed, check_repeatable
 from lightning_quant.deploy.graph.log_softmax import divide_before_log_softmax
+from lightning_quant.deploy.graph.logarithms import log_in_float
 from lightning_quant.deploy.graph.lowering import lowered
 from lightning_quant.deploy.graph.padding import keep_padding_apart
 from lightning_quant.deploy.graph.passed_inputs import Grid, encode_passed_inputs, round_passed_inputs
@@ -140,6 +141,7 @@ def write_onnx(network: QuantizedNetwork, example: NetworkInputs, float_file: Pa
         uniform_constants.rewrite_uniform(quantized)
         keep_padding_apart(quantized)
         biases.complete_norms(quantized)
+        log_in_float(quantized)
         passed = round_passed_inputs(quantized)
         coarser = biases.rescale_biases(quantized, floats)
         many_axes.write_in_fewer_axes(quantized)

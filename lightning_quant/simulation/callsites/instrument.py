@@ -55,6 +55,7 @@ _DECOMPOSED = (
     nn.Softshrink,
     nn.Tanhshrink,
     nn.Threshold,
+    nn.Softmin,
     nn.CosineSimilarity,
     nn.Fold,
     nn.Unfold,

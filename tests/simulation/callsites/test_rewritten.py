@@ -303,6 +303,15 @@ def hyperbolic(m: Rewritten, y: Tensor) -> Tensor:
     return torch.sinh(y) + torch.cosh(y) * 0.5 + torch.expm1(y) + torch.tan(y * 0.5) + torch.acos(y.tanh() * 0.9)
 
 
+def exponentials(m: Rewritten, y: Tensor) -> Tensor:
+    return 2**y + torch.pow(1.7, y) + 0.3 ** (y * 0.5) + torch.exp2(y) + F.softmin(y, 1) + torch.hypot(y, y.flip(1))
+
+
+def other_logarithms(m: Rewritten, y: Tensor) -> Tensor:
+    y = y.abs() + 1.5
+    return torch.log2(y) + torch.log10(y)
+
+
 def activations(m: Rewritten, y: Tensor) -> Tensor:
     bent = F.selu(y) + F.celu(y, 0.7) + F.logsigmoid(y) + F.softsign(y)
     return bent + F.softshrink(y, 0.2) + F.tanhshrink(y) + F.threshold(y, 0.2, 0.2)
@@ -440,7 +449,8 @@ REWRITTEN = [
     every_third, a_block, a_number, places_in_a_list, from_nothing, through_a_view, rows_picked, tokens_picked,
     long_rows_picked, every_second_of_two_axes, put, put_in_place, scattered,
     seen_by_another, written_through, decoded, halves_changed, parts_overwritten, seen_through_views,
-    by_layers_in_place, one_after_the_other, without_a_gradient, hyperbolic, activations,
+    by_layers_in_place, one_after_the_other, without_a_gradient, hyperbolic, exponentials, other_logarithms,
+    activations,
     windows_over_the_end, cut_off_at_the_left, repeated_views, along_axes, powers, leaky, of_volumes, norm_of_maps,
     activations_as_layers, spreads, vectors, pairs, sums_of_three, finite, of_neighbors,
     zeros_added_to, smoothed, smoothed_by_a_factor, positions_smoothed, turned, turned_always, areas,
@@ -469,7 +479,7 @@ class Rewritten(nn.Module):
         self.norm_of_maps = nn.LayerNorm((6, 8, 8))
         self.activations = nn.ModuleList(
             (nn.SELU(), nn.CELU(0.7), nn.LogSigmoid(), nn.Softsign(), nn.Softshrink(0.2), nn.Tanhshrink(),
-             nn.Threshold(0.2, 0.2), nn.LocalResponseNorm(3))
+             nn.Threshold(0.2, 0.2), nn.Softmin(1), nn.LocalResponseNorm(3))
         )  # fmt: skip
         self.halves = nn.Upsample(scale_factor=0.5, mode="bilinear")
         self.means, self.maxima = nn.AdaptiveAvgPool2d((None, 3)), nn.AdaptiveMaxPool2d((3, 5))

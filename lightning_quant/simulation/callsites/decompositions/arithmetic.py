@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_quant.simulation.callsites.attributes import INFINITE
+from lightning_quant.simulation.callsites.decompositions import composed
 
 
-def power(input: Tensor, exponent: float) -> Tensor:
+def power(input: Any, exponent: Any) -> Tensor:
     """Compute ``x ** n`` for exponents that are products and roots: the NPU has no power in integers."""
+    if isinstance(exponent, Tensor):
+        return composed.raised(exponent, input)
     if exponent < 0:
         return 1.0 / power(input, -exponent)
     if exponent == 1:
@@ -28,7 +31,9 @@ def power(input: Tensor, exponent: float) -> Tensor:
 
 
 def supports_power(input: Any, exponent: Any) -> bool:
-    """Return whether it is made of squares and square roots, or one over these."""
+    """Return whether it is made of squares and square roots, or one over these, or is a number to a tensor's power."""
+    if isinstance(exponent, Tensor) and not isinstance(input, Tensor):
+        return composed.supports_raised(exponent, input)
     is_number = isinstance(input, Tensor) and not isinstance(exponent, Tensor)
     return is_number and abs(exponent) in (0.5, 1, 1.5, 2, 3, 4)
 

@@ -77,13 +77,50 @@ def tanhshrink(input: Tensor) -> Tensor:
 
 
 def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
-    """Compute ``F.threshold``."""
-    return torch.where(input > threshold, input, input.new_full((), value))
+    """Compute ``F.threshold``; of a network's input, the compiler refuses one that chooses the values first."""
+    return input.masked_fill(input <= threshold, value)
+
+
+def log2(input: Tensor) -> Tensor:
+    """Compute ``torch.log2``."""
+    return torch.log(input) * (1 / math.log(2))
+
+
+def log10(input: Tensor) -> Tensor:
+    """Compute ``torch.log10``."""
+    return torch.log(input) * (1 / math.log(10))
+
+
+def exp2(input: Tensor) -> Tensor:
+    """Compute ``torch.exp2``."""
+    return torch.exp(input * math.log(2))
 
 
 OF_ONE_NUMBER = (
-    acos, celu, cosh, expm1, log_sigmoid, selu, sinh, softshrink, softsign, tan, tanhshrink, threshold
+    acos, celu, cosh, exp2, expm1, log10, log2, log_sigmoid, selu, sinh, softshrink, softsign, tan, tanhshrink,
+    threshold,
 )  # fmt: skip
+
+
+def softmin(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Tensor:
+    """Compute ``F.softmin``."""
+    return F.softmax(-input, dim, _stacklevel, dtype)
+
+
+def raised(input: Tensor, other: float) -> Tensor:
+    """Compute ``other ** input`` for a number above 0."""
+    return torch.exp(input * math.log(other))
+
+
+def supports_raised(input: Any, other: Any) -> bool:
+    """Return whether a number above 0 is raised to the power of a tensor of floats."""
+    is_number = isinstance(other, int | float) and other > 0 and other != 1
+    return is_number and isinstance(input, Tensor) and input.is_floating_point()
+
+
+def hypotenuse(input: Tensor, other: Tensor) -> Tensor:
+    """Compute ``torch.hypot``, which ONNX does not have."""
+    return torch.sqrt(input * input + other * other)
 
 
 # ---- sums and products along an axis ---------------------------------------------------------------------------------
