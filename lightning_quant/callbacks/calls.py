@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_quant.callbacks.data import batches, stage_loader
 from lightning_quant.callbacks.dry_run import dry_run
-from lightning_quant.callbacks.lightning_internals import make_optimizers
+from lightning_quant.callbacks.lightning_internals import make_optimizers, transferred
 from lightning_quant.callbacks.lightning_packages import is_overridden
 from lightning_quant.callbacks.logs import log
 from lightning_quant.errors import CalibrationError
@@ -199,7 +199,7 @@ class InputCatcher:
 
     def _to_device(self, batch: Any, dataloader_idx: int) -> Any:
         device = next((p.device for p in self._module.parameters() if not p.is_meta), self._module.device)
-        return self._trainer.strategy.batch_to_device(batch, device, dataloader_idx)
+        return transferred(self._trainer, self._module, batch, device, dataloader_idx)
 
     def _problem(self, run: _Run, learning: bool) -> str | None:
         """Return why these calls are invalid, or ``None``: a step may mis-unpack a batch that it was not written for.

@@ -65,6 +65,15 @@ def recombined(combined: CombinedLoader, dataloaders: Sequence[Any]) -> Combined
     return CombinedLoader(tree_unflatten(list(dataloaders), combined._spec), combined._mode)
 
 
+def transferred(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, device: torch.device, dataloader_idx: int
+) -> Any:
+    """Return a batch as a step gets it: with the transfer hooks, as Lightning's loops call them, and the precision."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+    return trainer.strategy.batch_to_device(batch, device, dataloader_idx)
+
+
 @contextmanager
 def logged_metrics_kept(trainer: pl.Trainer) -> Iterator[None]:
     """Restore afterwards what was logged before a block."""

@@ -102,6 +102,7 @@ class QuantizationCallback(AnyCallback):
         self._measured = ExitStack()
         self._groups: RangeGroups | None = None
         self._fixed_ranges: list[nn.Parameter] = []
+        self._frozen_ranges: list[nn.Parameter] = []
 
     @property
     @override
@@ -167,7 +168,7 @@ class QuantizationCallback(AnyCallback):
         """Add the ranges to the optimizers, which the user has just made without them."""
         optimizers = trainer.strategy.optimizers
         network = self.quantized_network(pl_module).network
-        groups = RangeGroups(optimizers, network, self.network_name, self._fixed_ranges)
+        groups = RangeGroups(optimizers, network, self.network_name, self._fixed_ranges, self._frozen_ranges)
         schedulers = [config.scheduler for config in trainer.strategy.lr_scheduler_configs]
         for optimizer in optimizers:  # schedulers that are not handed to Lightning may be kept in the module
             show_as_given([*schedulers, *vars(pl_module).values()], optimizer, groups.is_given)
@@ -191,7 +192,7 @@ class QuantizationCallback(AnyCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._groups is not None:  # schedulers took a last step
             self._groups.follow()
-        self._groups, self._fixed_ranges = None, []
+        self._groups, self._fixed_ranges, self._frozen_ranges = None, [], []
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -35,10 +35,16 @@ class RangeGroups:
         network: the quantized network.
         name: its dotted name in the LightningModule, for optimizers that know their parameters by name.
         fixed: ranges that never learn, even if all parameters of the network are thawed.
+        frozen: ranges that :func:`freeze_with_layers` froze.
     """
 
     def __init__(
-        self, optimizers: Sequence[Optimizer], network: nn.Module, name: str, fixed: Iterable[nn.Parameter] = ()
+        self,
+        optimizers: Sequence[Optimizer],
+        network: nn.Module,
+        name: str,
+        fixed: Iterable[nn.Parameter] = (),
+        frozen: Iterable[nn.Parameter] = (),
     ) -> None:
         self._optimizers = optimizers
         self._fixed = list(fixed)
@@ -47,7 +53,8 @@ class RangeGroups:
         self._prefix = f"{name}."
         self._weights = [parameter for parameter in self._names if parameter not in self._followed]
         self._trained: list[bool] = []
-        self._frozen: set[nn.Parameter] = set()
+        self._frozen = set(frozen)
+        self._last: list[dict[str, Any]] = []
         self._matrices = {
             parameter
             for optimizer in optimizers
@@ -62,10 +69,11 @@ class RangeGroups:
         self._shape: list[list[int]] = []
         self._pairs: list[tuple[Optimizer, int, int]] = []
         for optimizer in optimizers:
-            if isinstance(optimizer, Optimizer):
+            if isinstance(optimizer, Optimizer) and hasattr(optimizer, "_optimizer_state_dict_pre_hooks"):
                 optimizer.register_step_pre_hook(lambda *_: self.follow())
                 optimizer.register_state_dict_pre_hook(lambda *_: self.follow())
                 optimizer.register_load_state_dict_pre_hook(lambda *_: self.follow())
+            # else one that wraps another, and was not initialized itself: the ranges follow from batch to batch
         self.follow()
         if self._matrices and not self._pairs:
             rank_zero_warn(
@@ -83,11 +91,22 @@ class RangeGroups:
         shape = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in self._optimizers]
         if shape != self._shape:  # at first, and when groups are added: a finetuning callback thaws layer by layer
             self._arrange()
+        else:
+            self._hand_on_last()
         for optimizer, index, source in self._pairs:
             group, given = optimizer.param_groups[index], optimizer.param_groups[source]
             group.update({key: given[key] for key in given if key not in _OWN})
             if "weight_decay" in group:
                 group["weight_decay"] = 0.0
+        self._last = [_settings(optimizer.param_groups[-1]) for optimizer in self._optimizers]
+
+    def _hand_on_last(self) -> None:
+        """Give the last group that the user made what was written to ``param_groups[-1]``, which was theirs once."""
+        for optimizer, known in zip(self._optimizers, self._last, strict=True):
+            last = optimizer.param_groups[-1]
+            given = [group for group in optimizer.param_groups if self.is_given(group)]
+            if last is not given[-1]:
+                given[-1].update({key: value for key, value in _settings(last).items() if value != known.get(key)})
 
     def _freeze(self) -> None:
         """Freeze the ranges of frozen layers, and thaw them with their layers; fixed ranges stay frozen."""
@@ -100,7 +119,7 @@ class RangeGroups:
             return
         self._trained = trained
         for parameter, followed in self._followed.items():
-            frozen = sum(-one.numel() if one.requires_grad else one.numel() for one in followed) > 0
+            frozen = _is_frozen(followed)
             if frozen and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 parameter.grad = None
@@ -181,6 +200,25 @@ class RangeGroups:
                 prefix = name.removesuffix(path)
                 break
         return [prefix + self._names[parameter] for parameter in ranges]
+
+
+def freeze_with_layers(network: nn.Module) -> list[nn.Parameter]:
+    """Freeze the ranges of frozen layers, and return them: before a strategy looks which parameters get gradients."""
+    frozen = [
+        one for one, followed in followed_by_ranges(network).items() if one.requires_grad and _is_frozen(followed)
+    ]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return frozen
+
+
+def _is_frozen(followed: Iterable[nn.Parameter]) -> bool:
+    return sum(-one.numel() if one.requires_grad else one.numel() for one in followed) > 0
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a group's numbers and switches, which a user may write to; tensors are not compared."""
+    return {key: value for key, value in group.items() if key not in _OWN and not isinstance(value, torch.Tensor)}
 
 
 def followed_by_ranges(network: nn.Module) -> dict[nn.Parameter, list[nn.Parameter]]:

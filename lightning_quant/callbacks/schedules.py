@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
+
+# Whose objects keep no schedulers of a user.
+_LIBRARIES = frozenset(("builtins", "lightning", "pytorch_lightning", "torch", "torchmetrics", "lightning_quant"))
 
 
 def show_as_given(holders: Iterable[Any], optimizer: Optimizer, given: Callable[[dict[str, Any]], bool]) -> None:
@@ -57,7 +61,12 @@ def _replace(
     holders: Iterable[Any], optimizer: Optimizer, given: Callable[[dict[str, Any]], bool], seen: set[int]
 ) -> None:
     for holder in holders:
-        if id(holder) in seen or not is_scheduler_of(holder, optimizer):
+        if id(holder) in seen:
+            continue
+        if not is_scheduler_of(holder, optimizer):
+            if (held := _held_by(holder)) is not None:
+                seen.add(id(holder))
+                _replace(held, optimizer, given, seen)
             continue
         seen.add(id(holder))
         for name, value in list(vars(holder).items()):
@@ -67,6 +76,16 @@ def _replace(
                 _replace(value.values(), optimizer, given, seen)
             else:
                 _replace(value if isinstance(value, (list, tuple)) else [value], optimizer, given, seen)
+
+
+def _held_by(value: Any) -> Iterable[Any] | None:
+    """Return what a container holds, or an object of the user's own that may keep schedulers; ``None`` for others."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, tuple)):
+        return value
+    is_plain = type(value).__module__.partition(".")[0] not in _LIBRARIES and not isinstance(value, (type, nn.Module))
+    return list(vars(value).values()) if is_plain and hasattr(value, "__dict__") else None
 
 
 def _shows(value: Any, optimizer: Optimizer) -> bool:

@@ -100,6 +100,12 @@ def check_float_network(
             "QuantizationAwareTraining(compile=True) compiles the quantized network."
         )
     for path, module in network.named_modules():
+        if "_orig_mod" in module._modules:  # what torch.compile() wraps around it
+            raise ConfigurationError(
+                f"torch.compile() of {name}.{path} with {user}: expected it uncompiled, since quantization changes "
+                "the network. Leave the call away; QuantizationAwareTraining(compile=True) compiles the quantized "
+                "network."
+            )
         if module._compiled_call_impl is not None:
             raise ConfigurationError(
                 f"{f'{name}.{path}'.rstrip('.')}.compile() with {user}: expected it uncompiled, since "

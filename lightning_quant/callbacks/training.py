@@ -26,6 +26,7 @@ from lightning_quant.callbacks.logs import rank_zero_log
 from lightning_quant.callbacks.networks import find_network
 from lightning_quant.callbacks.oscillation import WeightOscillation
 from lightning_quant.callbacks.quantization import QuantizationCallback, end_fit, measuring
+from lightning_quant.callbacks.range_groups import freeze_with_layers
 from lightning_quant.callbacks.training_notes import Oscillations, TrainingNotes
 from lightning_quant.callbacks.validation import isolated_validation
 from lightning_quant.errors import ConfigurationError, TrainingError
@@ -214,6 +215,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._begin(Ladder(self.result.monitor, self.result.mode, self.result.max_drop), quantized.float_network)
         quantized.learn_ranges(self.train_ranges)
         self._fixed_ranges = [one for one in quantized.range_parameters() if not one.requires_grad]
+        self._frozen_ranges = freeze_with_layers(quantized.network) if fits else []
         self._runner = None
         if fits and self.climbs:
             assert self._float is not None  # by _check_fit

@@ -217,15 +217,18 @@ def test_single_loader_of_a_batch_without_calls(trainer: MakeTrainer) -> None:
 
 
 class Normalizes(pl.LightningModule):
-    """Prepares its images in the step and in a transfer hook: the ranges must be those of what arrives."""
+    """Prepares its images in the step and in transfer hooks: the ranges must be those of what arrives."""
 
     def __init__(self) -> None:
         super().__init__()
         self.model = small_net()
         self.counted = 0
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] * 5, batch[1]
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch[0] * 10, batch[1]
+        return batch[0] * 2, batch[1]
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         images, labels = batch
@@ -243,6 +246,29 @@ def test_what_the_step_does_to_the_images_is_part_of_it(trainer: MakeTrainer) ->
     found = encodings(module.model)
     assert float(found["stem.input_quantizers.0.max"]) == pytest.approx(float(images.max()), rel=0.02)
     assert module.counted == 32  # nothing after the call happened during calibration
+
+
+class Scaled(pl.LightningDataModule):
+    """Scales its images in hooks of its own, before and after they go to the device."""
+
+    def train_dataloader(self) -> Any:
+        return small_loader()
+
+    val_dataloader = train_dataloader
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] * 5, batch[1]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] * 2, batch[1]
+
+
+def test_hooks_of_the_data_module_apply_to_calibration(trainer: MakeTrainer) -> None:
+    module = SmallModule()
+    trainer(PostTrainingQuantization(), max_epochs=1).fit(module, datamodule=Scaled())
+    images = small_data().tensors[0] * 10
+    found = encodings(module.model)
+    assert float(found["stem.input_quantizers.0.max"]) == pytest.approx(float(images.max()), rel=0.02)
 
 
 def test_a_step_that_logs_and_catches_exceptions_before_the_call(trainer: MakeTrainer) -> None:

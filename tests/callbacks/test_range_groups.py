@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
+from timm.optim import Lookahead
 from timm.scheduler import (
     CosineLRScheduler,
     MultiStepLRScheduler,
@@ -373,6 +374,71 @@ def test_ranges_follow_any_schedule(trainer: MakeTrainer, name: str, handed_over
     groups_without_ranges(one, module.model)
 
 
+class Helper:
+    """Keeps what a user's own loop needs."""
+
+    def __init__(self, schedule: Any) -> None:
+        self.parts = {"schedules": [schedule]}
+
+
+# How a module keeps a scheduler that it does not hand over.
+KEPT: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "a list": (lambda schedule: [schedule], lambda kept: kept[0]),
+    "a dict": (lambda schedule: {"of": {"all": schedule}}, lambda kept: kept["of"]["all"]),
+    "a helper": (Helper, lambda kept: kept.parts["schedules"][0]),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("name", ["a list of its own", "a function for each group"])
+def test_schedules_that_the_module_keeps_in_its_own_way(trainer: MakeTrainer, name: str, kept: str) -> None:
+    keep, read = KEPT[kept]
+
+    class Keeps(Scheduled):
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.lr_scheduler_step(read(self.schedule), None)
+
+    plain, rates = Rates(), Rates()
+    for callbacks in ([plain], [QuantizationAwareTraining(), rates]):
+        module = Keeps(lambda optimizer: keep(SCHEDULES[name](optimizer)), handed_over=False)
+        trainer(*callbacks, max_epochs=2).fit(module, small_loader())
+    assert len({tuple(seen) for seen in plain.seen}) >= 3
+    assert [seen[:2] for seen in rates.seen] == [seen[2:] for seen in rates.seen] == plain.seen
+
+
+def test_what_is_written_to_the_last_group_reaches_the_users_last(trainer: MakeTrainer) -> None:
+    """As Lightning's own BackboneFinetuning does it."""
+
+    class Raises(pl.Callback):
+        def on_train_epoch_start(self, trainer: Trainer, module: pl.LightningModule) -> None:
+            trainer.optimizers[0].param_groups[-1]["lr"] = 0.1 * (1 + trainer.current_epoch)
+
+    plain, rates = Rates(), Rates()
+    for callbacks in ([plain], [QuantizationAwareTraining(), rates]):
+        module = Scheduled(lambda o: LambdaLR(o, lambda t: 1.0))
+        module.lr_scheduler_step = lambda *_: None  # type: ignore[method-assign]
+        trainer(*callbacks, Raises(), max_epochs=3).fit(module, small_loader())
+    assert {round(seen[1], 6) for seen in plain.seen} == {0.1, 0.2, 0.3}
+    assert {seen[0] for seen in plain.seen} == {0.01}
+    assert [seen[:2] for seen in rates.seen] == [seen[2:] for seen in rates.seen] == plain.seen
+
+
+def test_optimizer_that_wraps_another_one(trainer: MakeTrainer) -> None:
+    """One that was not initialized as an optimizer itself."""
+    module = SmallModule(optimizers=lambda module: Lookahead(SGD(module.parameters(), lr=0.1, weight_decay=0.1)))
+    before: dict[str, Tensor] = {}
+
+    class Keeps(pl.Callback):
+        def on_train_start(self, trainer: Trainer, module: Any) -> None:
+            before.update({name: value.clone() for name, value in encodings(module.model).items()})
+
+    one = trainer(QuantizationAwareTraining(), Keeps(), max_epochs=1)
+    one.fit(module, small_loader())
+    groups_without_ranges(one, module.model)
+    after = encodings(module.model)
+    assert any(not torch.equal(value, after[name]) for name, value in before.items())
+
+
 @pytest.mark.parametrize("name", ["cosine", "a list of its own", "made by hand"])
 def test_schedule_resumes_where_it_was(trainer: MakeTrainer, tmp_path: Path, name: str) -> None:
     def fit(epochs: int, **arguments: Any) -> tuple[Trainer, Scheduled]:
@@ -439,6 +505,25 @@ class Epochs(pl.Callback):
 
 def trainable(module: SmallModule) -> Any:
     return AdamW(filter(lambda p: p.requires_grad, module.parameters()), lr=1e-2, weight_decay=0.1)
+
+
+def test_ranges_of_frozen_layers_are_frozen_before_a_strategy_looks(trainer: MakeTrainer) -> None:
+    """DDP looks which parameters get gradients when it wraps the module, in front of the optimizers."""
+    seen: dict[str, bool] = {}
+
+    class Looks(pl.Callback):
+        def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+            seen.update({name: one.requires_grad for name, one in pl_module.model.named_parameters()})
+
+    module = SmallModule(optimizers=trainable)
+    module.model.stem.requires_grad_(False)
+    trainer(QuantizationAwareTraining(), Looks(), max_epochs=1).fit(module, small_loader())
+    ranges = {name: learns for name, learns in seen.items() if "quantizer" in name}
+    assert not any(learns for name, learns in ranges.items() if name.startswith(("stem", "relu")))
+    assert any(learns for name, learns in ranges.items() if name.startswith("head"))
+    module.model.stem.requires_grad_(True)
+    trainer(QuantizationAwareTraining(), Looks(), max_epochs=1).fit(module, small_loader())
+    assert any(learns for name, learns in seen.items() if "quantizer" in name and name.startswith("stem"))
 
 
 @pytest.mark.parametrize("first", [True, False])

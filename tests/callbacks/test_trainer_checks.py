@@ -47,6 +47,10 @@ def test_compiled_modules_are_refused(trainer: MakeTrainer) -> None:
         trainer(QuantizationAwareTraining(), max_epochs=1).fit(torch.compile(module), small_loader())
     with pytest.raises(ConfigurationError, match="network='model' was compiled"):
         trainer(PostTrainingQuantization()).fit(SmallModule(torch.compile(small_net())), small_loader())
+    part = SmallModule()
+    part.model.branch = torch.compile(part.model.branch)
+    with pytest.raises(ConfigurationError, match=r"torch\.compile\(\) of model\.branch with PostTraining"):
+        trainer(PostTrainingQuantization()).fit(part, small_loader())
     in_place = SmallModule()
     in_place.model.branch.compile()
     with pytest.raises(ConfigurationError, match=r"model\.branch\.compile\(\) with PostTrainingQuantization"):
