@@ -165,6 +165,7 @@ class InputCatcher:
             if learning:
                 return run.calls[: run.done], []
             if step != self._steps[0]:  # whatever worked is tried first for the next batch
+                log.info("The network is called as %s does, since %s.", step, "; ".join(failures))
                 self._steps.remove(step)
                 self._steps.insert(0, step)
             if self._runs_on and run.error is not None:

@@ -304,13 +304,15 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._teacher is not None:
+            self._teacher.check_used(self.network_name)
         self._check_last_step(trainer)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._teacher is not None:
+        if self._teacher is not None and outputs:  # a step may skip its batch
             self._teacher.check_used(self.network_name)
         self.notes.end_batch(trainer, self.quantized_network(pl_module))
 

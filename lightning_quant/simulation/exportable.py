@@ -14,6 +14,7 @@ from torch import nn
 
 import lightning_quant
 from lightning_quant.simulation import aimet
+from lightning_quant.simulation.callsites.aimet_views import weights_attached
 from lightning_quant.simulation.callsites.read_out import ReadOut
 from lightning_quant.simulation.inputs import NetworkInputs
 from lightning_quant.simulation.network import FlatNetwork
@@ -35,7 +36,8 @@ def not_in_onnx(network: nn.Module, inputs: NetworkInputs) -> list[Finding]:
     _know_all_operations()
     flat = FlatNetwork(network, inputs).eval()
     try:
-        graph, kinds = torch.onnx.utils.unconvertible_ops(flat, tuple(inputs.tensors), opset_version=FLOAT_OPSET)
+        with weights_attached(network):  # as in the export: what a parametrization computes is a constant
+            graph, kinds = torch.onnx.utils.unconvertible_ops(flat, tuple(inputs.tensors), opset_version=FLOAT_OPSET)
     except torch.onnx.OnnxExporterError:  # it cannot be traced: AIMET says why
         return []
     lines = {node.kind(): str(node.sourceRange()) for node in graph.nodes() if not _is_of_truth_values(node)}

@@ -151,6 +151,15 @@ def test_a_step_that_does_not_call_the_network_is_refused(trainer: MakeTrainer, 
         fit(trainer, Around(small_net(), sgd), lq.QuantizationAwareTraining("w4a8", distillation=given))
 
 
+def test_a_step_may_skip_its_first_batch(trainer: MakeTrainer) -> None:
+    class Skips(SmallModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+    one = fit(trainer, Skips(small_net(), sgd), lq.QuantizationAwareTraining("w4a8", distillation=WEIGHT))
+    assert one.current_epoch == 1
+
+
 def test_a_resumed_fit_has_the_same_teacher(trainer: MakeTrainer, tmp_path: Path) -> None:
     whole = SmallModule(small_net(), sgd)
     fit(trainer, whole, lq.QuantizationAwareTraining("w4a8", distillation=WEIGHT), max_epochs=2)

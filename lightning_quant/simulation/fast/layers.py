@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,8 @@ class FastWeighted(FastLayer):
         values = [value for value in (weight, self.bias) if value is not None]
         if any(value.is_inference() for value in values):  # which count no changes
             return _quantized(quantizer, weight, dtype), rounded_bias(self)
+        if (sampled := held.get("sampled")) is not None and weight.numel():
+            sampled.check(weight)
         state: list[Any] = [dtype, *[(value.data_ptr(), value._version) for value in values]]
         for one in (quantizer, self.__dict__.get(ROUNDED_BY)):
             if one is not None:
@@ -177,16 +179,41 @@ def _replaced(layer: nn.Module, **parameters: Tensor | None) -> Iterator[None]:
 def cached_weights(network: nn.Module) -> Iterator[None]:
     """Quantize every weight, and round every bias, once for the length of a block, in which no gradient is computed.
 
-    What an operation of PyTorch changes is quantized again; only writes through ``.data`` go unseen.
+    What an operation of PyTorch changes is quantized again. Writes through ``.data`` are seen where the first or the
+    last layer is written to, as when averaged weights are put in the place of others.
     """
     layers = [module for module in network.modules() if getattr(module, "quantized_parameters", ())]
-    for layer in layers:
-        layer.__dict__["_held_weight"] = {}
+    held: list[dict[str, Any]] = [{} for _ in layers]
+    for layer, one in zip(layers, held, strict=True):
+        layer.__dict__["_held_weight"] = one
+    for one in (held[0], held[-1]) if held else ():
+        one["sampled"] = _Sampled(held)
     try:
         yield
     finally:
         for layer in layers:
             layer.__dict__.pop("_held_weight", None)
+
+
+class _Sampled:
+    """A few values of a weight, which show that it was written to without a trace: then nothing held is valid.
+
+    Args:
+        held: what all layers hold.
+    """
+
+    def __init__(self, held: Sequence[dict[str, Any]]) -> None:
+        self.held = held
+        self.values: list[float] = []
+
+    def check(self, weight: Tensor) -> None:
+        """Drop what is held if values of ``weight`` are others than at the last call."""
+        places = {tuple(int(part * (size - 1)) for size in weight.shape) for part in (0.0, 0.25, 0.5, 0.75, 1.0)}
+        values = torch.stack([weight[place] for place in sorted(places)]).tolist()
+        if self.values and values != self.values:
+            for one in self.held:
+                one.pop("state", None)
+        self.values = values
 
 
 def _quantized(quantizer: Any, weight: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -222,6 +223,25 @@ def test_under_autocast_it_is_aimet() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             results.append(network(images()))
     assert torch.equal(*results)
+
+
+def test_weights_written_without_a_trace_are_quantized_again() -> None:
+    """As averaged weights are put in the place of others, through ``.data``, and taken back."""
+    network = calibrated(Body())
+    x, weights = images(2), dict(network.network.named_parameters())
+    kept = {name: value.detach().clone() for name, value in weights.items()}
+    others = {name: value * 0.7 if name.endswith("weight") else value for name, value in kept.items()}
+    found = {}
+    for cached in (True, False):
+        with torch.no_grad(), network.cached_weights() if cached else nullcontext():
+            outputs = []
+            for values in (kept, others, kept):
+                for name, value in weights.items():
+                    value.data.copy_(values[name])
+                outputs.append(network(x))
+        found[cached] = outputs
+    assert not torch.equal(found[False][0], found[False][1])
+    assert all(torch.equal(one, other) for one, other in zip(found[True], found[False], strict=True))
 
 
 def test_cached_weights_are_quantized_once(monkeypatch: pytest.MonkeyPatch) -> None:
