@@ -23,7 +23,7 @@ from lightning_quant.callbacks.lightning_packages import AnyCallback
 from lightning_quant.callbacks.logs import rank_zero_log
 from lightning_quant.callbacks.measured_precision import Measuring, hook_measuring, precision_notice
 from lightning_quant.callbacks.networks import find_network, quantized_networks
-from lightning_quant.callbacks.range_groups import RangeGroups
+from lightning_quant.callbacks.range_groups import RangeGroups, freeze_with_layers
 from lightning_quant.callbacks.schedules import show_as_given
 from lightning_quant.callbacks.strategy_hooks import hook_strategy
 from lightning_quant.callbacks.trainer_checks import (
@@ -163,6 +163,11 @@ class QuantizationCallback(AnyCallback):
         quantized = quantize(network, example, self.recipe, others)
         quantized.findings[:0] = siblings
         rank_zero_log(f"Quantized {type(pl_module).__name__}.{self.network_name} to {self.recipe.precision}.")
+
+    def _note_ranges(self, quantized: QuantizedNetwork, fits: bool) -> None:
+        """Keep which ranges never learn, and freeze those of frozen layers before a strategy looks."""
+        self._fixed_ranges = [one for one in quantized.range_parameters() if not one.requires_grad]
+        self._frozen_ranges = freeze_with_layers(quantized.network) if fits else []
 
     def _add_ranges(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the ranges to the optimizers, which the user has just made without them."""

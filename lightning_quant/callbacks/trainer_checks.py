@@ -112,3 +112,31 @@ def check_float_network(
                 "quantization changes the network. Remove the call; "
                 "QuantizationAwareTraining(compile=True) compiles the quantized network."
             )
+
+
+def check_dense(network: nn.Module, name: str) -> None:
+    """Refuse to train embeddings with sparse gradients: a range learns from all of its table.
+
+    Raises:
+        ConfigurationError: naming the embedding.
+    """
+    for path, module in network.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse:
+            raise ConfigurationError(
+                f"{name}.{path} has sparse=True: expected an embedding with dense gradients, from which the range of "
+                "its table learns. Leave sparse=True away, or keep the embedding out of the network (network=...)."
+            )
+
+
+def check_has_float(has_float: bool, user: str) -> None:
+    """Refuse to compare with, or learn from, a float network that is not there.
+
+    Raises:
+        ConfigurationError: unless it is.
+    """
+    if not has_float:
+        raise ConfigurationError(
+            f"max_drop, rungs or distillation of {user} with a module that is quantized already: expected the float "
+            "network, to compare with and to learn from. Start from the float module; to resume, make the module "
+            "again and give ckpt_path."
+        )

@@ -26,7 +26,7 @@ from lightning_quant.callbacks.logs import rank_zero_log
 from lightning_quant.callbacks.networks import find_network
 from lightning_quant.callbacks.oscillation import WeightOscillation
 from lightning_quant.callbacks.quantization import QuantizationCallback, end_fit, measuring
-from lightning_quant.callbacks.range_groups import freeze_with_layers
+from lightning_quant.callbacks.trainer_checks import check_dense, check_has_float
 from lightning_quant.callbacks.training_notes import Oscillations, TrainingNotes
 from lightning_quant.callbacks.validation import isolated_validation
 from lightning_quant.errors import ConfigurationError, TrainingError
@@ -203,19 +203,20 @@ class QuantizationAwareTraining(QuantizationCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         set_up_early(trainer, pl_module, stage)
         fits = trainer.state.fn == "fit"
-        is_float = QuantizedNetwork.of(find_network(pl_module, self.network_name)) is None
+        network = find_network(pl_module, self.network_name)
+        is_float = QuantizedNetwork.of(network) is None
         if fits and (self.climbs or self.distillation):
             self._check_fit(trainer, has_float=is_float or self._float is not None)
-        if fits and is_float:
-            features_in(find_network(pl_module, self.network_name), self.distillation)  # refused before calibration
+        if fits and is_float:  # refused before calibration
+            check_dense(network, self.network_name)
+            features_in(network, self.distillation)
         super().setup(trainer, pl_module, stage)
         quantized = self.quantized_network(pl_module)
         compared_classes(quantized.output_structure, self.distillation)
         if fits and is_float and (self.climbs or self.distillation):
             self._begin(Ladder(self.result.monitor, self.result.mode, self.result.max_drop), quantized.float_network)
         quantized.learn_ranges(self.train_ranges)
-        self._fixed_ranges = [one for one in quantized.range_parameters() if not one.requires_grad]
-        self._frozen_ranges = freeze_with_layers(quantized.network) if fits else []
+        self._note_ranges(quantized, fits)
         self._runner = None
         if fits and self.climbs:
             assert self._float is not None  # by _check_fit
@@ -380,12 +381,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             self._teacher = None
 
     def _check_fit(self, trainer: pl.Trainer, has_float: bool) -> None:
-        if not has_float:
-            raise ConfigurationError(
-                f"max_drop, rungs or distillation of {type(self).__name__} with a module that is quantized already: "
-                "expected the float network, to compare with and to learn from. Start from the float module; to "
-                "resume, make the module again and give ckpt_path."
-            )
+        check_has_float(has_float, type(self).__name__)
         if not self.climbs:
             return
         check_fit(trainer, self.result)

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.errors import ConfigurationError
@@ -55,6 +56,15 @@ def test_compiled_modules_are_refused(trainer: MakeTrainer) -> None:
     in_place.model.branch.compile()
     with pytest.raises(ConfigurationError, match=r"model\.branch\.compile\(\) with PostTrainingQuantization"):
         trainer(PostTrainingQuantization()).fit(in_place, small_loader())
+    assert type(module.model) is SmallNet
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_are_refused(trainer: MakeTrainer, kind: Any) -> None:
+    module = SmallModule()
+    module.model.table = kind(10, 4, sparse=True)
+    with pytest.raises(ConfigurationError, match=r"model\.table has sparse=True"):
+        trainer(QuantizationAwareTraining(), max_epochs=1).fit(module, small_loader())
     assert type(module.model) is SmallNet
 
 

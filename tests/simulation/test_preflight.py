@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
 from lightning_quant.deploy.export import export_bundle
 from lightning_quant.errors import PreflightError
@@ -56,8 +57,19 @@ def problems(network: nn.Module) -> dict[str, str]:
         Functional(),
         Untraceable(Functional()),
         nn.Sequential(nn.Conv2d(3, 3, 1), Sine(), nn.Identity()),
+        nn.Sequential(spectral_norm(nn.Conv2d(3, 3, 1)), nn.ReLU()),
+        nn.Sequential(orthogonal(nn.Conv2d(3, 3, 1)), nn.ReLU()),
     ],
-    ids=["one ReLU twice", "one convolution twice", "layers", "functions", "control flow by values", "unknown class"],
+    ids=[
+        "one ReLU twice",
+        "one convolution twice",
+        "layers",
+        "functions",
+        "control flow by values",
+        "unknown class",
+        "spectral norm",
+        "orthogonal",
+    ],
 )
 def test_what_was_a_problem_once_is_none(network: nn.Module) -> None:
     assert problems(network) == {}
