@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.data import _is_dataloader_shuffled
@@ -127,6 +128,12 @@ def _attributes_of_class(kind: Any) -> frozenset[str]:
 def is_compiled(pl_module: pl.LightningModule) -> bool:
     """Whether ``torch.compile`` was called on the LightningModule itself."""
     return pl_module._compiler_ctx is not None
+
+
+def expects_all_gradients(trainer: pl.Trainer) -> bool:
+    """Whether the strategy raises where a parameter that learns gets no gradient, as DDP does by default."""
+    strategy = trainer.strategy
+    return isinstance(strategy, either(DDPStrategy)) and not strategy._ddp_kwargs.get("find_unused_parameters", False)
 
 
 def synchronizes_batch_norms(trainer: pl.Trainer) -> bool:

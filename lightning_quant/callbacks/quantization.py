@@ -18,7 +18,7 @@ from lightning_quant.callbacks.calls import InputCatcher
 from lightning_quant.callbacks.data import batches, isolated_seed, stage_loader, stage_name, twin_batches
 from lightning_quant.callbacks.early_setup import end_early_setup, set_up_early
 from lightning_quant.callbacks.float_view import computing_float, without_quantizers
-from lightning_quant.callbacks.lightning_internals import averaged_model, callbacks_of
+from lightning_quant.callbacks.lightning_internals import averaged_model, callbacks_of, expects_all_gradients
 from lightning_quant.callbacks.lightning_packages import AnyCallback
 from lightning_quant.callbacks.logs import rank_zero_log
 from lightning_quant.callbacks.measured_precision import Measuring, hook_measuring, precision_notice
@@ -32,6 +32,7 @@ from lightning_quant.callbacks.trainer_checks import (
     check_synchronized,
     check_trainer,
 )
+from lightning_quant.callbacks.unreached_ranges import unreached_ranges
 from lightning_quant.errors import CalibrationError, ConfigurationError
 from lightning_quant.precision import Precision
 from lightning_quant.recipe import QuantRecipe
@@ -164,8 +165,11 @@ class QuantizationCallback(AnyCallback):
         quantized.findings[:0] = siblings
         rank_zero_log(f"Quantized {type(pl_module).__name__}.{self.network_name} to {self.recipe.precision}.")
 
-    def _note_ranges(self, quantized: QuantizedNetwork, fits: bool) -> None:
+    def _note_ranges(self, trainer: pl.Trainer, quantized: QuantizedNetwork, fits: bool) -> None:
         """Keep which ranges never learn, and freeze those of frozen layers before a strategy looks."""
+        if fits and expects_all_gradients(trainer):
+            for parameter in unreached_ranges(quantized):
+                parameter.requires_grad_(False)
         self._fixed_ranges = [one for one in quantized.range_parameters() if not one.requires_grad]
         self._frozen_ranges = freeze_with_layers(quantized.network) if fits else []
 

@@ -216,7 +216,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         if fits and is_float and (self.climbs or self.distillation):
             self._begin(Ladder(self.result.monitor, self.result.mode, self.result.max_drop), quantized.float_network)
         quantized.learn_ranges(self.train_ranges)
-        self._note_ranges(quantized, fits)
+        self._note_ranges(trainer, quantized, fits)
         self._runner = None
         if fits and self.climbs:
             assert self._float is not None  # by _check_fit
