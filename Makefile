@@ -113,10 +113,10 @@ check-gpu: install  ## on a CUDA GPU: the kernels and training there against the
 # Each file's tests stay in one process, which makes their fixtures once; tests/conftest.py puts long files first.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40 --durations-min=10
 
-test: install  ## all tests (half an hour on 2 cores)
+test: install  ## all tests (an hour on 2 cores)
 	$(PYTEST)
 
-test-fast: install  ## all tests but the slow ones (under 3 minutes on 2 cores)
+test-fast: install  ## all tests but the slow ones
 	$(PYTEST) -m 'not slow'
 
 docs: install  ## the documentation site, in site/; warnings are errors
