@@ -191,6 +191,11 @@ class QuantizationCallback(AnyCallback):
             self._calibrate_once(trainer, pl_module)
 
     @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._groups is not None:  # schedulers took their step
+            self._groups.follow()
+
+    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:

@@ -54,7 +54,7 @@ class RangeGroups:
         self._weights = [parameter for parameter in self._names if parameter not in self._followed]
         self._trained: list[bool] = []
         self._frozen = set(frozen)
-        self._last: list[dict[str, Any]] = []
+        self._last: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._matrices = {
             parameter
             for optimizer in optimizers
@@ -73,6 +73,7 @@ class RangeGroups:
                 optimizer.register_step_pre_hook(lambda *_: self.follow())
                 optimizer.register_state_dict_pre_hook(lambda *_: self.follow())
                 optimizer.register_load_state_dict_pre_hook(lambda *_: self.follow())
+                optimizer.register_load_state_dict_post_hook(lambda *_: self._remember())
             # else one that wraps another, and was not initialized itself: the ranges follow from batch to batch
         self.follow()
         if self._matrices and not self._pairs:
@@ -98,15 +99,28 @@ class RangeGroups:
             group.update({key: given[key] for key in given if key not in _OWN})
             if "weight_decay" in group:
                 group["weight_decay"] = 0.0
-        self._last = [_settings(optimizer.param_groups[-1]) for optimizer in self._optimizers]
+        self._remember()
+
+    def _remember(self) -> None:
+        """Keep what the last groups hold, the user's and that of all, to see what is written to them."""
+        self._last = [
+            (_settings(self._given_last(optimizer)), _settings(optimizer.param_groups[-1]))
+            for optimizer in self._optimizers
+        ]
+
+    def _given_last(self, optimizer: Optimizer) -> dict[str, Any]:
+        return next(group for group in reversed(optimizer.param_groups) if self.is_given(group))
 
     def _hand_on_last(self) -> None:
-        """Give the last group that the user made what was written to ``param_groups[-1]``, which was theirs once."""
-        for optimizer, known in zip(self._optimizers, self._last, strict=True):
-            last = optimizer.param_groups[-1]
-            given = [group for group in optimizer.param_groups if self.is_given(group)]
-            if last is not given[-1]:
-                given[-1].update({key: value for key, value in _settings(last).items() if value != known.get(key)})
+        """Give the last group that the user made what was written to ``param_groups[-1]``, which was theirs once.
+
+        Who writes to all groups has written to that one too, and what it was given stays.
+        """
+        for optimizer, (given, known) in zip(self._optimizers, self._last, strict=True):
+            mine, last = self._given_last(optimizer), optimizer.param_groups[-1]
+            if last is not mine:
+                written = {key: value for key, value in _settings(last).items() if value != known.get(key)}
+                mine.update({key: value for key, value in written.items() if mine.get(key) == given.get(key)})
 
     def _freeze(self) -> None:
         """Freeze the ranges of frozen layers, and thaw them with their layers; fixed ranges stay frozen."""

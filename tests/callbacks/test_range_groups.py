@@ -423,6 +423,37 @@ def test_what_is_written_to_the_last_group_reaches_the_users_last(trainer: MakeT
     assert [seen[:2] for seen in rates.seen] == [seen[2:] for seen in rates.seen] == plain.seen
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_is_written_to_all_groups_stays_as_it_was_written(
+    trainer: MakeTrainer, tmp_path: Path, resumed: bool
+) -> None:
+    """By a loop, or by a checkpoint: the last ranges follow the first group, and the last one has a rate of its own."""
+
+    class Writes(pl.Callback):
+        def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+            for group in trainer.optimizers[0].param_groups:
+                group["lr"] = group["scale"] / (1 + trainer.global_step)
+
+    def optimizers(module: SmallModule) -> Any:
+        biases = [one for name, one in module.named_parameters() if name.endswith("bias")]
+        weights = [one for name, one in module.named_parameters() if not name.endswith("bias")]
+        return SGD([{"params": weights, "scale": 0.01, "lr": 0.3}, {"params": biases, "scale": 0.05, "lr": 0.4}])
+
+    plain, rates = Rates(), Rates()
+    for callbacks in ([], [QuantizationAwareTraining()]):
+        seen = rates if callbacks else plain
+        one = trainer(*callbacks, Writes(), *([] if resumed else [seen]), max_epochs=1)
+        one.fit(SmallModule(optimizers=optimizers), small_loader())
+        if resumed:
+            one.save_checkpoint(tmp_path / "one.ckpt")
+            again = [QuantizationAwareTraining()] if callbacks else []
+            module = SmallModule(optimizers=optimizers)
+            trainer(*again, seen, max_epochs=2).fit(module, small_loader(), ckpt_path=tmp_path / "one.ckpt")
+    assert plain.seen
+    assert [seen[:2] for seen in rates.seen] == plain.seen
+    assert all(seen[2] == seen[0] for seen in rates.seen)
+
+
 def test_optimizer_that_wraps_another_one(trainer: MakeTrainer) -> None:
     """One that was not initialized as an optimizer itself."""
     module = SmallModule(optimizers=lambda module: Lookahead(SGD(module.parameters(), lr=0.1, weight_decay=0.1)))
