@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+# How deep in a user's containers and objects schedulers are looked for.
+_DEEPEST = 4
 # Whose objects keep no schedulers of a user.
 _LIBRARIES = frozenset(("builtins", "lightning", "pytorch_lightning", "torch", "torchmetrics", "lightning_quant"))
 
@@ -23,7 +25,7 @@ def show_as_given(holders: Iterable[Any], optimizer: Optimizer, given: Callable[
         optimizer: the optimizer that they drive.
         given: tells whether a group is one of the user's.
     """
-    _replace(holders, optimizer, given, set())
+    _replace(holders, optimizer, given, set(), _DEEPEST)
 
 
 def _as_given(optimizer: Optimizer, given: Callable[[dict[str, Any]], bool]) -> Any:
@@ -58,24 +60,24 @@ def _as_given(optimizer: Optimizer, given: Callable[[dict[str, Any]], bool]) -> 
 
 
 def _replace(
-    holders: Iterable[Any], optimizer: Optimizer, given: Callable[[dict[str, Any]], bool], seen: set[int]
+    holders: Iterable[Any], optimizer: Optimizer, given: Callable[[dict[str, Any]], bool], seen: set[int], depth: int
 ) -> None:
     for holder in holders:
         if id(holder) in seen:
             continue
         if not is_scheduler_of(holder, optimizer):
-            if (held := _held_by(holder)) is not None:
+            if depth and (held := _held_by(holder)) is not None:
                 seen.add(id(holder))
-                _replace(held, optimizer, given, seen)
+                _replace(held, optimizer, given, seen, depth - 1)
             continue
         seen.add(id(holder))
         for name, value in list(vars(holder).items()):
             if _shows(value, optimizer):
                 vars(holder)[name] = _as_given(value, given)
             elif isinstance(value, dict):
-                _replace(value.values(), optimizer, given, seen)
+                _replace(value.values(), optimizer, given, seen, depth)
             else:
-                _replace(value if isinstance(value, (list, tuple)) else [value], optimizer, given, seen)
+                _replace(value if isinstance(value, (list, tuple)) else [value], optimizer, given, seen, depth)
 
 
 def _held_by(value: Any) -> Iterable[Any] | None:

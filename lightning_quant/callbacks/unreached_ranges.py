@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_quant.callbacks.data import isolated_seed
 from lightning_quant.simulation import aimet
 from lightning_quant.simulation.inplace import state_kept
 from lightning_quant.simulation.network import QuantizedNetwork
@@ -29,7 +30,8 @@ def unreached_ranges(network: QuantizedNetwork) -> list[nn.Parameter]:
     hooks = [layer.register_forward_hook(lambda layer, *_: reached.add(layer)) for layer in ranges]
     device = next((one.device for one in network.network.parameters()), torch.device("cpu"))
     try:
-        with torch.no_grad(), torch.random.fork_rng(), state_kept(network.network), unrounded(network):
+        # seeded: of what is drawn, every process comes to the same
+        with torch.no_grad(), isolated_seed(), state_kept(network.network), unrounded(network):
             for call in (network.inputs, *network.others):
                 call.to(device).call(network.network)
     except Exception:  # whatever the user's code raises without what a step gives it

@@ -188,7 +188,8 @@ class QuantizedNetwork:
     def cached_weights(self) -> AbstractContextManager[None]:
         """Quantize every weight once for the length of a block, in which no gradient is computed.
 
-        Weights that change in it are quantized again, except where they are written to through ``.data``.
+        Weights that change in it are quantized again; for those that are written to through ``.data``, see
+        :func:`~lightning_quant.simulation.fast.layers.cached_weights`.
         """
         from lightning_quant.simulation.fast.layers import cached_weights
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _ARRAYS = (Tensor.tolist, Tensor.numpy, Tensor.__array__)
-_OTHERS = tuple(str(Path(str(file)).parent) for file in (torch.__file__, Path(__file__).parent))
+_OTHERS = (str(Path(str(torch.__file__)).parent), str(Path(__file__).parent))
 
 
 @dataclass(frozen=True)

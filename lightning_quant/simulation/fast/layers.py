@@ -180,13 +180,14 @@ def cached_weights(network: nn.Module) -> Iterator[None]:
     """Quantize every weight, and round every bias, once for the length of a block, in which no gradient is computed.
 
     What an operation of PyTorch changes is quantized again. Writes through ``.data`` are seen where the first or the
-    last layer is written to, as when averaged weights are put in the place of others.
+    last convolution or linear layer is written to, as when averaged weights are put in the place of others.
     """
     layers = [module for module in network.modules() if getattr(module, "quantized_parameters", ())]
     held: list[dict[str, Any]] = [{} for _ in layers]
     for layer, one in zip(layers, held, strict=True):
         layer.__dict__["_held_weight"] = one
-    for one in (held[0], held[-1]) if held else ():
+    looked_at = [one for layer, one in zip(layers, held, strict=True) if isinstance(layer, FastWeighted)]
+    for one in (*looked_at[:1], *looked_at[-1:]):
         one["sampled"] = _Sampled(held)
     try:
         yield
