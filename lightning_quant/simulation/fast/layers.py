@@ -186,7 +186,7 @@ def cached_weights(network: nn.Module) -> Iterator[None]:
     held: list[dict[str, Any]] = [{} for _ in layers]
     for layer, one in zip(layers, held, strict=True):
         layer.__dict__["_held_weight"] = one
-    looked_at = [one for layer, one in zip(layers, held, strict=True) if isinstance(layer, FastWeighted)]
+    looked_at = [one for layer, one in zip(layers, held, strict=True) if hasattr(layer, "_rounded_parameters")]
     for one in (*looked_at[:1], *looked_at[-1:]):
         one["sampled"] = _Sampled(held)
     try:
