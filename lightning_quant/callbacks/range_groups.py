@@ -104,12 +104,11 @@ class RangeGroups:
     def _remember(self) -> None:
         """Keep what the last groups hold, the user's and that of all, to see what is written to them."""
         self._last = [
-            (_settings(self._given_last(optimizer)), _settings(optimizer.param_groups[-1]))
-            for optimizer in self._optimizers
+            (_settings(self._given_last(optimizer)), _settings(_last(optimizer))) for optimizer in self._optimizers
         ]
 
     def _given_last(self, optimizer: Optimizer) -> dict[str, Any]:
-        return next(group for group in reversed(optimizer.param_groups) if self.is_given(group))
+        return next((group for group in reversed(optimizer.param_groups) if self.is_given(group)), {})
 
     def _hand_on_last(self) -> None:
         """Give the last group that the user made what was written to ``param_groups[-1]``, which was theirs once.
@@ -117,7 +116,7 @@ class RangeGroups:
         Who writes to all groups has written to that one too, and what it was given stays.
         """
         for optimizer, (given, known) in zip(self._optimizers, self._last, strict=True):
-            mine, last = self._given_last(optimizer), optimizer.param_groups[-1]
+            mine, last = self._given_last(optimizer), _last(optimizer)
             if last is not mine:
                 written = {key: value for key, value in _settings(last).items() if value != known.get(key)}
                 mine.update({key: value for key, value in written.items() if mine.get(key) == given.get(key)})
@@ -228,6 +227,11 @@ def freeze_with_layers(network: nn.Module) -> list[nn.Parameter]:
 
 def _is_frozen(followed: Iterable[nn.Parameter]) -> bool:
     return sum(-one.numel() if one.requires_grad else one.numel() for one in followed) > 0
+
+
+def _last(optimizer: Optimizer) -> dict[str, Any]:
+    """Return the last group; an empty one of an optimizer that has none, as one that a user made by hand may."""
+    return optimizer.param_groups[-1] if optimizer.param_groups else {}
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

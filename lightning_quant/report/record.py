@@ -97,7 +97,8 @@ class RunRecord:
     @property
     def is_reestimated(self) -> bool:
         """Whether drops are measured from float with its batch norms re-estimated, which is better then."""
-        return self.ladder is not None and self.reference not in (None, self.ladder.float_metric)
+        ladder = self.ladder
+        return ladder is not None and ladder.float_metric is not None and ladder.reference != ladder.float_metric
 
     @property
     def drop(self) -> float | None:

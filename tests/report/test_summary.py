@@ -50,6 +50,8 @@ def test_drops_of_one_run_are_from_one_float_metric() -> None:
     for worse in (None, 0.69):
         ladder.float_reestimated = worse
         assert dict(zip(header, table([run])[1][0], strict=True))["miou float"] == "0.7000"
+    untried = record(monitor="val_miou", metric={"float": 0.7, "qat": 0.69}, exported="qat", ladder=Ladder("val_miou"))
+    assert dict(zip(header, table([untried])[1][0], strict=True))["miou float"] == "0.7000"
 
 
 def test_the_terminal_shows_no_empty_columns(capsys: pytest.CaptureFixture[str]) -> None:
